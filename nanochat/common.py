@@ -1,0 +1,230 @@
+"""What every other module shares: user errors, the base folder, the runtime (rank, device, dtype), one-time downloads.
+
+Not here: anything only one module needs, and hardware tables (`hardware.py`).
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BF16_SPEEDUP_NEEDED = 1.2  # below this, halving the mantissa is not worth it on a CPU
+PROBE_SIZE = 512  # side of the probe's matrices: large enough for the blocked kernels, a few ms in float32
+
+
+class UserError(Exception):
+    """Something the user can put right: the message says what is wrong, the value, and what to do."""
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def base_dir() -> Path:
+    """Folder of all work files: `NANOCHAT_BASE_DIR`, or `~/.cache/nanochat`. Created when missing.
+
+    Raises `UserError` when it cannot be created or written to.
+    """
+    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the work folder {path} ({error.strerror}); set NANOCHAT_BASE_DIR") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"no permission to write to the work folder {path}; set NANOCHAT_BASE_DIR to another one")
+    return path
+
+
+@contextmanager
+def disk_errors(what: str, path: Path) -> Iterator[None]:
+    """Turn an `OSError` while writing `what` to `path` (disk full, no permission, ...) into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {what} to {path}: {error.strerror or error}") from error
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write `data` to `path` so that readers see the old content or the new one, never a part.
+
+    Raises `UserError` when it cannot be written; what was there before is then untouched.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with disk_errors(path.name, path.parent):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def fetch_once(path: Path, fetch: Callable[[Path], None]) -> Path:
+    """Make sure `path` exists, calling `fetch(partial_path)` in at most one of many processes that ask for it.
+
+    `fetch` writes to the path it is given and raises when what it got is not whole; the file then takes its
+    final name in one step. Returns `path`.
+    """
+    from filelock import FileLock
+
+    if path.exists():
+        return path
+    with disk_errors(path.name, path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if not path.exists():
+            partial = path.with_name(f".{path.name}.partial")
+            try:
+                fetch(partial)
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+    return path
+
+
+# --- runtime -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Which process this is, and what it computes on: `dtype` is that of activations and matrix products."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def init_runtime(device_type: str = "", dtype: str = "") -> Runtime:
+    """Set up this process: join the process group under torchrun, choose the device and the compute dtype.
+
+    `device_type` is "cuda", "mps", "cpu" or "" for the best one present; `dtype` a key of `DTYPES`, or "" for:
+    bfloat16 on CUDA from Ampere on, float16 before, float32 on MPS, and on a CPU whichever of bfloat16 and
+    float32 a short probe finds faster. Rank 0 decides for all. Raises `UserError` for what is not there.
+    """
+    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in _RANK_VARIABLES)
+    device = choose_device(device_type, local_rank)
+    if dtype and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    chosen = from_rank0(dtype or (choose_dtype(device) if rank == 0 else ""))
+    return Runtime(rank, local_rank, world_size, device, DTYPES[chosen])
+
+
+_RANK_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+
+
+def choose_device(device_type: str = "", local_rank: int = 0) -> torch.device:
+    """The device asked for, or the best one present. Raises `UserError` when it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device_type and device_type not in available:
+        raise UserError(f"--device-type {device_type!r} is unknown; choose one of {', '.join(available)}")
+    if device_type and not available[device_type]:
+        present = ", ".join(name for name, there in available.items() if there)
+        raise UserError(f"--device-type {device_type} is not available here; this machine has {present}")
+    chosen = device_type or next(name for name, there in available.items() if there)
+    if chosen != "cuda":
+        return torch.device(chosen)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"process {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+                        f"start that many processes at most (torchrun --nproc_per_node)")
+    return torch.device("cuda", local_rank)
+
+
+def choose_dtype(device: torch.device) -> str:
+    """Name of the compute dtype for `device`; on a CPU found by timing, as bfloat16 is 2x faster on one and
+    160x slower on the next."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    if device.type == "cpu" and matmul_seconds(torch.float32) > BF16_SPEEDUP_NEEDED * matmul_seconds(torch.bfloat16):
+        return "bfloat16"
+    return "float32"
+
+
+def matmul_seconds(dtype: torch.dtype, size: int = PROBE_SIZE, repeats: int = 3) -> float:
+    """Seconds of one `size`^3 matrix product of `dtype` on the CPU: the fastest of `repeats`, after a first one."""
+    a = torch.ones(size, size, dtype=dtype)
+    fastest = float("inf")
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        a @ a
+        elapsed = time.perf_counter() - start
+        if elapsed > 1.0:  # hopeless already: do not wait for the rest
+            return elapsed
+        fastest = min(fastest, elapsed)
+    return fastest
+
+
+def from_rank0(value):
+    """`value` as rank 0 has it, on every rank (anything picklable; without a process group, `value` itself)."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait for all ranks; nothing without a process group."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def print0(*args, **kwargs) -> None:
+    """`print` on rank 0 only, flushed, so that logs of long runs can be followed."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(*args, **kwargs, flush=True)
+
+
+# --- scripts -------------------------------------------------------------------------------------
+
+
+def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags every stage that runs a model has in common."""
+    group = parser.add_argument_group("runtime")
+    group.add_argument("--device-type", default="", help="cuda, mps or cpu (default: the best one present)")
+    group.add_argument("--dtype", default="",
+                       help="compute dtype: bfloat16, float16 or float32 (default: what suits the device)")
+
+
+def run_main(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
+    """Run a stage: a `UserError` becomes one line on stderr and exit status 2, Ctrl-C status 130; the process
+    group is closed in every case."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        main(parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
