@@ -1,0 +1,340 @@
+"""The model: a GPT whose shape follows from one number, its depth.
+
+Shapes: B batch, T time, C channels (`n_embd`), H heads, H_kv key heads, D head size, V vocabulary.
+
+One class covers two architectures:
+- the recipe of this project, `GPTConfig.from_depth`: value embeddings, learned scalars on the residual stream and
+  on its start x0, smear (each embedding takes in some of the one before it), backout (the residual at half depth is
+  taken out at the end), sliding windows, scaled QK-norm;
+- the one of October 2025, `GPTConfig.october_2025`: none of these, RoPE base 10,000, full attention.
+Both have gainless RMSNorm, rotary positions, QK-norm, relu^2, untied soft-capped head, no biases.
+
+Not here: learning rates, sampling, checkpoints.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.attention import causal_attention
+from nanochat.common import UserError
+from nanochat.loss import IGNORE_INDEX, softcap_cross_entropy, softcap_logits
+
+__all__ = ["GPT", "IGNORE_INDEX", "GPTConfig"]
+
+NORM_EPS = torch.finfo(torch.float32).eps
+VOCAB_MULTIPLE = 64  # the tables are padded to this many rows, for the matrix kernels' sake
+CHANNELS_PER_LAYER = 64  # width over depth
+MAX_DEPTH = 256
+SHORT_WINDOW_FRAC = 0.25  # of the sequence length
+SMEAR_CHANNELS = 24  # channels that decide how much of the previous embedding comes in
+VALUE_GATE_CHANNELS = 12  # channels that decide how much of the value embedding comes in
+EMBEDDING_STD = 0.8
+HEAD_STD = 1e-3
+MLP_INIT_MULT = 0.4  # c_fc starts this much smaller than the other input matrices
+GATE_INIT_MAX = 0.02
+BACKOUT_INIT = 0.2
+RESID_INIT = (1.15, 1.05)  # first and last layer
+X0_INIT = (0.20, 0.05)
+VALUE_GATE_SCALE = 3.0
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything that fixes the model's shape and function. Checked on construction: `UserError` names the field."""
+
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_embd: int = 768
+    n_head: int = 6
+    n_kv_head: int = 6
+    window_pattern: str = "SSSL"  # S: the last `short_window` positions, L: all; repeated over the layers, last is L
+    short_window: int = 512
+    rope_base: float = 100_000.0
+    qk_scale: float = 1.2
+    softcap: float = 15.0
+    value_embeds: bool = True  # on every second layer, the last one included
+    residual_scalars: bool = True
+    smear: bool = True
+    backout: bool = True
+
+    def __post_init__(self):
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head", "short_window"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+            raise UserError(f"n_embd {self.n_embd} over n_head {self.n_head} must be an even whole head size")
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise UserError(f"window_pattern {self.window_pattern!r} must consist of the letters S and L")
+        if self.n_embd < max(SMEAR_CHANNELS, VALUE_GATE_CHANNELS):
+            raise UserError(f"n_embd must be at least {SMEAR_CHANNELS}, not {self.n_embd}; choose a larger depth")
+
+    @classmethod
+    def from_depth(
+        cls, depth: int, *, vocab_size: int, sequence_len: int = 2048, head_dim: int = 128, kv_ratio: int = 1, **other
+    ) -> "GPTConfig":
+        """The recipe's shape: width 64 * depth, rounded up to a whole number of heads of `head_dim` channels.
+
+        `kv_ratio` query heads share one key head; `other` sets further fields. Raises `UserError` when out of range.
+        """
+        if not 1 <= depth <= MAX_DEPTH:
+            raise UserError(f"depth must lie between 1 and {MAX_DEPTH}, not {depth}")
+        if head_dim < 2 or kv_ratio < 1:
+            raise UserError(f"head_dim must be at least 2 and kv_ratio at least 1, not {head_dim} and {kv_ratio}")
+        n_head = math.ceil(CHANNELS_PER_LAYER * depth / head_dim)
+        if n_head % kv_ratio:
+            raise UserError(f"{n_head} heads at depth {depth} cannot share key heads in groups of {kv_ratio}")
+        shape = {"n_layer": depth, "n_embd": n_head * head_dim, "n_head": n_head, "n_kv_head": n_head // kv_ratio}
+        windows = {"short_window": max(1, int(sequence_len * SHORT_WINDOW_FRAC))}
+        return cls(**{"sequence_len": sequence_len, "vocab_size": vocab_size, **shape, **windows, **other})
+
+    @classmethod
+    def october_2025(
+        cls, depth: int, *, vocab_size: int = 65536, sequence_len: int = 2048, **other
+    ) -> "GPTConfig":
+        """The plain architecture of the first public release, which Hugging Face transformers calls NanoChat."""
+        plain = {"window_pattern": "L", "rope_base": 10_000.0, "qk_scale": 1.0, "value_embeds": False}
+        plain |= {"residual_scalars": False, "smear": False, "backout": False}
+        return cls.from_depth(depth, vocab_size=vocab_size, sequence_len=sequence_len, **{**plain, **other})
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_dim(self) -> int:
+        return self.n_kv_head * self.head_dim
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def window(self, layer: int) -> int | None:
+        """How many positions layer `layer` sees, its own included; None for all."""
+        is_short = self.window_pattern[layer % len(self.window_pattern)] == "S" and layer != self.n_layer - 1
+        return self.short_window if is_short else None
+
+    def has_value_embed(self, layer: int) -> bool:
+        return self.value_embeds and layer % 2 == (self.n_layer - 1) % 2
+
+    @property
+    def num_value_embeds(self) -> int:
+        return sum(self.has_value_embed(layer) for layer in range(self.n_layer))
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension, without a gain (arXiv 1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864) on the two halves of the head; the angle's sign is opposite to Llama's.
+
+    x (B, T, H, D); cos, sin (1, T, 1, D / 2).
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` without bias whose float32 weight is cast to the dtype of what comes in."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qk_scale = config.qk_scale
+        self.window = config.window(layer)
+        self.c_q = Linear(config.n_embd, config.n_embd)
+        self.c_k = Linear(config.n_embd, config.kv_dim)
+        self.c_v = Linear(config.n_embd, config.kv_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.value_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head) if config.has_value_embed(layer) else None
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], value_embed: Tensor | None) -> Tensor:
+        """x (B, T, C); value_embed (B, T, H_kv * D) or None."""
+        heads = (-1, self.head_dim)
+        q = self.c_q(x).unflatten(-1, heads)  # (B, T, H, D)
+        k = self.c_k(x).unflatten(-1, heads)  # (B, T, H_kv, D)
+        v = self.c_v(x).unflatten(-1, heads)
+        if value_embed is not None:
+            gate = VALUE_GATE_SCALE * torch.sigmoid(self.value_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, H_kv)
+            v = torch.addcmul(v, gate.unsqueeze(-1), value_embed.unflatten(-1, heads))
+        q, k = norm(rotate(q, *rotary)), norm(rotate(k, *rotary))
+        if self.qk_scale != 1.0:
+            q = q * self.qk_scale**2  # both scales on q: their product is all that counts
+        y = causal_attention(q, k, v, window=self.window)
+        return self.c_proj(y.flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], value_embed: Tensor | None) -> Tensor:
+        x = x + self.attn(norm(x), rotary, value_embed)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """Weights are float32 (the embedding tables may be narrower); activations have the dtype `compute_dtype`.
+
+    Built with storage that is not yet filled (also on the meta device): call `init_weights` or load a checkpoint.
+    """
+
+    def __init__(self, config: GPTConfig, *, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        V, C = config.padded_vocab_size, config.n_embd
+        self.wte = nn.Embedding(V, C)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.lm_head = Linear(C, V)
+        # the value embeddings of all layers side by side, so that one gather serves them all
+        self.value_embeds = nn.Embedding(V, config.num_value_embeds * config.kv_dim) if config.value_embeds else None
+        self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer)) if config.residual_scalars else None
+        self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer)) if config.residual_scalars else None
+        self.smear_gate = nn.Parameter(torch.empty(SMEAR_CHANNELS)) if config.smear else None
+        self.smear_lambda = nn.Parameter(torch.empty(1)) if config.smear else None
+        self.backout_lambda = nn.Parameter(torch.empty(1)) if config.backout else None
+        self._rotary: tuple[Tensor, Tensor] | None = None  # grows with the longest input seen
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
+
+    # --- initialisation ---
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fill every parameter. `generator` must live on the model's device; the same seed gives the same weights."""
+        config, random = self.config, {"generator": generator}
+        bound = math.sqrt(3.0 / config.n_embd)  # of a uniform distribution with standard deviation n_embd ** -0.5
+        self.wte.weight.normal_(0.0, EMBEDDING_STD, **random)
+        self.lm_head.weight.normal_(0.0, HEAD_STD, **random)
+        if config.value_embeds:
+            self.value_embeds.weight.uniform_(-bound, bound, **random)
+        for block in self.h:
+            for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+                matrix.weight.uniform_(-bound, bound, **random)
+            block.mlp.c_fc.weight.uniform_(-MLP_INIT_MULT * bound, MLP_INIT_MULT * bound, **random)
+            block.attn.c_proj.weight.zero_()
+            block.mlp.c_proj.weight.zero_()
+            if block.attn.value_gate is not None:
+                block.attn.value_gate.weight.uniform_(0.0, GATE_INIT_MAX, **random)
+        if config.residual_scalars:
+            self.resid_lambdas.copy_(torch.linspace(*RESID_INIT, config.n_layer))
+            self.x0_lambdas.copy_(torch.linspace(*X0_INIT, config.n_layer))
+        if config.smear:
+            self.smear_gate.uniform_(0.0, GATE_INIT_MAX, **random)
+            self.smear_lambda.zero_()
+        if config.backout:
+            self.backout_lambda.fill_(BACKOUT_INIT)
+
+    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary angles of positions 0 to length - 1, each (1, length, 1, D / 2)."""
+        ready = self._rotary
+        if ready is None or ready[0].size(1) < length or ready[0].device != self.device:
+            size = max(length, self.config.sequence_len)
+            D = self.config.head_dim
+            frequencies = self.config.rope_base ** (-torch.arange(0, D, 2, dtype=torch.float32, device=self.device) / D)
+            angles = torch.outer(torch.arange(size, dtype=torch.float32, device=self.device), frequencies)
+            angles = angles[None, :, None, :]
+            ready = self._rotary = (angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype))
+        return ready[0][:, :length], ready[1][:, :length]
+
+    # --- forward ---
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
+        """Logits (B, T, V) float32 of idx (B, T) int64; or, given targets (B, T), their cross-entropy in nats.
+
+        `reduction` as in `loss.softcap_cross_entropy`.
+        """
+        hidden = self.hidden(idx)
+        if targets is None:
+            return self.logits(hidden)
+        head = self.lm_head.weight[: self.config.vocab_size]
+        return softcap_cross_entropy(hidden, head, targets, softcap=self.config.softcap, reduction=reduction)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Soft-capped logits (..., V) float32 of hidden states (..., C); the padded ids are left out."""
+        return softcap_logits(hidden, self.lm_head.weight[: self.config.vocab_size], self.config.softcap)
+
+    def hidden(self, idx: Tensor) -> Tensor:
+        """Final normed hidden states (B, T, C) in the compute dtype of idx (B, T) int64."""
+        rotary = self.rotary(idx.size(1))
+        return self.trunk(idx, rotary[0], rotary[1])
+
+    def trunk(self, idx: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The part of `hidden` that `torch.compile` takes whole."""
+        config = self.config
+        x = norm(self.wte(idx).to(self.compute_dtype))  # (B, T, C)
+        if config.smear:
+            x = self._smeared(x)
+        value_embeds = iter(())
+        if config.value_embeds:
+            value_embeds = iter(self.value_embeds(idx).to(x.dtype).split(config.kv_dim, dim=-1))
+        x0, middle = x, x
+        for layer, block in enumerate(self.h):
+            if config.residual_scalars:
+                x = self.resid_lambdas[layer].to(x.dtype) * x + self.x0_lambdas[layer].to(x.dtype) * x0
+            x = block(x, (cos, sin), next(value_embeds) if config.has_value_embed(layer) else None)
+            if layer == config.n_layer // 2:
+                middle = x
+        if config.backout:
+            x = x - self.backout_lambda.to(x.dtype) * middle
+        return norm(x)
+
+    def _smeared(self, x: Tensor) -> Tensor:
+        """Each position takes in a gated part of the one before it. x (B, T, C)."""
+        gate = torch.sigmoid(x[:, 1:, :SMEAR_CHANNELS] @ self.smear_gate.to(x.dtype))  # (B, T - 1)
+        share = (self.smear_lambda.to(x.dtype) * gate).unsqueeze(-1)
+        return torch.cat((x[:, :1], torch.addcmul(x[:, 1:], share, x[:, :-1])), dim=1)
+
+    # --- counts ---
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by kind, padding included: matrices of the blocks, head, wte, value_embeds, scalars, total."""
+        matrices = sum(p.numel() for p in self.h.parameters())
+        counts = {"matrices": matrices, "head": self.lm_head.weight.numel(), "wte": self.wte.weight.numel()}
+        counts["value_embeds"] = self.value_embeds.weight.numel() if self.config.value_embeds else 0
+        total = sum(p.numel() for p in self.parameters())
+        return {**counts, "scalars": total - sum(counts.values()), "total": total}
+
+    def flops_per_token(self, sequence_len: int | None = None) -> float:
+        """Floating point operations of forward and backward per token of rows of `sequence_len` tokens.
+
+        Six per matrix and head weight (multiply and add; forward, and twice in backward), and twelve per channel
+        and visible position for attention, with the positions that the causal mask and the window really leave.
+        """
+        T = sequence_len or self.config.sequence_len
+        weights = sum(p.numel() for p in self.h.parameters()) + self.config.vocab_size * self.config.n_embd
+        windows = [min(self.config.window(layer) or T, T) for layer in range(self.config.n_layer)]
+        visible = sum(w * (w + 1) / 2 + (T - w) * w for w in windows) / T  # per token, summed over layers
+        return 6.0 * weights + 12.0 * visible * self.config.n_embd
