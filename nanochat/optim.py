@@ -1,0 +1,301 @@
+"""Muon for the matrices, AdamW for the rest: two pure update functions and the one class that applies them.
+
+One process is the case without communication; with more, every state tensor and every update is sharded over the
+ranks (ZeRO-2, arXiv 1910.02054): gradients are summed by reduce-scatter, each rank updates its share of the
+parameters, all-gather spreads the result. Shards are cut along the first dimension of a *bucket*:
+
+    AdamW   one bucket a parameter, seen as flat (numel,)
+    Muon    one bucket for all matrices of one shape, stacked: (number, rows, columns)
+
+both padded to a multiple of the world size. Parameters are views into their bucket's storage, and so are the
+gradients of the stacked matrices: nothing is copied together or apart in a step.
+
+Not here: schedules (`schedule.py`) and learning rates as functions of batch and horizon (also there).
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nanochat.common import UserError
+from nanochat.gpt import GPT
+
+# Polar Express (arXiv 2505.16932), degree 5, five steps: coefficients (a, b, c) of X <- a X + b (XX')X + c (XX')^2 X,
+# rounded to five decimals; the norm is taken this much larger so that rounding cannot leave the safe interval.
+POLAR_STEPS = (
+    (8.15655, -22.48329, 15.87877),
+    (4.04293, -2.80892, 0.50002),
+    (3.89167, -2.77248, 0.50606),
+    (3.28575, -2.36813, 0.46449),
+    (2.34654, -1.70978, 0.42324),
+)
+POLAR_SAFETY = 1.02
+TINY = 1e-7  # added to norms that may be zero (padding, parameters without gradient)
+CPU_CHUNK = 1 << 17  # AdamW on a CPU goes through this many elements at a time, so that its passes read the cache
+REFERENCE_WIDTH = 768  # the table's learning rates of the embeddings and the head hold at this width
+
+
+# --- updates -------------------------------------------------------------------------------------
+
+
+def adamw_update(p, grad, exp_avg, exp_avg_sq, *, step_size, beta1, beta2, correction2, eps, decay) -> None:
+    """One AdamW step (arXiv 1711.05101) in place on `p` and its two moments, all of one shape.
+
+    step_size = lr / (1 - beta1^t), correction2 = sqrt(1 - beta2^t), decay = lr * weight_decay; numbers or 0-d
+    tensors. The bias is corrected before eps is added. `p` may be narrower than the float32 moments.
+    """
+    grad = grad.to(exp_avg.dtype)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.lerp_(grad.square(), 1 - beta2)
+    direction = exp_avg / (exp_avg_sq.sqrt().div_(correction2).add_(eps))
+    p.copy_(p.to(exp_avg.dtype) * (1 - decay) - direction.mul_(step_size))
+
+
+def polar_express(x: Tensor) -> Tensor:
+    """Approximate the orthogonal polar factor of each matrix of x (..., m, n): singular values go to about 1."""
+    is_tall = x.size(-2) > x.size(-1)
+    x = x.mT if is_tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * POLAR_SAFETY + TINY)
+    for a, b, c in POLAR_STEPS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if is_tall else x
+
+
+def muon_update(
+    p, grad, momentum_buffer, row_variance, *, lr, momentum, beta2, weight_decay, dtype: torch.dtype
+) -> None:
+    """One Muon step in place on stacked matrices p (K, m, n) and their state.
+
+    Nesterov momentum; rows brought to one length, then orthogonalisation in `dtype`; per-row variance
+    normalisation (NorMuon, arXiv 2510.05491) at constant Frobenius norm sqrt(min(m, n)); the rate grows with
+    sqrt(m / n) for tall matrices; weight decay only where it agrees with the update (arXiv 2510.12402).
+    momentum_buffer (K, m, n), row_variance (K, m, 1), float32.
+    """
+    m, n = p.shape[-2:]
+    momentum_buffer.lerp_(grad, 1 - momentum)
+    update = grad.lerp(momentum_buffer, momentum)
+    update = update / (update.norm(dim=-1, keepdim=True) + TINY)
+    update = polar_express(update.to(dtype)).float()
+    row_variance.lerp_(update.square().mean(dim=-1, keepdim=True), 1 - beta2)
+    update = update / (row_variance.sqrt() + TINY)
+    update = update * (math.sqrt(min(m, n)) / (update.norm(dim=(-2, -1), keepdim=True) + TINY))
+    decayed = torch.where(update * p > 0, p, torch.zeros_like(p))
+    p.sub_(lr * math.sqrt(max(1.0, m / n)) * update + lr * weight_decay * decayed)
+
+
+# --- groups --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Parameters that share hyperparameters. `lr`, `momentum` and `weight_decay` are those of the next step; the
+    `initial_` ones are what a schedule multiplies."""
+
+    name: str
+    kind: str  # "adamw" or "muon"
+    params: dict[str, nn.Parameter]
+    lr: float
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.8, 0.95)  # AdamW
+    eps: float = 1e-10  # AdamW
+    momentum: float = 0.95  # Muon
+    beta2: float = 0.9  # Muon
+    initial_lr: float = field(init=False)
+    initial_weight_decay: float = field(init=False)
+
+    def __post_init__(self):
+        assert self.kind in ("adamw", "muon"), self.kind
+        self.initial_lr, self.initial_weight_decay = self.lr, self.weight_decay
+
+
+def parameter_groups(
+    model: GPT, *, lr_scale: float = 1.0, matrix_lr: float = 0.02, matrix_weight_decay: float = 0.28
+) -> list[Group]:
+    """The model's parameters in groups with the recipe's rates, each times `lr_scale`; every parameter once.
+
+    Rates of the tables and the head were tuned at width 768 and go with width ** -0.5.
+    """
+    width = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
+    table = {  # start of the parameter's name: lr, betas, weight decay
+        "lm_head": (0.008 * width, (0.8, 0.96), 0.01),
+        "wte": (0.3 * width, (0.8, 0.995), 0.001),
+        "value_embeds": (0.15 * width, (0.8, 0.995), 0.01),
+        "resid_lambdas": (0.005, (0.8, 0.95), 0.05),
+        "x0_lambdas": (0.5, (0.96, 0.95), 0.0),
+        "smear": (0.2, (0.8, 0.95), 0.0),
+        "backout": (0.2, (0.8, 0.95), 0.0),
+    }
+    named = dict(model.named_parameters())
+    groups = []
+    for prefix, (lr, betas, weight_decay) in table.items():
+        params = {name: p for name, p in named.items() if name.startswith(prefix)}
+        if params:
+            groups.append(Group(prefix, "adamw", params, lr * lr_scale, weight_decay, betas))
+    matrices = {name: p for name, p in named.items() if name.startswith("h.")}
+    groups.append(Group("matrices", "muon", matrices, matrix_lr * lr_scale, matrix_weight_decay))
+    assert sum(len(group.params) for group in groups) == len(named), "a parameter is in no group, or in two"
+    return groups
+
+
+# --- the optimizer -------------------------------------------------------------------------------
+
+
+@dataclass
+class _Bucket:
+    """Parameters updated together. `values` (and `grads`, where kept) hold them along dim 0, padded to whole shards."""
+
+    name: str
+    group: Group
+    params: list[nn.Parameter]
+    rows: int  # of dim 0 that are no padding
+    values: Tensor
+    grads: Tensor | None
+    own: slice  # this rank's rows
+    state: dict[str, Tensor]
+
+
+class MuonAdamW:
+    """Applies `muon_update` and `adamw_update` to groups of parameters, sharded over `world_size` ranks.
+
+    `muon_dtype` is that of the orthogonalisation's matrix products. Build it last: it moves the parameters'
+    storage. Gradients are *summed* over ranks, so each rank's loss must already be divided by what all ranks count.
+    """
+
+    def __init__(
+        self, groups: list[Group], *, rank: int = 0, world_size: int = 1, muon_dtype: torch.dtype = torch.float32
+    ):
+        self.groups = groups
+        self.rank, self.world_size, self.muon_dtype = rank, world_size, muon_dtype
+        self.num_steps = 0
+        self._buckets = [bucket for group in groups for bucket in self._make_buckets(group)]
+        on_cuda = any(bucket.values.is_cuda for bucket in self._buckets)
+        self._adamw_update = torch.compile(adamw_update, dynamic=False) if on_cuda else adamw_update
+        self._muon_update = torch.compile(muon_update, dynamic=False) if on_cuda else muon_update
+
+    def zero_grad(self) -> None:
+        for bucket in self._buckets:
+            if bucket.grads is not None:
+                bucket.grads.zero_()
+            else:
+                for p in bucket.params:
+                    p.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of every group from the gradients in place. A missing gradient counts as zero."""
+        self.num_steps += 1
+        arriving = [self._start_reduce(bucket) for bucket in self._buckets]
+        gathers = []
+        for bucket, (grad, work) in zip(self._buckets, arriving, strict=True):
+            if work is not None:
+                work.wait()
+            self._update(bucket, grad)
+            gathers.append(self._start_gather(bucket))
+        for work, *_ in gathers:  # the tuples keep the collectives' tensors alive until they are waited for
+            if work is not None:
+                work.wait()
+
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's share of the state, by `parameter.state` name, and the step count; float32, padding included."""
+        state = {f"{b.name}.{key}": value for b in self._buckets for key, value in b.state.items()}
+        return {**state, "num_steps": torch.tensor(self.num_steps)}
+
+    def load_state_dict(self, shards: list[dict[str, Tensor]]) -> None:
+        """Take over the state saved by any number of ranks: `shards[r]` is what rank r's `state_dict` gave.
+
+        Raises `UserError` when it does not fit these parameters.
+        """
+        for bucket in self._buckets:
+            for key, own in bucket.state.items():
+                name = f"{bucket.name}.{key}"
+                if any(name not in shard for shard in shards):
+                    raise UserError(f"the checkpoint has no optimizer state {name!r}; it is of another model")
+                whole = torch.cat([shard[name] for shard in shards])[: bucket.rows]
+                if whole.size(0) != bucket.rows or whole.shape[1:] != own.shape[1:]:
+                    raise UserError(f"optimizer state {name!r} has shape {tuple(whole.shape)} in the checkpoint, "
+                                    f"which does not fit this model")
+                mine = whole[bucket.own]
+                own.zero_()[: mine.size(0)].copy_(mine)
+        self.num_steps = int(shards[0]["num_steps"])
+
+    # --- inner parts ---
+
+    def _make_buckets(self, group: Group) -> Iterable[_Bucket]:
+        if group.kind == "adamw":
+            for name, p in group.params.items():
+                yield self._make_bucket(name, group, [p], p.data.flatten(), ("exp_avg", "exp_avg_sq"))
+            return
+        by_shape: dict[torch.Size, dict[str, nn.Parameter]] = {}
+        for name, p in group.params.items():
+            by_shape.setdefault(p.shape, {})[name] = p
+        for params in by_shape.values():
+            stacked = torch.stack([p.data for p in params.values()])
+            yield self._make_bucket(next(iter(params)), group, list(params.values()), stacked, ("momentum_buffer",))
+
+    def _make_bucket(self, name: str, group: Group, params: list[nn.Parameter], data: Tensor, states) -> _Bucket:
+        """Move `params` into storage padded to whole shards, and make this rank's state for it."""
+        share = -(-data.size(0) // self.world_size)
+        rows, padded = data.size(0), share * self.world_size
+        values = data if padded == rows else torch.cat((data, data.new_zeros(padded - rows, *data.shape[1:])))
+        is_muon = group.kind == "muon"
+        grads = torch.zeros_like(values) if is_muon else None
+        for i, p in enumerate(params):
+            p.data = values[i] if is_muon else values[:rows].view(p.shape)
+            p.grad = grads[i] if is_muon else None
+        own = slice(self.rank * share, (self.rank + 1) * share)
+        state = {key: torch.zeros_like(values[own], dtype=torch.float32) for key in states}
+        if is_muon:
+            state["row_variance"] = torch.zeros_like(values[own][..., :1], dtype=torch.float32)
+        return _Bucket(name, group, params, rows, values, grads, own, state)
+
+    def _start_reduce(self, bucket: _Bucket) -> tuple[Tensor, dist.Work | None]:
+        """This rank's rows of the summed gradient, and what to wait for before reading them."""
+        grads = bucket.grads
+        if grads is None:
+            (p,) = bucket.params
+            grads = (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+            if bucket.values.size(0) != bucket.rows:
+                grads = torch.cat((grads, grads.new_zeros(bucket.values.size(0) - bucket.rows)))
+        if self.world_size == 1:
+            return grads, None
+        own = torch.empty_like(grads[bucket.own])
+        return own, dist.reduce_scatter_tensor(own, grads, async_op=True)
+
+    def _start_gather(self, bucket: _Bucket) -> tuple:
+        if self.world_size == 1:
+            return (None,)
+        own = bucket.values[bucket.own].clone()
+        return dist.all_gather_into_tensor(bucket.values, own, async_op=True), own
+
+    def _update(self, bucket: _Bucket, grad: Tensor) -> None:
+        group, values, state = bucket.group, bucket.values[bucket.own], bucket.state
+        as_input = self._scalar_input(values)
+        if group.kind == "muon":
+            self._muon_update(
+                values, grad, state["momentum_buffer"], state["row_variance"],
+                lr=as_input(group.lr), momentum=as_input(group.momentum), beta2=as_input(group.beta2),
+                weight_decay=as_input(group.weight_decay), dtype=self.muon_dtype,
+            )
+            return
+        beta1, beta2 = group.betas
+        numbers = {
+            "step_size": as_input(group.lr / (1 - beta1**self.num_steps)),
+            "correction2": as_input(math.sqrt(1 - beta2**self.num_steps)),
+            "decay": as_input(group.lr * group.weight_decay),
+        }
+        tensors = (values, grad, state["exp_avg"], state["exp_avg_sq"])
+        chunk = max(1, values.numel()) if values.is_cuda else CPU_CHUNK
+        for pieces in zip(*(t.split(chunk) for t in tensors), strict=True):
+            self._adamw_update(*pieces, beta1=beta1, beta2=beta2, eps=group.eps, **numbers)
+
+    @staticmethod
+    def _scalar_input(values: Tensor):
+        """Numbers that change from step to step go to compiled updates as 0-d tensors, or each would recompile."""
+        return torch.tensor if values.is_cuda else float
