@@ -24,7 +24,7 @@ from nanochat.attention import causal_attention
 from nanochat.common import UserError
 from nanochat.loss import IGNORE_INDEX, softcap_cross_entropy, softcap_logits
 
-__all__ = ["GPT", "IGNORE_INDEX", "GPTConfig"]
+__all__ = ["GPT", "IGNORE_INDEX", "GPTConfig", "build_model"]
 
 NORM_EPS = torch.finfo(torch.float32).eps
 VOCAB_MULTIPLE = 64  # the tables are padded to this many rows, for the matrix kernels' sake
@@ -338,3 +338,26 @@ class GPT(nn.Module):
         windows = [min(self.config.window(layer) or T, T) for layer in range(self.config.n_layer)]
         visible = sum(w * (w + 1) / 2 + (T - w) * w for w in windows) / T  # per token, summed over layers
         return 6.0 * weights + 12.0 * visible * self.config.n_embd
+
+
+def build_model(
+    config: GPTConfig,
+    *,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype = torch.float32,
+    generator: torch.Generator | None = None,
+) -> GPT:
+    """A model on `device`, its weights drawn from `generator` (on that device), or not yet filled without one.
+
+    On a GPU that computes in bfloat16 the embedding tables are kept in it: they are read and written, not multiplied.
+    """
+    with torch.device("meta"):
+        model = GPT(config, compute_dtype=compute_dtype)
+    if torch.device(device).type == "cuda" and compute_dtype == torch.bfloat16:
+        for table in (model.wte, model.value_embeds):
+            if table is not None:
+                table.to(torch.bfloat16)
+    model.to_empty(device=device)
+    if generator is not None:
+        model.init_weights(generator)
+    return model

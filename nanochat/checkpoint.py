@@ -1,0 +1,223 @@
+"""Checkpoints: written whole or not at all, listed, loaded, checked. No unpickling: safetensors, JSON, plain text.
+
+    <base>/base_checkpoints/<model tag>/
+        metrics.jsonl                  every logged number of the run
+        step_000500/
+            meta.json                  schema, step, model config, flags, plan, statistics
+            model.safetensors
+            tokenizer/                 the tokenizer the model was trained with
+            optimizer_rank0.safetensors, loader_rank0.safetensors     one of each per rank
+
+A checkpoint is written under a hidden name and renamed when every rank's files are on the disk, so a folder with a
+step's name is complete. Nothing here deletes a complete checkpoint.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanochat.common import Runtime, UserError, barrier, base_dir, disk_errors, write_atomic
+from nanochat.gpt import GPT, GPTConfig, build_model
+from nanochat.tokenizer import Tokenizer
+
+SCHEMA = 1
+SOURCES = ("base", "mid", "sft", "rl")
+_STEP_NAME = re.compile(r"step_(\d+)")
+
+
+def source_dir(source: str) -> Path:
+    """Folder of all checkpoints of a stage, a key of `SOURCES`."""
+    if source not in SOURCES:
+        raise UserError(f"source {source!r} is unknown; choose one of {', '.join(SOURCES)}")
+    return base_dir() / f"{source}_checkpoints"
+
+
+def run_dir(source: str, model_tag: str) -> Path:
+    """Folder of one run. Raises `UserError` for a tag that is no plain file name."""
+    if not model_tag or model_tag in (".", "..") or "/" in model_tag or "\0" in model_tag:
+        raise UserError(f"--model-tag {model_tag!r} must be a plain file name")
+    return source_dir(source) / model_tag
+
+
+def list_steps(run: Path) -> list[int]:
+    """Steps of the complete checkpoints of a run, ascending."""
+    names = [_STEP_NAME.fullmatch(entry.name) for entry in run.iterdir()] if run.is_dir() else []
+    return sorted(int(m[1]) for m in names if m and (run / m[0] / "meta.json").is_file())
+
+
+def step_dir(run: Path, step: int) -> Path:
+    return run / f"step_{step:06d}"
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    *,
+    runtime: Runtime,
+    model: GPT,
+    tokenizer: Tokenizer,
+    meta: Mapping,
+    optimizer_state: Mapping[str, Tensor] | None = None,
+    loader_state: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write one checkpoint; every rank calls this. Returns its folder.
+
+    `meta` is the stage's own record (anything JSON holds); config, tokenizer fingerprint and schema are added.
+    Raises `UserError` when it cannot be written; earlier checkpoints are untouched.
+    """
+    final = step_dir(run, step)
+    partial = run / f".{final.name}.partial"
+    try:
+        with disk_errors("the checkpoint", run):
+            if runtime.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            barrier()
+            for name, state in (("optimizer", optimizer_state), ("loader", loader_state)):
+                if state is not None:
+                    _save_tensors(partial / f"{name}_rank{runtime.rank}.safetensors", state)
+            if runtime.is_main:
+                _save_tensors(partial / "model.safetensors", model.state_dict())
+                tokenizer.save(partial / "tokenizer")
+                own = {"schema": SCHEMA, "step": step, "world_size": runtime.world_size}
+                own |= {"config": asdict(model.config), "tokenizer_fingerprint": tokenizer.fingerprint}
+                write_atomic(partial / "meta.json", json.dumps({**meta, **own}, indent=1))
+            barrier()
+            if runtime.is_main:
+                _publish(partial, final)
+            barrier()
+    except BaseException:
+        if runtime.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # parameters are views into shared storage, which safetensors refuses: every tensor gets one of its own
+    own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    try:
+        save_file(own, path)
+    except SafetensorError as error:
+        raise UserError(f"cannot write {path.name} to {path.parent.parent}: {error}") from error
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Give a complete checkpoint its name; one that was there before under that name makes way last."""
+    former = final.with_name(f".{final.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
+    if final.exists():
+        final.rename(former)
+    partial.rename(final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a checkpoint. Raises `UserError` when it is missing, broken or of another schema."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no readable checkpoint ({error}); choose another step or tag") from error
+    if meta.get("schema") != SCHEMA:
+        raise UserError(f"checkpoint {folder} has schema {meta.get('schema')!r}; this version reads schema {SCHEMA}")
+    return meta
+
+
+def load_weights(folder: Path, meta: Mapping, runtime: Runtime) -> GPT:
+    """The model of a checkpoint on the runtime's device, in its compute dtype. Raises `UserError` if it is damaged."""
+    try:
+        config = GPTConfig(**meta["config"])
+    except TypeError as error:
+        raise UserError(f"checkpoint {folder} has a model config this version does not know: {error}") from error
+    model = build_model(config, device=runtime.device, compute_dtype=runtime.dtype)
+    state = load_tensors(folder / "model.safetensors", str(runtime.device))
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {folder} do not fit their config: {error}") from error
+    return model
+
+
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """A safetensors file. Raises `UserError` when it is missing, truncated or damaged."""
+    try:
+        return load_file(path, device=device)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path} ({error}); choose another checkpoint with --step") from error
+
+
+def load_rank_states(folder: Path, meta: Mapping, name: str) -> list[dict[str, Tensor]]:
+    """The per-rank files `name` ("optimizer", "loader") of all ranks that wrote the checkpoint, on the CPU."""
+    return [load_tensors(folder / f"{name}_rank{rank}.safetensors") for rank in range(meta["world_size"])]
+
+
+def load_tokenizer(folder: Path, meta: Mapping) -> Tokenizer:
+    """The checkpoint's own tokenizer, checked against the model it was saved with."""
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    check_tokenizer(tokenizer, meta, folder)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, meta: Mapping, folder: Path) -> None:
+    """Raise `UserError` unless `tokenizer` is the one the checkpoint's model was trained with."""
+    vocab_size = meta["config"]["vocab_size"]
+    if tokenizer.vocab_size != vocab_size or tokenizer.fingerprint != meta["tokenizer_fingerprint"]:
+        raise UserError(f"the tokenizer (vocabulary {tokenizer.vocab_size}) is not the one checkpoint {folder} was "
+                        f"trained with (vocabulary {vocab_size}); use the copy in its tokenizer folder")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    model: GPT
+    tokenizer: Tokenizer
+    meta: dict
+    folder: Path
+
+
+def load_model(source: str, runtime: Runtime, *, model_tag: str = "", step: int | None = None) -> LoadedModel:
+    """A stage's model with its tokenizer, in eval mode.
+
+    Without `model_tag` the run saved last, without `step` its newest checkpoint. Raises `UserError` when there is
+    none, or it is damaged.
+    """
+    folder = find_checkpoint(source, model_tag=model_tag, step=step)
+    meta = read_meta(folder)
+    model = load_weights(folder, meta, runtime).eval().requires_grad_(False)
+    return LoadedModel(model, load_tokenizer(folder, meta), meta, folder)
+
+
+def find_checkpoint(source: str, *, model_tag: str = "", step: int | None = None) -> Path:
+    """Folder of the checkpoint asked for; see `load_model`."""
+    root = source_dir(source)
+    if model_tag:
+        run = run_dir(source, model_tag)
+    else:
+        runs = [path for path in root.iterdir() if list_steps(path)] if root.is_dir() else []
+        if not runs:
+            raise UserError(f"no {source} checkpoint in {root}; train one first, or set NANOCHAT_BASE_DIR")
+        run = max(runs, key=lambda path: (step_dir(path, list_steps(path)[-1]) / "meta.json").stat().st_mtime)
+    steps = list_steps(run)
+    if not steps:
+        raise UserError(f"no checkpoint in {run}; check --model-tag, or train one first")
+    if step is not None and step not in steps:
+        raise UserError(f"no checkpoint of step {step} in {run}; there are {', '.join(map(str, steps))}")
+    return step_dir(run, steps[-1] if step is None else step)
