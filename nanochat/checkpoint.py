@@ -16,7 +16,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -183,6 +184,43 @@ def check_tokenizer(tokenizer: Tokenizer, meta: Mapping, folder: Path) -> None:
     if tokenizer.vocab_size != vocab_size or tokenizer.fingerprint != meta["tokenizer_fingerprint"]:
         raise UserError(f"the tokenizer (vocabulary {tokenizer.vocab_size}) is not the one checkpoint {folder} was "
                         f"trained with (vocabulary {vocab_size}); use the copy in its tokenizer folder")
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """The newest checkpoint of a run that is being resumed."""
+
+    folder: Path
+    meta: dict
+
+
+def resumable(run: Path, args: Namespace, free: Collection[str]) -> Resumable | None:
+    """The checkpoint that a stage started with `args` goes on from; None when the run has none yet.
+
+    Raises `UserError` when there is one but `args.resume` is not set, and when a flag outside `free` differs from
+    that of the run, naming both values.
+    """
+    steps = list_steps(run)
+    if not steps:
+        return None
+    if not args.resume:
+        raise UserError(f"{run} holds checkpoints of an earlier run; go on with it (--resume), choose another "
+                        f"--model-tag, or move the folder away")
+    folder = step_dir(run, steps[-1])
+    meta = read_meta(folder)
+    for name, value in vars(args).items():
+        before = meta["args"].get(name)
+        if name not in free and before != value:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {value} here but {before} in the run being resumed ({folder}); "
+                            f"leave it as it was, or choose another --model-tag")
+    return Resumable(folder, meta)
+
+
+# --- models --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Not here: anything only one module needs, and hardware tables (`hardware.py`).
 """
 
 import argparse
+import ctypes
 import logging
 import os
 import sys
@@ -126,6 +127,8 @@ def init_runtime(device_type: str = "", dtype: str = "") -> Runtime:
     """
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in _RANK_VARIABLES)
     device = choose_device(device_type, local_rank)
+    if device.type == "cpu":
+        _tune_cpu()
     if dtype and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     if device.type == "cuda":
@@ -137,6 +140,24 @@ def init_runtime(device_type: str = "", dtype: str = "") -> Runtime:
     return Runtime(rank, local_rank, world_size, device, DTYPES[chosen])
 
 
+def _tune_cpu() -> None:
+    """Share the cores among this machine's processes, and keep freed memory instead of giving it back.
+
+    Temporaries of many megabytes otherwise come as fresh zeroed pages each time: 25 % of a training step.
+    """
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if num_local > 1:  # torchrun sets one thread per process, whatever there is
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local) if hasattr(os, "sched_getaffinity") else 1)
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(_M_MMAP_MAX, 0)
+            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        except (OSError, AttributeError):
+            logger.debug("this C library has no mallopt: large temporaries will be slower")
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of the GNU C library
 _RANK_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 

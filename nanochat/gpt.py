@@ -13,6 +13,7 @@ Not here: learning rates, sampling, checkpoints.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -224,6 +225,7 @@ class GPT(nn.Module):
         self.smear_lambda = nn.Parameter(torch.empty(1)) if config.smear else None
         self.backout_lambda = nn.Parameter(torch.empty(1)) if config.backout else None
         self._rotary: tuple[Tensor, Tensor] | None = None  # grows with the longest input seen
+        self._compiled_trunk: Callable[..., Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -288,11 +290,17 @@ class GPT(nn.Module):
 
     def hidden(self, idx: Tensor) -> Tensor:
         """Final normed hidden states (B, T, C) in the compute dtype of idx (B, T) int64."""
-        rotary = self.rotary(idx.size(1))
-        return self.trunk(idx, rotary[0], rotary[1])
+        T = idx.size(1)
+        is_training_length = T == self.config.sequence_len  # other lengths vary too much to compile for each
+        trunk = self._compiled_trunk if self._compiled_trunk and is_training_length else self.trunk
+        return trunk(idx, *self.rotary(T))
+
+    def compile_trunk(self) -> None:
+        """Compile the part between the tables and the head, for rows of `sequence_len` tokens."""
+        self._compiled_trunk = torch.compile(self.trunk, dynamic=False)
 
     def trunk(self, idx: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The part of `hidden` that `torch.compile` takes whole."""
+        """`hidden`, given the rotary angles: one graph for `torch.compile`."""
         config = self.config
         x = norm(self.wte(idx).to(self.compute_dtype))  # (B, T, C)
         if config.smear:

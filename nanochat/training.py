@@ -7,9 +7,11 @@ how speed is measured, where numbers are logged.
 import json
 import math
 import os
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from torch import Tensor
 from nanochat import hardware
 from nanochat.common import Runtime, UserError, disk_errors, print0, write_atomic
 from nanochat.dataloader import Batch
+from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 
 LOSS_EMA_DECAY = 0.9  # of the smoothed training loss that is printed
@@ -118,32 +121,75 @@ class LossScaler:
         elif self.num_good % self.growth_every == 0:
             self.scale *= 2
 
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps; `restore` takes it back."""
+        return {"scale": self.scale, "num_good": self.num_good}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        self.scale, self.num_good = state["scale"], int(state["num_good"])
+
 
 # --- fitting the device --------------------------------------------------------------------------
 
 
-def largest_fitting_batch(wanted: int, rows_per_step: int, try_batch: Callable[[int], None]) -> int:
-    """The largest divisor of `rows_per_step` up to `wanted` rows with which `try_batch` runs out of no memory.
+def choose_device_batch(
+    total_tokens: int, fitting: int, sequence_len: int, world_size: int, *, is_fixed: bool
+) -> tuple[int, int]:
+    """Rows of a micro-batch on each device, and micro-steps per step.
 
-    On several ranks the smallest of what fits on each. Raises `UserError` when not even one row fits.
+    The most rows up to `fitting` that divide the step evenly; exactly `fitting` when the user fixed it (`is_fixed`).
+    Raises `UserError` when the step cannot be divided.
     """
-    sizes = [size for size in range(min(wanted, rows_per_step), 0, -1) if rows_per_step % size == 0]
-    fitting = 0
-    for size in sizes:
+    rows = total_tokens // (sequence_len * world_size)
+    if not is_fixed and rows * sequence_len * world_size == total_tokens:
+        fitting = max(size for size in range(1, min(fitting, rows) + 1) if rows % size == 0)
+    return fitting, grad_accum_steps(total_tokens, fitting, sequence_len, world_size)
+
+
+def fitting_batch(model: GPT, wanted: int, try_batch: Callable[[GPT, int], None] | None = None) -> int:
+    """The first of `wanted`, half of it, a quarter, ... rows whose forward and backward fit in the memory of every
+    rank's device. Says so when it is not `wanted`; raises `UserError` when not even one row fits."""
+    try_batch = try_batch or _forward_backward
+    on_cuda, size = model.device.type == "cuda", wanted
+    while size >= 1:
         try:
-            try_batch(size)
-            fitting = size
+            if on_cuda or try_batch is not _forward_backward:  # elsewhere, memory runs out without an exception
+                try_batch(model, size)
             break
         except torch.OutOfMemoryError:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            size //= 2
+        if on_cuda:
+            torch.cuda.empty_cache()
     if dist.is_initialized():
-        box = torch.tensor(float(fitting), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        box = torch.tensor(float(size), device=model.device)
         dist.all_reduce(box, op=dist.ReduceOp.MIN)
-        fitting = int(box.item())
-    if not fitting:
+        size = int(box.item())
+    if size < 1:
         raise UserError("not even one row fits in the device's memory; choose a smaller --depth or --sequence-len")
-    return fitting
+    if size < wanted:
+        print0(f"{wanted} rows do not fit in the device's memory: micro-batches of at most {size} rows")
+    return size
+
+
+def measure_tokens_per_second(model: GPT, num_rows: int, world_size: int, repeats: int = 3) -> float:
+    """Tokens a second that forward and backward reach on all ranks together: the median of `repeats` micro-batches."""
+    _forward_backward(model, num_rows)
+    seconds = sorted(_forward_backward(model, num_rows) for _ in range(repeats))
+    return num_rows * model.config.sequence_len * world_size / seconds[repeats // 2]
+
+
+def _forward_backward(model: GPT, num_rows: int) -> float:
+    """Seconds of one micro-batch of random tokens; leaves no gradients behind."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_rows, model.config.sequence_len)
+    idx = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
+    started = time.perf_counter()
+    model(idx, idx).backward()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    seconds = time.perf_counter() - started
+    model.zero_grad(set_to_none=True)
+    return seconds
 
 
 # --- measuring and logging -----------------------------------------------------------------------
@@ -151,7 +197,7 @@ def largest_fitting_batch(wanted: int, rows_per_step: int, try_batch: Callable[[
 
 @dataclass
 class RunStats:
-    """Loss average, time and speed of a run; its fields are saved with each checkpoint.
+    """Loss average, time and speed of a run.
 
     `seconds` counts training steps only, not evaluation and saving, over all processes' lives of the run.
     """
@@ -159,14 +205,18 @@ class RunStats:
     tokens_per_step: int
     flops_per_token: float
     device_name: str
-    dtype: str
+    dtype: torch.dtype
     world_size: int
     loss_ema: float = 0.0
     ema_weight: float = 0.0
     seconds: float = 0.0
-    num_timed: int = field(default=0, metadata={"saved": False})  # steps of this process, warm-up left out
-    timed_seconds: float = field(default=0.0, metadata={"saved": False})
-    num_seen: int = field(default=0, metadata={"saved": False})
+    num_seen: int = 0  # steps of this process
+    timed_seconds: float = 0.0  # of them without the warm-up
+
+    @classmethod
+    def for_runtime(cls, runtime: Runtime, tokens_per_step: int, flops_per_token: float) -> "RunStats":
+        name = torch.cuda.get_device_name(runtime.device) if runtime.is_cuda else runtime.device.type
+        return cls(tokens_per_step, flops_per_token, name, runtime.dtype, runtime.world_size)
 
     def update(self, loss: float, seconds: float) -> None:
         """Take in one step's loss (nats) and duration."""
@@ -175,7 +225,6 @@ class RunStats:
         self.seconds += seconds
         self.num_seen += 1
         if self.num_seen > WARMUP_STEPS_UNTIMED:
-            self.num_timed += 1
             self.timed_seconds += seconds
 
     @property
@@ -186,7 +235,9 @@ class RunStats:
     @property
     def tokens_per_second(self) -> float | None:
         """Of all ranks together; None until the warm-up is over."""
-        return self.num_timed * self.tokens_per_step / self.timed_seconds if self.timed_seconds > 0 else None
+        if not self.timed_seconds:
+            return None
+        return (self.num_seen - WARMUP_STEPS_UNTIMED) * self.tokens_per_step / self.timed_seconds
 
     @property
     def mfu(self) -> float | None:
@@ -200,43 +251,12 @@ class RunStats:
         speed = self.tokens_per_second
         return num_steps * self.tokens_per_step / speed if speed else None
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, float]:
         """What a checkpoint keeps; `restore` takes it back."""
         return {"loss_ema": self.loss_ema, "ema_weight": self.ema_weight, "seconds": self.seconds}
 
-    def restore(self, state: Mapping) -> None:
-        for name in ("loss_ema", "ema_weight", "seconds"):
-            setattr(self, name, state[name])
-
-
-class LateReader:
-    """Reads 0-d device tensors one step late, so that the host never waits for the step it has just queued."""
-
-    def __init__(self):
-        self._waiting: tuple | None = None
-
-    def push(self, key, value: Tensor) -> tuple | None:
-        """Start reading `value`; returns the (key, number) pushed before, if it was not yet returned."""
-        previous = self.flush()
-        event = None
-        if value.is_cuda:
-            host = torch.empty_like(value, device="cpu", pin_memory=True)
-            host.copy_(value, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            value = host
-        self._waiting = (key, value, event)
-        return previous
-
-    def flush(self) -> tuple | None:
-        """The (key, number) pushed last, waiting for it, or None."""
-        if self._waiting is None:
-            return None
-        key, value, event = self._waiting
-        self._waiting = None
-        if event is not None:
-            event.synchronize()
-        return key, value.item()
+    def restore(self, state: Mapping[str, float]) -> None:
+        self.loss_ema, self.ema_weight, self.seconds = (state[k] for k in ("loss_ema", "ema_weight", "seconds"))
 
 
 class MetricsLog:
@@ -286,3 +306,79 @@ def _start_wandb(run_name: str, settings: Mapping):
         return wandb.init(project=os.environ.get("WANDB_PROJECT", "nanochat"), name=run_name, config=dict(settings))
     except wandb.errors.Error as error:
         raise UserError(f"wandb did not start ({error}); log in, set WANDB_MODE=offline, or leave --run out") from error
+
+
+class StepLog:
+    """Times, logs and prints each training step. On a GPU a step's loss is read only when the next step is queued,
+    so that the host never waits for the step it has just started."""
+
+    def __init__(self, stats: RunStats, metrics: MetricsLog, num_steps: int):
+        self.stats, self.metrics, self.num_steps = stats, metrics, num_steps
+        self._pending: tuple[int, Tensor, torch.cuda.Event | None, dict] | None = None
+        self._mark = 0.0
+
+    def start(self) -> None:
+        """A step begins now."""
+        if self._pending is None:
+            self._mark = time.perf_counter()
+
+    def end(self, step: int, loss: Tensor, **numbers) -> None:
+        """Step `step` (counted from 1) is queued; `loss` is 0-d on the device, `numbers` go into the log as they are."""
+        previous, event = self._pending, None
+        if loss.is_cuda:
+            host = torch.empty_like(loss, device="cpu", pin_memory=True)
+            host.copy_(loss, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            loss = host
+        self._pending = (step, loss, event, numbers)
+        if previous is not None:
+            self._finish(*previous)
+        if event is None:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait for the step queued last and log it. Raises `UserError` when a loss is not finite."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._finish(*pending)
+
+    def _finish(self, step: int, loss_t: Tensor, event: torch.cuda.Event | None, numbers: dict) -> None:
+        if event is not None:
+            event.synchronize()
+        now, loss, stats = time.perf_counter(), loss_t.item(), self.stats
+        stats.update(loss, now - self._mark)
+        self._mark = now
+        if not math.isfinite(loss) and stats.dtype != torch.float16:  # float16 skips such steps
+            raise UserError(f"the loss at step {step} is {loss}; resume from a checkpoint before it with a lower "
+                            f"--lr-mult, or another --dtype")
+        self.metrics.log(
+            step=step, train_loss=loss, **numbers, tokens=step * stats.tokens_per_step,
+            tokens_per_second=stats.tokens_per_second, mfu=stats.mfu, elapsed_seconds=stats.seconds,
+        )  # fmt: skip
+        print0(self._line(step))
+
+    def _line(self, step: int) -> str:
+        stats, total = self.stats, self.num_steps
+        parts = [f"step {step:>5}/{total} ({step / total:.1%})", f"loss {stats.smooth_loss:.4f}"]
+        if stats.tokens_per_second is not None:
+            parts.append(f"{stats.tokens_per_second:,.0f} tokens/s")
+        if stats.mfu is not None:
+            parts.append(f"{stats.mfu:.1%} of peak")
+        left = stats.seconds_left(total - step)
+        parts.append(f"{_clock(stats.seconds)}" + (f", {_clock(left)} left" if left is not None else ""))
+        return " | ".join(parts)
+
+
+def peak_memory_bytes(runtime: Runtime) -> int:
+    """Most memory this process has held so far: allocated on its GPU, or resident on the host."""
+    if runtime.is_cuda:
+        return torch.cuda.max_memory_allocated(runtime.device)
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, which is bytes on one and KiB on the other
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,153 @@
+"""Bits per byte, and the one list of sample prompts: how a model's text is judged while and after it trains.
+
+Bits per byte is the loss in a unit that does not depend on the vocabulary: the information the model needs for a
+text, divided by the text's length in UTF-8. Not here: in-context tasks (`core_eval.py`) and any fast sampling.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanochat.common import Runtime
+from nanochat.dataloader import TextLoader
+from nanochat.common import Runtime
+from nanochat.dataloader import TextLoader
+from nanochat.gpt import IGNORE_INDEX
+
+# Plain beginnings a base model can go on from: facts, a procedure, a story, a little arithmetic.
+SAMPLE_PROMPTS = (
+    "The largest planet in the solar system is",
+    "Water freezes when its temperature",
+    "The first president of the United States was",
+    "To make a cup of tea, you first",
+    "Once upon a time, in a village by the sea,",
+    "The opposite of cold is",
+    "If a box holds three apples and I add two more, it holds",
+)
+
+
+@dataclass(frozen=True)
+class BpbResult:
+    """What a text cost: `bpb` in bits per byte (inf when there were no bytes), the sum of `nats`, and how many
+    bytes and tokens of text that was; special and ignored tokens are in none of them."""
+
+    bpb: float
+    nats: float
+    bytes: int
+    tokens: int
+
+
+@torch.no_grad()
+def evaluate_bpb(model, batches: Iterable, token_bytes: np.ndarray | Tensor) -> BpbResult:
+    """Bits per byte of `model` on all of `batches`, summed over the ranks where there is a process group.
+
+    model: called as `model(idx, targets, reduction="none")`, giving nats, (B, T) float32.
+    batches: each with `idx` and `targets`, (B, T) int64 on the model's device; ranks may have different numbers.
+    token_bytes: (V,) int, the UTF-8 length of each token; 0 marks special tokens, which count neither nats nor bytes.
+
+    The result is never NaN for lack of text: without a single byte `bpb` is inf, worse than every model.
+    """
+    lengths = torch.as_tensor(token_bytes, device=model.device).long()  # (V,)
+    nats, counts = [], []
+    for batch in batches:
+        losses = model(batch.idx, batch.targets, reduction="none")  # (B, T)
+        num_bytes = lengths[batch.targets.clamp(min=0)].masked_fill(batch.targets == IGNORE_INDEX, 0)  # (B, T)
+        counted = num_bytes > 0
+        nats.append(losses.float().masked_fill(~counted, 0).sum())
+        counts.append(torch.stack([num_bytes.sum(), counted.sum()]))
+    # One value a batch is kept on the device and read once at the end: the host never waits inside the loop.
+    total_nats = torch.stack(nats).cpu().double().sum() if nats else torch.zeros((), dtype=torch.float64)
+    total_counts = torch.stack(counts).cpu().sum(0) if counts else torch.zeros(2, dtype=torch.int64)
+    if dist.is_initialized():
+        total_nats, total_counts = total_nats.to(model.device), total_counts.to(model.device)
+        dist.all_reduce(total_nats)
+        dist.all_reduce(total_counts)
+    nats_sum, (bytes_sum, tokens_sum) = total_nats.item(), total_counts.tolist()
+    bpb = nats_sum / (math.log(2) * bytes_sum) if bytes_sum else math.inf
+    return BpbResult(bpb, nats_sum, bytes_sum, tokens_sum)
+
+
+def evaluate_split(
+    model, tokenizer, paths: Sequence[Path], runtime: Runtime, batch_size: int, num_tokens: int = 0
+) -> BpbResult:
+    """Bits per byte of `model` on the documents of the shards `paths`: on their first `num_tokens` tokens, rounded up
+    to whole batches of `batch_size` rows on every rank, or with 0 on each token of every document once."""
+    T, ranks = model.config.sequence_len, {"rank": runtime.rank, "world_size": runtime.world_size}
+    loader = TextLoader(tokenizer, paths, batch_size, T, **ranks, device=runtime.device, epochs=1)
+    num_batches = math.ceil(num_tokens / (batch_size * T * runtime.world_size)) or None
+    with closing(loader):
+        return evaluate_bpb(model, islice(loader, num_batches), tokenizer.token_bytes())
+
+
+def evaluate_split(
+    model, tokenizer, paths: Sequence[Path], runtime: Runtime, batch_size: int, num_tokens: int
+) -> BpbResult:
+    """Bits per byte on the first `num_tokens` tokens of the shards `paths` (0: all), rounded up to whole batches of
+    `batch_size` rows on every rank. Every rank must call this; all get the same result."""
+    sequence_len = model.config.sequence_len
+    loader = TextLoader(
+        tokenizer, paths, batch_size, sequence_len,
+        rank=runtime.rank, world_size=runtime.world_size, device=runtime.device, epochs=1,
+    )  # fmt: skip
+    num_batches = math.ceil(num_tokens / (batch_size * sequence_len * runtime.world_size)) or None
+    with closing(loader):
+        return evaluate_bpb(model, islice(loader, num_batches), tokenizer.token_bytes())
+
+
+@torch.no_grad()
+def sample_completions(
+    model,
+    tokenizer,
+    prompts: Iterable[str],
+    max_tokens: int,
+    *,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """The model's continuation of each prompt: text of at most `max_tokens` tokens, the prompt not repeated.
+
+    All prompts run as one batch through whole forward passes, without a cache: plain, and fast enough for a few
+    short samples. A row ends at the next beginning-of-sequence token (a new document) or when the context is full;
+    a prompt that fills the context by itself is cut on the left behind its beginning-of-sequence token, so that one
+    token can follow. `temperature` 0 is greedy; otherwise draws come from `generator`, on the CPU.
+    """
+    limit = model.config.sequence_len
+    rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)[-(limit - 1) :]] for prompt in prompts]
+    starts = [len(row) for row in rows]
+    active = list(range(len(rows))) if max_tokens > 0 else []
+    while active:
+        next_ids = _draw(_last_logits(model, [rows[i] for i in active]), temperature, generator)
+        for i, token in zip(active, next_ids, strict=True):
+            rows[i].append(token)
+        active = [
+            i
+            for i in active
+            if rows[i][-1] != tokenizer.bos_id and len(rows[i]) - starts[i] < max_tokens and len(rows[i]) <= limit
+        ]
+    ends = [len(row) - (row[-1] == tokenizer.bos_id) for row in rows]
+    return [tokenizer.decode(row[s : max(s, e)]) for row, s, e in zip(rows, starts, ends, strict=True)]
+
+
+def _last_logits(model, rows: list[list[int]]) -> Tensor:
+    """Logits after the last token of each row, (B, V) float32; padding on the right cannot be seen from there."""
+    width = max(map(len, rows))
+    idx = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)  # (B, T)
+    last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
+    hidden = model.hidden(idx)[torch.arange(len(rows), device=model.device), last]  # (B, C)
+    return model.logits(hidden)
+
+
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> list[int]:
+    """One token id for each row of `logits`, (B, V) float32."""
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    probs = torch.softmax(logits.cpu() / temperature, dim=-1)
+    return torch.multinomial(probs, 1, generator=generator).flatten().tolist()
