@@ -63,7 +63,7 @@ def band_mask(num_queries: int, num_keys: int, window: int | None, device: torch
 
 @functools.cache
 def default_backend(device_type: str, dtype: torch.dtype) -> str:
-    """"flash" where its package is installed and its kernels run (Hopper and newer, 16-bit floats), else "sdpa"."""
+    """ "flash" where its package is installed and its kernels run (Hopper and newer, 16-bit floats), else "sdpa"."""
     if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         hopper_or_newer = torch.cuda.get_device_capability() >= (9, 0)
         if hopper_or_newer and importlib.util.find_spec("flash_attn") and _flash_function() is not None:

@@ -147,7 +147,9 @@ def _tune_cpu() -> None:
     """
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if num_local > 1:  # torchrun sets one thread per process, whatever there is
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local) if hasattr(os, "sched_getaffinity") else 1)
+        torch.set_num_threads(
+            max(1, len(os.sched_getaffinity(0)) // num_local) if hasattr(os, "sched_getaffinity") else 1
+        )
     if sys.platform == "linux":
         try:
             libc = ctypes.CDLL("libc.so.6")
@@ -173,8 +175,10 @@ def choose_device(device_type: str = "", local_rank: int = 0) -> torch.device:
     if chosen != "cuda":
         return torch.device(chosen)
     if local_rank >= torch.cuda.device_count():
-        raise UserError(f"process {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
-                        f"start that many processes at most (torchrun --nproc_per_node)")
+        raise UserError(
+            f"process {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+            f"start that many processes at most (torchrun --nproc_per_node)"
+        )
     return torch.device("cuda", local_rank)
 
 
@@ -230,8 +234,9 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     """The flags every stage that runs a model has in common."""
     group = parser.add_argument_group("runtime")
     group.add_argument("--device-type", default="", help="cuda, mps or cpu (default: the best one present)")
-    group.add_argument("--dtype", default="",
-                       help="compute dtype: bfloat16, float16 or float32 (default: what suits the device)")
+    group.add_argument(
+        "--dtype", default="", help="compute dtype: bfloat16, float16 or float32 (default: what suits the device)"
+    )
 
 
 def run_main(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:

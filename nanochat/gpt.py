@@ -97,9 +97,7 @@ class GPTConfig:
         return cls(**{"sequence_len": sequence_len, "vocab_size": vocab_size, **shape, **windows, **other})
 
     @classmethod
-    def october_2025(
-        cls, depth: int, *, vocab_size: int = 65536, sequence_len: int = 2048, **other
-    ) -> "GPTConfig":
+    def october_2025(cls, depth: int, *, vocab_size: int = 65536, sequence_len: int = 2048, **other) -> "GPTConfig":
         """The plain architecture of the first public release, which Hugging Face transformers calls NanoChat."""
         plain = {"window_pattern": "L", "rope_base": 10_000.0, "qk_scale": 1.0, "value_embeds": False}
         plain |= {"residual_scalars": False, "smear": False, "backout": False}

@@ -37,8 +37,7 @@ def softcap_cross_entropy(
     if reduction == "none":
         with torch.no_grad():
             losses = [
-                _losses(rows[part], weight, flat_targets[part], softcap)
-                for part in _pieces(rows, weight.size(0))
+                _losses(rows[part], weight, flat_targets[part], softcap) for part in _pieces(rows, weight.size(0))
             ]
             return torch.cat(losses).view_as(targets)
     total = _SoftcapCrossEntropySum.apply(rows, weight, flat_targets, softcap)

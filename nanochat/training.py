@@ -44,8 +44,13 @@ def grad_accum_steps(total_tokens: int, device_batch_size: int, sequence_len: in
 
 
 def accumulate_gradients(
-    model: torch.nn.Module, batches: Iterator[Batch], num_micro_steps: int, *, device: torch.device,
-    world_size: int = 1, loss_scale: float = 1.0,
+    model: torch.nn.Module,
+    batches: Iterator[Batch],
+    num_micro_steps: int,
+    *,
+    device: torch.device,
+    world_size: int = 1,
+    loss_scale: float = 1.0,
 ) -> Tensor:
     """Forward and backward over one step's micro-batches; gradients add up in the parameters.
 
@@ -350,8 +355,10 @@ class StepLog:
         stats.update(loss, now - self._mark)
         self._mark = now
         if not math.isfinite(loss) and stats.dtype != torch.float16:  # float16 skips such steps
-            raise UserError(f"the loss at step {step} is {loss}; resume from a checkpoint before it with a lower "
-                            f"--lr-mult, or another --dtype")
+            raise UserError(
+                f"the loss at step {step} is {loss}; resume from a checkpoint before it with a lower "
+                f"--lr-mult, or another --dtype"
+            )
         self.metrics.log(
             step=step, train_loss=loss, **numbers, tokens=step * stats.tokens_per_step,
             tokens_per_second=stats.tokens_per_second, mfu=stats.mfu, elapsed_seconds=stats.seconds,

@@ -316,6 +316,7 @@ def main(args: argparse.Namespace) -> None:
         log.end(step + 1, loss_t, lr_mult=lr_mult)
 
     # summary to the report
+    gc.unfreeze()
     loader.close()
     metrics.finish()
     results |= {

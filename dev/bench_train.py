@@ -1,0 +1,111 @@
+"""Training speed on synthetic tokens: a table, then one JSON line.
+
+    python dev/bench_train.py --depth 4 --dtype float32 --sequence-len 512 --total-batch-size 16384     # a CPU
+    python dev/bench_train.py --depth 12 20 24 --total-batch-size 524288                                 # a GPU
+
+For each depth: the time to the end of the first optimizer step (model, compilation, data), tokens a second (median
+of the later half of the steps, optimizer included), the share of peak, the loss of a fixed batch, peak memory. Peak
+is the data sheet's on a GPU; on a CPU it is the rate of a 1024^3 product of the same dtype, measured before and
+after in the same run, the faster one counting.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from itertools import repeat
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nanochat import attention, hardware
+from nanochat.common import add_runtime_flags, init_runtime, matmul_seconds, run_main
+from nanochat.dataloader import Batch
+from nanochat.gpt import GPTConfig, build_model
+from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.training import accumulate_gradients, fitting_batch, grad_accum_steps, peak_memory_bytes
+
+PRODUCT_SIZE = 1024
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_runtime_flags(parser)
+    parser.add_argument("--depth", type=int, nargs="+", default=[4, 6], help="depths to measure, one after another")
+    parser.add_argument("--sequence-len", type=int, default=512)
+    parser.add_argument("--vocab-size", type=int, default=32768)
+    parser.add_argument("--device-batch-size", type=int, default=8, help="rows of a micro-step")
+    parser.add_argument("--total-batch-size", type=int, default=16384, help="tokens of an optimizer step")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--backend", default="", choices=["", *attention.BACKENDS], help="of attention")
+    parser.add_argument("--no-compile", action="store_true")
+    return parser.parse_args()
+
+
+def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
+    """One depth's figures."""
+    device, T = runtime.device, args.sequence_len
+    product_rate = cpu_rate(runtime)
+    started = time.perf_counter()
+    config = GPTConfig.from_depth(depth, vocab_size=args.vocab_size, sequence_len=T)
+    generator = torch.Generator(device).manual_seed(0)
+    model = build_model(config, device=device, compute_dtype=runtime.dtype, generator=generator)
+    if runtime.is_cuda and not args.no_compile:
+        model.compile_trunk()
+    rows = fitting_batch(model, args.device_batch_size)
+    optimizer = MuonAdamW(parameter_groups(model), muon_dtype=runtime.dtype)
+    num_micro_steps = grad_accum_steps(args.total_batch_size, rows, T, 1)
+    tokens = torch.randint(args.vocab_size, (rows, T + 1), generator=torch.Generator().manual_seed(1)).to(device)
+    batches = repeat(Batch(tokens[:, :-1], tokens[:, 1:], rows * T, 0))
+    seconds = []
+    for _ in range(args.steps):
+        loss = accumulate_gradients(model, batches, num_micro_steps, device=device)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss.item()
+        seconds.append(time.perf_counter() - started)
+        started = time.perf_counter()
+    speed = args.total_batch_size / statistics.median(seconds[len(seconds) // 2 :])
+    flops = model.flops_per_token()
+    if runtime.is_cuda:
+        peak = hardware.peak_flops(torch.cuda.get_device_name(device), runtime.dtype)
+    else:
+        peak = max(product_rate, cpu_rate(runtime))
+    return {
+        "depth": depth, "parameters": model.parameter_counts()["total"], "device_batch_size": rows,
+        "first_step_seconds": seconds[0], "tokens_per_second": speed, "fastest_tokens_per_second":
+        args.total_batch_size / min(seconds[1:]), "model_gflops": speed * flops / 1e9,
+        "peak_gflops": peak / 1e9 if peak else None, "share_of_peak": speed * flops / peak if peak else None,
+        "peak_memory_gib": peak_memory_bytes(runtime) / 2**30, "last_loss": loss,
+    }  # fmt: skip
+
+
+def cpu_rate(runtime) -> float:
+    """FLOP/s of a square matrix product on the CPU; 0 on another device."""
+    if runtime.device.type != "cpu":
+        return 0.0
+    return 2 * PRODUCT_SIZE**3 / matmul_seconds(runtime.dtype, PRODUCT_SIZE, repeats=10)
+
+
+def main(args: argparse.Namespace) -> None:
+    runtime = init_runtime(args.device_type, args.dtype)
+    if args.backend:
+        attention.default_backend = lambda device_type, dtype: args.backend
+    print(f"{runtime.device.type}, {runtime.dtype}, T {args.sequence_len}, {args.total_batch_size} tokens a step")
+    print("depth  first step s   tokens/s   GFLOP/s   share of peak   peak memory GiB")
+    results = []
+    for depth in args.depth:
+        r = measure(args, runtime, depth)
+        share = f"{r['share_of_peak']:.1%}" if r["share_of_peak"] else "unknown"
+        print(f"{depth:>5} {r['first_step_seconds']:>13.2f} {r['tokens_per_second']:>10,.0f} {r['model_gflops']:>9,.0f}"
+              f" {share:>15} {r['peak_memory_gib']:>17.2f}", flush=True)  # fmt: skip
+        results.append(r)
+    print(json.dumps({"settings": vars(args), "device": runtime.device.type, "torch": torch.__version__,
+                      "results": results}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_main(main, parse_args)

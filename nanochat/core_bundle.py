@@ -1,0 +1,220 @@
+"""The bundle of in-context tasks behind CORE: fetch it once, unpack it safely, read its tasks with every row checked.
+
+Layout: `core.yaml` (label, file, kind, shots and delimiter of each task), `eval_meta_data.csv` (accuracy of guessing)
+and `eval_data/**.jsonl` (one example a line). Not here: prompts and scores (`core_eval.py`).
+"""
+
+import csv
+import functools
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import time
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.common import UserError, base_dir, disk_errors, fetch_once
+
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+BUNDLE_VARIABLE = "NANOCHAT_EVAL_BUNDLE"
+FETCH_ATTEMPTS = 3
+FETCH_TIMEOUT_SECONDS = 30
+ORDER_SEED = 1337  # of the published CORE tables of nanochat runs; another one asks other examples first
+DEFAULT_DELIMITER = " "  # between question and answer, where the bundle names none
+FIELDS = {  # of a record, by kind of task
+    "multiple_choice": {"query": str, "choices": list, "gold": int},
+    "schema": {"context_options": list, "continuation": str, "gold": int},
+    "language_modeling": {"context": str, "continuation": str},
+}
+OPTIONS_FIELD = {"multiple_choice": "choices", "schema": "context_options"}
+
+
+def fetch_bundle(source: str = "") -> Path:
+    """Folder of the task bundle (the one that holds `core.yaml`), fetched and unpacked the first time.
+
+    `source` is a URL, a zip file or a folder; "" means the environment variable `NANOCHAT_EVAL_BUNDLE`, else the
+    public address. Raises `UserError` when it cannot be had, or is not such a bundle.
+    """
+    source = source or os.environ.get(BUNDLE_VARIABLE, "") or BUNDLE_URL
+    cache = base_dir() / "eval_bundle"
+    if source.startswith(("http://", "https://")):
+        key = hashlib.sha256(source.encode()).hexdigest()[:16]
+        archive = fetch_once(cache / f"{key}.zip", lambda partial: _download(source, partial))
+    else:
+        archive = Path(source).expanduser()
+        if archive.is_dir():
+            return _bundle_root(archive, source)
+        if not archive.is_file():
+            raise UserError(f"no evaluation bundle at {source}; give --bundle a URL, a zip file or a folder")
+        with open(archive, "rb") as file:
+            key = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return _bundle_root(fetch_once(cache / key, lambda partial: _unpack(archive, partial)), source)
+
+
+def _bundle_root(folder: Path, source: str) -> Path:
+    for root in (folder, folder / "eval_bundle"):
+        if (root / "core.yaml").is_file():
+            return root
+    raise UserError(f"{source} is not an evaluation bundle: it holds no core.yaml")
+
+
+def _download(url: str, partial: Path) -> None:
+    """Fetch `url` to `partial`, trying again with growing pauses until it is a whole bundle."""
+    fault = ""
+    for attempt in range(FETCH_ATTEMPTS):
+        time.sleep(2**attempt - 1)
+        fault = _stream(url, partial) or archive_fault(partial)
+        if not fault:
+            return
+    raise UserError(
+        f"cannot fetch the evaluation bundle from {url} ({fault}); check the network, or give --bundle (or "
+        f"{BUNDLE_VARIABLE}) another URL, a zip file or a folder"
+    )
+
+
+def _stream(url: str, partial: Path) -> str:
+    """Write what `url` answers to `partial`; returns what went wrong on the network, "" for nothing."""
+    import requests
+
+    try:
+        with requests.get(url, stream=True, timeout=FETCH_TIMEOUT_SECONDS) as response:
+            response.raise_for_status()
+            with open(partial, "wb") as file:
+                for block in response.iter_content(1 << 20):
+                    file.write(block)
+    except requests.RequestException as error:  # an OSError itself, so it goes before the disk's
+        return str(error)
+    except OSError as error:
+        raise UserError(f"cannot write the evaluation bundle to {partial.parent}: {error.strerror}") from error
+    return ""
+
+
+def archive_fault(archive: Path) -> str:
+    """Why `archive` is not a bundle that may be unpacked, "" when it is one: a zip file of undamaged members that
+    all stay inside its folder, `core.yaml` among them."""
+    try:
+        with zipfile.ZipFile(archive) as bundle:
+            names, damaged = bundle.namelist(), bundle.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+        return f"not a readable zip file: {error}"
+    if damaged is not None:
+        return f"damaged: {damaged} does not match its checksum"
+    outside = [name for name in names if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name)]
+    if outside:
+        return f"not to be trusted: {outside[0]!r} would land outside its folder"
+    if not {"core.yaml", "eval_bundle/core.yaml"} & set(names):
+        return "not an evaluation bundle: it holds no core.yaml"
+    return ""
+
+
+def _unpack(archive: Path, partial: Path) -> None:
+    """Unpack `archive` into the new folder `partial`; nothing is left of it when that fails."""
+    if fault := archive_fault(archive):
+        raise UserError(f"{archive} is {fault}; give --bundle another one")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    try:
+        with disk_errors("the evaluation bundle", partial.parent), zipfile.ZipFile(archive) as bundle:
+            bundle.extractall(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One task of the bundle. `records` are its rows in the order in which they are asked, `lines` their places in
+    the file, counted from 1; `baseline` is the accuracy of guessing, 0 to 1."""
+
+    label: str
+    kind: str
+    num_shots: int
+    delimiter: str
+    baseline: float
+    records: tuple[dict, ...]
+    lines: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=1)
+def read_tasks(bundle: Path) -> tuple[Task, ...]:
+    """The tasks of a bundle folder, in its order. Raises `UserError` naming the file and line that is wrong."""
+    import yaml
+
+    path = bundle / "core.yaml"
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]
+        baselines = _read_baselines(bundle / "eval_meta_data.csv")
+        tasks = tuple(_read_task(bundle, entry, baselines) for entry in entries)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, IndexError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} or a file it names cannot be read ({type(error).__name__}: {error})") from error
+    if not tasks:
+        raise UserError(f"{path} names no tasks")
+    return tasks
+
+
+def _read_baselines(path: Path) -> dict[str, float]:
+    """Accuracy of guessing, 0 to 1, by task label; the file has percent."""
+    with open(path, newline="", encoding="utf-8") as file:
+        try:
+            return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+        except ValueError as error:
+            raise UserError(f"{path}: a random baseline is no number ({error})") from error
+
+
+def _read_task(bundle: Path, entry: dict, baselines: dict[str, float]) -> Task:
+    label, kind = entry["label"], entry["icl_task_type"]
+    if kind not in FIELDS:
+        raise UserError(f"task {label} of {bundle} is of the unknown kind {kind!r}; known are {', '.join(FIELDS)}")
+    if not 0 <= baselines.get(label, -1) < 1:
+        raise UserError(f"{bundle / 'eval_meta_data.csv'} has no random baseline from 0 to 100 for task {label}")
+    path = bundle / "eval_data" / entry["dataset_uri"]
+    numbered = _read_records(path, kind)
+    random.Random(ORDER_SEED).shuffle(numbered)
+    return Task(
+        label=label,
+        kind=kind,
+        num_shots=int(entry["num_fewshot"][0]),
+        delimiter=entry.get("continuation_delimiter", DEFAULT_DELIMITER),
+        baseline=baselines[label],
+        records=tuple(record for _, record in numbered),
+        lines=tuple(line for line, _ in numbered),
+    )
+
+
+def _read_records(path: Path, kind: str) -> list[tuple[int, dict]]:
+    """The rows of a task file with their line numbers, each as its kind needs it; `UserError` names the wrong line."""
+    records = []
+    for line, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {line} is not JSON ({error})") from error
+        if fault := _record_fault(record, kind):
+            raise UserError(f"{path}, line {line}: {fault}")
+        records.append((line, record))
+    if not records:
+        raise UserError(f"{path} holds no examples")
+    return records
+
+
+def _record_fault(record, kind: str) -> str:
+    """What keeps `record` from being an example of `kind`, "" when nothing does."""
+    if not isinstance(record, dict):
+        return "not a JSON object"
+    for field, type_ in FIELDS[kind].items():
+        if type(record.get(field)) is not type_:
+            return f"the field {field!r} must be of type {type_.__name__}, not {record.get(field)!r}"
+    if not record.get("continuation", "some"):
+        return "the continuation is empty"
+    options = record.get(OPTIONS_FIELD.get(kind), [])
+    if not all(isinstance(option, str) and option for option in options):
+        return f"an option is not a text or is empty: {options!r}"
+    if "gold" in FIELDS[kind] and not 0 <= record["gold"] < len(options):
+        return f"gold is {record['gold']}, but there are {len(options)} options"
+    return ""

@@ -1,0 +1,503 @@
+"""Pretraining text as parquet shards with a `text` column: where they lie, reading them, getting them.
+
+    python -m nanochat.dataset -n 8                                    # 8 train shards of the default data set
+    python -m nanochat.dataset -n -1 --data karpathy/fineweb-edu-100b-shuffle
+    python -m nanochat.dataset --data ./my_texts                       # folder or file: parquet, jsonl, txt, md
+    python -m nanochat.dataset --data local                            # documentation found on this machine
+
+Whatever the source, the rest of the code sees shards in a fixed order, the last of which is the validation set.
+Not here: the transfer of one file (`hub.py`), making shards of other files (`localtext.py`), tokenizing, batching.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from nanochat import hub, localtext
+from nanochat.common import UserError, base_dir, disk_errors, print0, run_main, write_atomic
+from nanochat.hub import HubFile, Retry, TransferError
+from nanochat.localtext import Source
+
+DEFAULT_DATA = "karpathy/climbmix-400b-shuffle"
+DEFAULT_TRAIN_SHARDS = 8  # of that data set: the two billion characters the tokenizer is trained on
+LOCAL_TEXT = "local"  # the name of the data set made of documentation found on this machine
+MANIFEST = "nanochat-shards.json"  # a name no folder of the user will have for something else
+SUFFIXES = (".parquet", *localtext.SUFFIXES)
+TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())
+DISK_MARGIN_BYTES = 64 << 20  # on top of 5 %: room for the logs and the file system's own needs
+SAVE_SECONDS = 5.0  # between two writings of the manifest; what a kill loses is only hashed once more
+GIVE_UP_FAILURES = 8  # files in a row that ran out of attempts: the network is gone, the rest need not be tried
+
+
+class Position(NamedTuple):
+    """Where a batch of documents comes from: index of the shard in the list given, and of the row group in it."""
+
+    shard: int
+    row_group: int
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def data_dir(data: str) -> Path:
+    """Folder of the shards of `data`: a local folder with at least two parquet files itself, otherwise a folder
+    below the base folder, named after the repository or the local path.
+
+    Raises `UserError` when `data` is neither a local path, nor `local`, nor looks like a repository.
+    """
+    if data == LOCAL_TEXT:
+        return base_dir() / "data" / LOCAL_TEXT
+    path = Path(data).expanduser()
+    if data and path.exists():
+        if path.is_dir() and len(_parquet_files(path)) >= 2:
+            return path
+        digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+        return base_dir() / "data" / f"{path.resolve().stem}-{digest}"
+    hub.split_repository(data)
+    return base_dir() / "data" / data.replace("/", "--")
+
+
+def shard_paths(data: str, split: str) -> list[Path]:
+    """The shards of `split`: "val" is the last shard of the data set, "train" those before it that are here.
+
+    Of a partly downloaded data set, train is the unbroken run from the first shard on, so that the order does not
+    change while the rest arrives. Raises `UserError` when there are none, or one that was here is gone.
+    """
+    assert split in ("train", "val"), split
+    folder = data_dir(data)
+    command = f"run: python -m nanochat.dataset --data {data}"
+    manifest = Manifest.load(folder)
+    if manifest is None:
+        shards = _parquet_files(folder)
+        if len(shards) < 2:
+            raise UserError(f"the data set {data} is not in {folder}; {command}")
+        return shards[:-1] if split == "train" else shards[-1:]
+    for file in manifest.files:
+        if file.name in manifest.verified and not file.is_whole(folder):
+            path = folder / file.name
+            raise UserError(f"the shard {path} is gone or no longer has its {file.size:,} bytes; {command}")
+    wanted = manifest.files[:-1] if split == "train" else manifest.files[-1:]
+    chosen = list(takewhile(lambda file: file.is_whole(folder), wanted))
+    if not chosen:
+        raise UserError(f"no {split} shard of {data} is in {folder} yet; {command}")
+    return [folder / file.name for file in chosen]
+
+
+def document_batches(
+    paths: Sequence[Path], *, start: tuple[int, int] = (0, 0)
+) -> Iterator[tuple[Position, pa.StringArray]]:
+    """The documents of the shards in order, one row group at a time, from row group `start` on.
+
+    Only one row group is in memory. Nulls and empty texts are left out, and a row group of nothing else with them.
+    Raises `UserError` for a shard that is missing or cannot be read, at the moment it is reached.
+    """
+    for shard in range(start[0], len(paths)):
+        with _open_shard(paths[shard]) as parquet:
+            first = start[1] if shard == start[0] else 0
+            for row_group in range(first, parquet.num_row_groups):
+                with _shard_errors(paths[shard]):
+                    texts = _non_empty(parquet.read_row_group(row_group, columns=["text"]).column("text"))
+                if len(texts):
+                    yield Position(shard, row_group), texts
+
+
+def _non_empty(column: pa.ChunkedArray) -> pa.StringArray:
+    texts = column.cast(pa.string()).combine_chunks()
+    return texts.filter(pc.greater(pc.binary_length(texts), 0))  # null for a null text, which filter drops
+
+
+@contextmanager
+def _shard_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"the shard {path} is missing; run python -m nanochat.dataset again") from error
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"the shard {path} cannot be read ({reason}); if it is damaged, delete it and "
+            f"run python -m nanochat.dataset again"
+        ) from error
+
+
+def _open_shard(path: Path) -> pq.ParquetFile:
+    """The opened shard. Raises `UserError` when it is missing, unreadable, or has no `text` column of strings."""
+    with _shard_errors(path):
+        parquet = pq.ParquetFile(path)
+    _check_columns(parquet, str(path))
+    return parquet
+
+
+def _check_columns(parquet: pq.ParquetFile, name: str) -> None:
+    columns = {column.name: column.type for column in parquet.schema_arrow}
+    if columns.get("text") not in TEXT_TYPES:
+        listed = ", ".join(f"{column} ({kind})" for column, kind in list(columns.items())[:8])
+        raise UserError(
+            f"the shard {name} has no column text of strings, only {listed or 'none'}; "
+            f"choose another data set with --data"
+        )
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    """Parquet files at any depth below `folder`, hidden ones left out, in natural order (2 before 10)."""
+    found = [path.relative_to(folder) for path in folder.rglob("*.parquet")]
+    return [
+        folder / path
+        for path in sorted(found, key=lambda path: natural_key(path.as_posix()))
+        if not any(part.startswith(".") for part in path.parts)
+    ]
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sort key that orders runs of digits as numbers: `a2` before `a10`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+# --- the manifest of a folder --------------------------------------------------------------------
+
+
+@dataclass
+class Manifest:
+    """What a data folder should hold (`files`, all of the source in order) and which of it was found whole.
+
+    `verified` has the modification time in ns of each verified file, so that nothing is hashed a second time;
+    `version` pins the source: the commit of a repository, the fingerprint of converted files.
+    """
+
+    source: str
+    version: str
+    files: list[HubFile]
+    verified: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest | None":
+        """The manifest of `folder`; None when there is none. Raises `UserError` when it is damaged."""
+        path = folder / MANIFEST
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{**values, "files": [HubFile(**file) for file in values["files"]]})
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} cannot be read ({error}); delete it and run the download again") from error
+
+    def save(self, folder: Path) -> None:
+        """Write it into `folder`, atomically."""
+        write_atomic(folder / MANIFEST, json.dumps(asdict(self)))
+
+
+# --- getting a data set --------------------------------------------------------------------------
+
+
+def prepare(data: str, num_train: int, *, workers: int = 8, retry: Retry | None = None) -> Path:
+    """Make the shards of `data` ready and return their folder: download a hub repository (the first `num_train`
+    train shards, -1 for all, and always the last), or convert local text, or check a local folder of shards.
+
+    Of many processes that ask for the same, one does the work and the others wait. Doing it again only checks.
+    Raises `UserError` when it cannot be had whole; what was fetched by then is kept.
+    """
+    if num_train < 1 and num_train != -1:
+        raise UserError(f"-n {num_train} is out of range; give the number of train shards, or -1 for all")
+    if workers < 1:
+        raise UserError(f"--workers {workers} is out of range; give at least 1")
+    folder, path = data_dir(data), Path(data).expanduser()
+    if data == LOCAL_TEXT:
+        with _only_one_process(folder):
+            _convert(data, f"machine {localtext.VERSION}", localtext.machine_sources, folder)
+    elif folder == path:
+        for shard in _parquet_files(folder):
+            _open_shard(shard).close()
+    elif path.exists():
+        root = path if path.is_dir() else path.parent
+        with _only_one_process(folder):
+            _convert_files(data, _source_files(path), root, folder)
+    else:
+        with _only_one_process(folder):
+            _download(data, num_train, folder, workers, retry or Retry())
+    return folder
+
+
+def _download(data: str, num_train: int, folder: Path, workers: int, retry: Retry) -> None:
+    """Fetch the shards of a hub repository into `folder`. Of a repository without parquet shards, the text files are
+    fetched into a folder beside it and made into shards. The hub is not asked when nothing is missing."""
+    raw_folder = folder.with_name(f"{folder.name}.raw")
+    manifest = Manifest.load(raw_folder) or Manifest.load(folder) or _list_usable(data, retry)
+    files = manifest.files
+    is_raw = len(files) < 2 or not all(file.name.endswith(".parquet") for file in files)
+    if num_train >= len(files):
+        print0(f"{data} has only {len(files) - 1:,} train files: taking all instead of {num_train:,}")
+    wanted = files[-1:] + (files[:-1] if num_train < 0 else files[:-1][:num_train])
+    _fetch_missing(manifest, raw_folder if is_raw else folder, wanted, workers, retry)
+    if is_raw:
+        _convert_files(data, [raw_folder / file.name for file in wanted], raw_folder, folder)
+
+
+def _list_usable(data: str, retry: Retry) -> Manifest:
+    """What there is to fetch: the parquet shards in natural order if there are two or more, else every file that
+    can be made into shards, the description of the repository left out."""
+    revision, files = hub.list_files(data, retry)
+    files = sorted(files, key=lambda file: natural_key(file.name))
+    shards = [file for file in files if file.name.endswith(".parquet")]
+    usable = [file for file in files if file.name.endswith(SUFFIXES) and file.name != "README.md"]
+    if not usable:
+        raise UserError(f"the hub repository {data} has no {', '.join(SUFFIXES)} file; choose another with --data")
+    return Manifest(data, revision, shards if len(shards) >= 2 else usable)
+
+
+def _fetch_missing(manifest: Manifest, folder: Path, wanted: list[HubFile], workers: int, retry: Retry) -> None:
+    """Fetch those of `wanted` that are not in `folder` and whole. Raises `UserError` when some remain missing."""
+    from tqdm import tqdm
+
+    missing = [file for file in wanted if not _is_verified(manifest, folder, file)]
+    manifest.save(folder)
+    if not missing:
+        return
+    arrived = sum(hub.size_of(hub.partial_path(folder / file.name)) for file in missing)
+    total = sum(file.size for file in missing)
+    check_disk(folder, total - arrived)
+    headers = hub.request_headers()
+    bar = tqdm(
+        total=total,
+        initial=arrived,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        dynamic_ncols=True,
+        desc=f"{len(missing)} files",
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+    )
+    bar_lock, stop = threading.Lock(), threading.Event()
+
+    def advance(num_bytes: int) -> None:
+        with bar_lock:
+            bar.update(num_bytes)
+
+    def fetch(file: HubFile) -> None:
+        url = hub.file_url(manifest.source, manifest.version, file)
+        hub.fetch_file(
+            url,
+            folder / file.name,
+            file,
+            retry=retry,
+            headers=headers,
+            check=_check_fetched,
+            on_bytes=advance,
+            stop=stop,
+        )
+
+    failed: dict[str, str] = {}
+    with bar, ThreadPoolExecutor(workers) as pool:
+        jobs = {pool.submit(fetch, file): file for file in missing}
+        try:
+            _collect(jobs, manifest, folder, failed)
+        finally:  # a user error, Ctrl-C, a dead network: end the other transfers too
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            manifest.save(folder)
+    _report_missing(manifest, folder, wanted, failed)
+
+
+def _collect(jobs: dict[Future[None], HubFile], manifest: Manifest, folder: Path, failed: dict[str, str]) -> None:
+    """Note in the manifest what arrived and in `failed` what did not, until all is done or the network looks dead."""
+    saved = time.monotonic()
+    failures_in_a_row = 0
+    for job in as_completed(jobs):
+        file = jobs[job]
+        try:
+            job.result()
+        except TransferError as error:
+            failed[file.name] = str(error)
+            failures_in_a_row += 1
+            if failures_in_a_row >= GIVE_UP_FAILURES:
+                return
+            continue
+        failures_in_a_row = 0
+        manifest.verified[file.name] = (folder / file.name).stat().st_mtime_ns
+        if time.monotonic() - saved > SAVE_SECONDS:
+            manifest.save(folder)
+            saved = time.monotonic()
+
+
+def _report_missing(manifest: Manifest, folder: Path, wanted: list[HubFile], failed: dict[str, str]) -> None:
+    """Name each file of `wanted` that is not here, then raise `UserError`; nothing when all are here."""
+    missing = [file.name for file in wanted if file.name not in manifest.verified]
+    for name in missing:
+        print(f"missing: {name} ({failed.get(name, 'not tried to the end')})", file=sys.stderr)
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(wanted)} files of {manifest.source} could not be fetched from "
+            f"{hub.endpoint()}; the others are kept in {folder}: run the same command again to go on"
+        )
+
+
+def _is_verified(manifest: Manifest, folder: Path, file: HubFile) -> bool:
+    """Whether `file` is here and whole; one that changed since, or was never noted, is checked again."""
+    path = folder / file.name
+    modified = path.stat().st_mtime_ns if path.exists() else None
+    if modified and file.is_whole(folder) and manifest.verified.get(file.name) == modified:
+        return True
+    manifest.verified.pop(file.name, None)
+    if modified is None:
+        return False
+    try:
+        hub.verify_or_discard(path, file, _check_fetched)
+    except TransferError as error:
+        print0(f"{path} is not whole ({error}): fetching it again")
+        return False
+    manifest.verified[file.name] = modified
+    return True
+
+
+def _check_fetched(path: Path, file: HubFile) -> None:
+    """Raise `TransferError` when a parquet file does not open, `UserError` when it has no `text` column."""
+    if file.name.endswith(".parquet"):
+        try:
+            with pq.ParquetFile(path) as parquet:
+                _check_columns(parquet, file.name)
+        except (pa.ArrowException, OSError) as error:
+            raise TransferError(f"it is no readable parquet file: {error}"[:200]) from error
+
+
+def check_disk(folder: Path, num_bytes: int) -> None:
+    """Raise `UserError` unless the disk of `folder` has room for `num_bytes` more and a margin."""
+    needed = num_bytes + num_bytes // 20 + DISK_MARGIN_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"not enough disk space in {folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
+            f"ask for fewer shards with -n, or set NANOCHAT_BASE_DIR to a folder on a larger disk"
+        )
+
+
+@contextmanager
+def _only_one_process(folder: Path) -> Iterator[None]:
+    """Hold the lock of a data folder; the system frees it when its holder dies."""
+    from filelock import FileLock, Timeout
+
+    with disk_errors("a lock file", folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print0(f"another process is preparing {folder}: waiting for it")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# --- converting ----------------------------------------------------------------------------------
+
+
+def _source_files(path: Path) -> list[Path]:
+    """The file itself, or every file below the folder that can be made into shards, hidden ones left out."""
+    found = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [
+        file
+        for file in found
+        if file.name.endswith(SUFFIXES)
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not files:
+        raise UserError(f"{path} has no {', '.join(SUFFIXES)} file; give --data another folder or a hub repository")
+    return files
+
+
+def _convert_files(data: str, files: Sequence[Path], root: Path, folder: Path) -> None:
+    """Make shards of `files` below `root`, unless `folder` has those of the very same files."""
+    digest = hashlib.sha256(localtext.VERSION.encode())
+    sources = []
+    for file in files:
+        name, status = file.relative_to(root).as_posix(), file.stat()
+        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        sources.append(Source(name, status.st_size, partial(_read_documents, file)))
+    _convert(data, digest.hexdigest(), lambda: sources, folder)
+
+
+def _read_documents(path: Path) -> Iterator[str]:
+    if path.suffix != ".parquet":
+        yield from localtext.read_texts(path)
+    else:
+        for _, texts in document_batches([path]):
+            yield from texts.to_pylist()
+
+
+def _convert(data: str, version: str, get_sources: Callable[[], list[Source]], folder: Path) -> None:
+    """Write the shards of `get_sources()` to `folder`, all or nothing, unless those of `version` are there."""
+    present = Manifest.load(folder)
+    if present and present.version == version and all(file.is_whole(folder) for file in present.files):
+        return
+    sources = get_sources()
+    num_bytes = sum(source.num_bytes for source in sources)
+    print0(f"{data}: making shards of {num_bytes / 1e6:,.1f} MB from {len(sources):,} sources")
+    check_disk(folder.parent, num_bytes)
+    partial_folder = folder.with_name(f".{folder.name}.partial")
+    try:
+        with disk_errors("shards", folder.parent):
+            shutil.rmtree(partial_folder, ignore_errors=True)
+            shards = localtext.write_shards(sources, partial_folder)
+            files = [HubFile(shard.name, shard.stat().st_size) for shard in shards]
+            verified = {shard.name: shard.stat().st_mtime_ns for shard in shards}
+            Manifest(data, version, files, verified).save(partial_folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial_folder, folder)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+
+
+# --- command -------------------------------------------------------------------------------------
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Fetch or convert pretraining text; the last shard is for validation.")
+    parser.add_argument(
+        "-n",
+        "--num-train",
+        type=int,
+        default=DEFAULT_TRAIN_SHARDS,
+        metavar="N",
+        help="train shards to fetch from a hub repository, -1 for all (default: %(default)s); the "
+        "validation shard always comes with them, local text is always taken whole",
+    )
+    parser.add_argument(
+        "--data",
+        default=DEFAULT_DATA,
+        help="hub repository owner/name or owner/name/folder, a local folder or file of parquet, jsonl "
+        "or text, or 'local' for documentation found on this machine (default: %(default)s)",
+    )
+    parser.add_argument("--workers", type=int, default=8, help="files fetched at a time (default: %(default)s)")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    folder = prepare(args.data, args.num_train, workers=args.workers)
+    train, val = shard_paths(args.data, "train"), shard_paths(args.data, "val")
+    print0(
+        f"{args.data}: {len(train):,} train shards ({sum(map(hub.size_of, train)) / 1e6:,.1f} MB) and validation "
+        f"shard {val[0].name} ({hub.size_of(val[0]) / 1e6:,.1f} MB) in {folder}"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main, parse_args)

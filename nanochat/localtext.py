@@ -1,0 +1,351 @@
+"""Text that lies on this machine made into parquet shards like those of a hub data set, for runs without a network.
+
+Two kinds of sources: files of the user (a document per jsonl line or per text file), and the documentation that comes
+with Python itself: docstrings and documents of the standard library and of the installed packages, read from their
+source files, never by importing them. `write_shards` turns sources of either kind into shards: without duplicates, in
+an order that depends on nothing but the text, with whole sources (files, packages) on one side of the split.
+Not here: parquet input and the choice between sources (`dataset.py`), tokenizing.
+"""
+
+import gzip
+import hashlib
+import inspect
+import json
+import os
+import random
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import CodeType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.common import UserError
+
+VERSION = "1"  # part of what identifies converted data: raise it when the same input gives other shards
+SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".md")
+SEED = 20251013
+DOCUMENT_CHARS = 8_000  # longer texts are cut at paragraph borders: about 2,000 tokens, one row of pretraining
+ROW_GROUP_DOCUMENTS = 1_024
+SHARD_BYTES = 64 << 20  # of text; shards of a very large input grow, as no more than MAX_SHARDS are open at a time
+MAX_SHARDS = 256
+VAL_FRAC = 0.05
+MAX_VAL_BYTES = 16 << 20
+
+PACKAGE_BYTES = 24 << 20  # source read of one package, so that the largest do not drown the others
+MACHINE_BYTES = 160 << 20  # source read in all: about 25 s on one core
+SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "licenses", "lib2to3", "idlelib"}
+SKIPPED_STEMS = ("license", "licence", "copying", "notice", "authors", "requirements", "top_level", "entry_points")
+DOCSTRING_CHARS = 40  # shorter docstrings say little beyond the name
+LONG_STRING_CHARS = 400  # other strings this long are documentation too (help topics, docs attached to C functions)
+MIN_DOCUMENT_CHARS = 200  # of prose found in a file
+PROSE_WORDS = 5  # of a paragraph, at least
+PROSE_ALPHA_FRAC = 0.5  # share of its words that are letters only
+PROSE_COMMON_FRAC = 0.15  # share of its words that are among the COMMON_WORDS
+_COMMON = """the of to and a in is for that with be as on are this by or it an if from not can will which when at have
+has was were its their you your we they all any each other than then there these into only used no but"""
+COMMON_WORDS = frozenset(_COMMON.split())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Texts that belong together, such as one file or one package: a name to sort by, about how many bytes they
+    have, and a function that reads them one by one."""
+
+    name: str
+    num_bytes: int
+    read: Callable[[], Iterable[str]]
+
+
+# --- files of the user ---------------------------------------------------------------------------
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The documents of one file: those of a jsonl file's `text` fields, or a text file's, cut where it is long.
+
+    Raises `UserError` with file and line when something is malformed, or the file cannot be read.
+    """
+    try:
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            yield from _read_jsonl(path)
+        else:
+            yield from cut_text(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}; convert it or take it out") from error
+    except (OSError, EOFError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+                if text is not None:
+                    text.encode()  # a lone surrogate (half of an escaped emoji) cannot be stored
+                    yield text
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(
+                    f'{path}, line {number}: not a JSON object with a string "text" ({type(error).__name__}: {error})'
+                ) from error
+
+
+def cut_text(text: str, max_chars: int = DOCUMENT_CHARS) -> Iterator[str]:
+    """`text` in pieces of at most `max_chars` characters and, but for the last, at least a quarter of that, each cut
+    at the last paragraph border that allows it, else line end, sentence end, space, or anywhere. Only white space at
+    the cuts is lost; a blank text has no pieces."""
+    text, start = text.strip(), 0
+    while len(text) - start > max_chars:
+        ends = (text.rfind(border, start + max_chars // 4, start + max_chars) for border in ("\n\n", "\n", ". ", " "))
+        end = next((end for end in ends if end > start), start + max_chars)
+        end += text.startswith(". ", end)  # the full stop belongs to the sentence
+        yield text[start:end]
+        start = end
+        while start < len(text) and text[start].isspace():
+            start += 1
+    if text:
+        yield text[start:]
+
+
+# --- writing shards ------------------------------------------------------------------------------
+
+
+def write_shards(sources: Sequence[Source], folder: Path, *, seed: int = SEED) -> list[Path]:
+    """Write the documents of `sources` to `folder` as shuffled parquet shards; the last one is for validation.
+
+    Documents that repeat an earlier one (white space aside) and blank ones are left out. Validation gets about 5 % of
+    the text, in whole sources where those are small enough, otherwise evenly spread documents. The result depends
+    on names, sizes and texts of the sources alone. Two passes, so that memory holds one shard at a time.
+    Raises `UserError` when there are not two different documents, and what reading a source raises.
+    """
+    sources = sorted(sources, key=lambda source: source.name)
+    total = sum(source.num_bytes for source in sources)
+    num_train = max(1, min(MAX_SHARDS, -(-total // SHARD_BYTES)))
+    target = max(1, min(int(VAL_FRAC * total), MAX_VAL_BYTES))
+    val_names = _choose_val_sources(sources, target, random.Random(seed))
+    folder.mkdir(parents=True, exist_ok=True)
+    spools = [folder / f".{shard}.spool" for shard in range(num_train + 1)]
+    counts = _spool(sources, val_names, max(2, round(total / target)), spools, random.Random(seed))
+    if val_names and 0 in (counts[-1], sum(counts[:-1])):  # the chosen sources held nothing new, or all of it
+        counts = _spool(sources, set(), max(2, round(total / target)), spools, random.Random(seed))
+    if 0 in (counts[-1], sum(counts[:-1])):
+        raise UserError(
+            f"only {sum(counts)} different documents in {len(sources)} files: training and validation "
+            f"need at least one each; give --data more text"
+        )
+    filled = [spool for spool, count in zip(spools, counts, strict=True) if count]
+    shards = [folder / f"shard_{index:05d}.parquet" for index in range(len(filled))]
+    for index, (spool, shard) in enumerate(zip(filled, shards, strict=True)):
+        _write_shuffled(spool, shard, random.Random(seed + index))
+    for spool in spools:
+        spool.unlink()
+    return shards
+
+
+def _choose_val_sources(sources: Sequence[Source], target: int, rng: random.Random) -> set[str]:
+    """Names of a random set of sources of together about `target` bytes; empty when they are too large for that."""
+    chosen: set[str] = set()
+    size = 0
+    for source in rng.sample(sources, len(sources)):
+        if size + source.num_bytes <= 1.5 * target:
+            chosen.add(source.name)
+            size += source.num_bytes
+        if size >= target:
+            break
+    return chosen if size >= 0.5 * target else set()
+
+
+def _spool(
+    sources: Sequence[Source], val_names: set[str], val_period: int, spools: Sequence[Path], rng: random.Random
+) -> list[int]:
+    """Deal the documents out to one temporary file a shard, and return how many each got: those of the sources in
+    `val_names` to the last, or every `val_period`-th one when that is empty."""
+    seen: set[bytes] = set()
+    counts = [0] * len(spools)
+    schema = pa.schema([("text", pa.string())])
+    with ExitStack() as stack:
+        writers = [stack.enter_context(pa.ipc.new_file(str(spool), schema)) for spool in spools]
+        waiting: list[list[str]] = [[] for _ in spools]
+        for source in sources:
+            for text in source.read():
+                key = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+                if key in seen or not text.strip():
+                    continue
+                seen.add(key)
+                is_val = source.name in val_names if val_names else len(seen) % val_period == 2 % val_period
+                shard = len(spools) - 1 if is_val else rng.randrange(len(spools) - 1)
+                waiting[shard].append(text)
+                counts[shard] += 1
+                if len(waiting[shard]) == ROW_GROUP_DOCUMENTS:
+                    writers[shard].write(pa.table({"text": waiting[shard]}, schema))
+                    waiting[shard] = []
+        for writer, texts in zip(writers, waiting, strict=True):
+            writer.write(pa.table({"text": texts}, schema))
+    return counts
+
+
+def _write_shuffled(spool: Path, shard: Path, rng: random.Random) -> None:
+    with pa.ipc.open_file(str(spool)) as reader:
+        texts = reader.read_all().column("text").to_pylist()
+    rng.shuffle(texts)
+    table = pa.table({"text": pa.chunked_array([texts], pa.string())})
+    pq.write_table(table, shard, compression="zstd", row_group_size=ROW_GROUP_DOCUMENTS)
+
+
+# --- documentation on this machine ---------------------------------------------------------------
+
+
+def machine_sources() -> list[Source]:
+    """Documentation of the Python standard library and the installed packages: a source a package, a document a
+    module or text file. Only paragraphs of English prose are kept, each the first time it is met."""
+    seen: set[str] = set()
+    sources = []
+    machine_left = MACHINE_BYTES
+    for package, files in _packages().items():
+        documents: list[str] = []
+        package_left = min(PACKAGE_BYTES, machine_left)
+        for path, title in files:
+            content = _content(path, package_left)
+            package_left -= len(content)
+            machine_left -= len(content)
+            paragraphs = _new_prose(_passages(path, content), seen)
+            if sum(map(len, paragraphs)) >= MIN_DOCUMENT_CHARS:
+                documents.extend(cut_text("\n\n".join([title, *paragraphs])))
+        if documents:
+            num_bytes = sum(len(document.encode()) for document in documents)
+            sources.append(Source(package, num_bytes, partial(iter, documents)))
+    return sources
+
+
+def _packages() -> dict[str, list[tuple[Path, str]]]:
+    """Files with documentation and their titles by package, the standard library's first, public modules first."""
+    packages: dict[str, list[tuple[Path, str]]] = {}
+    for root in _roots():
+        found: dict[str, list[tuple[Path, str]]] = {}
+        for path in _documented_files(root):
+            parts = path.relative_to(root).with_suffix("").parts
+            package = parts[0].partition("-")[0].lower()  # name-1.0.dist-info belongs to name
+            title = package if path.name == "METADATA" else ".".join(parts).removesuffix(".__init__")
+            found.setdefault(package, []).append((path, title))
+        for package in sorted(found):
+            packages.setdefault(package, []).extend(sorted(found[package], key=_public_first))
+    return packages
+
+
+def _public_first(file: tuple[Path, str]) -> tuple[bool, str, str]:
+    path, title = file
+    return "._" in title, title, str(path)
+
+
+def _roots() -> list[Path]:
+    """Folders of the standard library and of installed packages."""
+    paths = sysconfig.get_paths()
+    installed = [
+        path
+        for path in (paths["purelib"], paths["platlib"], *sys.path)
+        if Path(path).name in ("site-packages", "dist-packages")
+    ]
+    return [
+        path for path in dict.fromkeys(Path(path).resolve() for path in (paths["stdlib"], *installed)) if path.is_dir()
+    ]
+
+
+def _documented_files(root: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name.lower() not in SKIPPED_FOLDERS and name[0] != "."]
+        for name in names:
+            is_text = name.endswith((".md", ".rst", ".txt")) and not name.lower().startswith(SKIPPED_STEMS)
+            if name.endswith(".py") or is_text or name == "METADATA":
+                yield Path(parent, name)
+
+
+def _content(path: Path, max_bytes: int) -> bytes:
+    """The bytes of the file; none when there are more than `max_bytes`, no docstrings, or it cannot be read."""
+    try:
+        content = path.read_bytes() if path.stat().st_size <= max_bytes else b""
+    except OSError:  # unreadable or just uninstalled: one document less
+        return b""
+    return content if path.suffix != ".py" or b'"""' in content or b"'''" in content else b""
+
+
+def _passages(path: Path, content: bytes) -> Iterator[tuple[str, str]]:
+    """Headings (may be empty) and texts of a file in its order. A source file that does not compile has none."""
+    if path.suffix != ".py":
+        text = content.decode("utf-8", errors="ignore").replace("\r\n", "\n")
+        yield "", text.partition("\n\n")[2] if path.name == "METADATA" else text
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's files
+            code = compile(content, str(path), "exec", dont_inherit=True, optimize=0)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    yield from _strings(code)
+
+
+def _strings(code: CodeType) -> Iterator[tuple[str, str]]:
+    """Docstrings with their names and arguments, and other long strings, of a compiled module, class or function.
+
+    Compiled code is searched, not the syntax tree: building one as Python objects takes three times as long.
+    """
+    # The docstring is the first constant of a module or function; in a class its name and line come before.
+    places = 1 if code.co_flags & inspect.CO_OPTIMIZED or code.co_name == "<module>" else 3
+    for index, constant in enumerate(code.co_consts):
+        if isinstance(constant, CodeType):
+            yield from _strings(constant)
+        elif isinstance(constant, str):
+            is_docstring = index < places and len(constant) >= DOCSTRING_CHARS
+            if is_docstring or len(constant) >= LONG_STRING_CHARS:
+                yield _heading(code) if is_docstring else "", constant
+
+
+def _heading(code: CodeType) -> str:
+    if code.co_name.startswith("<"):
+        return ""
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return f"{code.co_qualname}({', '.join(arguments)})" if arguments else code.co_qualname
+
+
+def _new_prose(passages: Iterable[tuple[str, str]], seen: set[str]) -> list[str]:
+    """The paragraphs of `passages` that are prose and not in `seen`, each heading before what is left of its text."""
+    kept = []
+    for heading, text in passages:
+        paragraphs = []
+        text = text.encode(errors="replace").decode()  # lone surrogates, which no file can hold
+        for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text)):
+            key = " ".join(paragraph.split())
+            if is_prose(paragraph) and key not in seen:
+                seen.add(key)
+                paragraphs.append(_unwrap(paragraph))
+        if paragraphs:
+            kept += [heading, *paragraphs] if heading else paragraphs
+    return kept
+
+
+def is_prose(paragraph: str) -> bool:
+    """Whether a paragraph reads like English sentences rather than code, a table, a list of names or another
+    language, judged by its words."""
+    words = paragraph.split()
+    return (
+        len(words) >= PROSE_WORDS
+        and sum(map(str.isalpha, words)) >= PROSE_ALPHA_FRAC * len(words)
+        and sum(map(COMMON_WORDS.__contains__, words)) >= PROSE_COMMON_FRAC * len(words)
+        and not paragraph.lstrip().startswith(">>>")
+    )
+
+
+def _unwrap(paragraph: str) -> str:
+    """The paragraph on one line when all its lines begin at the same column, as wrapped prose does."""
+    lines = paragraph.strip("\n").splitlines()
+    columns = {len(line) - len(line.lstrip()) for line in lines}
+    is_list = any(line.lstrip()[:1] in ("-", "*", "|", "+") for line in lines)
+    return "\n".join(lines) if len(columns) > 1 or is_list else " ".join(paragraph.split())

@@ -1,0 +1,265 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import fill_randomly
+
+from nanochat import gpt
+from nanochat.common import UserError
+from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig, build_model
+
+
+def draw_idx(config, rows=2, length=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (rows, length or config.sequence_len), generator=generator)
+
+
+# --- shape ---
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 12, 20, 24, 26, 32, 40])
+@pytest.mark.parametrize("derive", [GPTConfig.from_depth, GPTConfig.october_2025])
+def test_every_depth_builds_with_whole_heads(depth, derive):
+    config = derive(depth, vocab_size=32768)
+    model = build_model(config, device="meta")
+    assert config.head_dim == 128
+    assert 64 * depth <= config.n_embd < 64 * depth + 128
+    assert model.parameter_counts()["total"] == sum(p.numel() for p in model.parameters())
+
+
+def test_october_2025_d20_has_the_published_parameters():
+    config = GPTConfig.october_2025(20, vocab_size=65536)
+    counts = build_model(config, device="meta").parameter_counts()
+    assert (config.n_embd, config.n_head, config.head_dim) == (1280, 10, 128)
+    assert counts["total"] == 560_988_160
+    assert counts["scalars"] == 0
+    assert round(20 * counts["total"] / 1e9, 1) == 11.2
+
+
+@pytest.mark.parametrize(
+    ("depth", "matrices", "total", "gflops"),
+    [(12, 84.9e6, 286e6, 0.726), (20, 393e6, 897e6, 2.793), (22, 523e6, 1.12e9, 3.642), (24, 680e6, 1.38e9, 4.641)],
+)
+def test_counts_equal_the_published_table(depth, matrices, total, gflops):
+    """Rooflines for vocabulary 32,768, T 2048, windows SSSL of 512."""
+    model = build_model(GPTConfig.from_depth(depth, vocab_size=32768), device="meta")
+    counts = model.parameter_counts()
+    assert counts["matrices"] == pytest.approx(matrices, rel=2e-3)
+    assert counts["total"] == pytest.approx(total, rel=5e-3)
+    assert model.flops_per_token() / 1e9 == pytest.approx(gflops, rel=1e-3)
+
+
+def test_flops_count_every_visible_position_once():
+    config = GPTConfig.from_depth(4, vocab_size=100, sequence_len=16, head_dim=32)
+    model = build_model(config, device="meta")
+    visible = 0
+    for layer in range(4):
+        window = config.window(layer) or 16
+        visible += sum(min(t + 1, window) for t in range(16)) / 16
+    weights = model.parameter_counts()["matrices"] + 100 * config.n_embd
+    assert model.flops_per_token() == pytest.approx(6 * weights + 12 * visible * config.n_embd)
+
+
+def test_windows_and_value_embeddings_lie_where_they_should():
+    config = GPTConfig.from_depth(9, vocab_size=100, sequence_len=64)
+    assert [config.window(layer) for layer in range(9)] == [16, 16, 16, None, 16, 16, 16, None, None]
+    assert [config.has_value_embed(layer) for layer in range(9)] == [True, False] * 4 + [True]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"n_head": 5}, "n_embd 96 over n_head 5"),
+        ({"n_kv_head": 2}, "n_kv_head 2"),
+        ({"window_pattern": "SX"}, "SX"),
+        ({"sequence_len": -1}, "-1"),
+    ],
+)
+def test_a_config_that_cannot_be_names_the_field(tiny_config, change, named):
+    valid = replace(tiny_config, n_embd=96, n_head=3, n_kv_head=3)
+    with pytest.raises(UserError, match=named):
+        replace(valid, **change)
+
+
+@pytest.mark.parametrize("depth", [0, -3, 1000])
+def test_a_depth_out_of_range_is_refused(depth):
+    with pytest.raises(UserError, match=str(depth)):
+        GPTConfig.from_depth(depth, vocab_size=100)
+
+
+# --- initialisation ---
+
+
+@pytest.mark.parametrize("derive", [GPTConfig.from_depth, GPTConfig.october_2025])
+def test_initialisation_fills_all_storage(derive):
+    model = build_model(derive(4, vocab_size=300, sequence_len=32, head_dim=32))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)
+    model.init_weights(torch.Generator().manual_seed(0))
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert not list(model.buffers())
+
+
+def test_initial_weights_have_the_stated_sizes_and_follow_the_seed():
+    config = GPTConfig.from_depth(4, vocab_size=1000, sequence_len=32)
+    model = build_model(config, generator=torch.Generator().manual_seed(7))
+    again = build_model(config, generator=torch.Generator().manual_seed(7))
+    other = build_model(config, generator=torch.Generator().manual_seed(8))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(model.wte.weight, other.wte.weight)
+    std = config.n_embd**-0.5
+    block = model.h[1]
+    for weight, expected in [
+        (model.wte.weight, 0.8), (model.lm_head.weight, 1e-3), (model.value_embeds.weight, std),
+        (block.attn.c_q.weight, std), (block.mlp.c_fc.weight, 0.4 * std),
+    ]:  # fmt: skip
+        assert weight.std().item() == pytest.approx(expected, rel=0.05)
+    assert (block.attn.c_proj.weight == 0).all()
+    assert (block.mlp.c_proj.weight == 0).all()
+    assert model.resid_lambdas[[0, -1]].tolist() == pytest.approx([1.15, 1.05])
+    assert model.x0_lambdas[[0, -1]].tolist() == pytest.approx([0.20, 0.05])
+    assert model.smear_lambda.item() == 0.0
+
+
+def test_a_new_model_predicts_about_uniformly(tiny_config):
+    model = build_model(tiny_config, generator=torch.Generator().manual_seed(0))
+    idx = draw_idx(tiny_config)
+    assert model(idx, idx).item() == pytest.approx(math.log(tiny_config.vocab_size), abs=0.05)
+
+
+# --- forward ---
+
+
+def test_a_later_token_never_changes_an_earlier_logit(tiny_model, tiny_config):
+    idx = draw_idx(tiny_config)
+    changed = idx.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % tiny_config.vocab_size
+    before, after = tiny_model(idx), tiny_model(changed)
+    torch.testing.assert_close(after[:, :20], before[:, :20], rtol=0, atol=1e-6)
+    assert (after[:, 20:] - before[:, 20:]).abs().max() > 1e-2
+
+
+def test_a_short_window_layer_sees_exactly_its_window(tiny_config):
+    """With one windowed layer and no smear, a position `window` back is out of sight, one nearer is not."""
+    config = replace(tiny_config, n_layer=2, smear=False, window_pattern="S")
+    model = build_model(config, generator=torch.Generator().manual_seed(0))
+    fill_randomly(model)
+    with torch.no_grad():  # the last layer sees everything: mute its attention
+        model.h[1].attn.c_proj.weight.zero_()
+    idx, window, t = draw_idx(config, rows=1), config.short_window, 20
+    before = model(idx)[0, t]
+    for distance, is_seen in ((window - 1, True), (window, False)):
+        changed = idx.clone()
+        changed[0, t - distance] = (changed[0, t - distance] + 1) % config.vocab_size
+        difference = (model(changed)[0, t] - before).abs().max()
+        assert (difference > 1e-6) == is_seen
+
+
+def test_logits_of_padded_vocabulary_rows_are_cut_off(tiny_model, tiny_config):
+    assert tiny_config.vocab_size == 400 < tiny_config.padded_vocab_size == 448
+    idx = draw_idx(tiny_config)
+    assert tiny_model(idx).shape == (2, 32, 400)
+    before = tiny_model(idx, idx).item()
+    with torch.no_grad():
+        tiny_model.lm_head.weight[400:] = 1e3
+    assert tiny_model(idx, idx).item() == before
+    tiny_model(idx, idx).backward()
+    assert (tiny_model.lm_head.weight.grad[400:] == 0).all()
+
+
+def test_loss_equals_cross_entropy_of_the_logits(tiny_model, tiny_config):
+    idx = draw_idx(tiny_config)
+    targets = idx.roll(-1, 1)
+    targets[:, -1] = IGNORE_INDEX
+    logits = tiny_model(idx)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+    torch.testing.assert_close(tiny_model(idx, targets), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tiny_model(idx, targets, reduction="none").sum() / 62, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient(tiny_model, tiny_config):
+    idx = draw_idx(tiny_config)
+    tiny_model(idx, idx.roll(-1, 1)).backward()
+    for name, p in tiny_model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert (p.grad != 0).any(), name
+
+
+def test_inputs_longer_than_the_training_length_work_and_change_nothing_before(tiny_model, tiny_config):
+    idx = draw_idx(tiny_config, length=70)
+    short = tiny_model(idx[:, :32])
+    long = tiny_model(idx)
+    torch.testing.assert_close(long[:, :32], short, rtol=1e-5, atol=1e-5)
+    assert tiny_model(idx[:, :1]).shape == (2, 1, 400)
+
+
+def test_bfloat16_activations_stay_near_float32(tiny_model, tiny_config):
+    narrow = GPT(tiny_config, compute_dtype=torch.bfloat16)
+    narrow.load_state_dict(tiny_model.state_dict())
+    idx = draw_idx(tiny_config)
+    assert narrow.hidden(idx).dtype == torch.bfloat16
+    error = (narrow(idx) - tiny_model(idx)).norm() / tiny_model(idx).norm()
+    assert error < 0.05
+
+
+def test_the_compiled_trunk_serves_rows_of_the_training_length_only(tiny_model, tiny_config, monkeypatch):
+    lengths = []
+
+    def compile_stub(function, **options):
+        def compiled(idx, cos, sin):
+            lengths.append(idx.size(1))
+            return function(idx, cos, sin)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_stub)
+    tiny_model.compile_trunk()
+    tiny_model(draw_idx(tiny_config))
+    tiny_model(draw_idx(tiny_config, length=7))
+    assert lengths == [32]
+
+
+# --- the October 2025 architecture ---
+
+
+def to_transformers(model: GPT):
+    """transformers' NanoChat with the weights of `model`."""
+    transformers = pytest.importorskip("transformers")
+    ours = model.config
+    config = transformers.NanoChatConfig(
+        vocab_size=ours.vocab_size, hidden_size=ours.n_embd, intermediate_size=4 * ours.n_embd,
+        num_hidden_layers=ours.n_layer, num_attention_heads=ours.n_head, num_key_value_heads=ours.n_kv_head,
+        max_position_embeddings=ours.sequence_len, rms_norm_eps=gpt.NORM_EPS, final_logit_softcapping=ours.softcap,
+        tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": ours.rope_base},
+    )  # fmt: skip
+    theirs = transformers.NanoChatForCausalLM(config).eval()
+    names = {"self_attn.q_proj": "attn.c_q", "self_attn.k_proj": "attn.c_k", "self_attn.v_proj": "attn.c_v",
+             "self_attn.o_proj": "attn.c_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}  # fmt: skip
+    state = {"model.embed_tokens.weight": model.wte.weight[: ours.vocab_size],
+             "lm_head.weight": model.lm_head.weight[: ours.vocab_size]}  # fmt: skip
+    for layer, block in enumerate(model.h):
+        for their_name, our_name in names.items():
+            state[f"model.layers.{layer}.{their_name}.weight"] = block.get_submodule(our_name).weight
+    theirs.load_state_dict(state, strict=True)
+    return theirs
+
+
+@pytest.mark.parametrize("kv_ratio", [1, 2, 4])
+@torch.no_grad()
+def test_october_2025_logits_equal_those_of_transformers(kv_ratio, monkeypatch):
+    config = GPTConfig.october_2025(4, vocab_size=128, sequence_len=48, head_dim=64, kv_ratio=kv_ratio)
+    model = build_model(config, generator=torch.Generator().manual_seed(0))
+    fill_randomly(model, scale=1.0)
+    idx = draw_idx(config)
+    theirs = to_transformers(model)(idx).logits
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(model(idx), theirs, rtol=1e-5, atol=1e-5)
+
+    rotate = gpt.rotate
+    monkeypatch.setattr(gpt, "rotate", lambda x, cos, sin: rotate(x, cos, -sin))
+    assert (model(idx) - theirs).abs().max() > 1e-2, "the sign of the rotation went unnoticed"

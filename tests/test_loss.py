@@ -1,0 +1,108 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat import loss
+from nanochat.loss import IGNORE_INDEX, loss_and_logit_gradient_, softcap_cross_entropy, softcap_logits
+
+SOFTCAP = 15.0
+
+
+def draw(rows=37, channels=16, vocab_size=53, masked=0.3, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, channels, generator=generator)
+    weight = 3.0 * torch.randn(vocab_size, channels, generator=generator)
+    targets = torch.randint(vocab_size, (rows,), generator=generator)
+    targets[torch.rand(rows, generator=generator) < masked] = IGNORE_INDEX
+    return hidden.to(dtype).requires_grad_(), weight.requires_grad_(), targets
+
+
+def plain_loss(hidden, weight, targets, reduction="mean"):
+    logits = SOFTCAP * torch.tanh(hidden.double() @ weight.double().T / SOFTCAP)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction=reduction)
+
+
+@pytest.mark.parametrize("piece_rows", [1, 5, 36, 37, 1000])
+@pytest.mark.parametrize("block_rows", [1, 3, 1000])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_and_gradients_equal_plain_cross_entropy_however_they_are_cut(
+    monkeypatch, piece_rows, block_rows, reduction
+):
+    hidden, weight, targets = draw()
+    monkeypatch.setattr(loss, "CPU_PIECE_ELEMENTS", piece_rows * weight.size(0))
+    monkeypatch.setattr(loss, "CPU_BLOCK_ELEMENTS", block_rows * weight.size(0))
+    expected = plain_loss(hidden, weight, targets, reduction)
+    expected_gradients = torch.autograd.grad(2.5 * expected, (hidden, weight))
+    actual = softcap_cross_entropy(hidden, weight, targets, softcap=SOFTCAP, reduction=reduction)
+    gradients = torch.autograd.grad(2.5 * actual, (hidden, weight))
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_per_target_losses_are_zero_where_ignored_and_exact_elsewhere():
+    hidden, weight, targets = draw()
+    losses = softcap_cross_entropy(
+        hidden.view(1, 37, 16), weight, targets.view(1, 37), softcap=SOFTCAP, reduction="none"
+    )
+    assert losses.shape == (1, 37)
+    assert (losses[0][targets == IGNORE_INDEX] == 0).all()
+    expected = plain_loss(hidden, weight, targets, reduction="none")
+    torch.testing.assert_close(losses[0].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_without_any_target_has_loss_and_gradients_zero():
+    hidden, weight, _ = draw()
+    targets = torch.full((37,), IGNORE_INDEX)
+    value = softcap_cross_entropy(hidden, weight, targets, softcap=SOFTCAP)
+    gradients = torch.autograd.grad(value, (hidden, weight))
+    assert value.item() == 0.0
+    assert all((g == 0).all() for g in gradients)
+
+
+def test_extreme_logits_stay_finite():
+    hidden, weight, targets = draw()
+    value = softcap_cross_entropy(1e4 * hidden, weight, targets, softcap=SOFTCAP)
+    gradients = torch.autograd.grad(value, (hidden, weight))
+    assert value.isfinite()
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_bfloat16_activations_give_gradients_near_the_exact_ones():
+    hidden, weight, targets = draw(dtype=torch.bfloat16)
+    expected = torch.autograd.grad(plain_loss(hidden, weight, targets), (hidden, weight))
+    actual = torch.autograd.grad(softcap_cross_entropy(hidden, weight, targets, softcap=SOFTCAP), (hidden, weight))
+    assert actual[0].dtype == torch.bfloat16
+    assert actual[1].dtype == torch.float32
+    for ours, theirs in zip(actual, expected, strict=True):
+        error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+        assert error < 0.03
+
+
+def test_the_kernel_does_not_read_what_it_overwrites():
+    z = torch.randn(8, 20, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(8)
+    total, gradient = loss_and_logit_gradient_(z.clone(), targets, SOFTCAP)
+    z64 = z.double().requires_grad_()
+    expected = F.cross_entropy(SOFTCAP * torch.tanh(z64 / SOFTCAP), targets, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(total.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), z64.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_are_capped_and_float32():
+    hidden, weight, _ = draw(dtype=torch.bfloat16)
+    logits = softcap_logits(100 * hidden, weight, SOFTCAP)
+    assert logits.dtype == torch.float32
+    assert logits.abs().max() <= SOFTCAP
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_compiled_gpu_kernel_equals_the_plain_loss():
+    hidden, weight, targets = (x.detach().cuda() for x in draw())
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    expected = torch.autograd.grad(plain_loss(hidden, weight, targets), (hidden, weight))
+    actual = torch.autograd.grad(softcap_cross_entropy(hidden, weight, targets, softcap=SOFTCAP), (hidden, weight))
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
