@@ -97,7 +97,7 @@ def _blocked_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     q, k, v: (B, H, T, D). The first block is plain causal attention. The other blocks all have the same mask, so
     they go through one call with the blocks in the batch dimension.
     """
-    B, _, T, D = q.shape
+    B, _, T, _ = q.shape
     head = _sdpa(q[:, :, :window], k[:, :, :window], v[:, :, :window], is_causal=True)
     num_blocks = -(-T // window)
     padding = num_blocks * window - T

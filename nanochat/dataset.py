@@ -243,7 +243,7 @@ def _download(data: str, num_train: int, folder: Path, workers: int, retry: Retr
     files = manifest.files
     is_raw = len(files) < 2 or not all(file.name.endswith(".parquet") for file in files)
     if num_train >= len(files):
-        print0(f"{data} has only {len(files) - 1:,} train files: taking all instead of {num_train:,}")
+        print0(f"{data} has only {len(files):,} files: taking all of them")
     wanted = files[-1:] + (files[:-1] if num_train < 0 else files[:-1][:num_train])
     _fetch_missing(manifest, raw_folder if is_raw else folder, wanted, workers, retry)
     if is_raw:
@@ -266,6 +266,12 @@ def _fetch_missing(manifest: Manifest, folder: Path, wanted: list[HubFile], work
     """Fetch those of `wanted` that are not in `folder` and whole. Raises `UserError` when some remain missing."""
     from tqdm import tqdm
 
+    names = {file.name for file in wanted}
+    for file in manifest.files:
+        if file.name not in names and not file.is_whole(
+            folder
+        ):  # deleted since, and not asked for now: no longer missed
+            manifest.verified.pop(file.name, None)
     missing = [file for file in wanted if not _is_verified(manifest, folder, file)]
     manifest.save(folder)
     if not missing:

@@ -289,7 +289,7 @@ class GPT(nn.Module):
     def hidden(self, idx: Tensor) -> Tensor:
         """Final normed hidden states (B, T, C) in the compute dtype of idx (B, T) int64."""
         T = idx.size(1)
-        is_training_length = T == self.config.sequence_len  # other lengths vary too much to compile for each
+        is_training_length = self.config.sequence_len == T  # other lengths vary too much to compile for each
         trunk = self._compiled_trunk if self._compiled_trunk and is_training_length else self.trunk
         return trunk(idx, *self.rotary(T))
 

@@ -20,7 +20,9 @@ from urllib.parse import quote
 from nanochat.common import UserError, disk_errors
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
-REPO_PATTERN = re.compile(r"(\w[\w.-]*/\w[\w.-]*)((?:/[\w.=-]+)*)")  # owner/name, or owner/name/folder of the repository
+REPO_PATTERN = re.compile(
+    r"(\w[\w.-]*/\w[\w.-]*)((?:/[\w.=-]+)*)"
+)  # owner/name, or owner/name/folder of the repository
 PIECE_BYTES = 1 << 16  # a broken connection loses at most this much of what had arrived
 CONNECT_SECONDS, READ_SECONDS = 10, 60  # patience of one request: until it is accepted, and between two pieces
 UNREACHABLE_ATTEMPTS = 3  # of a listing when nobody answers at all: a machine without network should say so soon

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from nanochat.common import Runtime
 from nanochat.dataloader import TextLoader
-from nanochat.common import Runtime
-from nanochat.dataloader import TextLoader
 from nanochat.gpt import IGNORE_INDEX
 
 # Plain beginnings a base model can go on from: facts, a procedure, a story, a little arithmetic.
@@ -83,21 +81,6 @@ def evaluate_split(
     T, ranks = model.config.sequence_len, {"rank": runtime.rank, "world_size": runtime.world_size}
     loader = TextLoader(tokenizer, paths, batch_size, T, **ranks, device=runtime.device, epochs=1)
     num_batches = math.ceil(num_tokens / (batch_size * T * runtime.world_size)) or None
-    with closing(loader):
-        return evaluate_bpb(model, islice(loader, num_batches), tokenizer.token_bytes())
-
-
-def evaluate_split(
-    model, tokenizer, paths: Sequence[Path], runtime: Runtime, batch_size: int, num_tokens: int
-) -> BpbResult:
-    """Bits per byte on the first `num_tokens` tokens of the shards `paths` (0: all), rounded up to whole batches of
-    `batch_size` rows on every rank. Every rank must call this; all get the same result."""
-    sequence_len = model.config.sequence_len
-    loader = TextLoader(
-        tokenizer, paths, batch_size, sequence_len,
-        rank=runtime.rank, world_size=runtime.world_size, device=runtime.device, epochs=1,
-    )  # fmt: skip
-    num_batches = math.ceil(num_tokens / (batch_size * sequence_len * runtime.world_size)) or None
     with closing(loader):
         return evaluate_bpb(model, islice(loader, num_batches), tokenizer.token_bytes())
 

@@ -328,7 +328,7 @@ class StepLog:
             self._mark = time.perf_counter()
 
     def end(self, step: int, loss: Tensor, **numbers) -> None:
-        """Step `step` (counted from 1) is queued; `loss` is 0-d on the device, `numbers` go into the log as they are."""
+        """Step `step`, counted from 1, is queued; `loss` is 0-d on the device, `numbers` are logged as they are."""
         previous, event = self._pending, None
         if loss.is_cuda:
             host = torch.empty_like(loss, device="cpu", pin_memory=True)

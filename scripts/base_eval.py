@@ -1,0 +1,229 @@
+"""CORE table of a checkpoint, or of a Hugging Face model as a yardstick.
+
+Reads a checkpoint (or a model folder) and the bundle of 22 tasks, which is fetched once. Prints the table and writes it
+as CSV, with every single prediction as JSON lines beside it, to `base_eval/` in the work folder.
+
+    python -m scripts.base_eval --max-per-task 20                          # a few minutes on a CPU
+    python -m scripts.base_eval                                            # one GPU, whole bundle
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_eval          # eight GPUs
+    python -m scripts.base_eval --hf-path ~/models/gpt2                    # another model, for comparison
+"""
+
+import argparse
+import csv
+import io
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from nanochat.checkpoint import SOURCES, load_model
+from nanochat.common import (
+    Runtime,
+    UserError,
+    add_runtime_flags,
+    base_dir,
+    init_runtime,
+    print0,
+    run_main,
+    write_atomic,
+)
+from nanochat.core_bundle import fetch_bundle
+from nanochat.core_eval import CoreResult, TaskResult, evaluate_core
+from nanochat.report import append_record
+
+FALLBACK_CONTEXT_TOKENS = 2048  # where a model's configuration names no limit
+PROBE_TOKENS = 8
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_runtime_flags(parser)
+    add = parser.add_argument
+    # model
+    add("--source", default="base", choices=SOURCES, help="stage of the checkpoint")
+    add("--model-tag", default="", help="name of the checkpoint folder (default: the newest)")
+    add("--step", type=int, default=None, help="step of the checkpoint (default: the last)")
+    add("--hf-path", default="", help="evaluate this Hugging Face model (folder or name) instead")
+    # data
+    add(
+        "--bundle",
+        default="",
+        help="URL, zip file or folder of the tasks (default: $NANOCHAT_EVAL_BUNDLE, else the public address)",
+    )
+    add("--max-per-task", type=int, default=0, help="examples of each task at most, 0 for all")
+    # evaluation
+    add("--batch-tokens", type=int, default=0, help="tokens of a batch, 0 for what suits the device")
+    add("--slow", action="store_true", help="one choice at a time with all logits, to check the fast path")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    # runtime
+    if min(args.max_per_task, args.batch_tokens) < 0:
+        raise UserError(
+            f"--max-per-task {args.max_per_task} and --batch-tokens {args.batch_tokens} must not be negative"
+        )
+    runtime = init_runtime(args.device_type, args.dtype)
+
+    # inputs
+    if args.hf_path:
+        model, tokenizer = load_hugging_face(args.hf_path, runtime)
+        name = "hf_" + Path(args.hf_path).resolve().name
+    else:
+        loaded = load_model(args.source, runtime, model_tag=args.model_tag, step=args.step)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        name = f"{args.source}_{loaded.folder.parent.name}_{loaded.folder.name}"
+    try:
+        bundle = fetch_bundle(args.bundle)
+    except UserError:
+        if runtime.is_main:
+            append_record("base_eval", settings=vars(args), results={"not_run": "no data"})
+        raise
+
+    # evaluation
+    print0(f"{'task':<34} {'shots':>5} {'examples':>8} {'cut':>5} {'accuracy':>8} {'centered':>8} {'seconds':>8}")
+    result = evaluate_core(
+        model,
+        tokenizer,
+        bundle,
+        max_per_task=args.max_per_task,
+        batch_tokens=args.batch_tokens,
+        slow=args.slow,
+        progress=print_task,
+    )
+    print0(f"CORE {result.core:.4f} over {len(result.tasks)} tasks in {result.seconds:.1f} s")
+
+    # output
+    if runtime.is_main:
+        name = re.sub(r"[^\w.-]+", "_", name) + ("_slow" if args.slow else "")
+        folder = base_dir() / "base_eval"
+        table = task_rows(result)
+        write_atomic(folder / f"{name}.csv", to_csv(table, result))
+        write_atomic(folder / f"{name}.items.jsonl", to_json_lines(result))
+        print0(f"table and predictions: {folder / name}.csv, {name}.items.jsonl")
+        results = {"core": result.core, "elapsed_seconds": result.seconds}
+        results |= {key: sum(row[key] for row in table) for key in ("examples", "cut")}
+        append_record("base_eval", settings={**vars(args), "model": name}, results=results, table=table)
+
+
+# --- output --------------------------------------------------------------------------------------
+
+
+def print_task(task: TaskResult) -> None:
+    print0(
+        f"{task.label:<34} {task.num_shots:>5} {len(task.items):>8} {task.num_cut:>5} {task.accuracy:>8.4f} "
+        f"{task.centered:>8.4f} {task.seconds:>8.1f}"
+    )
+
+
+def task_rows(result: CoreResult) -> list[dict]:
+    """The table, a row for each task."""
+    return [
+        {
+            "task": task.label,
+            "shots": task.num_shots,
+            "examples": len(task.items),
+            "cut": task.num_cut,
+            "accuracy": task.accuracy,
+            "baseline": task.baseline,
+            "centered": task.centered,
+            "seconds": task.seconds,
+        }
+        for task in result.tasks
+    ]
+
+
+def to_csv(table: list[dict], result: CoreResult) -> str:
+    """The table as CSV; its last row is CORE."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(table[0]), lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(table)
+    writer.writerow({"task": "CORE", "centered": result.core, "seconds": result.seconds})
+    return text.getvalue()
+
+
+def to_json_lines(result: CoreResult) -> str:
+    """Every prediction, a JSON object a line: for comparing two runs example by example."""
+    return "".join(
+        json.dumps({"task": task.label, **asdict(item)}) + "\n" for task in result.tasks for item in task.items
+    )
+
+
+# --- Hugging Face models -------------------------------------------------------------------------
+
+
+class HuggingFaceModel:
+    """A transformers causal language model under the interface of `GPT` that the evaluation uses."""
+
+    def __init__(self, model):
+        text_config = model.config.get_text_config()
+        sequence_len = getattr(text_config, "max_position_embeddings", None) or FALLBACK_CONTEXT_TOKENS
+        self.model = model
+        self.device = model.device
+        self.config = SimpleNamespace(sequence_len=sequence_len, vocab_size=text_config.vocab_size)
+        self.softcap = getattr(text_config, "final_logit_softcapping", None)
+        self.has_plain_head = self._has_plain_head()
+
+    @torch.no_grad()
+    def _has_plain_head(self) -> bool:
+        """Whether the logits are the output embedding of the last hidden states; some models scale them as well."""
+        idx = torch.arange(PROBE_TOKENS, device=self.device)[None] % self.config.vocab_size
+        self.has_plain_head = True
+        ours, theirs = self.logits(self.hidden(idx)), self(idx)
+        return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+    def __call__(self, idx: Tensor) -> Tensor:
+        """Logits (B, T, V) float32 of idx (B, T) int64."""
+        return self.model(input_ids=idx, use_cache=False).logits.float()
+
+    def hidden(self, idx: Tensor) -> Tensor:
+        """What `logits` makes logits from: hidden states (B, T, C), or where the head is special the logits."""
+        if not self.has_plain_head:
+            return self(idx)
+        return self.model.base_model(input_ids=idx, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) float32 of a part of `hidden`."""
+        if not self.has_plain_head:
+            return hidden
+        logits = self.model.get_output_embeddings()(hidden).float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class HuggingFaceTokenizer:
+    """A transformers tokenizer under the interface of ours; where it has no token to begin with, the end token."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.bos_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def load_hugging_face(path: str, runtime: Runtime) -> tuple[HuggingFaceModel, HuggingFaceTokenizer]:
+    """The model and tokenizer at `path`. Raises `UserError` when transformers is missing or cannot load them."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise UserError("--hf-path needs the package transformers; install it: pip install transformers") from error
+    try:
+        tokenizer = HuggingFaceTokenizer(AutoTokenizer.from_pretrained(path))
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=runtime.dtype).to(runtime.device).eval()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"--hf-path {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if tokenizer.bos_id is None:
+        raise UserError(
+            f"--hf-path {path}: its tokenizer has neither a beginning nor an end token to start a text with"
+        )
+    return HuggingFaceModel(model), tokenizer
+
+
+if __name__ == "__main__":
+    run_main(main, parse_args)

@@ -1,0 +1,144 @@
+"""A tiny hub for tests: serves the files of one data set repository on this machine, with faults on request."""
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Event, Thread
+from types import TracebackType
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+REPO = "someone/texts"
+REVISION = "c0ffee"
+HTML = b"<html><body>Sign in to this network</body></html>"
+
+
+class FakeHub:
+    """Context manager. `faults[path]` is a list of what to do with the next requests of that file ("listing": of the
+    listings), "" being no fault:
+
+    "503", "404"    that status                      "wrong"       other bytes, as many
+    "truncate"      half of the body                 "disguised"   HTML said to be a file
+    "stall"         half, silence until the end      "no-range"    the whole body, whatever was asked
+    "html"          HTML with status 200
+
+    `requests` has (path, range, status) of each request.
+    """
+
+    def __init__(self, files: dict[str, bytes], *, page_size: int = 1000, with_sha256: bool = True) -> None:
+        self.files = files
+        self.page_size = page_size
+        self.with_sha256 = with_sha256
+        self.faults: dict[str, list[str]] = defaultdict(list)
+        self.requests: list[tuple[str, str, int]] = []
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.closing = Event()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def __enter__(self) -> "FakeHub":
+        Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def entries(self) -> list[dict]:
+        listed: list[dict] = [{"type": "directory", "path": "data", "size": 0}]
+        for path, content in self.files.items():
+            lfs = {"lfs": {"oid": hashlib.sha256(content).hexdigest()}} if self.with_sha256 else {}
+            listed.append({"type": "file", "path": path, "size": len(content), **lfs})
+        return listed
+
+    def fetched(self, path: str) -> int:
+        """How many requests of the file were answered with content."""
+        return sum(1 for name, _, status in self.requests if name == path and status in (200, 206))
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # the client went away
+            super().handle()
+
+    def do_GET(self) -> None:
+        path, _, query = unquote(self.path).partition("?")
+        content = re.fullmatch(rf"/datasets/{REPO}/resolve/{REVISION}/(.*)", path)
+        name = content[1] if content else "listing"
+        fault = self.hub.faults[name].pop(0) if self.hub.faults[name] else ""
+        if fault in ("503", "404"):
+            self.answer(name, int(fault), b"{}", "application/json", **{"Retry-After": "0"})
+        elif fault == "html":
+            self.answer(name, 200, HTML, "text/html; charset=utf-8")
+        elif content:
+            self.send_content(name, fault)
+        elif path == f"/api/datasets/{REPO}":
+            self.answer(name, 200, json.dumps({"id": REPO, "sha": REVISION}).encode(), "application/json")
+        elif path == f"/api/datasets/{REPO}/tree/{REVISION}":
+            self.send_page(int(query.partition("page=")[2] or 0))
+        else:
+            self.answer(name, 404, b"{}", "application/json")
+
+    def send_page(self, page: int) -> None:
+        entries, size = self.hub.entries(), self.hub.page_size
+        link = {}
+        if (page + 1) * size < len(entries):
+            address = f"{self.hub.endpoint}{self.path.partition('?')[0]}?recursive=true&page={page + 1}"
+            link = {"Link": f'<{address}>; rel="next"'}
+        body = json.dumps(entries[page * size : (page + 1) * size]).encode()
+        self.answer("listing", 200, body, "application/json", **link)
+
+    def send_content(self, name: str, fault: str) -> None:
+        body = self.hub.files.get(name)
+        if body is None:
+            return self.answer(name, 404, b"", "text/plain")
+        if fault == "wrong":
+            body = bytes(len(body))
+        if fault == "disguised":
+            body = HTML
+        start = int(re.sub(r"\D", "", self.headers.get("Range", "")) or 0) if fault != "no-range" else 0
+        headers = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
+        send = (len(body) - start) // 2 if fault in ("truncate", "stall") else None
+        status = 206 if start else 200
+        self.answer(name, status, body[start:], "application/octet-stream", send=send, **headers)
+        if fault == "stall":
+            self.wfile.flush()
+            self.hub.closing.wait(30)
+
+    def answer(self, name: str, status: int, body: bytes, kind: str, send: int | None = None, **headers: str) -> None:
+        self.hub.requests.append((name, self.headers.get("Range", ""), status))
+        self.send_response(status)
+        for key, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body[:send])
+        self.close_connection = send is not None
+
+
+def parquet_bytes(texts: list[str | None], *, row_group_size: int = 1024, column: str = "text") -> bytes:
+    """A parquet file of one column of strings."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({column: pa.array(texts, pa.string())}), sink, row_group_size=row_group_size)
+    return sink.getvalue().to_pybytes()
+
+
+def write_shards(folder: Path, num_shards: int, *, num_documents: int = 3) -> list[Path]:
+    """Shards `shard_0.parquet`, ... in `folder`, whose documents are named after shard and place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"shard_{shard}.parquet" for shard in range(num_shards)]
+    for shard, path in enumerate(paths):
+        path.write_bytes(parquet_bytes([f"document {shard}.{index}" for index in range(num_documents)]))
+    return paths

@@ -1,0 +1,431 @@
+"""CORE: prompts and spans by hand, the fast path against the plain one, sums, ranks."""
+
+import json
+import math
+import os
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.common import UserError
+from nanochat.core_bundle import Task
+from nanochat.core_eval import (
+    build_examples,
+    build_prompts,
+    cut_row,
+    draw_shots,
+    evaluate_core,
+    score_batched,
+    score_plainly,
+    span_starts,
+)
+from nanochat.gpt import GPT, GPTConfig
+
+BOS = 0
+LETTERS = "abcdefghijklmnopqrstuvwxyz .:\nABCD"
+VOCAB_SIZE = 1 + len(LETTERS)
+CONTEXT_TOKENS = 64
+
+
+class LetterTokenizer:
+    """One token a letter."""
+
+    bos_id = BOS
+
+    def encode_batch(self, texts):
+        return [[1 + LETTERS.index(letter) for letter in text] for text in texts]
+
+
+class RecurrentModel:
+    """A causal toy whose state depends on every token before; counts the rows it is asked to run."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, sequence_len=CONTEXT_TOKENS):
+        generator = torch.Generator().manual_seed(0)
+        self.config = SimpleNamespace(sequence_len=sequence_len, vocab_size=VOCAB_SIZE)
+        self.embedding = torch.randn(VOCAB_SIZE, 16, generator=generator)
+        self.mixing = torch.randn(16, 16, generator=generator) * 0.3
+        self.head = torch.randn(16, VOCAB_SIZE, generator=generator)
+        self.num_rows = 0
+
+    def hidden(self, idx):
+        assert idx.size(1) <= self.config.sequence_len
+        self.num_rows += len(idx)
+        state, states = torch.zeros(len(idx), 16), []
+        for t in range(idx.size(1)):
+            state = torch.tanh(state @ self.mixing + self.embedding[idx[:, t]])
+            states.append(state)
+        return torch.stack(states, dim=1)
+
+    def logits(self, hidden):
+        return hidden @ self.head
+
+    def __call__(self, idx):
+        return self.logits(self.hidden(idx))
+
+
+def make_task(kind, records, num_shots=0, delimiter=" ", label=""):
+    lines = tuple(range(1, len(records) + 1))
+    return Task(label or kind, kind, num_shots, delimiter, 0.25, tuple(records), lines)
+
+
+def make_records(kind, count, seed=0):
+    """Random examples whose options have different lengths; some are one letter, some begin like another one."""
+    rng = random.Random(seed)
+
+    def text(low, high):
+        return "".join(rng.choice("abcdefgh") for _ in range(rng.randint(low, high)))
+
+    records = []
+    for _ in range(count):
+        if kind == "multiple_choice":
+            stem = text(1, 5)
+            options = {0: ["A", "B", "C", "D"], 1: [stem, stem + text(1, 4), text(2, 9)]}.get(rng.randint(0, 2))
+            options = options or [text(1, 9) for _ in range(rng.randint(2, 4))]
+            records.append({"query": text(3, 25), "choices": options, "gold": rng.randrange(len(options))})
+        elif kind == "schema":
+            ending = text(1, 9)
+            records.append({"context_options": [text(3, 12), text(3, 12)], "continuation": ending, "gold": 0})
+        else:
+            records.append({"context": text(3, 25), "continuation": text(1, 3)})
+    return records
+
+
+def with_greedy_answers(model, tokenizer, task):
+    """`task` without shots, every second answer replaced by what `model` would say, so that some are right."""
+    records = list(task.records)
+    for index in range(0, len(records), 2):
+        ids = [BOS, *tokenizer.encode_batch([records[index]["context"]])[0]]
+        for _ in range(2):
+            ids.append(1 + model(torch.tensor([ids]))[0, -1, 1:].argmax().item())
+        answer = "".join(LETTERS[i - 1] for i in ids[-2:])
+        records[index] = {**records[index], "continuation": answer}
+    return replace(task, records=tuple(records), num_shots=0, delimiter="")
+
+
+def write_bundle(folder, tasks):
+    """A bundle folder holding `tasks`, by label and kind and baseline."""
+    (folder / "eval_data").mkdir(parents=True)
+    entries = [
+        {"label": t.label, "dataset_uri": f"{t.label}.jsonl", "num_fewshot": [t.num_shots], "icl_task_type": t.kind}
+        for t in tasks
+    ]
+    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": entries}))
+    baselines = "".join(f"{t.label},{100 * t.baseline}\n" for t in tasks)
+    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\n" + baselines)
+    for task in tasks:
+        text = "".join(json.dumps(record) + "\n" for record in task.records)
+        (folder / "eval_data" / f"{task.label}.jsonl").write_text(text)
+    return folder
+
+
+def small_tasks(count=12):
+    kinds = ("multiple_choice", "schema", "language_modeling")
+    return [make_task(kind, make_records(kind, count, seed), num_shots=seed) for seed, kind in enumerate(kinds)]
+
+
+# --- prompts ---
+
+
+def test_prompts_of_the_three_kinds_are_as_written_out_here():
+    records = [
+        {"query": "q one", "choices": ["x", "y"], "gold": 1},
+        {"query": "q two ", "choices": ["v", "w"], "gold": 0},
+    ]
+    task = make_task("multiple_choice", records, num_shots=1, delimiter="\nAnswer: ")
+    assert build_prompts(task, 0) == ["q two \nAnswer: v\n\nq one\nAnswer: x", "q two \nAnswer: v\n\nq one\nAnswer: y"]
+
+    records = [
+        {"context_options": ["the cat", "the dog"], "continuation": "slept.", "gold": 1},
+        {"context_options": ["he", "she"], "continuation": "ran.", "gold": 0},
+    ]
+    assert build_prompts(make_task("schema", records, num_shots=1), 0) == [
+        "he ran.\n\nthe cat slept.",
+        "he ran.\n\nthe dog slept.",
+    ]
+
+    records = [
+        {"context": " two plus two is\n", "continuation": "four"},
+        {"context": "up and ", "continuation": "down"},
+    ]
+    assert build_prompts(make_task("language_modeling", records, num_shots=1), 0) == [
+        "up and down\n\ntwo plus two is",
+        "up and down\n\ntwo plus two is four",
+    ]
+
+
+@given(count=st.integers(1, 30), num_shots=st.integers(0, 12), data=st.data())
+def test_shots_are_other_examples_each_once_and_as_many_as_there_are(count, num_shots, data):
+    index = data.draw(st.integers(0, count - 1))
+    task = make_task("language_modeling", [{"context": "a", "continuation": "b"}] * count, num_shots)
+    shots = draw_shots(task, index)
+    assert len(shots) == len(set(shots)) == min(num_shots, count - 1)
+    assert index not in shots
+    assert all(0 <= shot < count for shot in shots)
+    others = [i for i in range(count) if i != index]  # the same draw from a list written out
+    assert shots == random.Random(1234 + index).sample(others, len(shots))
+
+
+# --- spans ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "starts"),
+    [
+        ("multiple_choice", [[0, 5, 6, 7], [0, 5, 8, 9, 9]], [2, 2]),
+        ("multiple_choice", [[0, 5, 6], [0, 5, 6, 7]], [2, 2]),  # one the beginning of the other
+        ("multiple_choice", [[0, 5, 6], [0, 5, 6]], [2, 2]),  # twice the same
+        ("multiple_choice", [[0, 5], [0, 6]], [1, 1]),
+        ("multiple_choice", [[0, 5, 6, 7]], [3]),  # only one choice
+        ("schema", [[0, 1, 2, 8, 9], [0, 3, 8, 9]], [3, 2]),
+        ("schema", [[0, 8, 9], [0, 7, 8, 9]], [1, 2]),  # one the end of the other, but for the first token
+        ("schema", [[0, 8, 9], [0, 8, 9]], [1, 1]),
+        ("schema", [[0, 1, 2], [0, 1, 3]], [2, 2]),  # nothing in common at the end
+        ("language_modeling", [[0, 1, 2], [0, 1, 2, 3, 4]], [3, 3]),
+        ("language_modeling", [[0, 1, 2], [0, 1, 7, 4]], [2, 2]),  # the border falls inside a token
+        ("language_modeling", [[0, 1, 2], [0, 1, 2]], [2, 2]),
+        ("language_modeling", [[0], [0, 1]], [1, 1]),  # nothing asked
+        ("language_modeling", [[0, 1, 2, 3], [0, 1]], [1, 1]),
+    ],
+)
+def test_spans_begin_where_they_should_by_hand(kind, rows, starts):
+    assert span_starts(kind, rows) == starts
+
+
+rows_strategy = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=12), min_size=2, max_size=4)
+
+
+@settings(max_examples=200)
+@given(rows=rows_strategy, kind=st.sampled_from(["multiple_choice", "schema"]), limit=st.integers(2, 14))
+def test_spans_are_never_empty_nor_at_the_first_token_even_after_a_cut(rows, kind, limit):
+    rows = [[BOS, *row] for row in rows]
+    num_cut = max(0, max(map(len, rows)) - limit)
+    for row, start in zip(rows, span_starts(kind, rows), strict=True):
+        assert 1 <= start < len(row)
+        kept, kept_start = cut_row(row, start, num_cut, limit)
+        assert kept[0] == BOS
+        assert len(kept) <= limit
+        assert 1 <= kept_start < len(kept)
+        assert row[len(row) - len(kept) + 1 :] == kept[1:]  # only the left of what stands behind the first is gone
+        assert len(kept) == limit or kept[kept_start:] == row[start:]  # the span is whole where it can be
+
+
+def test_a_cut_takes_the_same_context_from_all_options():
+    long, short = [BOS, 1, 2, 3, 4, 5, 8, 8, 8], [BOS, 1, 2, 3, 4, 5, 9]
+    assert cut_row(long, 6, 3, 6) == ([BOS, 4, 5, 8, 8, 8], 3)
+    assert cut_row(short, 6, 3, 6) == ([BOS, 4, 5, 9], 3)
+    assert cut_row(short, 6, 20, 6) == ([BOS, 9], 1)  # another option is far too long: this one's span stays
+    assert cut_row([BOS, 1, 7, 7, 7, 7], 2, 3, 3) == ([BOS, 7, 7], 1)  # a span too long by itself
+
+
+def test_examples_too_long_are_cut_to_the_context_and_counted(tmp_path):
+    records = [{"context": "a" * n, "continuation": "bb"} for n in (10, 61, 62, 63, 200)]
+    task = make_task("language_modeling", records)
+    result = evaluate_core(RecurrentModel(), LetterTokenizer(), write_bundle(tmp_path, [task]))
+    # begin + context + space + 2 letters, the last of which is never read: 62 letters are one too many
+    assert result.tasks[0].num_cut == 3
+    examples = build_examples(task, LetterTokenizer(), range(5), CONTEXT_TOKENS + 1)
+    assert [len(example.rows[0]) for example in examples] == [14, 65, 65, 65, 65]
+    assert [example.num_cut for example in examples] == [0, 0, 1, 2, 139]
+
+
+# --- scores ---
+
+
+def assert_equal_scores(fast, plain):
+    assert len(fast) == len(plain)
+    for one, other in zip(fast, plain, strict=True):
+        assert one.nats == pytest.approx(other.nats, abs=1e-5)
+        assert one.is_greedy == other.is_greedy
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 1000, 0])
+def test_the_fast_path_equals_the_plain_one_item_by_item(batch_tokens):
+    model, tokenizer = RecurrentModel(), LetterTokenizer()
+    for task in small_tasks(30):
+        if task.kind == "language_modeling":
+            task = with_greedy_answers(model, tokenizer, task)
+        examples = build_examples(task, tokenizer, range(30), CONTEXT_TOKENS + 1)
+        fast, plain = score_batched(model, examples, batch_tokens), score_plainly(model, examples)
+        assert_equal_scores(fast, plain)
+        if task.kind == "language_modeling":  # the comparison would prove little if all were right, or all wrong
+            assert 5 < sum(score.is_greedy for score in plain) < 25
+
+
+def test_the_fast_path_equals_the_plain_one_for_the_real_model_with_windows():
+    shape = {"n_layer": 4, "n_embd": 32, "n_head": 2, "n_kv_head": 1, "short_window": 8}
+    model = GPT(GPTConfig(sequence_len=CONTEXT_TOKENS, vocab_size=VOCAB_SIZE, **shape))
+    generator = torch.Generator().manual_seed(0)
+    model.init_weights(generator)
+    with torch.no_grad():
+        for parameter in model.parameters():  # a fresh model's blocks do nothing yet
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    for task in small_tasks():
+        examples = build_examples(task, LetterTokenizer(), range(12), CONTEXT_TOKENS + 1)
+        assert_equal_scores(score_batched(model, examples, 300), score_plainly(model, examples))
+
+
+def test_choices_of_one_token_need_one_row_and_others_one_each():
+    model, records = RecurrentModel(), [{"query": "which", "choices": ["A", "B", "C"], "gold": 0}]
+    score_batched(model, build_examples(make_task("multiple_choice", records), LetterTokenizer(), range(1), 65))
+    assert model.num_rows == 1
+    records[0]["choices"] = ["A", "Ab", "cd"]  # the input of the first begins that of the second
+    model.num_rows = 0
+    score_batched(model, build_examples(make_task("multiple_choice", records), LetterTokenizer(), range(1), 65))
+    assert model.num_rows == 2
+
+
+def test_the_mean_loss_per_token_decides_not_the_sum():
+    class Half(RecurrentModel):
+        """Every token of the alphabet has the same chance, but the second letter is likelier after the first."""
+
+        def hidden(self, idx):
+            return torch.nn.functional.one_hot(idx, VOCAB_SIZE).float()
+
+        def logits(self, hidden):
+            likelier = torch.zeros(VOCAB_SIZE)
+            likelier[1 + LETTERS.index("b")] = 3.0
+            return hidden[..., 1 + LETTERS.index("a"), None] * likelier + torch.zeros(VOCAB_SIZE)
+
+    records = [{"query": "q", "choices": ["c", "ab"], "gold": 1}]
+    (score,) = score_batched(Half(), build_examples(make_task("multiple_choice", records), LetterTokenizer(), [0], 65))
+    uniform = math.log(VOCAB_SIZE)
+    assert score.nats[0] == pytest.approx(uniform)
+    assert uniform / 2 < score.nats[1] < uniform < 2 * score.nats[1]
+
+
+# --- CORE ---
+
+
+class Oracle(RecurrentModel):
+    """Gives every "a" a high chance and everything else the same low one."""
+
+    def logits(self, hidden):
+        logits = torch.zeros(*hidden.shape[:-1], VOCAB_SIZE)
+        logits[..., 1 + LETTERS.index("a")] = 9.0
+        return logits
+
+
+def test_core_is_the_mean_of_centred_accuracies_by_hand(tmp_path):
+    choices = [{"query": "q", "choices": ["b", "a"], "gold": gold} for gold in (1, 1, 1, 0)]
+    endings = [{"context": "say", "continuation": "a"}, {"context": "say", "continuation": "ab"}]
+    # the space before the answer is predicted as well, so only an answer without one can be said
+    tasks = [make_task("multiple_choice", choices), make_task("language_modeling", endings)]
+    result = evaluate_core(Oracle(), LetterTokenizer(), write_bundle(tmp_path, tasks))
+    first, second = result.tasks
+    assert (first.accuracy, first.centered) == (0.75, pytest.approx((0.75 - 0.25) / 0.75))
+    assert (second.accuracy, second.centered) == (0.0, pytest.approx(-0.25 / 0.75))
+    assert result.core == pytest.approx((first.centered + second.centered) / 2)
+    by_line = {item.line: item for item in first.items}
+    assert [by_line[line].prediction for line in (1, 2, 3, 4)] == [1, 1, 1, 1]
+    assert [by_line[line].is_correct for line in (1, 2, 3, 4)] == [True, True, True, False]
+
+
+def test_equal_choices_are_a_tie_that_the_first_one_wins(tmp_path):
+    task = make_task("multiple_choice", [{"query": "q", "choices": ["same", "same"], "gold": 1}])
+    result = evaluate_core(RecurrentModel(), LetterTokenizer(), write_bundle(tmp_path, [task]))
+    assert result.tasks[0].items[0].prediction == 0
+
+
+def test_a_limited_run_gives_the_same_predictions_as_the_whole_one(tmp_path):
+    bundle, model, tokenizer = write_bundle(tmp_path, small_tasks()), RecurrentModel(), LetterTokenizer()
+    whole, part = evaluate_core(model, tokenizer, bundle), evaluate_core(model, tokenizer, bundle, max_per_task=5)
+    for some, all_ in zip(part.tasks, whole.tasks, strict=True):
+        assert len(some.items) == 5
+        for one, other in zip(some.items, all_.items, strict=False):
+            assert (one.line, one.prediction, one.is_correct) == (other.line, other.prediction, other.is_correct)
+
+
+def test_slow_gives_the_same_items_and_progress_sees_every_task(tmp_path):
+    bundle, seen = write_bundle(tmp_path, small_tasks()), []
+    fast = evaluate_core(RecurrentModel(), LetterTokenizer(), bundle, progress=seen.append)
+    slow = evaluate_core(RecurrentModel(), LetterTokenizer(), bundle, slow=True)
+    assert tuple(seen) == fast.tasks
+    assert fast.core == slow.core
+    for one, other in zip(fast.tasks, slow.tasks, strict=True):
+        assert [item.prediction for item in one.items] == [item.prediction for item in other.items]
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_score_that_is_not_a_number_is_an_error_and_never_a_winner(tmp_path, kind, slow):
+    class Broken(RecurrentModel):
+        def logits(self, hidden):
+            logits = hidden @ self.head
+            logits[-1:] = math.nan
+            return logits
+
+    bundle = write_bundle(tmp_path, [make_task(kind, make_records(kind, 3))])
+    with pytest.raises(UserError, match=f"task {kind}, line .* broken"):
+        evaluate_core(Broken(), LetterTokenizer(), bundle, slow=slow)
+
+
+def test_texts_are_tokenised_once_for_all_evaluations_of_a_run(tmp_path):
+    class Counting(LetterTokenizer):
+        calls = 0
+
+        def encode_batch(self, texts):
+            self.calls += 1
+            return super().encode_batch(texts)
+
+    bundle, tokenizer = write_bundle(tmp_path, small_tasks()), Counting()
+    first = evaluate_core(RecurrentModel(), tokenizer, bundle)
+    calls = tokenizer.calls
+    assert calls > 0
+    assert evaluate_core(RecurrentModel(), tokenizer, bundle).core == first.core
+    assert tokenizer.calls == calls
+
+
+def _core_on_rank(rank, folder):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    result = evaluate_core(RecurrentModel(), LetterTokenizer(), folder / "bundle")
+    torch.save(
+        [(t.accuracy, t.num_cut, [(i.line, i.prediction) for i in t.items]) for t in result.tasks],
+        folder / f"{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
+def test_two_ranks_find_what_one_finds_also_with_a_single_example(tmp_path):
+    tasks = [*small_tasks(7), make_task("schema", make_records("schema", 1), label="lonely")]
+    bundle = write_bundle(tmp_path / "bundle", tasks)
+    alone = evaluate_core(RecurrentModel(), LetterTokenizer(), bundle)
+    mp.spawn(_core_on_rank, (tmp_path,), nprocs=2)
+    for rank in range(2):
+        for (accuracy, num_cut, items), task in zip(torch.load(tmp_path / f"{rank}.pt"), alone.tasks, strict=True):
+            assert (accuracy, num_cut) == (task.accuracy, task.num_cut)
+            assert items == [(item.line, item.prediction) for item in task.items]
+
+
+# --- Hugging Face models as yardsticks ---
+
+
+def hugging_face_model(name):
+    """A tiny random model of a transformers architecture, adapted as `scripts.base_eval --hf-path` does."""
+    transformers = pytest.importorskip("transformers")
+    from scripts.base_eval import HuggingFaceModel
+
+    shape = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": CONTEXT_TOKENS}
+    config = transformers.AutoConfig.for_model(name, **shape, bos_token_id=BOS, eos_token_id=BOS, pad_token_id=BOS)
+    torch.manual_seed(0)  # transformers draws weights from the global generator only
+    return HuggingFaceModel(transformers.AutoModelForCausalLM.from_config(config).eval())
+
+
+@pytest.mark.parametrize(("name", "has_plain_head"), [("gpt2", True), ("nanochat", True), ("cohere", False)])
+def test_the_fast_path_equals_the_plain_one_for_hugging_face_models(name, has_plain_head):
+    model = hugging_face_model(name)
+    assert model.has_plain_head is has_plain_head  # Cohere scales its logits: left to its own forward pass
+    assert model.config.sequence_len == CONTEXT_TOKENS
+    for task in small_tasks():
+        examples = build_examples(task, LetterTokenizer(), range(12), CONTEXT_TOKENS + 1)
+        assert_equal_scores(score_batched(model, examples, 300), score_plainly(model, examples))

@@ -1,0 +1,400 @@
+"""Shards of a data set: where they lie, reading them, downloading them, converting what is not parquet."""
+
+import argparse
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from fake_hub import REPO, FakeHub, parquet_bytes, write_shards
+
+from nanochat import dataset, hub, localtext
+from nanochat.common import UserError, base_dir
+from nanochat.dataset import document_batches, prepare, shard_paths
+from nanochat.hub import Retry
+
+NUM_SHARDS = 4
+FOLDER = REPO.replace("/", "--")
+
+
+def shard_texts(shard: int) -> list[str]:
+    """Documents of a shard of about 200 kB that does not compress."""
+    rng = random.Random(shard)
+    return [f"document {shard}.{index} {rng.randbytes(40_000).hex()}" for index in range(5)]
+
+
+SHARDS = {f"data/shard_{shard}.parquet": parquet_bytes(shard_texts(shard)) for shard in range(NUM_SHARDS)}
+VAL = f"data/shard_{NUM_SHARDS - 1}.parquet"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with FakeHub({"README.md": b"# Texts", **SHARDS}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        yield server
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A folder of the user, apart from the base folder."""
+    (tmp_path / "inputs").mkdir()
+    return tmp_path / "inputs"
+
+
+def retry(attempts: int = 4) -> Retry:
+    return Retry(attempts=attempts, sleep=lambda seconds: None, rng=random.Random(0))
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.name for path in paths]
+
+
+def documents(paths: list[Path]) -> list[str]:
+    return [text for _, texts in document_batches(paths) for text in texts.to_pylist()]
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def test_batches_are_row_groups_in_order_with_their_positions(tmp_path):
+    for shard in range(2):
+        texts = [f"{shard}.{index}" for index in range(5)]
+        (tmp_path / f"{shard}.parquet").write_bytes(parquet_bytes(texts, row_group_size=2))
+    batches = list(document_batches([tmp_path / "0.parquet", tmp_path / "1.parquet"]))
+    assert [tuple(position) for position, _ in batches] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert [texts.to_pylist() for _, texts in batches][:3] == [["0.0", "0.1"], ["0.2", "0.3"], ["0.4"]]
+    assert all(isinstance(texts, pa.StringArray) for _, texts in batches)
+
+
+@pytest.mark.parametrize("start", [(0, 0), (0, 2), (1, 0), (1, 2), (2, 0)])
+def test_reading_from_a_position_gives_the_rest_of_reading_all(tmp_path, start):
+    for shard in range(2):
+        texts = [f"{shard}.{index}" for index in range(5)]
+        (tmp_path / f"{shard}.parquet").write_bytes(parquet_bytes(texts, row_group_size=2))
+    paths = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
+    rest = [(position, texts.to_pylist()) for position, texts in document_batches(paths, start=start)]
+    whole = [(position, texts.to_pylist()) for position, texts in document_batches(paths)]
+    assert rest == [batch for batch in whole if batch[0] >= start]
+
+
+def test_nulls_and_empty_texts_are_left_out(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(parquet_bytes(["a", None, "", "b", None, ""], row_group_size=4))
+    assert [(tuple(position), texts.to_pylist()) for position, texts in document_batches([path])] == [
+        ((0, 0), ["a", "b"])
+    ]
+
+
+def test_large_strings_read_like_strings(tmp_path):
+    path = tmp_path / "a.parquet"
+    dataset.pq.write_table(pa.table({"text": pa.array(["a", "bc"], pa.large_string()), "id": [1, 2]}), path)
+    [(_, texts)] = document_batches([path])
+    assert texts.type == pa.string()
+    assert texts.to_pylist() == ["a", "bc"]
+
+
+def test_missing_and_damaged_shards_are_named_with_the_remedy(tmp_path):
+    whole = parquet_bytes(["x" * 1000] * 100)
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "page.parquet").write_bytes(b"<html>" * 50)
+    with pytest.raises(UserError, match=r"gone.parquet is missing; run python -m nanochat.dataset"):
+        list(document_batches([tmp_path / "gone.parquet"]))
+    for name in ("cut", "page"):
+        with pytest.raises(UserError, match=rf"{name}.parquet cannot be read .*delete it"):
+            list(document_batches([tmp_path / f"{name}.parquet"]))
+
+
+def test_damaged_page_of_a_shard_is_named(tmp_path):
+    content = bytearray(parquet_bytes([random.Random(0).randbytes(3000).hex()]))
+    content[100:3000] = bytes(2900)
+    (tmp_path / "bad.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=r"bad.parquet cannot be read"):
+        list(document_batches([tmp_path / "bad.parquet"]))
+
+
+def test_shard_without_text_column_is_refused(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes(["a"], column="content"))
+    with pytest.raises(UserError, match=r"no column text of strings, only content \(string\)"):
+        list(document_batches([tmp_path / "a.parquet"]))
+
+
+# --- where shards lie ----------------------------------------------------------------------------
+
+
+def test_local_folder_of_shards_is_used_in_place_in_natural_order(inputs):
+    for index in (10, 9, 1):
+        write_shards(inputs / f"part_{index}", 1)
+    write_shards(inputs / ".hidden", 1)
+    folder = str(inputs)
+    assert dataset.data_dir(folder) == prepare(folder, 1) == inputs
+    assert [path.parent.name for path in shard_paths(folder, "train")] == ["part_1", "part_9"]
+    assert [path.parent.name for path in shard_paths(folder, "val")] == ["part_10"]
+
+
+def test_each_data_set_has_its_own_folder(inputs):
+    (inputs / "a").mkdir()
+    (inputs / "b" / "a").mkdir(parents=True)
+    data = ["owner/name", "owner/name/folder", "local", str(inputs / "a"), str(inputs / "b" / "a")]
+    folders = {dataset.data_dir(name) for name in data}
+    assert len(folders) == len(data)
+    assert {folder.parent for folder in folders} == {base_dir() / "data"}
+    assert dataset.data_dir("owner/name").name == "owner--name"
+
+
+def test_missing_data_set_is_answered_with_the_command_to_run():
+    with pytest.raises(UserError, match=r"run: python -m nanochat.dataset --data owner/name"):
+        shard_paths("owner/name", "train")
+
+
+def test_natural_order_reads_digits_as_numbers():
+    unordered = ["a10", "a9", "b1", "a09b", "1", "²"]
+    assert sorted(unordered, key=dataset.natural_key) == ["1", "a9", "a09b", "a10", "b1", "²"]
+
+
+# --- downloading ---------------------------------------------------------------------------------
+
+
+def test_first_shards_and_the_last_are_fetched(server):
+    folder = prepare(REPO, 2, retry=retry())
+    assert folder == base_dir() / "data" / FOLDER
+    assert names(shard_paths(REPO, "train")) == ["shard_0.parquet", "shard_1.parquet"]
+    assert names(shard_paths(REPO, "val")) == ["shard_3.parquet"]
+    assert documents(shard_paths(REPO, "train")) == shard_texts(0) + shard_texts(1)
+    assert server.fetched("README.md") == server.fetched("data/shard_2.parquet") == 0
+
+
+def test_asking_for_more_than_there_is_takes_all_and_says_so(server, capsys):
+    prepare(REPO, 99, retry=retry())
+    assert len(shard_paths(REPO, "train")) == NUM_SHARDS - 1
+    assert "has only 4 files: taking all of them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("with_sha256", [True, False])
+def test_no_fault_leads_to_a_wrong_shard(server, with_sha256):
+    server.with_sha256 = with_sha256
+    rng = random.Random(3)
+    kinds = ["503", "truncate", "html", "wrong", "disguised", ""]
+    for path in SHARDS:
+        server.faults[path] = rng.choices(kinds, k=6)
+    server.faults["listing"] = ["503", "html"]
+    folder = prepare(REPO, -1, retry=retry(attempts=20))
+    assert {name: (folder / name).read_bytes() for name in SHARDS} == SHARDS
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_second_run_asks_the_hub_for_nothing(server):
+    prepare(REPO, -1, retry=retry())
+    before = len(server.requests)
+    prepare(REPO, 2, retry=retry())
+    assert len(server.requests) == before
+
+
+def test_a_later_run_fetches_only_what_is_new(server):
+    prepare(REPO, 1, retry=retry())
+    prepare(REPO, -1, retry=retry())
+    assert {path: server.fetched(path) for path in SHARDS} == dict.fromkeys(SHARDS, 1)
+
+
+def test_damaged_and_deleted_shards_are_noticed_and_fetched_again(server):
+    folder = prepare(REPO, -1, retry=retry())
+    first, second, third = (folder / f"data/shard_{index}.parquet" for index in range(3))
+    first.unlink()
+    os.truncate(second, 1000)
+    third.write_bytes(bytes(third.stat().st_size))
+    with pytest.raises(UserError, match=r"shard_0.parquet is gone or no longer has its [\d,]+ bytes; run"):
+        shard_paths(REPO, "train")
+    prepare(REPO, -1, retry=retry())
+    assert {name: (folder / name).read_bytes() for name in SHARDS} == SHARDS
+    assert server.fetched(VAL) == 1
+
+
+def test_shards_deleted_to_save_space_are_not_missed_when_fewer_are_asked_for(server):
+    folder = prepare(REPO, -1, retry=retry())
+    (folder / "data/shard_2.parquet").unlink()
+    prepare(REPO, 2, retry=retry())
+    assert names(shard_paths(REPO, "train")) == ["shard_0.parquet", "shard_1.parquet"]
+
+
+def test_what_cannot_be_fetched_is_listed_and_the_rest_kept(server, capsys):
+    server.faults["data/shard_1.parquet"] = ["404"]
+    with pytest.raises(UserError, match=r"1 of 4 files of someone/texts could not be fetched.*run the same command"):
+        prepare(REPO, -1, retry=retry())
+    assert "missing: data/shard_1.parquet (HTTP status 404)" in capsys.readouterr().err
+    # Shard 2 is here, but reading it now and shard 1 in front of it later would change the order of the documents.
+    assert names(shard_paths(REPO, "train")) == ["shard_0.parquet"]
+    prepare(REPO, -1, retry=retry())
+    assert server.fetched("data/shard_2.parquet") == 1
+    assert len(shard_paths(REPO, "train")) == 3
+
+
+def test_validation_shard_that_is_not_here_is_never_replaced_by_another(server):
+    server.faults[VAL] = ["404"]
+    with pytest.raises(UserError, match="could not be fetched"):
+        prepare(REPO, -1, retry=retry())
+    with pytest.raises(UserError, match="no val shard of someone/texts"):
+        shard_paths(REPO, "val")
+    assert len(shard_paths(REPO, "train")) == 3
+
+
+def test_dead_network_ends_the_run_before_every_shard_was_tried(server, monkeypatch, capsys):
+    monkeypatch.setattr(dataset, "GIVE_UP_FAILURES", 2)
+    for path in SHARDS:
+        server.faults[path] = ["503"] * 20
+    with pytest.raises(UserError, match="4 of 4 files"):
+        prepare(REPO, -1, workers=1, retry=retry(attempts=2))
+    assert capsys.readouterr().err.count("not tried to the end") == 2
+
+
+def test_repository_without_text_column_is_refused(server):
+    server.files = {f"{index}.parquet": parquet_bytes(["x"], column="content") for index in range(2)}
+    with pytest.raises(UserError, match="no column text of strings"):
+        prepare(REPO, -1, retry=retry())
+
+
+def test_repository_without_anything_of_use_is_refused(server):
+    server.files = {"README.md": b"text", "picture.png": b"png"}
+    with pytest.raises(UserError, match=r"has no .parquet, .jsonl, .* file"):
+        prepare(REPO, -1, retry=retry())
+
+
+def test_full_disk_is_said_before_anything_is_fetched(server, monkeypatch):
+    usage = shutil.disk_usage(base_dir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000_000))
+    with pytest.raises(UserError, match=rf"{FOLDER}: 0.07 GB needed, 0.05 GB free"):
+        prepare(REPO, -1, retry=retry())
+    assert not any(server.fetched(path) for path in SHARDS)
+
+
+def test_text_files_of_a_repository_are_made_into_shards(server):
+    lines = [json.dumps({"text": f"document {index}"}) for index in range(50)]
+    server.files = {
+        "README.md": b"not a document",
+        "a/one.jsonl": "\n".join(lines[:30]).encode(),
+        "two.jsonl.gz": gzip.compress("\n".join(lines[30:]).encode()),
+    }
+    prepare(REPO, -1, retry=retry())
+    train, val = documents(shard_paths(REPO, "train")), documents(shard_paths(REPO, "val"))
+    assert sorted(train + val) == sorted(f"document {index}" for index in range(50))
+    before = len(server.requests)
+    prepare(REPO, -1, retry=retry())
+    assert len(server.requests) == before
+
+
+def in_processes(num_processes: int, *args: object) -> list[multiprocessing.Process]:
+    context = multiprocessing.get_context("fork")  # another start would import torch in each
+    processes = [context.Process(target=prepare, args=args) for _ in range(num_processes)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def test_eight_processes_make_one_download(server):
+    for process in in_processes(8, REPO, -1):
+        process.join(60)
+        assert process.exitcode == 0
+    assert {path: server.fetched(path) for path in SHARDS} == dict.fromkeys(SHARDS, 1)
+    assert len(shard_paths(REPO, "train")) == 3
+
+
+def test_killed_download_goes_on_where_it_was(server):
+    server.faults["data/shard_1.parquet"] = ["stall"]
+    [process] = in_processes(1, REPO, -1)
+    folder = base_dir() / "data" / FOLDER
+    partial = hub.partial_path(folder / "data/shard_1.parquet")
+    deadline = time.monotonic() + 30
+    while len(list(folder.rglob("*.parquet"))) < 3 or hub.size_of(partial) < 100_000:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    have = hub.size_of(partial)
+    prepare(REPO, -1, retry=retry())
+    assert [asked for name, asked, _ in server.requests if name == "data/shard_1.parquet"] == ["", f"bytes={have}-"]
+    assert {name: (folder / name).read_bytes() for name in SHARDS} == SHARDS
+    assert [server.fetched(path) for path in SHARDS] == [1, 2, 1, 1]
+
+
+# --- converting ----------------------------------------------------------------------------------
+
+
+def test_local_files_of_every_kind_become_shards(inputs):
+    (inputs / "a.jsonl").write_text('{"text": "from jsonl"}\n\n{"text": null}\n{"text": "from jsonl, too"}\n')
+    (inputs / "sub").mkdir()
+    (inputs / "sub" / "b.txt").write_text("from text")
+    (inputs / "c.md").write_text("# from markdown")
+    (inputs / "d.parquet").write_bytes(parquet_bytes(["from parquet", None]))
+    (inputs / ".hidden.txt").write_text("hidden")
+    data = str(inputs)
+    folder = prepare(data, -1)
+    assert folder.parent == base_dir() / "data"
+    found = documents(shard_paths(data, "train")) + documents(shard_paths(data, "val"))
+    assert sorted(found) == ["# from markdown", "from jsonl", "from jsonl, too", "from parquet", "from text"]
+
+
+def test_single_parquet_file_is_split(inputs):
+    (inputs / "a.parquet").write_bytes(parquet_bytes([f"document {index}" for index in range(100)]))
+    for data in (str(inputs), str(inputs / "a.parquet")):
+        prepare(data, -1)
+        train, val = documents(shard_paths(data, "train")), documents(shard_paths(data, "val"))
+        assert (len(train), len(val)) == (95, 5)
+        assert sorted(train + val) == sorted(f"document {index}" for index in range(100))
+
+
+def test_conversion_is_kept_until_the_files_change(inputs, capsys):
+    source = inputs / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": f"document {index}"}) + "\n" for index in range(10)))
+    data = str(source)
+    prepare(data, -1)
+    first = [path.read_bytes() for path in shard_paths(data, "train")]
+    capsys.readouterr()
+    prepare(data, -1)
+    assert capsys.readouterr().out == ""
+    shutil.rmtree(dataset.data_dir(data))
+    prepare(data, -1)
+    assert [path.read_bytes() for path in shard_paths(data, "train")] == first
+    source.write_text(source.read_text() + '{"text": "one more"}\n')
+    prepare(data, -1)
+    assert "one more" in documents(shard_paths(data, "train") + shard_paths(data, "val"))
+
+
+def test_failed_conversion_leaves_nothing_behind(inputs):
+    (inputs / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
+    with pytest.raises(UserError, match=r"a.jsonl, line 2"):
+        prepare(str(inputs), -1)
+    assert [path.name for path in (base_dir() / "data").iterdir() if not path.name.endswith(".lock")] == []
+
+
+def test_folder_without_text_is_refused(inputs):
+    with pytest.raises(UserError, match=r"has no .parquet, .jsonl"):
+        prepare(str(inputs), -1)
+
+
+def test_documentation_of_the_machine_is_a_data_set_like_any_other(monkeypatch):
+    sources = [
+        localtext.Source(name, 30, lambda name=name: [f"{name} {index}" for index in range(3)]) for name in "abcdefghij"
+    ]
+    monkeypatch.setattr(localtext, "machine_sources", lambda: sources)
+    assert prepare("local", 1) == base_dir() / "data" / "local"
+    assert len(documents(shard_paths("local", "train") + shard_paths("local", "val"))) == 30
+
+
+# --- command -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_train", "workers"), [(0, 8), (-2, 8), (1, 0)])
+def test_numbers_out_of_range_are_refused(num_train, workers):
+    with pytest.raises(UserError, match="is out of range"):
+        prepare(REPO, num_train, workers=workers)
+
+
+def test_command_says_what_is_here(inputs, capsys):
+    write_shards(inputs, 3)
+    dataset.main(argparse.Namespace(data=str(inputs), num_train=-1, workers=1))
+    assert "2 train shards" in capsys.readouterr().out

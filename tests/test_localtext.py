@@ -1,0 +1,264 @@
+"""Text on this machine made into shards: cutting, splitting without overlap, finding documentation."""
+
+import gzip
+import random
+import sys
+from functools import partial
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat import localtext
+from nanochat.common import UserError
+from nanochat.localtext import Source, cut_text, is_prose, read_texts, write_shards
+
+PROSE = "This is a sentence that says what the function does and why it is there."
+
+
+def make_source(name: str, texts: list[str]) -> Source:
+    return Source(name, sum(len(text.encode()) for text in texts), partial(iter, texts))
+
+
+def make_sources(num_sources: int, documents_each: int) -> list[Source]:
+    return [
+        make_source(f"source {source}", [f"text {source}.{index} " + "word " * 20 for index in range(documents_each)])
+        for source in range(num_sources)
+    ]
+
+
+def read(path: Path) -> list[str]:
+    return pq.read_table(path).column("text").to_pylist()
+
+
+def split_of(folder: Path, sources: list[Source], **options) -> tuple[list[str], list[str]]:
+    *train, val = write_shards(sources, folder, **options)
+    return [text for shard in train for text in read(shard)], read(val)
+
+
+# --- files of the user ---------------------------------------------------------------------------
+
+
+@given(st.text(alphabet="ab .\n", max_size=300), st.integers(4, 40))
+def test_cutting_loses_no_word_and_keeps_to_the_size(text, max_chars):
+    pieces = list(cut_text(text, max_chars))
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+    assert all(piece.strip() and len(piece) <= max_chars for piece in pieces)
+    assert all(len(piece) >= max_chars // 4 for piece in pieces[:-1])
+
+
+def test_cuts_fall_on_the_best_border_there_is():
+    paragraph = "One sentence here. Another one there."
+    assert list(cut_text(f"{paragraph}\n\n{paragraph}", 60)) == [paragraph, paragraph]
+    assert list(cut_text(f"{paragraph}\n{paragraph}", 60)) == [paragraph, paragraph]
+    assert list(cut_text(paragraph, 30)) == ["One sentence here.", "Another one there."]
+    assert list(cut_text("several words", 8)) == ["several", "words"]
+    assert list(cut_text("x" * 10, 4)) == ["xxxx", "xxxx", "xx"]
+
+
+def test_jsonl_is_read_packed_or_not(tmp_path):
+    lines = '{"text": "a", "id": 1}\n\n{"text": null}\n{"text": "caf\\u00e9 ☕"}'
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    assert list(read_texts(tmp_path / "a.jsonl")) == ["a", "café ☕"]
+    assert list(read_texts(tmp_path / "a.jsonl.gz")) == ["a", "café ☕"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"{", b"[1]", b'"text"', b"3", b'{"txt": "a"}', b'{"text": 3}', b'{"text": "\\ud800"}', b'{"text": "\xff"}'],
+)
+def test_malformed_lines_are_named_with_file_and_number(tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3: not a JSON object with a string \"text\""):
+        list(read_texts(tmp_path / "a.jsonl"))
+
+
+def test_text_files_lose_their_byte_order_mark_and_are_cut(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + (PROSE + "\n\n").encode() * 300)
+    pieces = list(read_texts(tmp_path / "a.txt"))
+    assert pieces[0].startswith("This is")
+    assert len(pieces) == 3
+    assert max(map(len, pieces)) <= localtext.DOCUMENT_CHARS
+
+
+def test_unreadable_files_are_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"abc\xff")
+    with pytest.raises(UserError, match=r"a\.txt is not UTF-8 at byte 3"):
+        list(read_texts(tmp_path / "a.txt"))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-20])
+    with pytest.raises(UserError, match=r"cannot read .*a\.jsonl\.gz"):
+        list(read_texts(tmp_path / "a.jsonl.gz"))
+    with pytest.raises(UserError, match=r"cannot read .*gone\.txt"):
+        list(read_texts(tmp_path / "gone.txt"))
+
+
+# --- writing shards ------------------------------------------------------------------------------
+
+
+def test_shards_hold_every_document_once_shuffled(tmp_path):
+    sources = make_sources(40, 10)
+    train, val = split_of(tmp_path, sources)
+    in_order = [text for source in sources for text in source.read()]
+    assert sorted(train + val) == sorted(in_order)
+    assert train != [text for text in in_order if text in set(train)]
+    assert 0.02 * len(in_order) <= len(val) <= 0.08 * len(in_order)
+
+
+def test_sources_stay_on_one_side_when_they_are_small(tmp_path):
+    train, val = split_of(tmp_path, make_sources(40, 10))
+    assert {text.split(".")[0] for text in train} & {text.split(".")[0] for text in val} == set()
+
+
+@pytest.mark.parametrize("num_sources", [1, 2, 3])
+def test_few_large_sources_are_split_inside(tmp_path, num_sources):
+    train, val = split_of(tmp_path, make_sources(num_sources, 100))
+    assert len(val) == 5 * num_sources
+    assert len(train) == 95 * num_sources
+
+
+def test_no_document_is_on_both_sides_or_twice(tmp_path):
+    texts = [f"the same  text\n{index % 7}" for index in range(100)] + [f"the same text {index}" for index in range(9)]
+    sources = [make_source(f"{index}", texts) for index in range(30)]
+    train, val = split_of(tmp_path, sources)
+    words = [" ".join(text.split()) for text in train + val]
+    assert sorted(words) == [f"the same text {index}" for index in range(9)]
+    assert train
+    assert val
+
+
+def test_result_depends_on_the_texts_alone(tmp_path):
+    sources = make_sources(30, 20)
+    first = [path.read_bytes() for path in write_shards(sources, tmp_path / "a")]
+    again = [path.read_bytes() for path in write_shards(sources[::-1], tmp_path / "b")]
+    other = [path.read_bytes() for path in write_shards(sources, tmp_path / "c", seed=1)]
+    assert first == again
+    assert first != other
+
+
+def test_large_input_is_spread_over_shards_of_full_row_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(localtext, "SHARD_BYTES", 100_000)
+    paths = write_shards(make_sources(40, 100), tmp_path)
+    assert [path.name for path in paths] == [f"shard_{index:05d}.parquet" for index in range(6)]
+    assert sorted(tmp_path.iterdir()) == paths
+    train = [pq.ParquetFile(path).metadata for path in paths[:-1]]
+    assert sum(shard.num_rows for shard in train) > 3500
+    assert all(700 < shard.num_rows < 850 for shard in train)
+
+
+def test_row_groups_have_1024_documents(tmp_path):
+    shard, _ = write_shards(make_sources(1, 3000), tmp_path)
+    metadata = pq.ParquetFile(shard).metadata
+    assert [metadata.row_group(index).num_rows for index in range(3)] == [1024, 1024, 802]
+
+
+@pytest.mark.parametrize("texts", [[], ["only one"], ["the same", "the  same", "", "  "]])
+def test_too_little_text_is_refused(tmp_path, texts):
+    with pytest.raises(UserError, match="different documents"):
+        write_shards([make_source("a", texts)], tmp_path)
+
+
+def test_two_documents_are_enough(tmp_path):
+    assert sorted(map(len, split_of(tmp_path, [make_source("a", ["one", "two"])]))) == [1, 1]
+
+
+# --- documentation on this machine ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PROSE,
+        "Return a copy of the string with leading white space removed.",
+        "Deletes the file at the given path,\n    or does nothing when it is not there.",
+    ],
+)
+def test_sentences_are_prose(text):
+    assert is_prose(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Too short.",
+        ">>> a = [x for x in range(3)] and this is the rest",
+        "for (i = 0; i < n; i++) { a[i] = b[i] + c[i]; }",
+        "alpha beta gamma delta epsilon zeta eta theta",
+        "Dies ist ein deutscher Satz über die Dokumentation dieser Funktion.",
+        "+----+----+\n| a  | b  |\n+----+----+",
+    ],
+)
+def test_code_tables_lists_and_other_languages_are_not(text):
+    assert not is_prose(text)
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Two installed packages, of which importing a module would fail."""
+    root = tmp_path / "site-packages"
+    (root / "alpha" / "tests").mkdir(parents=True)
+    (root / "alpha" / "__init__.py").write_text(
+        f'''"""Alpha does things.
+
+    {PROSE}
+    """
+import a_module_that_is_not_there
+class Worker:
+    """The worker that does all of the things
+    which are there to be done in a day."""
+    def run(self, speed, *, quiet):
+        """Run at a speed that is given by the caller, in units of the machine it is on.
+
+        >>> Worker().run(3)
+        """
+        return "a string that is not a docstring, however much it may look like one of them"
+HELP = """{"A long help text is documentation, too, wherever it is to be found. " * 8}"""
+'''
+    )
+    (root / "alpha" / "copy.py").write_text(f'"""{PROSE}"""\n')  # nothing new, too short for a document
+    (root / "alpha" / "broken.py").write_text('"""Not Python"""\ndef (')
+    (root / "alpha" / "tests" / "test_alpha.py").write_text(f'"""{"It is about the tests of alpha. " * 20}"""')
+    (root / "alpha-1.0.dist-info").mkdir()
+    described = "Alpha is described in the metadata that every package of this kind has. " * 4
+    (root / "alpha-1.0.dist-info" / "METADATA").write_text(f"Name: alpha\nSummary: x\n\n{described}\n")
+    (root / "alpha-1.0.dist-info" / "LICENSE.txt").write_text(PROSE.replace("This", "That") * 10)
+    (root / "beta.py").write_text(f"def work():\n    '''{'Beta is the second of the packages here. ' * 10}'''\n")
+    monkeypatch.setattr(localtext, "_roots", lambda: [root])
+    return root
+
+
+def test_docstrings_and_documents_are_found_without_importing(packages):
+    alpha, beta = localtext.machine_sources()
+    assert (alpha.name, beta.name) == ("alpha", "beta")
+    described, module = alpha.read()
+    assert described.startswith("alpha\n\nAlpha is described in the metadata")
+    help_text = " ".join(["A long help text is documentation, too, wherever it is to be found."] * 8)
+    assert module.split("\n\n") == [
+        "alpha",
+        PROSE,
+        "Worker",
+        "The worker that does all of the things which are there to be done in a day.",
+        "Worker.run(self, speed, quiet)",
+        "Run at a speed that is given by the caller, in units of the machine it is on.",
+        help_text,
+    ]
+    assert beta.num_bytes == len(next(iter(beta.read())).encode())
+    assert "alpha" not in sys.modules
+
+
+def test_reading_is_bounded_and_the_same_each_time(packages, monkeypatch):
+    texts = [list(source.read()) for source in localtext.machine_sources()]
+    assert texts == [list(source.read()) for source in localtext.machine_sources()]
+    monkeypatch.setattr(localtext, "MACHINE_BYTES", (packages / "beta.py").stat().st_size + 1)
+    assert sum(source.num_bytes for source in localtext.machine_sources()) <= localtext.MACHINE_BYTES
+
+
+def test_this_very_machine_has_documentation(monkeypatch):
+    monkeypatch.setattr(localtext, "_roots", lambda: [Path(sys.modules["json"].__file__).parent.parent])
+    monkeypatch.setattr(localtext, "MACHINE_BYTES", 2_000_000)
+    sources = localtext.machine_sources()
+    text = " ".join(text for source in sources for text in source.read())
+    assert len(text) > 100_000
+    assert random.Random(0).choice(sources).num_bytes > 0

@@ -1,0 +1,160 @@
+"""Bits per byte by hand, over ranks, and the plain sampler against a one-row loop."""
+
+import math
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from nanochat.gpt import IGNORE_INDEX
+from nanochat.loss_eval import SAMPLE_PROMPTS, evaluate_bpb, sample_completions
+
+BOS = 0
+LETTERS = "abcdefghijklmnopqrstuvwxyz ."
+VOCAB_SIZE = 1 + len(LETTERS)
+
+
+class FixedLosses:
+    """A model whose loss for a target is the target itself divided by 10, in nats."""
+
+    device = torch.device("cpu")
+
+    def __call__(self, idx, targets, *, reduction):
+        assert reduction == "none"
+        return targets / 10
+
+
+class LetterTokenizer:
+    bos_id = BOS
+
+    def encode(self, text):
+        return [1 + LETTERS.index(letter) for letter in text]
+
+    def decode(self, ids):
+        assert BOS not in ids
+        return "".join(LETTERS[i - 1] for i in ids)
+
+
+class BigramModel:
+    """Causal, and sensitive to the two tokens before; from `bos_after` positions on it wants to begin a document."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, sequence_len=16, bos_after=10**9):
+        self.config = SimpleNamespace(sequence_len=sequence_len, vocab_size=VOCAB_SIZE)
+        self.bos_after = bos_after
+        self.table = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+        self.table[:, BOS] = -20
+        self.longest = 0
+
+    def hidden(self, idx):
+        self.longest = max(self.longest, idx.size(1))
+        previous = torch.cat((idx[:, :1], idx[:, :-1]), dim=1)
+        hidden = self.table[idx] + 0.9 * self.table[previous]
+        hidden[:, self.bos_after :, BOS] = 50
+        return hidden
+
+    def logits(self, hidden):
+        return hidden
+
+
+def batch(*rows):
+    targets = torch.tensor(rows)
+    return SimpleNamespace(idx=torch.zeros_like(targets), targets=targets)
+
+
+def test_bits_per_byte_match_a_sum_by_hand():
+    token_bytes = np.array([0, 1, 2, 3], dtype=np.int32)
+    result = evaluate_bpb(FixedLosses(), [batch([1, 2], [3, 3]), batch([2, 1])], token_bytes)
+    assert result.nats == pytest.approx(0.1 + 0.2 + 0.3 + 0.3 + 0.2 + 0.1)
+    assert (result.bytes, result.tokens) == (1 + 2 + 3 + 3 + 2 + 1, 6)
+    assert result.bpb == pytest.approx(result.nats / math.log(2) / 12)
+
+
+def test_special_and_ignored_tokens_count_neither_nats_nor_bytes():
+    token_bytes = torch.tensor([2, 1, 0, 0])  # ignored targets must not be read as token 0, nor as the last one
+    result = evaluate_bpb(FixedLosses(), [batch([1, 2, IGNORE_INDEX, 3, 1])], token_bytes)
+    assert result.nats == pytest.approx(0.2)
+    assert (result.bytes, result.tokens) == (2, 2)
+
+
+@pytest.mark.parametrize("batches", [[], [batch([2, IGNORE_INDEX])]])
+def test_without_any_byte_the_result_is_inf_and_no_crash(batches):
+    result = evaluate_bpb(FixedLosses(), batches, np.array([1, 1, 0]))
+    assert (result.bpb, result.nats, result.bytes, result.tokens) == (math.inf, 0.0, 0, 0)
+
+
+def test_bits_per_byte_do_not_depend_on_how_rows_are_batched():
+    rows = torch.randint(0, 4, (6, 5), generator=torch.Generator().manual_seed(1)).tolist()
+    token_bytes = np.array([0, 1, 2, 3])
+    together = evaluate_bpb(FixedLosses(), [batch(*rows)], token_bytes)
+    apart = evaluate_bpb(FixedLosses(), [batch(row) for row in rows], token_bytes)
+    assert apart.bpb == pytest.approx(together.bpb, rel=1e-6)
+    assert (apart.bytes, apart.tokens) == (together.bytes, together.tokens)
+
+
+def _bpb_on_rank(rank, folder):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mine = [[batch([1, 2, 3])], [batch([3, 3, 0]), batch([1, 1, 1])]][rank]  # one batch here, two there
+    result = evaluate_bpb(FixedLosses(), mine, np.array([0, 1, 2, 3]))
+    torch.save((result.nats, result.bytes, result.tokens), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_with_unequal_numbers_of_batches_sum_to_what_one_process_finds(tmp_path):
+    mp.spawn(_bpb_on_rank, (str(tmp_path),), nprocs=2)
+    batches = [batch([1, 2, 3]), batch([3, 3, 0]), batch([1, 1, 1])]
+    alone = evaluate_bpb(FixedLosses(), batches, np.array([0, 1, 2, 3]))
+    for rank in range(2):
+        nats, num_bytes, num_tokens = torch.load(tmp_path / f"{rank}.pt")
+        assert nats == pytest.approx(alone.nats)
+        assert (num_bytes, num_tokens) == (alone.bytes, alone.tokens)
+
+
+def test_greedy_samples_of_a_batch_equal_a_loop_over_one_row():
+    model, tokenizer = BigramModel(), LetterTokenizer()
+    prompts = ["the cat", "a", "", "hello wor"]
+    for prompt, text in zip(prompts, sample_completions(model, tokenizer, prompts, 5), strict=True):
+        row = [BOS, *tokenizer.encode(prompt)]
+        for _ in range(5):
+            row.append(model.hidden(torch.tensor([row]))[0, -1].argmax().item())
+        assert text == tokenizer.decode(row[-5:])
+
+
+def test_samples_never_leave_the_context():
+    model = BigramModel(sequence_len=8)
+    short, full, too_long = sample_completions(model, LetterTokenizer(), ["abc", "abcdefg", "a" * 30], 100)
+    assert (len(short), len(full), len(too_long)) == (5, 1, 1)
+    assert model.longest == 8
+
+
+def test_samples_end_where_the_next_document_begins():
+    assert [len(text) for text in sample_completions(BigramModel(bos_after=6), LetterTokenizer(), ["abc", "a"], 9)] == [
+        3,
+        5,
+    ]
+
+
+def test_random_samples_repeat_with_the_seed_and_differ_without():
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return sample_completions(
+            BigramModel(), LetterTokenizer(), ["abc"] * 3, 9, temperature=1.0, generator=generator
+        )
+
+    assert draw(1) == draw(1) != draw(2)
+    assert len(set(draw(1))) == 3  # rows with the same prompt draw apart
+
+
+def test_no_tokens_asked_for_gives_empty_samples():
+    assert sample_completions(BigramModel(), LetterTokenizer(), ["abc", ""], 0) == ["", ""]
+
+
+def test_sample_prompts_are_texts_that_invite_a_continuation():
+    assert len(SAMPLE_PROMPTS) == len(set(SAMPLE_PROMPTS)) >= 5
+    assert all(prompt and prompt == prompt.strip() for prompt in SAMPLE_PROMPTS)

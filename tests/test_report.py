@@ -1,0 +1,433 @@
+"""Records, their rendering as Markdown, and the curves."""
+
+import base64
+import json
+import os
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat import report
+from nanochat.common import UserError, base_dir, run_main
+from nanochat.report import append_record, format_duration, format_value, generate, read_records, records_path, render
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def _working_folder(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+@pytest.fixture
+def metrics_path() -> Path:
+    """The metrics of a run of 30 steps with a validation every ten."""
+    path = base_dir() / "base_checkpoints" / "d4" / "metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    lines = [{"step": step, "train_loss": 8 / (step + 1), "tokens_per_second": 700.0 + step} for step in range(30)]
+    lines += [{"step": step, "val_bpb": 3 - step / 20} for step in (0, 10, 20, 30)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"])))
+    return path
+
+
+def rendered() -> str:
+    return render(*read_records())
+
+
+def summary_row(markdown: str, metric: str) -> list[str]:
+    """The cells of a row of the summary, without its name."""
+    line = next(line for line in markdown.splitlines() if line.startswith(f"| **{metric}**"))
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+# --- records -------------------------------------------------------------------------------------
+
+
+def test_a_record_comes_back_as_it_was_given():
+    append_record(
+        "tok_train", settings={"vocab_size": 512}, results={"merges": 247}, table=[{"a": 1}], samples=["x\ny"]
+    )
+    (record,), broken = read_records()
+    assert (record.stage, record.settings, record.results) == ("tok_train", {"vocab_size": 512}, {"merges": 247})
+    assert (record.table, record.samples, broken) == ([{"a": 1}], ["x\ny"], 0)
+
+
+def test_tensors_numpy_scalars_paths_and_non_finite_numbers_are_kept_as_json():
+    results = {"loss": torch.tensor(1.5), "count": np.int64(3), "worst": np.float32("inf"), "mean": float("nan")}
+    append_record("base_train", settings={"data": Path("a/b"), "betas": (0.8, 0.95)}, results=results)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    record = json.loads(records_path().read_text(), parse_constant=refuse)
+    assert record["results"] == {"loss": 1.5, "count": 3, "worst": "inf", "mean": "nan"}
+    assert record["settings"] == {"data": str(Path("a/b")), "betas": [0.8, 0.95]}
+
+
+def _append_many(worker: int) -> None:
+    for number in range(20):
+        append_record("tok_eval", settings={}, results={"worker": worker, "number": number, "pad": "é" * 5000})
+
+
+def test_processes_that_append_at_once_each_get_whole_lines():
+    with ProcessPoolExecutor(4) as pool:
+        list(pool.map(_append_many, range(4)))
+    records, broken = read_records()
+    assert broken == 0
+    seen = {(record.results["worker"], record.results["number"]) for record in records}
+    assert seen == {(worker, number) for worker in range(4) for number in range(20)}
+
+
+def test_half_a_line_of_a_killed_writer_costs_no_other_record():
+    append_record("tok_train", settings={}, results={"merges": 1})
+    with open(records_path(), "a") as file:
+        file.write('{"stage": "tok_ev')
+    append_record("base_train", settings={}, results={"val_bpb": 2.5})
+    records, broken = read_records()
+    assert [record.stage for record in records] == ["tok_train", "base_train"]
+    assert broken == 1
+    assert "1 line(s) of the records were unreadable" in rendered()
+
+
+def test_lines_that_are_no_records_are_counted_not_believed():
+    append_record("tok_train", settings={}, results={})
+    with open(records_path(), "a") as file:
+        file.write('[1, 2]\n{"stage": "x"}\n{"stage": "x", "time": 0, "settings": {}, "results": {}, "extra": 1}\n')
+    records, broken = read_records()
+    assert (len(records), broken) == (1, 3)
+
+
+def test_without_records_the_error_says_what_to_run():
+    with pytest.raises(UserError, match=r"no records.*speedrun\.sh"):
+        generate()
+
+
+def test_a_folder_that_cannot_be_written_is_a_user_error():
+    (base_dir() / "report").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="cannot write the record of tok_train"):
+        append_record("tok_train", settings={}, results={})
+
+
+# --- a new report --------------------------------------------------------------------------------
+
+
+def test_reset_keeps_old_records_and_touches_nothing_else(metrics_path):
+    append_record("base_train", settings={}, results={"val_bpb": 2.5}, metrics_path=metrics_path)
+    old, metrics = records_path().read_text(), metrics_path.read_text()
+    first = report.reset()
+    second = report.reset()
+    assert [path.read_text() for path in first] == [old]
+    assert len({*first, *second, records_path()}) == 3
+    assert metrics_path.read_text() == metrics
+    (record,), _ = read_records()
+    assert record.stage == "environment"
+
+
+def test_reset_records_the_machine_and_its_versions():
+    report.reset()
+    (record,), _ = read_records()
+    machine = record.results
+    assert machine["torch"] == torch.__version__
+    assert machine["cores"] == os.cpu_count()
+    assert machine["memory_gib"] > 0.1
+    assert len(machine["gpus"]) == torch.cuda.device_count()
+    assert machine["cpu"]
+    assert machine["commit"]
+
+
+def test_outside_a_checkout_the_commit_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "REPO", tmp_path)
+    assert report.git_commit().startswith("unknown")
+    monkeypatch.setenv("PATH", "")
+    assert report.git_commit().startswith("unknown")
+
+
+# --- rendering -----------------------------------------------------------------------------------
+
+
+def test_generate_writes_the_same_report_to_both_places():
+    append_record("tok_train", settings={}, results={"merges": 247})
+    paths = generate()
+    assert paths == [base_dir() / "report" / "report.md", Path.cwd() / "report.md"]
+    assert paths[0].read_text() == paths[1].read_text()
+    assert "## Tokenizer training" in paths[0].read_text()
+
+
+def test_the_report_never_reads_its_own_markdown_back():
+    append_record("tok_train", settings={}, results={"merges": 247})
+    for path in generate():
+        path.write_text("CORE 0.99")
+    assert "0.99" not in generate()[0].read_text()
+
+
+def test_the_summary_puts_each_metric_under_the_model_it_was_measured_on():
+    append_record("base_train", settings={}, results={"val_bpb": 0.9})
+    append_record("base_loss", settings={"source": "base"}, results={"val_bpb": 0.8119})
+    append_record("base_eval", settings={}, results={"core": 0.2219})
+    append_record("mid_train", settings={}, results={"val_bpb": 0.4})
+    append_record("chat_eval", settings={"source": "mid"}, results={"ARC-Easy": 0.3561})
+    append_record("chat_eval", settings={"source": "sft"}, results={"arc_easy": 0.3876, "ChatCORE": 0.0884})
+    append_record("chat_eval", settings={"source": "rl"}, results={"GSM8K": 0.0758})
+    markdown = rendered()
+    assert summary_row(markdown, "CORE") == ["0.2219", "-", "-", "-"]
+    assert summary_row(markdown, "ARC-Easy") == ["-", "0.3561", "0.3876", "not run"]
+    assert summary_row(markdown, "GSM8K") == ["-", "not run", "not run", "0.0758"]
+    assert summary_row(markdown, "ChatCORE") == ["-", "not run", "0.0884", "not run"]
+    assert summary_row(markdown, "val bpb") == ["0.8119", "0.4", "not run", "-"]
+
+
+def test_what_was_not_run_says_so_with_its_reason():
+    append_record("base_eval", settings={}, results={"not_run": "no data"})
+    markdown = rendered()
+    assert summary_row(markdown, "CORE")[0] == "not run, no data"
+    assert "- CORE (base): not run, no data" in markdown
+    assert "- Pretraining (`base_train`): not run" in markdown
+    assert "## Pretraining" not in markdown
+
+
+def test_a_yardstick_model_never_stands_in_for_ours():
+    append_record("base_eval", settings={"hf_path": "org/yardstick"}, results={"CORE": 0.11})
+    markdown = rendered()
+    assert summary_row(markdown, "CORE")[0] == "not run"
+    assert "## CORE (org/yardstick)" in markdown
+
+
+def test_of_several_attempts_the_last_counts_and_the_others_are_counted():
+    for value in (0.5, 0.25, 0.125):
+        append_record("base_train", settings={}, results={"val_bpb": value})
+    markdown = rendered()
+    assert summary_row(markdown, "val bpb")[0] == "0.125"
+    assert "2 earlier attempt(s) not shown" in markdown
+    assert markdown.count("## Pretraining") == 1
+
+
+def test_stages_stand_in_the_order_of_the_pipeline_and_unknown_ones_last():
+    for stage in ("my_stage", "base_train", "tok_train"):
+        append_record(stage, settings={}, results={"x": 1})
+    headings = re.findall(r"^## (.*)$", rendered(), re.MULTILINE)
+    assert [h for h in headings if h in ("Tokenizer training", "Pretraining") or h.startswith("my")] == [
+        "Tokenizer training",
+        "Pretraining",
+        "my_stage",
+    ]
+
+
+def test_samples_cannot_leave_their_fence_nor_values_their_cell():
+    append_record(
+        "base_loss",
+        settings={"note": "a|b\n<script>"},
+        results={"x": 1},
+        table=[{"task": "a|b", "n": 1}, {"task": "c", "extra": 2}],
+        samples=["text\n```\n# not a heading\n````"],
+    )
+    markdown = rendered()
+    assert "\n`````text\ntext\n```\n# not a heading\n````\n`````" in markdown
+    assert "| note | a\\|b \\<script> |" in markdown
+    assert "| task | n | extra |\n| --- | --- | --- |\n| a\\|b | 1 |  |\n| c |  | 2 |" in markdown
+
+
+def test_settings_that_hold_a_configuration_are_flattened():
+    append_record("base_train", settings={"config": {"n_embd": 256, "extra": {}}}, results={})
+    assert "| config.n_embd | 256 |" in rendered()
+
+
+def test_wall_clock_runs_from_reset_to_the_last_record(monkeypatch):
+    now = 1_000_000.0
+    monkeypatch.setattr(report.time, "time", lambda: now)
+    report.reset()
+    now += 3 * 3600 + 51 * 60
+    append_record("base_train", settings={}, results={})
+    now += 10 * 3600
+    assert "last record: **3 h 51 min**" in rendered()
+
+
+def test_wall_clock_without_a_reset_starts_with_the_first_stage(monkeypatch):
+    now = 1_000_000.0
+    monkeypatch.setattr(report.time, "time", lambda: now)
+    append_record("tok_train", settings={}, results={"elapsed_seconds": 60.0})
+    now += 120
+    append_record("base_train", settings={}, results={})
+    assert "last record: **3 min 0 s**" in rendered()
+
+
+MACHINE = {"gpus": ["NVIDIA H100 80GB HBM3"] * 8, "gpu_memory_gib": 79.6, "cuda": "13.2", "cpu": "c", "cores": 8}
+
+
+@pytest.mark.parametrize(
+    ("machine", "words"),
+    [
+        ({**MACHINE, "gpu_hour_dollars": 3.0, "price_source": "s"}, "$24.00 an hour: about **$48.00** for 2 h 0 min"),
+        ({**MACHINE, "gpu_hour_dollars": None}, "No price is known for NVIDIA H100 80GB HBM3"),
+        ({"gpus": []}, "No GPU, so no estimate"),
+        ({}, "No GPU, so no estimate"),
+    ],
+)
+def test_the_cost_is_price_times_gpus_times_hours_or_says_why_not(machine, words, monkeypatch):
+    now = 1_000_000.0
+    monkeypatch.setattr(report.time, "time", lambda: now)
+    append_record("environment", settings={}, results=machine)
+    now += 7200
+    append_record("base_train", settings={}, results={})
+    assert words in rendered()
+
+
+def test_code_size_counts_source_files_and_nothing_hidden_or_built(tmp_path, monkeypatch):
+    repo = tmp_path / "repo"
+    for name, text in {
+        "a.py": "x = 1\ny = 2\n",
+        "runs/b.sh": "true\n",
+        ".venv/c.py": "hidden\n",
+        "rustbpe/target/d.rs": "built\n",
+        "notes.txt": "no source\n",
+    }.items():
+        (repo / name).parent.mkdir(parents=True, exist_ok=True)
+        (repo / name).write_text(text)
+    (repo / "requirements.lock").write_text("a==1 \\\n    --hash=sha256:0\nb==2\n")
+    monkeypatch.setattr(report, "REPO", repo)
+    append_record("tok_train", settings={}, results={})
+    markdown = rendered()
+    assert "| Characters | 17 |\n| Lines | 3 |\n| Files | 2 |" in markdown
+    assert "not counted: no tokenizer trained yet" in markdown
+    assert "| 3 (2 of packages) |" in markdown
+
+
+def test_code_is_counted_in_tokens_once_there_is_a_tokenizer(tokenizer):
+    from nanochat.tokenizer import tokenizer_dir
+
+    tokenizer.save(tokenizer_dir())
+    append_record("tok_train", settings={}, results={})
+    count = re.search(r"\| Tokens \(our tokenizer\) \| ([\d,]+) \|", rendered())
+    assert int(count[1].replace(",", "")) > 1000
+
+
+# --- curves --------------------------------------------------------------------------------------
+
+
+def test_curves_are_embedded_as_small_pictures_defined_at_the_end(metrics_path):
+    append_record("base_train", settings={}, results={"val_bpb": 1.5}, metrics_path=metrics_path)
+    markdown = rendered()
+    references = re.findall(r"^!\[.*\]\[(.+)\]$", markdown, re.MULTILINE)
+    definitions = dict(re.findall(r"^\[(.+)\]: data:image/png;base64,(.+)$", markdown, re.MULTILINE))
+    assert references == list(definitions)
+    assert len(references) == 3
+    for data in definitions.values():
+        png = base64.b64decode(data, validate=True)
+        assert png.startswith(PNG_SIGNATURE)
+        assert len(png) < 60_000
+    assert markdown.rstrip().splitlines()[-1].startswith("[base-train-base-tokens-per-second]: ")
+
+
+def test_the_base_folder_can_move_and_the_curves_are_still_found(metrics_path, tmp_path, monkeypatch):
+    append_record("base_train", settings={}, results={}, metrics_path=metrics_path)
+    base_dir().rename(tmp_path / "elsewhere")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "elsewhere"))
+    assert "data:image/png" in rendered()
+
+
+def test_metrics_that_are_gone_or_too_short_are_said_not_drawn(metrics_path):
+    append_record("base_train", settings={}, results={}, metrics_path=metrics_path)
+    metrics_path.write_text('{"step": 0, "train_loss": 8.0}\n')
+    assert "No curves: too few steps" in rendered()
+    metrics_path.unlink()
+    assert "No curves: metrics.jsonl of this run is gone" in rendered()
+
+
+def test_without_matplotlib_the_report_is_written_without_curves(metrics_path, monkeypatch):
+    append_record("base_train", settings={}, results={"x": 1}, metrics_path=metrics_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    markdown = rendered()
+    assert "No curves: matplotlib is not installed" in markdown
+    assert "data:image/png" not in markdown
+
+
+def test_steps_written_again_after_a_resume_replace_the_earlier_ones(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    values = [(0, 4.0), (1, 3.0), (2, 2.9), (3, 2.8), (2, 2.0), (3, 1.0)]
+    path.write_text("".join(json.dumps({"step": s, "train_loss": v}) + "\n" for s, v in values))
+    assert report.read_curves(path) == {"train_loss": [(0, 4.0), (1, 3.0), (2, 2.0), (3, 1.0)]}
+
+
+def test_broken_lines_and_values_that_are_not_finite_are_left_out_of_curves(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "val_bpb": 3.0}\n{"step": 1, "val_bpb": NaN}\nnull\n{"step": 2, "val_bpb": 2.0}\n{"st')
+    assert report.read_curves(path) == {"val_bpb": [(0, 3.0), (2, 2.0)]}
+
+
+@pytest.mark.parametrize("count", [2, 3, 299, 300, 301, 5000])
+def test_a_curve_of_any_length_is_a_small_picture(count):
+    points = [(step, 1e6 + (step * 7919) % 1000) for step in range(count)]
+    png = report.draw_curve(points, title="throughput", label="tokens per second", from_zero=True)
+    assert png.startswith(PNG_SIGNATURE)
+    assert len(png) < 60_000
+
+
+# --- formats and the command ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.81234, "0.8123"),
+        (0.5, "0.5"),
+        (0.0, "0"),
+        (3e-5, "3e-05"),
+        (12345.6, "12,346"),
+        (-0.25, "-0.25"),
+        (1.2e18, "1.2e+18"),
+        (float("nan"), "nan"),
+        (32768, "32,768"),
+        (True, "True"),
+        (None, ""),
+        ([1, 0.5], "1, 0.5"),
+        ("<|bos|>", "\\<\\|bos\\|>"),
+    ],
+)
+def test_values_are_shown_short(value, text):
+    assert format_value(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599.6, "1 h 0 min"), (13_860, "3 h 51 min")],
+)
+def test_durations_are_shown_in_two_units(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def run_command(monkeypatch, *arguments: str) -> int:
+    """Exit status of `python -m nanochat.report` with these arguments, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["report", *arguments])
+    try:
+        run_main(report.main, report.parse_args)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_the_command_resets_and_generates(monkeypatch, capsys):
+    assert run_command(monkeypatch, "reset", "--dollars-per-gpu-hour", "2.5") == 0
+    assert run_command(monkeypatch, "reset") == 0
+    assert run_command(monkeypatch, "generate") == 0
+    told = capsys.readouterr()
+    assert "kept the last report's records-" in told.out
+    assert "report.md" in told.out
+    assert told.err == ""
+    assert Path("report.md").exists()
+
+
+def test_the_command_ends_with_one_line_when_there_is_nothing_to_report(monkeypatch, capsys):
+    assert run_command(monkeypatch, "generate") == 2
+    assert re.fullmatch(r"error: nothing to report, .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("price", ["-1", "nan", "inf"])
+def test_the_command_refuses_a_price_that_is_none(price, monkeypatch, capsys):
+    assert run_command(monkeypatch, "reset", "--dollars-per-gpu-hour", price) == 2
+    assert "is not a price" in capsys.readouterr().err
+    assert not records_path().exists()
