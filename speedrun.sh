@@ -98,6 +98,6 @@ stage base_train train scripts.base_train --data "$DATASET" --depth "$DEPTH" "${
 
 # --- evaluation of the base model: bits per byte, samples, CORE; minutes ---
 stage base_loss train scripts.base_loss
-stage base_eval optional train scripts.base_eval "${core[@]}"
+stage base_eval optional train scripts.base_eval ${core[@]+"${core[@]}"}
 
 python -m nanochat.report generate

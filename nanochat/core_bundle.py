@@ -22,7 +22,7 @@ from nanochat.common import UserError, base_dir, disk_errors, fetch_once
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 BUNDLE_VARIABLE = "NANOCHAT_EVAL_BUNDLE"
-FETCH_ATTEMPTS = 3
+FETCH_ATTEMPTS = 4
 FETCH_TIMEOUT_SECONDS = 30
 ORDER_SEED = 1337  # of the published CORE tables of nanochat runs; another one asks other examples first
 DEFAULT_DELIMITER = " "  # between question and answer, where the bundle names none
@@ -88,7 +88,8 @@ def _stream(url: str, partial: Path) -> str:
                 for block in response.iter_content(1 << 20):
                     file.write(block)
     except requests.RequestException as error:  # an OSError itself, so it goes before the disk's
-        return str(error)
+        answer = error.response
+        return type(error).__name__ if answer is None else f"status {answer.status_code}"
     except OSError as error:
         raise UserError(f"cannot write the evaluation bundle to {partial.parent}: {error.strerror}") from error
     return ""

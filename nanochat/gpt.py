@@ -142,14 +142,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` without bias whose float32 weight is cast to the dtype of what comes in."""
+class Linear(nn.Module):
+    """x @ weight.T, the float32 weight (out_features, in_features) cast to the dtype of what comes in.
+
+    Unlike `nn.Linear` it draws no weights of its own: `GPT.init_weights` does, once. (On the meta device PyTorch's
+    drawing also imports its compiler, 9 seconds on a slow CPU.)
+    """
 
     def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    """Rows of a table (num_rows, channels), looked up by idx; not filled on construction, see `Linear`."""
+
+    def __init__(self, num_rows: int, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, channels))
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return F.embedding(idx, self.weight)
 
 
 class Attention(nn.Module):
@@ -212,11 +228,11 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         V, C = config.padded_vocab_size, config.n_embd
-        self.wte = nn.Embedding(V, C)
+        self.wte = Embedding(V, C)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.lm_head = Linear(C, V)
         # the value embeddings of all layers side by side, so that one gather serves them all
-        self.value_embeds = nn.Embedding(V, config.num_value_embeds * config.kv_dim) if config.value_embeds else None
+        self.value_embeds = Embedding(V, config.num_value_embeds * config.kv_dim) if config.value_embeds else None
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer)) if config.residual_scalars else None
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer)) if config.residual_scalars else None
         self.smear_gate = nn.Parameter(torch.empty(SMEAR_CHANNELS)) if config.smear else None
@@ -224,6 +240,7 @@ class GPT(nn.Module):
         self.backout_lambda = nn.Parameter(torch.empty(1)) if config.backout else None
         self._rotary: tuple[Tensor, Tensor] | None = None  # grows with the longest input seen
         self._compiled_trunk: Callable[..., Tensor] | None = None
+        self._training_shape: torch.Size | None = None
 
     @property
     def device(self) -> torch.device:
@@ -288,14 +305,18 @@ class GPT(nn.Module):
 
     def hidden(self, idx: Tensor) -> Tensor:
         """Final normed hidden states (B, T, C) in the compute dtype of idx (B, T) int64."""
-        T = idx.size(1)
-        is_training_length = self.config.sequence_len == T  # other lengths vary too much to compile for each
-        trunk = self._compiled_trunk if self._compiled_trunk and is_training_length else self.trunk
-        return trunk(idx, *self.rotary(T))
+        trunk = self._compiled_trunk if self._compiled_trunk and self._is_training_shape(idx) else self.trunk
+        return trunk(idx, *self.rotary(idx.size(1)))
 
     def compile_trunk(self) -> None:
-        """Compile the part between the tables and the head, for rows of `sequence_len` tokens."""
+        """Compile the part between the tables and the head, for the shape of batch that training has."""
         self._compiled_trunk = torch.compile(self.trunk, dynamic=False)
+
+    def _is_training_shape(self, idx: Tensor) -> bool:
+        """Whether to run compiled: evaluation brings batches of many shapes, too many to compile for each."""
+        if torch.is_grad_enabled():
+            self._training_shape = idx.shape
+        return idx.shape == self._training_shape
 
     def trunk(self, idx: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """`hidden`, given the rotary angles: one graph for `torch.compile`."""

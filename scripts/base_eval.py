@@ -213,6 +213,9 @@ def load_hugging_face(path: str, runtime: Runtime) -> tuple[HuggingFaceModel, Hu
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise UserError("--hf-path needs the package transformers; install it: pip install transformers") from error
+    if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+        raise UserError(f"--hf-path {path}: there is no such folder")
+    path = str(Path(path).expanduser())
     try:
         tokenizer = HuggingFaceTokenizer(AutoTokenizer.from_pretrained(path))
         model = AutoModelForCausalLM.from_pretrained(path, dtype=runtime.dtype).to(runtime.device).eval()

@@ -11,6 +11,8 @@ import torch
 from nanochat.gpt import GPT, GPTConfig, build_model
 from nanochat.tokenizer import Tokenizer
 
+torch.set_num_threads(1)  # the tests' tensors are tiny: more threads only wait for each other
+
 WORDS = (
     "river stone cloud garden window bread summer engine letter music doctor harbour silver yellow quickly under "
     "because never seven twelve walked painted it's don't between café naïve 東京 mountain table"

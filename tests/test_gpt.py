@@ -207,7 +207,7 @@ def test_bfloat16_activations_stay_near_float32(tiny_model, tiny_config):
     assert error < 0.05
 
 
-def test_the_compiled_trunk_serves_rows_of_the_training_length_only(tiny_model, tiny_config, monkeypatch):
+def test_the_compiled_trunk_serves_batches_of_the_training_shape_only(tiny_model, tiny_config, monkeypatch):
     lengths = []
 
     def compile_stub(function, **options):
@@ -220,8 +220,10 @@ def test_the_compiled_trunk_serves_rows_of_the_training_length_only(tiny_model, 
     monkeypatch.setattr(torch, "compile", compile_stub)
     tiny_model.compile_trunk()
     tiny_model(draw_idx(tiny_config))
-    tiny_model(draw_idx(tiny_config, length=7))
-    assert lengths == [32]
+    with torch.no_grad():
+        tiny_model(draw_idx(tiny_config))
+        tiny_model(draw_idx(tiny_config, length=7))
+    assert lengths == [32, 32]
 
 
 # --- the October 2025 architecture ---

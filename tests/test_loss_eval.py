@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from nanochat.common import Runtime
 from nanochat.gpt import IGNORE_INDEX
-from nanochat.loss_eval import SAMPLE_PROMPTS, evaluate_bpb, sample_completions
+from nanochat.loss_eval import SAMPLE_PROMPTS, evaluate_bpb, evaluate_split, sample_completions
 
 BOS = 0
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
@@ -158,3 +159,28 @@ def test_no_tokens_asked_for_gives_empty_samples():
 def test_sample_prompts_are_texts_that_invite_a_continuation():
     assert len(SAMPLE_PROMPTS) == len(set(SAMPLE_PROMPTS)) >= 5
     assert all(prompt and prompt == prompt.strip() for prompt in SAMPLE_PROMPTS)
+
+
+def test_a_whole_split_counts_every_byte_of_its_documents_once(tokenizer, tiny_model, shards, texts):
+    runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.float32)
+    whole = evaluate_split(tiny_model, tokenizer, shards[3:], runtime, 2)
+    assert whole.bytes == sum(len(text.encode()) for text in texts[170:])
+    assert whole.tokens == sum(map(len, tokenizer.encode_batch(texts[170:])))
+    guessing = math.log2(tokenizer.vocab_size) * whole.tokens / whole.bytes
+    assert whole.bpb == pytest.approx(guessing, rel=0.2)  # random weights know next to nothing
+
+
+def test_a_part_of_a_split_is_rounded_up_to_whole_batches(tokenizer, tiny_model, shards):
+    runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.float32)
+    T = tiny_model.config.sequence_len
+    part = evaluate_split(tiny_model, tokenizer, shards[:1], runtime, 2, num_tokens=2 * T + 1)
+    assert 2 * T < part.tokens <= 4 * T  # two batches of two rows, but for the beginnings of documents
+
+
+def test_bits_per_byte_agree_with_the_mean_loss_of_the_model(tokenizer, tiny_model):
+    ids = [tokenizer.bos_id, *tokenizer.encode("the river under the silver mountain")]
+    row = torch.tensor([ids])
+    one = SimpleNamespace(idx=row[:, :-1], targets=row[:, 1:])
+    loss = tiny_model(one.idx, one.targets).item()
+    result = evaluate_bpb(tiny_model, [one], tokenizer.token_bytes())
+    assert result.bpb == pytest.approx(loss * (len(ids) - 1) / math.log(2) / 35, rel=1e-5)

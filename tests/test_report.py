@@ -99,8 +99,9 @@ def test_lines_that_are_no_records_are_counted_not_believed():
     append_record("tok_train", settings={}, results={})
     with open(records_path(), "a") as file:
         file.write('[1, 2]\n{"stage": "x"}\n{"stage": "x", "time": 0, "settings": {}, "results": {}, "extra": 1}\n')
+        file.write('{"stage": "x", "time": 0, "settings": {}, "results": [1]}\n')
     records, broken = read_records()
-    assert (len(records), broken) == (1, 3)
+    assert (len(records), broken) == (1, 4)
 
 
 def test_without_records_the_error_says_what_to_run():
