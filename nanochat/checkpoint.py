@@ -9,7 +9,7 @@
             optimizer_rank0.safetensors, loader_rank0.safetensors     one of each per rank
 
 A checkpoint is written under a hidden name and renamed when every rank's files are on the disk, so a folder with a
-step's name is complete. Nothing here deletes a complete checkpoint.
+step's name is complete. Nothing here deletes or replaces a complete checkpoint.
 """
 
 import json
@@ -17,21 +17,24 @@ import os
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanochat.common import Runtime, UserError, barrier, base_dir, disk_errors, write_atomic
+from nanochat.common import Runtime, UserError, base_dir, disk_errors, from_rank0, write_atomic
 from nanochat.gpt import GPT, GPTConfig, build_model
 from nanochat.tokenizer import Tokenizer
 
 SCHEMA = 1
 SOURCES = ("base", "mid", "sft", "rl")
-_STEP_NAME = re.compile(r"step_(\d+)")
+_STEP_NAME = re.compile(r"step_([0-9]+)")
+_MAX_TAG_BYTES = 255  # of a file name, on every usual file system
 
 
 def source_dir(source: str) -> Path:
@@ -43,15 +46,17 @@ def source_dir(source: str) -> Path:
 
 def run_dir(source: str, model_tag: str) -> Path:
     """Folder of one run. Raises `UserError` for a tag that is no plain file name."""
-    if not model_tag or model_tag in (".", "..") or "/" in model_tag or "\0" in model_tag:
-        raise UserError(f"--model-tag {model_tag!r} must be a plain file name")
+    is_name = model_tag not in ("", ".", "..") and "/" not in model_tag and "\0" not in model_tag
+    if not is_name or len(os.fsencode(model_tag)) > _MAX_TAG_BYTES:
+        raise UserError(f"--model-tag {model_tag!r} must be a plain file name of at most {_MAX_TAG_BYTES} bytes")
     return source_dir(source) / model_tag
 
 
 def list_steps(run: Path) -> list[int]:
     """Steps of the complete checkpoints of a run, ascending."""
     names = [_STEP_NAME.fullmatch(entry.name) for entry in run.iterdir()] if run.is_dir() else []
-    return sorted(int(m[1]) for m in names if m and (run / m[0] / "meta.json").is_file())
+    steps = {int(m[1]) for m in names if m}
+    return sorted(step for step in steps if (step_dir(run, step) / "meta.json").is_file())
 
 
 def step_dir(run: Path, step: int) -> Path:
@@ -75,29 +80,40 @@ def save_checkpoint(
     """Write one checkpoint; every rank calls this. Returns its folder.
 
     `meta` is the stage's own record (anything JSON holds); config, tokenizer fingerprint and schema are added.
-    Raises `UserError` when it cannot be written; earlier checkpoints are untouched.
+    Raises `UserError`, on every rank alike, when it cannot be written or the step has a checkpoint already; those
+    that were there before are untouched.
     """
     final = step_dir(run, step)
     partial = run / f".{final.name}.partial"
+
+    def prepare() -> None:
+        if final.exists():
+            raise UserError(f"{final} is there already; move it away, or choose another --model-tag")
+        for abandoned in run.glob(".step_*.partial"):  # by a run that was killed while writing
+            shutil.rmtree(abandoned)
+        partial.mkdir(parents=True)
+
+    def write_own() -> None:
+        for name, state in (("optimizer", optimizer_state), ("loader", loader_state)):
+            if state is not None:
+                _save_tensors(partial / f"{name}_rank{runtime.rank}.safetensors", state)
+        if runtime.is_main:
+            _save_tensors(partial / "model.safetensors", model.state_dict())
+            tokenizer.save(partial / "tokenizer")
+            own = {"schema": SCHEMA, "step": step, "world_size": runtime.world_size}
+            own |= {"config": asdict(model.config), "tokenizer_fingerprint": tokenizer.fingerprint}
+            write_atomic(partial / "meta.json", json.dumps({**meta, **own}, indent=1))
+
+    def publish() -> None:
+        for folder in (partial / "tokenizer", partial):
+            _sync_folder(folder)
+        partial.rename(final)
+        _sync_folder(run)
+
     try:
-        with disk_errors("the checkpoint", run):
-            if runtime.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            barrier()
-            for name, state in (("optimizer", optimizer_state), ("loader", loader_state)):
-                if state is not None:
-                    _save_tensors(partial / f"{name}_rank{runtime.rank}.safetensors", state)
-            if runtime.is_main:
-                _save_tensors(partial / "model.safetensors", model.state_dict())
-                tokenizer.save(partial / "tokenizer")
-                own = {"schema": SCHEMA, "step": step, "world_size": runtime.world_size}
-                own |= {"config": asdict(model.config), "tokenizer_fingerprint": tokenizer.fingerprint}
-                write_atomic(partial / "meta.json", json.dumps({**meta, **own}, indent=1))
-            barrier()
-            if runtime.is_main:
-                _publish(partial, final)
-            barrier()
+        _on_all_ranks(prepare if runtime.is_main else None, run)
+        _on_all_ranks(write_own, run)
+        _on_all_ranks(publish if runtime.is_main else None, run)
     except BaseException:
         if runtime.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -105,9 +121,31 @@ def save_checkpoint(
     return final
 
 
+def _on_all_ranks(work: Callable[[], None] | None, run: Path) -> None:
+    """Do this rank's `work`, and wait for the others. Where it fails on one rank, `UserError` is raised on all of
+    them: none is left waiting for one that is gone."""
+    failure = None
+    try:
+        if work is not None:
+            with disk_errors("the checkpoint", run):
+                work()
+    except UserError as error:
+        failure = error
+    failures = [failure]
+    if dist.is_initialized():
+        failures = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure and str(failure))
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(failures):
+        if message is not None:
+            raise UserError(f"process {rank}: {message}")
+
+
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # parameters are views into shared storage, which safetensors refuses: every tensor gets one of its own
-    own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    as_own = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
+    own = {name: t.detach().to(**as_own) for name, t in tensors.items()}
     try:
         save_file(own, path)
     except SafetensorError as error:
@@ -116,17 +154,13 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         os.fsync(file.fileno())
 
 
-def _publish(partial: Path, final: Path) -> None:
-    """Give a complete checkpoint its name; one that was there before under that name makes way last."""
-    former = final.with_name(f".{final.name}.former")
-    shutil.rmtree(former, ignore_errors=True)
-    if final.exists():
-        final.rename(former)
-    partial.rename(final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-    shutil.rmtree(former, ignore_errors=True)
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder outlast a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -138,8 +172,12 @@ def read_meta(folder: Path) -> dict:
         meta = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no readable checkpoint ({error}); choose another step or tag") from error
-    if meta.get("schema") != SCHEMA:
-        raise UserError(f"checkpoint {folder} has schema {meta.get('schema')!r}; this version reads schema {SCHEMA}")
+    schema = meta.get("schema") if isinstance(meta, dict) else None
+    if schema != SCHEMA:
+        raise UserError(
+            f"checkpoint {folder} has schema {schema!r}, but this version reads schema {SCHEMA}; "
+            f"choose another step or tag"
+        )
     return meta
 
 
@@ -182,8 +220,10 @@ def check_tokenizer(tokenizer: Tokenizer, meta: Mapping, folder: Path) -> None:
     """Raise `UserError` unless `tokenizer` is the one the checkpoint's model was trained with."""
     vocab_size = meta["config"]["vocab_size"]
     if tokenizer.vocab_size != vocab_size or tokenizer.fingerprint != meta["tokenizer_fingerprint"]:
-        raise UserError(f"the tokenizer (vocabulary {tokenizer.vocab_size}) is not the one checkpoint {folder} was "
-                        f"trained with (vocabulary {vocab_size}); use the copy in its tokenizer folder")
+        raise UserError(
+            f"the tokenizer (vocabulary {tokenizer.vocab_size}) is not the one checkpoint {folder} was "
+            f"trained with (vocabulary {vocab_size}); use the copy in its tokenizer folder"
+        )
 
 
 # --- resuming ------------------------------------------------------------------------------------
@@ -207,16 +247,20 @@ def resumable(run: Path, args: Namespace, free: Collection[str]) -> Resumable | 
     if not steps:
         return None
     if not args.resume:
-        raise UserError(f"{run} holds checkpoints of an earlier run; go on with it (--resume), choose another "
-                        f"--model-tag, or move the folder away")
+        raise UserError(
+            f"{run} holds checkpoints of an earlier run; go on with it (--resume), choose another "
+            f"--model-tag, or move the folder away"
+        )
     folder = step_dir(run, steps[-1])
     meta = read_meta(folder)
     for name, value in vars(args).items():
         before = meta["args"].get(name)
         if name not in free and before != value:
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is {value} here but {before} in the run being resumed ({folder}); "
-                            f"leave it as it was, or choose another --model-tag")
+            raise UserError(
+                f"--{flag} is {value} here but {before} in the run being resumed ({folder}); "
+                f"leave it as it was, or choose another --model-tag"
+            )
     return Resumable(folder, meta)
 
 
@@ -237,7 +281,7 @@ def load_model(source: str, runtime: Runtime, *, model_tag: str = "", step: int 
     Without `model_tag` the run saved last, without `step` its newest checkpoint. Raises `UserError` when there is
     none, or it is damaged.
     """
-    folder = find_checkpoint(source, model_tag=model_tag, step=step)
+    folder = from_rank0(find_checkpoint(source, model_tag=model_tag, step=step))  # a new one may appear meanwhile
     meta = read_meta(folder)
     model = load_weights(folder, meta, runtime).eval().requires_grad_(False)
     return LoadedModel(model, load_tokenizer(folder, meta), meta, folder)

@@ -43,6 +43,7 @@ NUM_STREAMS = 8  # a fixed number, or rows would depend on the number of process
 BUFFER_DOCS = 128  # per stream, and enough for a row: best fit chooses among about a thousand documents in all
 DOCS_PER_READ = 1024  # tokenized and dealt at a time
 READS_AHEAD = 2
+POLL_SECONDS = 0.2  # how often a reader that is far enough ahead looks whether it is still wanted
 
 
 class Place(NamedTuple):
@@ -114,7 +115,7 @@ class Stream:
     that were packed but not consumed; reading goes on at `place`."""
 
     packer: Packer
-    place: Place = Place()
+    place: Place = field(default_factory=Place)
     waiting: deque[np.ndarray] = field(default_factory=deque)
     ready: deque[np.ndarray] = field(default_factory=deque)
 
@@ -246,8 +247,8 @@ class TextLoader:
     def state_dict(self) -> dict[str, Tensor]:
         """Where this rank stands after the batches it gave out: the streams' tokens in hand and reading places."""
         unused = [numbered for rows, _ in self._sent for numbered in rows]  # sent ahead, not yet given out
-        next_row = unused[0][0] if unused else self.row
-        state = {"rows": torch.tensor(next_row - self.rank), "num_streams": torch.tensor(self.num_streams),
+        state = {"row": torch.tensor(unused[0][0] if unused else self.row),
+                 "num_streams": torch.tensor(self.num_streams),
                  "sequence_len": torch.tensor(self.sequence_len)}  # fmt: skip
         for number, stream in self.streams.items():
             given_back = [row for n, row in unused if n % self.num_streams == number]
@@ -279,8 +280,11 @@ class TextLoader:
         self._sent.clear()
         self.num_streams = saved_streams
         merged = {key: value for shard in shards for key, value in shard.items()}
-        # equal for all ranks, but for those at the end of the last epoch: there, each goes on with its own
-        self.row = int(shards[self.rank % len(shards)]["rows"]) + self.rank
+        rows = [int(shard["row"]) for shard in shards]  # the next one of each rank that was
+        if len(rows) == self.world_size:
+            self.row = rows[self.rank]
+        else:
+            self.row = min(rows) + (self.rank - min(rows)) % self.world_size
         self.streams = self._new_streams()
         for number, stream in self.streams.items():
             stream.place = Place(*merged[f"{number}.place"].tolist())
@@ -336,7 +340,7 @@ def _pump(work: Iterator[_Dealt], items: queue.Queue, stopped: threading.Event) 
     def put(item) -> bool:
         while not stopped.is_set() and threading.main_thread().is_alive():
             try:
-                items.put(item, timeout=0.2)
+                items.put(item, timeout=POLL_SECONDS)
                 return True
             except queue.Full:
                 continue

@@ -10,6 +10,8 @@ parameters, all-gather spreads the result. Shards are cut along the first dimens
 both padded to a multiple of the world size. Parameters are views into their bucket's storage, and so are the
 gradients of the stacked matrices: nothing is copied together or apart in a step.
 
+Saved states leave the padding out, so that the shards of any number of ranks, one after the other, are the whole.
+
 Not here: schedules (`schedule.py`) and learning rates as functions of batch and horizon (also there).
 """
 
@@ -56,7 +58,10 @@ def adamw_update(p, grad, exp_avg, exp_avg_sq, *, step_size, beta1, beta2, corre
 
 
 def polar_express(x: Tensor) -> Tensor:
-    """Approximate the orthogonal polar factor of each matrix of x (..., m, n): singular values go to about 1."""
+    """Approximate the orthogonal polar factor of each matrix of x (..., m, n).
+
+    Singular values of at least 1e-3 of the Frobenius norm end between 0.84 and 1.15, smaller ones below that.
+    """
     is_tall = x.size(-2) > x.size(-1)
     x = x.mT if is_tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * POLAR_SAFETY + TINY)
@@ -77,6 +82,7 @@ def muon_update(
     momentum_buffer (K, m, n), row_variance (K, m, 1), float32.
     """
     m, n = p.shape[-2:]
+    grad = grad.to(momentum_buffer.dtype)
     momentum_buffer.lerp_(grad, 1 - momentum)
     update = grad.lerp(momentum_buffer, momentum)
     update = update / (update.norm(dim=-1, keepdim=True) + TINY)
@@ -147,7 +153,8 @@ def parameter_groups(
 
 @dataclass
 class _Bucket:
-    """Parameters updated together. `values` (and `grads`, where kept) hold them along dim 0, padded to whole shards."""
+    """Parameters updated together. `values` (and `grads`, where kept) hold them along dim 0, padded to whole shards;
+    `grad_views` are the parameters' own parts of `grads`, None where autograd makes them anew each step."""
 
     name: str
     group: Group
@@ -155,8 +162,23 @@ class _Bucket:
     rows: int  # of dim 0 that are no padding
     values: Tensor
     grads: Tensor | None
+    grad_views: list[Tensor | None]
     own: slice  # this rank's rows
     state: dict[str, Tensor]
+
+
+@dataclass
+class _Transfer:
+    """A tensor that is complete after `wait`, and what the collective that fills it reads meanwhile."""
+
+    arriving: Tensor
+    source: Tensor | None = None
+    work: dist.Work | None = None
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.arriving
 
 
 class MuonAdamW:
@@ -181,47 +203,60 @@ class MuonAdamW:
         for bucket in self._buckets:
             if bucket.grads is not None:
                 bucket.grads.zero_()
-            else:
-                for p in bucket.params:
-                    p.grad = None
+            for p, view in zip(bucket.params, bucket.grad_views, strict=True):
+                p.grad = view
 
     @torch.no_grad()
     def step(self) -> None:
         """One step of every group from the gradients in place. A missing gradient counts as zero."""
         self.num_steps += 1
+        # the lists keep what the collectives read and write alive until they are waited for
         arriving = [self._start_reduce(bucket) for bucket in self._buckets]
-        gathers = []
-        for bucket, (grad, work) in zip(self._buckets, arriving, strict=True):
-            if work is not None:
-                work.wait()
-            self._update(bucket, grad)
-            gathers.append(self._start_gather(bucket))
-        for work, *_ in gathers:  # the tuples keep the collectives' tensors alive until they are waited for
-            if work is not None:
-                work.wait()
+        leaving = []
+        for bucket, transfer in zip(self._buckets, arriving, strict=True):
+            self._update(bucket, transfer.wait())
+            leaving.append(self._start_gather(bucket))
+        for transfer in leaving:
+            transfer.wait()
 
     # --- state ---
 
     def state_dict(self) -> dict[str, Tensor]:
-        """This rank's share of the state, by `parameter.state` name, and the step count; float32, padding included."""
-        state = {f"{b.name}.{key}": value for b in self._buckets for key, value in b.state.items()}
+        """This rank's share of the state by `parameter.state` name, float32, without padding; and the step count."""
+        state = {
+            f"{bucket.name}.{key}": value[: self._num_own_rows(bucket)]
+            for bucket in self._buckets
+            for key, value in bucket.state.items()
+        }
         return {**state, "num_steps": torch.tensor(self.num_steps)}
 
     def load_state_dict(self, shards: list[dict[str, Tensor]]) -> None:
         """Take over the state saved by any number of ranks: `shards[r]` is what rank r's `state_dict` gave.
 
-        Raises `UserError` when it does not fit these parameters.
+        Raises `UserError`, and takes over nothing, when it is not the state of exactly these parameters.
         """
+        expected = {
+            f"{bucket.name}.{key}": (bucket.rows, *value.shape[1:])
+            for bucket in self._buckets
+            for key, value in bucket.state.items()
+        }
+        names = {*expected, "num_steps"}
+        if any(shard.keys() != names for shard in shards):
+            different = sorted(set().union(*(shard.keys() ^ names for shard in shards)))
+            raise UserError(
+                f"the optimizer state in the checkpoint is of another model: only one of the two "
+                f"has {', '.join(different[:5])}"
+            )
+        for name, shape in expected.items():
+            saved = (sum(shard[name].size(0) for shard in shards), *shards[0][name].shape[1:])
+            if saved != shape:
+                raise UserError(
+                    f"optimizer state {name!r} has shape {saved} in the checkpoint, but {shape} fits "
+                    f"this model; use the checkpoint with the model it was saved with"
+                )
         for bucket in self._buckets:
             for key, own in bucket.state.items():
-                name = f"{bucket.name}.{key}"
-                if any(name not in shard for shard in shards):
-                    raise UserError(f"the checkpoint has no optimizer state {name!r}; it is of another model")
-                whole = torch.cat([shard[name] for shard in shards])[: bucket.rows]
-                if whole.size(0) != bucket.rows or whole.shape[1:] != own.shape[1:]:
-                    raise UserError(f"optimizer state {name!r} has shape {tuple(whole.shape)} in the checkpoint, "
-                                    f"which does not fit this model")
-                mine = whole[bucket.own]
+                mine = torch.cat([shard[f"{bucket.name}.{key}"] for shard in shards])[bucket.own]
                 own.zero_()[: mine.size(0)].copy_(mine)
         self.num_steps = int(shards[0]["num_steps"])
 
@@ -246,33 +281,48 @@ class MuonAdamW:
         values = data if padded == rows else torch.cat((data, data.new_zeros(padded - rows, *data.shape[1:])))
         is_muon = group.kind == "muon"
         grads = torch.zeros_like(values) if is_muon else None
-        for i, p in enumerate(params):
+        grad_views = list(grads[:rows].unbind()) if is_muon else [None]
+        for i, (p, view) in enumerate(zip(params, grad_views, strict=True)):
             p.data = values[i] if is_muon else values[:rows].view(p.shape)
-            p.grad = grads[i] if is_muon else None
+            p.grad = view
         own = slice(self.rank * share, (self.rank + 1) * share)
         state = {key: torch.zeros_like(values[own], dtype=torch.float32) for key in states}
         if is_muon:
             state["row_variance"] = torch.zeros_like(values[own][..., :1], dtype=torch.float32)
-        return _Bucket(name, group, params, rows, values, grads, own, state)
+        return _Bucket(name, group, params, rows, values, grads, grad_views, own, state)
 
-    def _start_reduce(self, bucket: _Bucket) -> tuple[Tensor, dist.Work | None]:
-        """This rank's rows of the summed gradient, and what to wait for before reading them."""
-        grads = bucket.grads
-        if grads is None:
-            (p,) = bucket.params
-            grads = (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-            if bucket.values.size(0) != bucket.rows:
-                grads = torch.cat((grads, grads.new_zeros(bucket.values.size(0) - bucket.rows)))
+    def _num_own_rows(self, bucket: _Bucket) -> int:
+        """Of this rank's rows, how many are no padding."""
+        return max(0, min(bucket.own.stop, bucket.rows) - bucket.own.start)
+
+    def _start_reduce(self, bucket: _Bucket) -> _Transfer:
+        """Send this rank's gradient off to be summed; its own rows of the sum arrive."""
+        grads = self._gradient(bucket)
         if self.world_size == 1:
-            return grads, None
+            return _Transfer(grads)
         own = torch.empty_like(grads[bucket.own])
-        return own, dist.reduce_scatter_tensor(own, grads, async_op=True)
+        return _Transfer(own, grads, dist.reduce_scatter_tensor(own, grads, async_op=True))
 
-    def _start_gather(self, bucket: _Bucket) -> tuple:
+    def _start_gather(self, bucket: _Bucket) -> _Transfer:
+        """Spread this rank's updated rows; all rows arrive in `bucket.values`."""
         if self.world_size == 1:
-            return (None,)
+            return _Transfer(bucket.values)
         own = bucket.values[bucket.own].clone()
-        return dist.all_gather_into_tensor(bucket.values, own, async_op=True), own
+        return _Transfer(bucket.values, own, dist.all_gather_into_tensor(bucket.values, own, async_op=True))
+
+    def _gradient(self, bucket: _Bucket) -> Tensor:
+        """The bucket's gradient in the layout of its `values`, zero where there is none."""
+        if bucket.grads is not None:
+            for p, view in zip(bucket.params, bucket.grad_views, strict=True):
+                if p.grad is None:  # somebody else's zero_grad took the view away
+                    view.zero_()
+                elif p.grad is not view:
+                    view.copy_(p.grad)
+            return bucket.grads
+        (p,) = bucket.params
+        grad = (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+        num_padding = bucket.values.size(0) - bucket.rows
+        return torch.cat((grad, grad.new_zeros(num_padding))) if num_padding else grad
 
     def _update(self, bucket: _Bucket, grad: Tensor) -> None:
         group, values, state = bucket.group, bucket.values[bucket.own], bucket.state
@@ -282,7 +332,7 @@ class MuonAdamW:
                 values, grad, state["momentum_buffer"], state["row_variance"],
                 lr=as_input(group.lr), momentum=as_input(group.momentum), beta2=as_input(group.beta2),
                 weight_decay=as_input(group.weight_decay), dtype=self.muon_dtype,
-            )
+            )  # fmt: skip
             return
         beta1, beta2 = group.betas
         numbers = {

@@ -1,4 +1,4 @@
-"""From a model and a budget to the numbers of its run: tokens, batch, steps, rates; shards, disk, memory, hours, dollars.
+"""From a model and a budget to the numbers of its run: tokens, batch, steps, rates, disk, memory, hours, dollars.
 
 Everything here is arithmetic on counts; nothing trains, prints or looks at the machine.
 """
@@ -71,6 +71,7 @@ def make_plan(
     *,
     train_tokens: float | None = None,
     num_steps: int | None = None,
+    token_ratio: float | None = None,
     total_batch_tokens: int = 0,
     batch_multiple: int = 1,
     lr_mult: float = 1.0,
@@ -78,14 +79,18 @@ def make_plan(
 ) -> Plan:
     """Batch size, steps and scaled rates of a run of `train_tokens`, or of `num_steps`.
 
+    They are scaled from d12 trained on `token_ratio` tokens per parameter: give the run's own where that fixed
+    `train_tokens`. None is `TOKEN_RATIO`, so that a budget short for the model counts as short.
+
     `total_batch_tokens` 0 takes the best power of two, at least `batch_multiple` tokens (one row on every rank) and
     small enough for `MIN_STEPS`; else it is taken as it is. Raises `UserError` when the budget is not one step.
     """
     d12 = GPTConfig.from_depth(REFERENCE_DEPTH, vocab_size=config.vocab_size, sequence_len=config.sequence_len)
-    d12_tokens = TOKEN_RATIO * scaling_parameters(d12)
+    token_ratio = TOKEN_RATIO if token_ratio is None else token_ratio
+    d12_tokens = token_ratio * scaling_parameters(d12)
     assert train_tokens is not None or num_steps is not None
     if not total_batch_tokens:
-        usual_tokens = TOKEN_RATIO * scaling_parameters(config)
+        usual_tokens = token_ratio * scaling_parameters(config)
         total_batch_tokens = schedule.best_batch_tokens(train_tokens or usual_tokens, d12_tokens)
         if train_tokens is not None:
             total_batch_tokens = min(total_batch_tokens, 2 ** int(math.log2(max(1.0, train_tokens / MIN_STEPS))))
@@ -94,13 +99,15 @@ def make_plan(
     if num_steps is None:
         num_steps = int(train_tokens // total_batch_tokens)
         if num_steps < 1:
-            raise UserError(f"the budget is {train_tokens:.3g} tokens, less than one batch of {total_batch_tokens}; "
-                            f"raise it, or lower --total-batch-size")
+            raise UserError(
+                f"the budget is {train_tokens:.3g} tokens, less than one batch of {total_batch_tokens}; "
+                f"raise it, or lower --total-batch-size"
+            )
     lr_scale = lr_mult * schedule.batch_lr_scale(total_batch_tokens)
     weight_decay = schedule.scaled_weight_decay(
         matrix_weight_decay, batch_tokens=total_batch_tokens, train_tokens=num_steps * total_batch_tokens,
         d12_tokens=d12_tokens, matrix_lr=MATRIX_LR * lr_scale,
-    )
+    )  # fmt: skip
     return Plan(num_steps, total_batch_tokens, lr_scale, weight_decay)
 
 

@@ -130,8 +130,13 @@ def read_records() -> tuple[list[Record], int]:
     records, broken = [], 0
     for line in filter(str.strip, lines):
         try:
-            records.append(Record(**json.loads(line)))
+            record = Record(**json.loads(line))
         except (ValueError, TypeError):
+            broken += 1
+            continue
+        if isinstance(record.settings, dict) and isinstance(record.results, dict):
+            records.append(record)
+        else:
             broken += 1
     if not records:
         raise UserError(f"nothing to report, no records in {path}; run a stage first, or all: bash speedrun.sh")
@@ -515,7 +520,7 @@ def format_value(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(format_value, value))
-    return _escape("" if value is None else value)
+    return "-" if value is None else _escape(value)
 
 
 def format_duration(seconds: float) -> str:

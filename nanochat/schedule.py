@@ -76,7 +76,9 @@ def scaled_weight_decay(
 ) -> float:
     """Muon's weight decay for a run of this size, tuned as `weight_decay` for d12 at the reference batch.
 
-    `matrix_lr` is the scaled peak rate; their product stays below `MAX_DECAY_PER_STEP`.
+    `matrix_lr` is the scaled peak rate. Their product stays below `MAX_DECAY_PER_STEP`, unless it is above it for
+    `weight_decay` as it is: then that is the bound.
     """
     scaled = weight_decay * batch_lr_scale(batch_tokens) * d12_tokens / train_tokens
-    return min(scaled, max(weight_decay, MAX_DECAY_PER_STEP / matrix_lr))
+    bound = max(weight_decay * matrix_lr, MAX_DECAY_PER_STEP)
+    return scaled if scaled * matrix_lr <= bound else bound / matrix_lr

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# the server imports these once; every rank is then a fork of it
+# the server imports these once, slow ones that a model on the meta device needs among them; ranks are forks of it
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "pyarrow.parquet", "safetensors.torch"])
+_context.set_forkserver_preload(
+    ["nanochat.training", "nanochat.checkpoint", "pytest", "torch.fx.experimental.symbolic_shapes", "torch._refs"]
+)
 TIMEOUT_SECONDS = 120
 
 
@@ -40,7 +42,12 @@ def run_ranks(work: Callable, world_size: int, folder: Path, *args) -> list:
 
 
 def _run_rank(work: Callable, rank: int, world_size: int, folder: Path, args: tuple) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     torch.set_num_threads(1)
     try:
         dist.init_process_group(

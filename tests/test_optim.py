@@ -122,20 +122,16 @@ def test_orthogonalised_singular_values_lie_in_the_stated_band(dtype, shape):
     x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
     x *= torch.tensor([1.0, 0.01, 100.0, 1.0, 1.0])[:, None, None]
     values = torch.linalg.svdvals(polar_express(x.to(dtype)).float())
-    assert 0.84 < values.min()
+    assert values.min() > 0.84
     assert values.max() < 1.15
 
 
-def test_the_stated_band_holds_for_every_singular_value_down_to_a_thousandth():
-    spectrum = torch.logspace(-3, 0, 500)
-    spectrum[0], spectrum[-1] = 1e-3, 1.0
-    for start in range(0, 500, 20):  # few at a time, or the Frobenius norm hides the small ones
-        part = spectrum[start : start + 20]
-        filler = (1.0 - part[:-1].square().sum()).clamp(min=0).sqrt()
-        x = torch.diag(torch.cat((part[:-1], filler[None]))) if filler > 0 else torch.diag(part / part.norm())
-        values = torch.linalg.svdvals(polar_express(x))
-        assert 0.84 < values[x.diagonal().sort(descending=True).values >= 1e-3].min()
-        assert values.max() < 1.15
+def test_the_stated_band_holds_down_to_a_thousandth_of_the_norm():
+    small = torch.logspace(-3, -0.2, 300, dtype=torch.float64)
+    x = torch.diag_embed(torch.stack((small, (1 - small**2).sqrt()), dim=1)).float()
+    values = torch.linalg.svdvals(polar_express(x))
+    assert values.min() > 0.84
+    assert values.max() < 1.15
 
 
 def test_orthogonalising_a_zero_matrix_gives_zero():

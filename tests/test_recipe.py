@@ -100,7 +100,9 @@ def test_a_number_of_steps_alone_gets_the_batch_of_a_usual_run():
 
 
 def test_a_budget_below_one_batch_is_refused():
-    with pytest.raises(UserError, match=r"the budget is 1e\+03 tokens, less than one batch of 4096.*--total-batch-size"):
+    with pytest.raises(
+        UserError, match=r"the budget is 1e\+03 tokens, less than one batch of 4096.*--total-batch-size"
+    ):
         make_plan(config(4), train_tokens=1000)
 
 

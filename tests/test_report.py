@@ -384,7 +384,7 @@ def test_a_curve_of_any_length_is_a_small_picture(count):
         (float("nan"), "nan"),
         (32768, "32,768"),
         (True, "True"),
-        (None, ""),
+        (None, "-"),
         ([1, 0.5], "1, 0.5"),
         ("<|bos|>", "\\<\\|bos\\|>"),
     ],

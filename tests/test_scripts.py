@@ -1,0 +1,522 @@
+"""Every script as a process of its own: the pipeline in miniature, resuming, several processes, and users' mistakes."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from conftest import make_text, write_shard
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(f"scripts.{path.stem}" for path in (ROOT / "scripts").glob("[!_]*.py"))
+COMMANDS = [*SCRIPTS, "nanochat.dataset", "nanochat.report"]
+
+TINY = (
+    "--depth 2 --head-dim 32 --sequence-len 32 --device-type cpu --dtype float32 --total-batch-size 256 "
+    "--device-batch-size 2 --eval-tokens 512 --model-tag tiny"
+).split()
+LAST, SAVE_EVERY = 9, 3
+SCHEDULE = ["--num-steps", str(LAST), "--save-every", str(SAVE_EVERY), "--eval-every", "4"]
+
+# Starting Python with torch takes seconds. This program does so once and forks for each command it reads, a line of
+# JSON; `before` is Python text run in the child, to break something there.
+FORKER = """
+import json, os, runpy, sys
+import torch.fx.experimental.symbolic_shapes  # what PyTorch would import late, at the first model
+from nanochat import checkpoint, core_eval, dataset, loss_eval, optim, recipe, report, training
+
+for line in sys.stdin:
+    command = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        sys.stdin.close()
+        for number, path in ((1, command["stdout"]), (2, command["stderr"])):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.environ.update(command["environment"])
+        os.chdir(command["folder"])
+        sys.argv = [command["module"], *command["args"]]
+        sys.modules.pop(command["module"], None)
+        exec(command["before"])
+        runpy.run_module(command["module"], run_name="__main__", alter_sys=True)
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def environment(base):
+    """One thread, so that sums are done in the same order; nothing of the user's settings or home folder."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("NANOCHAT_", "HF_", "WANDB_"))}
+    own = {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return kept | own | {"HOME": str(Path(base).parent), "CUDA_VISIBLE_DEVICES": ""}
+
+
+@dataclass
+class Ended:
+    """A process that has ended: its exit status (negative: the signal) and what it wrote."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+@dataclass
+class Workplace:
+    """A folder with a data set `data` and base folders; scripts run in it."""
+
+    folder: Path
+    forker: subprocess.Popen
+    runs: list = field(default_factory=list)
+
+    @property
+    def data(self):
+        return self.folder / "data"
+
+    @property
+    def base(self):
+        return self.folder / "base"
+
+    def run(self, module, *args, base=None, before=""):
+        """Run `python -m module args` to its end."""
+        number = len(self.runs)
+        command = {
+            "module": module, "args": list(map(str, args)), "before": before, "folder": str(self.folder),
+            "stdout": str(self.folder / f"{number}.out"), "stderr": str(self.folder / f"{number}.err"),
+            "environment": environment(base or self.base),
+        }  # fmt: skip
+        self.runs.append(command)
+        self.forker.stdin.write(json.dumps(command) + "\n")
+        self.forker.stdin.flush()
+        status = int(self.forker.stdout.readline())
+        return Ended(status, Path(command["stdout"]).read_text(), Path(command["stderr"]).read_text())
+
+    def run_well(self, module, *args, **options):
+        ended = self.run(module, *args, **options)
+        assert ended.status == 0, ended
+        assert ended.stderr == ""
+        return ended.stdout
+
+    def train(self, *args, **options):
+        return self.run("scripts.base_train", *TINY, *SCHEDULE, "--data", self.data, *args, **options)
+
+    def train_well(self, *args, **options):
+        ended = self.train(*args, **options)
+        assert (ended.status, ended.stderr) == (0, ""), ended
+        return ended.stdout
+
+    def torchrun(self, num_processes, *args, base):
+        """base_train in several processes; their standard output."""
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+        command += ["-m", "scripts.base_train", "--", *TINY, *SCHEDULE, "--data", str(self.data), *args]
+        ended = subprocess.run(
+            command, cwd=self.folder, env=environment(base), capture_output=True, text=True, timeout=280, check=False
+        )
+        assert ended.returncode == 0, ended
+        return ended.stdout
+
+    def copy_base(self, name, *, first_steps=LAST):
+        """A copy of the base folder, with the checkpoints up to step `first_steps`."""
+        copy = self.folder / name
+        shutil.copytree(self.base, copy)
+        for path in run_folder(copy).glob("step_*"):
+            if int(path.name.removeprefix("step_")) > first_steps:
+                shutil.rmtree(path)
+        return copy
+
+
+def run_folder(base):
+    return base / "base_checkpoints" / "tiny"
+
+
+def metrics(base):
+    """The numbers of the run by step and name, those of the clock left out."""
+    lines = [json.loads(line) for line in (run_folder(base) / "metrics.jsonl").read_text().splitlines()]
+    clock = ("step", "tokens_per_second", "elapsed_seconds", "mfu")
+    values = {(line["step"], name): value for line in lines for name, value in line.items() if name not in clock}
+    steps = [line["step"] for line in lines if "train_loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
+    return values
+
+
+def losses(base):
+    return {key: value for key, value in metrics(base).items() if key[1] in ("train_loss", "val_bpb")}
+
+
+def hashes(base, step):
+    """Digests of all tensors of a checkpoint."""
+    paths = (run_folder(base) / f"step_{step:06d}").glob("*.safetensors")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """Shards, a bundle of tasks, and a base folder where tokenizer and model have been trained."""
+    folder = tmp_path_factory.mktemp("scripts")
+    rng = random.Random(0)
+    for i in range(4):
+        texts = [make_text(rng, rng.randrange(5, 120)) for _ in range(60)]
+        write_shard(folder / "data" / f"shard_{i}.parquet", texts, row_group_size=40)
+    write_bundle(folder / "bundle")
+    command, pipe = [sys.executable, "-c", FORKER], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment(folder / "base")) as forker:
+        place = Workplace(folder, forker)
+        place.run_well("nanochat.report", "reset")
+        place.run_well("scripts.tok_train", "--data", place.data, "--vocab-size", 400)
+        place.train_well("--sample-every", LAST)
+        yield place
+        forker.stdin.close()
+
+
+def write_bundle(folder):
+    """A miniature of the CORE tasks, one of each kind."""
+    records = {
+        "multiple_choice": [{"query": f"Is {i} even?", "choices": ["yes", "no"], "gold": i % 2} for i in range(6)],
+        "schema": [{"context_options": ["The sun", "A stone"], "continuation": "shines", "gold": 0}] * 3,
+        "language_modeling": [{"context": f"{i} river", "continuation": "stone"} for i in range(4)],
+    }
+    entries = [
+        {"label": kind, "dataset_uri": f"{kind}.jsonl", "num_fewshot": [1], "icl_task_type": kind} for kind in records
+    ]
+    (folder / "eval_data").mkdir(parents=True)
+    for kind, lines in records.items():
+        (folder / "eval_data" / f"{kind}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": entries}))  # JSON is YAML
+    baselines = "".join(f"{kind},mini,0\n" for kind in records)
+    (folder / "eval_meta_data.csv").write_text(f"Eval Task,Task Category,Random baseline\n{baselines}")
+
+
+# --- the pipeline ---
+
+
+def test_training_logs_every_step_and_learns(workplace):
+    values = metrics(workplace.base)
+    train_losses = [values[step, "train_loss"] for step in range(1, LAST + 1)]
+    assert train_losses[-1] < train_losses[0]
+    assert {step for step, name in values if name == "val_bpb"} == {4, 8, LAST}
+    assert values[LAST, "tokens"] == LAST * 256
+
+
+def test_each_stage_runs_and_the_report_shows_it(workplace):
+    out = workplace.run_well("scripts.base_loss", "--device-type", "cpu", "--dtype", "float32", "--split-tokens", 0,
+                             "--sample-tokens", 4)  # fmt: skip
+    assert "val" in out
+    assert "train" in out
+    bundle = workplace.folder / "bundle"
+    out = workplace.run_well(
+        "scripts.base_eval", "--device-type", "cpu", "--dtype", "float32", "--bundle", bundle, "--max-per-task", 3
+    )
+    assert "CORE" in out
+    workplace.run_well("nanochat.report", "generate")
+    text = (workplace.folder / "report.md").read_text()
+    assert text == (workplace.base / "report" / "report.md").read_text()
+    records = (workplace.base / "report" / "records.jsonl").read_text().splitlines()
+    stages = [json.loads(record).get("stage") for record in records]
+    assert {"tok_train", "base_train", "base_loss", "base_eval"} <= set(stages)
+    for number in ("core", "val_bpb"):
+        assert number in text
+
+
+def test_core_is_evaluated_while_training(workplace):
+    base = workplace.copy_base("core", first_steps=6)
+    out = workplace.train_well("--resume", "--core-every", "3", "--bundle", workplace.folder / "bundle", base=base)
+    assert "CORE" in out
+    assert {step for step, name in metrics(base) if name == "core"} == {LAST}
+    assert losses(base) == losses(workplace.base)  # looking on changes nothing
+
+
+def test_a_dry_run_needs_nothing_and_writes_nothing(workplace):
+    base = workplace.folder / "dry"
+    out = workplace.run_well("scripts.base_train", "--dry-run", "--depth", 4, "--num-gpus", 8, base=base)
+    plan = json.loads(out.splitlines()[-1])
+    assert plan["num_steps"] > 0
+    assert plan["num_shards"] > 0
+    assert not list(base.rglob("*.*"))
+
+
+def test_a_dry_run_plans_for_the_vocabulary_at_hand(workplace):
+    out = workplace.run_well("scripts.base_train", "--dry-run", "--depth", 4)
+    assert "vocabulary 400" in out
+
+
+# --- resuming ---
+
+DIE_AFTER_LOGGING = """
+import signal
+from nanochat.training import MetricsLog
+log = MetricsLog.log
+def log_and_die(self, **numbers):
+    log(self, **numbers)
+    if numbers["step"] == {step} and "train_loss" in numbers:
+        os.kill(os.getpid(), signal.SIGKILL)
+MetricsLog.log = log_and_die
+"""
+
+DIE_WHILE_SAVING = """
+import signal
+from nanochat import checkpoint
+from nanochat.tokenizer import Tokenizer
+save = Tokenizer.save
+def save_and_die(self, folder):
+    save(self, folder)
+    if "{step:06d}" in str(folder):
+        os.kill(os.getpid(), signal.SIGKILL)
+Tokenizer.save = save_and_die
+"""
+
+
+def test_a_run_killed_again_and_again_ends_as_one_never_interrupted(workplace):
+    base = workplace.folder / "killed"
+    base.mkdir()
+    shutil.copytree(workplace.base / "tokenizer", base / "tokenizer")
+    kills = [
+        (DIE_AFTER_LOGGING.format(step=2), 0),  # before the first checkpoint
+        (DIE_WHILE_SAVING.format(step=6), 3),
+        (DIE_AFTER_LOGGING.format(step=5), 3),
+        (DIE_AFTER_LOGGING.format(step=8), 6),
+    ]
+    for before, newest in kills:
+        assert workplace.train("--resume", "--sample-every", LAST, base=base, before=before).status == -9
+        complete = sorted(path.name for path in run_folder(base).glob("step_*"))
+        assert complete == [f"step_{step:06d}" for step in (3, 6) if step <= newest]
+    out = workplace.train_well("--resume", "--sample-every", LAST, base=base)
+    assert "resumed at step 6" in out
+    assert losses(base) == losses(workplace.base)
+    for step in (3, 6, LAST):
+        assert hashes(base, step) == hashes(workplace.base, step)
+    assert len(hashes(base, LAST)) == 3
+    assert not list(run_folder(base).glob(".*"))
+
+
+def test_a_finished_run_resumed_does_nothing_more(workplace):
+    base = workplace.copy_base("finished")
+    workplace.train_well("--resume", base=base)
+    assert metrics(base) == metrics(workplace.base)
+    assert hashes(base, LAST) == hashes(workplace.base, LAST)
+
+
+def test_two_processes_have_the_losses_of_one_also_when_either_resumes_the_other(workplace):
+    expected = losses(workplace.base)
+    both = workplace.folder / "both"
+    both.mkdir()
+    shutil.copytree(workplace.base / "tokenizer", both / "tokenizer")
+    workplace.torchrun(2, base=both)
+    assert losses(both) == pytest.approx(expected, rel=1e-5)
+
+    resumed_by_two = workplace.copy_base("resumed_by_two", first_steps=3)
+    assert "resumed at step 3" in workplace.torchrun(2, "--resume", base=resumed_by_two)
+    assert losses(resumed_by_two) == pytest.approx(expected, rel=1e-5)
+
+    for step in (6, LAST):
+        shutil.rmtree(run_folder(both) / f"step_{step:06d}")
+    assert "resumed at step 3" in workplace.train_well("--resume", "--device-batch-size", "4", base=both)
+    assert losses(both) == pytest.approx(expected, rel=1e-5)
+
+
+# --- mistakes ---
+
+
+def assert_refused(ended, *words):
+    """One line that says what is wrong, exit status 2, no traceback."""
+    assert ended.status == 2, ended
+    assert ended.stderr.startswith("error: "), ended.stderr
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    for word in words:
+        assert str(word) in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--depth 0", "--depth -3", "--sequence-len 0", "--sequence-len -1", "--head-dim 0", "--head-dim 33",
+        "--kv-ratio 0", "--kv-ratio 3", "--window-pattern SX", "--num-steps 0", "--num-steps -1",
+        "--num-steps 4 --minutes 1", "--token-ratio -1", "--token-ratio nan", "--token-ratio inf",
+        "--target-flops 0", "--target-flops 1", "--target-flops inf", "--minutes -1", "--minutes nan",
+        "--total-batch-size -1", "--total-batch-size 100", "--device-batch-size -1", "--device-batch-size 3",
+        "--eval-every -1", "--eval-tokens -1", "--save-every -1", "--sample-every -1", "--core-every -1",
+        "--core-max-per-task -1", "--warmup-steps -1", "--warmdown-frac 1.5", "--warmdown-frac nan",
+        "--final-lr-frac -0.1", "--lr-mult -1", "--lr-mult nan", "--lr-mult inf", "--weight-decay -1",
+        "--weight-decay nan", "--dtype float12", "--device-type tpu", "--device-type cuda", "--model-tag a/b",
+        "--model-tag ..", "--dry-run --minutes 1", "--dry-run --num-gpus 0", "--dry-run --vocab-size -1",
+    ],
+)  # fmt: skip
+def test_a_flag_out_of_range_is_refused(workplace, flags):
+    base = workplace.folder / "flags"
+    if not base.exists():
+        base.mkdir()
+        shutil.copytree(workplace.base / "tokenizer", base / "tokenizer")
+    tiny = [*TINY[:-2], "--model-tag", "fresh", "--data", str(workplace.data)]
+    if not any(horizon in flags for horizon in ("--num-steps", "--token-ratio", "--target-flops", "--minutes")):
+        tiny += ["--num-steps", "2", "--eval-every", "0"]
+    ended = workplace.run("scripts.base_train", *tiny, *flags.split(), base=base)
+    assert_refused(ended)
+    assert not list(base.rglob("model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("scripts.tok_train --vocab-size 10", ["--vocab-size is 10"]),
+        ("scripts.tok_train --vocab-size 99999999", ["--vocab-size is 99999999"]),
+        ("scripts.tok_train --vocab-size 60000", ["smaller --vocab-size"]),
+        ("scripts.tok_train --max-chars -1", ["--max-chars is -1"]),
+        ("scripts.tok_train --doc-cap -1", ["--doc-cap is -1"]),
+        ("scripts.base_loss --device-batch-size 0", ["--device-batch-size"]),
+        ("scripts.base_loss --split-tokens -1", ["--split-tokens"]),
+        ("scripts.base_loss --sample-tokens -1", ["--sample-tokens"]),
+        ("scripts.base_loss --step 5", ["no checkpoint of step 5", "3, 6, 9"]),
+        ("scripts.base_loss --model-tag other", ["no checkpoint in", "other"]),
+        ("scripts.base_loss --source sft", ["no sft checkpoint"]),
+        ("scripts.base_loss --dtype float12", ["--dtype 'float12' is unknown"]),
+        ("scripts.base_eval --max-per-task -1", ["--max-per-task -1"]),
+        ("scripts.base_eval --batch-tokens -1", ["--batch-tokens -1"]),
+        ("scripts.base_eval --bundle missing.zip", ["no evaluation bundle at missing.zip"]),
+        ("scripts.base_eval --bundle data", ["holds no core.yaml"]),
+        ("scripts.base_eval --hf-path missing", ["--hf-path missing cannot be loaded"]),
+        ("nanochat.dataset -n 0", ["-n 0 is out of range"]),
+        ("nanochat.dataset --workers 0", ["--workers 0 is out of range"]),
+        ("nanochat.dataset --data nothing", ["nothing"]),
+        ("nanochat.report reset --dollars-per-gpu-hour -1", ["-1.0 is not a price"]),
+    ],
+)
+def test_a_mistake_is_named(workplace, command, words):
+    module, *flags = command.split()
+    if "--data" not in flags and module == "scripts.tok_train":
+        flags += ["--data", "data"]
+    if module in ("scripts.base_loss", "scripts.base_eval"):
+        flags += ["--device-type", "cpu"] + ([] if "--dtype" in flags else ["--dtype", "float32"])
+    assert_refused(workplace.run(module, *flags), *words)
+
+
+@pytest.mark.parametrize("module", ["scripts.tok_train", "scripts.base_train"])
+def test_missing_data_is_named_with_the_command_that_gets_it(workplace, module):
+    options = TINY[:-2] if module == "scripts.base_train" else ()
+    for data in ("some-one/some-data", "data/shard_0.parquet"):
+        ended = workplace.run(module, *options, "--data", data)
+        assert_refused(ended, data, "python -m nanochat.dataset")
+
+
+def test_a_shard_that_was_there_and_is_gone_is_named(workplace):
+    base = workplace.folder / "gone"
+    base.mkdir()
+    shutil.copytree(workplace.base / "tokenizer", base / "tokenizer")
+    source = workplace.folder / "texts"
+    source.mkdir()
+    for i in range(40):
+        (source / f"{i}.txt").write_text(make_text(random.Random(i), 400))
+    workplace.run_well("nanochat.dataset", "--data", source, base=base)
+    shard = sorted((base / "data").rglob("*.parquet"))[0]
+    shard.unlink()
+    ended = workplace.run("scripts.base_train", *TINY, *SCHEDULE, "--data", source, base=base)
+    assert_refused(ended, shard.name)
+
+
+def test_a_truncated_shard_is_named(workplace):
+    broken = shutil.copytree(workplace.data, workplace.folder / "broken")
+    path = broken / "shard_0.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    base = workplace.folder / "truncated"
+    base.mkdir()
+    shutil.copytree(workplace.base / "tokenizer", base / "tokenizer")
+    assert_refused(workplace.run("scripts.tok_train", "--data", broken, base=base), "shard_0.parquet")
+    assert_refused(
+        workplace.run("scripts.base_train", *TINY, *SCHEDULE, "--data", broken, base=base), "shard_0.parquet"
+    )
+
+
+def test_a_missing_tokenizer_is_named(workplace):
+    base = workplace.folder / "no_tokenizer"
+    assert_refused(workplace.train(base=base), "no tokenizer", "scripts.tok_train")
+
+
+def test_another_tokenizer_than_the_checkpoint_was_trained_with_is_refused(workplace):
+    base = workplace.copy_base("other_tokenizer", first_steps=3)
+    workplace.run_well("scripts.tok_train", "--data", workplace.data, "--vocab-size", 300, base=base)
+    assert_refused(workplace.train("--resume", base=base), "tokenizer", "300", "400")
+    workplace.run_well("scripts.tok_train", "--data", workplace.data, "--vocab-size", 400, "--doc-cap", 40, base=base)
+    assert_refused(workplace.train("--resume", base=base), "tokenizer")  # of the same size
+
+
+def test_an_earlier_run_is_not_overwritten(workplace):
+    assert_refused(workplace.train(), "--resume", "--model-tag")
+
+
+@pytest.mark.parametrize("flags", ["--seed 7", "--num-steps 12", "--depth 3", "--lr-mult 0.5", "--data elsewhere"])
+def test_a_flag_changed_on_resuming_is_refused_with_both_values(workplace, flags):
+    flag, value = flags.split()
+    before = {"--seed": 42, "--num-steps": LAST, "--depth": 2, "--lr-mult": 1.0, "--data": workplace.data}[flag]
+    assert_refused(workplace.train("--resume", flag, value), flag, value, before)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(workplace):
+    base = workplace.copy_base("damaged", first_steps=6)
+    folder = run_folder(base) / "step_000006"
+    for name in ("loader_rank0.safetensors", "optimizer_rank0.safetensors", "model.safetensors", "meta.json"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+        assert_refused(workplace.train("--resume", base=base), "step_000006")
+        (folder / name).unlink()
+        if name != "meta.json":  # without it, the folder is no checkpoint
+            assert_refused(workplace.train("--resume", base=base), name)
+    shutil.rmtree(folder)
+    assert "resumed at step 3" in workplace.train_well("--resume", base=base)
+
+
+@pytest.mark.parametrize("module", ["scripts.base_train", "scripts.tok_train", "scripts.base_loss", "nanochat.report"])
+def test_a_base_folder_that_cannot_be_made_is_named(workplace, module):
+    in_the_way = workplace.folder / "a_file"
+    in_the_way.touch()
+    args = {"nanochat.report": ["reset"], "scripts.base_train": TINY}.get(module, [])
+    ended = workplace.run(module, *args, base=in_the_way / "base")
+    assert_refused(ended, in_the_way, "NANOCHAT_BASE_DIR")
+
+
+FULL_DISK = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, ({num_bytes}, {num_bytes}))
+"""
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(workplace):
+    base = workplace.copy_base("full", first_steps=3)
+    for num_bytes in (40_000, 400):  # room for small files but not the weights, and for hardly anything
+        ended = workplace.train("--resume", base=base, before=FULL_DISK.format(num_bytes=num_bytes))
+        assert_refused(ended, "cannot write")
+        assert [path.name for path in run_folder(base).glob("*step_*")] == ["step_000003"]
+        assert hashes(base, 3) == hashes(workplace.base, 3)
+    workplace.train_well("--resume", base=base)
+    assert losses(base) == losses(workplace.base)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(workplace):
+    ended = workplace.train("--lr-mult", "1e30", "--model-tag", "diverging")
+    assert_refused(ended, "the loss at step", "--lr-mult")
+
+
+# --- help and imports ---
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_of_every_command_works_and_writes_nothing(workplace, module):
+    base = workplace.folder / "help"
+    out = workplace.run_well(module, "--help", base=base)
+    assert out.startswith("usage: ")
+    assert "--help" in out
+    assert not base.exists()
+
+
+def test_importing_the_library_prints_nothing_and_writes_nothing(tmp_path):
+    modules = [f"nanochat.{path.stem}" for path in (ROOT / "nanochat").glob("[!_]*.py")]
+    program = (
+        f"import sys, {', '.join(modules)}\nassert not {{'wandb', 'matplotlib', 'transformers'}} & set(sys.modules)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment(tmp_path / "base"),
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())

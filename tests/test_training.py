@@ -1,0 +1,610 @@
+"""The parts of a training loop: one loss however a step is split, and bookkeeping that survives crashes and resumes."""
+
+import errno
+import json
+import math
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import fill_randomly
+from ranks import run_ranks
+
+from nanochat import hardware, training
+from nanochat.common import Runtime, UserError
+from nanochat.dataloader import Batch
+from nanochat.gpt import IGNORE_INDEX, GPTConfig, build_model
+from nanochat.optim import Group, MuonAdamW, parameter_groups
+from nanochat.schedule import lr_schedule
+from nanochat.training import (
+    WARMUP_STEPS_UNTIMED,
+    LossScaler,
+    MetricsLog,
+    RunStats,
+    StepLog,
+    accumulate_gradients,
+    apply_schedule,
+    choose_device_batch,
+    fitting_batch,
+    grad_accum_steps,
+    is_due,
+    measure_tokens_per_second,
+)
+
+CPU = torch.device("cpu")
+RUNTIME = Runtime(0, 0, 1, CPU, torch.float32)
+ROWS = 8
+CONFIG = GPTConfig.from_depth(3, vocab_size=83, sequence_len=16, head_dim=32)  # the vocabulary is padded to 128
+
+
+def make_model(config=CONFIG):
+    model = build_model(config, generator=torch.Generator().manual_seed(0))
+    fill_randomly(model)
+    return model
+
+
+def make_rows(step: int, kept: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ROWS, T) inputs and targets; rows hold unequal numbers of targets, row 3 none at all."""
+    generator = torch.Generator().manual_seed(step)
+    idx = torch.randint(CONFIG.vocab_size, (ROWS, CONFIG.sequence_len), generator=generator)
+    targets = torch.randint(CONFIG.vocab_size, (ROWS, CONFIG.sequence_len), generator=generator)
+    share = kept * 2 * torch.arange(1, ROWS + 1).unsqueeze(1) / ROWS
+    targets[torch.rand(targets.shape, generator=generator) > share] = IGNORE_INDEX
+    targets[3] = IGNORE_INDEX
+    return idx, targets
+
+
+def split(idx, targets, rows_per_batch: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
+    own = range(rank, len(idx), world_size)
+    parts = [list(own)[i : i + rows_per_batch] for i in range(0, len(own), rows_per_batch)]
+    return [Batch(idx[p], targets[p], int((targets[p] != IGNORE_INDEX).sum()), 0) for p in parts]
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# --- one step's loss ---
+
+
+@pytest.mark.parametrize("rows_per_batch", [1, 2, 4, 8])
+def test_loss_and_gradients_are_those_of_the_whole_batch_however_it_is_split(rows_per_batch):
+    idx, targets = make_rows(0)
+    model = make_model()
+    wanted = model(idx, targets)
+    wanted.backward()
+    wanted_gradients = gradients(model)
+    model.zero_grad()
+    batches = split(idx, targets, rows_per_batch)
+    loss = accumulate_gradients(model, iter(batches), len(batches), device=CPU)
+    torch.testing.assert_close(loss, wanted.detach(), rtol=1e-6, atol=0.0)
+    assert not loss.requires_grad
+    assert (loss.shape, loss.dtype) == ((), torch.float32)
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, wanted_gradients[name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_step_takes_its_own_micro_batches_and_no_more():
+    idx, targets = make_rows(0)
+    batches = iter(split(idx, targets, 1))
+    accumulate_gradients(make_model(), batches, 3, device=CPU)
+    assert len(list(batches)) == ROWS - 3
+
+
+@pytest.mark.parametrize("rows_per_batch", [1, 8])
+def test_a_step_without_any_target_has_loss_zero_and_no_gradient(rows_per_batch):
+    idx, targets = make_rows(0)
+    batches = split(idx, torch.full_like(targets, IGNORE_INDEX), rows_per_batch)
+    model = make_model()
+    assert accumulate_gradients(model, iter(batches), len(batches), device=CPU).item() == 0.0
+    assert not any(grad.any() for grad in gradients(model).values())
+
+
+def test_padded_vocabulary_ids_get_no_gradient():
+    model = make_model()
+    accumulate_gradients(model, iter(split(*make_rows(0), 8)), 1, device=CPU)
+    for table in (model.wte, model.lm_head, model.value_embeds):
+        assert table.weight.size(0) == 128
+        assert not table.weight.grad[CONFIG.vocab_size :].any()
+
+
+def test_gradients_are_multiplied_by_the_loss_scale_and_the_loss_is_not():
+    model, results = make_model(), []
+    for scale in (1.0, 1024.0):
+        model.zero_grad()
+        batches = split(*make_rows(0), 4)
+        loss = accumulate_gradients(model, iter(batches), len(batches), device=CPU, loss_scale=scale)
+        results.append((loss, gradients(model)))
+    (loss, plain), (scaled_loss, scaled) = results
+    assert torch.equal(loss, scaled_loss)
+    for name, grad in plain.items():
+        torch.testing.assert_close(scaled[name], 1024.0 * grad, rtol=1e-6, atol=1e-9)
+
+
+def train(rank: int = 0, world_size: int = 1, rows_per_batch: int = 1, num_steps: int = 4):
+    """Losses, and the parameters after some steps of the whole machinery."""
+    model = make_model()
+    optimizer = MuonAdamW(parameter_groups(model, lr_scale=0.1), rank=rank, world_size=world_size)
+    schedule, losses = lr_schedule(num_steps), []
+    for step in range(num_steps):
+        apply_schedule(optimizer, lr_mult=schedule(step), momentum=0.9, decay_mult=0.5)
+        batches = split(*make_rows(step), rows_per_batch, rank, world_size)
+        loss = accumulate_gradients(model, iter(batches), len(batches), device=CPU, world_size=world_size)
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def train_on_rank(rank, world_size):
+    return train(rank, world_size)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_train_like_one_process_fed_all_rows(world_size, tmp_path):
+    """With 4 ranks, rank 3 has a row without targets; rows differ in their number of targets throughout."""
+    results = run_ranks(train_on_rank, world_size, tmp_path / "ranks")
+    losses, params = train(rows_per_batch=ROWS)
+    for rank_losses, rank_params in results:
+        assert rank_losses == pytest.approx(losses, rel=1e-5)
+        for name, value in rank_params.items():
+            assert torch.equal(value, results[0][1][name])
+            torch.testing.assert_close(value, params[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_world_of_one_trains_bit_equal_to_no_process_group(tmp_path):
+    losses, params = train()
+    ((rank_losses, rank_params),) = run_ranks(train_on_rank, 1, tmp_path / "ranks")
+    assert rank_losses == losses
+    assert all(torch.equal(rank_params[name], value) for name, value in params.items())
+
+
+def test_the_schedule_reaches_every_group():
+    groups = [Group("tables", "adamw", {}, 0.4, 0.1), Group("matrices", "muon", {}, 0.02, 0.3)]
+    optimizer = SimpleNamespace(groups=groups)
+    for lr_mult in (0.1, 0.5):  # multiplies what a group began with, not what it has now
+        apply_schedule(optimizer, lr_mult=lr_mult, momentum=0.9, decay_mult=0.25)
+    tables, matrices = groups
+    assert (tables.lr, tables.weight_decay) == (0.2, 0.1)
+    assert (matrices.lr, matrices.momentum, matrices.weight_decay) == (0.01, 0.9, 0.075)
+
+
+# --- how a step is divided ---
+
+
+def test_micro_steps_multiply_to_the_total_batch():
+    assert grad_accum_steps(524288, 32, 2048, 8) == 1
+    assert grad_accum_steps(524288, 32, 2048, 1) == 8
+    assert grad_accum_steps(3 * 5 * 7, 5, 7, 1) == 3
+
+
+@pytest.mark.parametrize(
+    ("total", "sizes", "nearest"),
+    [(100, (4, 16, 1), "64 or 128"), (63, (4, 16, 1), "64,"), (1000, (2, 100, 3), "600 or 1200"), (1, (1, 2, 1), "2,")],
+)
+def test_a_total_that_cannot_be_divided_is_refused_with_the_nearest_that_can(total, sizes, nearest):
+    with pytest.raises(UserError, match=f"total batch of {total} tokens .*--total-batch-size {nearest}"):
+        grad_accum_steps(total, *sizes)
+
+
+def test_a_device_batch_is_the_most_rows_that_divide_the_step():
+    assert choose_device_batch(4096, 8, 512, 1, is_fixed=False) == (8, 1)
+    assert choose_device_batch(4096, 100, 512, 1, is_fixed=False) == (8, 1)
+    assert choose_device_batch(6 * 512, 4, 512, 1, is_fixed=False) == (3, 2)
+    assert choose_device_batch(7 * 512, 4, 512, 1, is_fixed=False) == (1, 7)
+    assert choose_device_batch(12 * 512, 5, 512, 3, is_fixed=False) == (4, 1)
+    for rows in range(1, 40):
+        for fitting in range(1, 20):
+            size, micro_steps = choose_device_batch(2 * rows * 8, fitting, 8, 2, is_fixed=False)
+            assert size <= fitting
+            assert size * micro_steps == rows
+
+
+def test_a_device_batch_the_user_fixed_is_taken_or_refused():
+    assert choose_device_batch(8 * 512, 4, 512, 1, is_fixed=True) == (4, 2)
+    with pytest.raises(UserError, match=r"device batch 4 x 512 tokens x 1 processes.*--total-batch-size 2048 or 4096"):
+        choose_device_batch(6 * 512, 4, 512, 1, is_fixed=True)
+    with pytest.raises(UserError, match="total batch of 100 tokens"):
+        choose_device_batch(100, 4, 512, 1, is_fixed=False)
+
+
+def test_something_due_is_due_every_so_often_and_always_at_the_last_step():
+    assert [step for step in range(12) if is_due(step, 5, 11)] == [5, 10, 11]
+    assert [step for step in range(11) if is_due(step, 5, 10)] == [5, 10]
+    assert [step for step in range(12) if is_due(step, 0, 11)] == []
+    assert [step for step in range(4) if is_due(step, 100, 3)] == [3]
+
+
+# --- float16 ---
+
+
+def optimizer_with_gradients(*grads: float) -> MuonAdamW:
+    params = {f"p{i}": torch.nn.Parameter(torch.zeros(3)) for i in range(len(grads))}
+    optimizer = MuonAdamW([Group("all", "adamw", params, 0.1)])
+    for p, grad in zip(params.values(), grads, strict=True):
+        p.grad = torch.tensor([1.0, grad, 2.0])
+    return optimizer
+
+
+def grads_of(optimizer) -> list[torch.Tensor]:
+    return [p.grad for group in optimizer.groups for p in group.params.values()]
+
+
+def test_other_dtypes_have_scale_1_and_are_left_alone():
+    scaler = LossScaler(enabled=False)
+    optimizer = optimizer_with_gradients(math.inf)
+    assert scaler.scale == 1.0
+    assert scaler.unscale_(optimizer)
+    assert grads_of(optimizer)[0].tolist() == [1.0, math.inf, 2.0]
+
+
+def test_finite_gradients_are_divided_by_the_scale():
+    scaler = LossScaler(enabled=True, scale=4.0)
+    optimizer = optimizer_with_gradients(8.0, -4.0)
+    assert scaler.unscale_(optimizer)
+    assert [grad.tolist() for grad in grads_of(optimizer)] == [[0.25, 2.0, 0.5], [0.25, -1.0, 0.5]]
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_an_overflow_in_any_gradient_skips_the_step_and_halves_the_scale(bad):
+    scaler = LossScaler(enabled=True, scale=1024.0)
+    assert not scaler.unscale_(optimizer_with_gradients(1.0, bad))
+    assert scaler.scale == 512.0
+    for _ in range(40):
+        scaler.unscale_(optimizer_with_gradients(bad))
+    assert scaler.scale == 1.0
+
+
+def test_the_scale_grows_again_after_enough_good_steps_in_a_row():
+    scaler, scales = LossScaler(enabled=True, scale=8.0, growth_every=3), []
+    for grad in (1.0, 1.0, math.inf, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0):
+        scaler.unscale_(optimizer_with_gradients(grad))
+        scales.append(scaler.scale)
+    assert scales == [8.0, 8.0, 4.0, 4.0, 4.0, 8.0, 8.0, 8.0, 16.0]
+
+
+def test_the_scaler_goes_on_where_its_state_was_saved():
+    scalers = [LossScaler(enabled=True, growth_every=4), LossScaler(enabled=True, growth_every=4)]
+    for grad in (math.inf, 1.0, 1.0):
+        scalers[0].unscale_(optimizer_with_gradients(grad))
+    scalers[1].restore(json.loads(json.dumps(scalers[0].state())))
+    for _ in range(2):
+        for scaler in scalers:
+            scaler.unscale_(optimizer_with_gradients(1.0))
+    assert scalers[0] == scalers[1]
+    assert scalers[0].scale == 2.0**16
+
+
+def skip_on_rank(rank: int, world_size: int) -> list:
+    groups = [Group("all", "adamw", {"p": torch.nn.Parameter(torch.zeros(3))}, 0.1)]
+    optimizer, scaler = MuonAdamW(groups, rank=rank, world_size=world_size), LossScaler(enabled=True, scale=8.0)
+    results = []
+    for bad_rank in (None, 1, None):
+        (p,) = groups[0].params.values()
+        p.grad = torch.full((3,), math.inf if rank == bad_rank else 8.0)
+        is_good = scaler.unscale_(optimizer)
+        if is_good:
+            optimizer.step()
+        optimizer.zero_grad()
+        results.append((is_good, scaler.scale, p.tolist()))
+    return results
+
+
+def test_an_overflow_on_one_rank_makes_every_rank_skip_the_step(tmp_path):
+    results = run_ranks(skip_on_rank, 2, tmp_path / "ranks")
+    assert results[0] == results[1]
+    first, second, third = results[0]
+    assert [is_good for is_good, _, _ in results[0]] == [True, False, True]
+    assert [scale for _, scale, _ in results[0]] == [8.0, 4.0, 4.0]
+    assert first[2] == second[2] != third[2]
+
+
+# --- fitting the device ---
+
+
+def memory_for(rows: int, tried: list[int]):
+    def try_batch(model, size: int) -> None:
+        tried.append(size)
+        if size > rows:
+            raise torch.OutOfMemoryError("out of memory")
+
+    return try_batch
+
+
+@pytest.mark.parametrize(("rows", "tries"), [(100, [24]), (24, [24]), (13, [24, 12]), (1, [24, 12, 6, 3, 1])])
+def test_the_batch_is_halved_until_it_fits(rows, tries, capsys):
+    tried = []
+    assert fitting_batch(make_model(), 24, memory_for(rows, tried)) == tries[-1]
+    assert tried == tries
+    said = capsys.readouterr().out
+    assert (f"24 rows do not fit in the device's memory: micro-batches of at most {tries[-1]} rows" in said) == (
+        len(tries) > 1
+    )
+
+
+def test_a_model_for_which_no_row_fits_is_refused():
+    with pytest.raises(UserError, match="not even one row fits"):
+        fitting_batch(make_model(), 8, memory_for(0, []))
+
+
+def test_other_errors_while_trying_are_not_taken_for_a_lack_of_memory():
+    def broken(model, size):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        fitting_batch(make_model(), 8, broken)
+
+
+def test_on_a_cpu_the_batch_is_taken_as_it_is():
+    assert fitting_batch(make_model(), 5) == 5
+
+
+def fit_on_rank(rank: int, world_size: int) -> list[int | str]:
+    results = []
+    for room in ((100, 5), (3, 100), (0, 100)):
+        try:
+            results.append(fitting_batch(make_model(), 16, memory_for(room[rank], [])))
+        except UserError as error:
+            results.append(str(error))
+    return results
+
+
+def test_the_rank_with_the_least_memory_decides_for_all(tmp_path):
+    results = run_ranks(fit_on_rank, 2, tmp_path / "ranks")
+    assert results[0] == results[1]
+    assert results[0][:2] == [4, 2]
+    assert "not even one row fits" in results[0][2]
+
+
+def test_speed_counts_the_tokens_of_all_ranks_and_leaves_no_gradients(monkeypatch):
+    model = make_model()
+    assert measure_tokens_per_second(model, 2, 1, repeats=1) > 0
+    assert all(p.grad is None for p in model.parameters())
+    seconds = iter([100.0, 0.5, 2.0, 1.0])  # the first one warms up
+    monkeypatch.setattr(training, "_forward_backward", lambda model, rows: next(seconds))
+    assert measure_tokens_per_second(model, 3, 4) == 3 * 16 * 4 / 1.0
+
+
+# --- statistics ---
+
+
+def make_stats(**other) -> RunStats:
+    known = {"tokens_per_step": 4096, "flops_per_token": 1e9, "device_name": "cpu", "dtype": torch.float32}
+    return RunStats(**{**known, "world_size": 1, **other})
+
+
+def test_speed_leaves_the_first_steps_out():
+    stats = make_stats()
+    for _ in range(WARMUP_STEPS_UNTIMED):
+        stats.update(1.0, 50.0)
+        assert stats.tokens_per_second is None
+        assert stats.mfu is None
+        assert stats.seconds_left(10) is None
+    for seconds in (1.0, 3.0):
+        stats.update(1.0, seconds)
+    assert stats.tokens_per_second == 2 * 4096 / 4.0
+    assert stats.seconds_left(10) == pytest.approx(20.0)
+    assert stats.seconds == 50.0 * WARMUP_STEPS_UNTIMED + 4.0
+
+
+def test_mfu_is_a_share_of_all_devices_peak_and_none_for_an_unknown_device():
+    known = make_stats(device_name="NVIDIA H100 80GB HBM3", dtype=torch.bfloat16, world_size=8)
+    unknown = make_stats()
+    for stats in (known, unknown):
+        for _ in range(WARMUP_STEPS_UNTIMED + 5):
+            stats.update(1.0, 0.25)
+    peak = hardware.peak_flops("NVIDIA H100 80GB HBM3", torch.bfloat16)
+    assert known.mfu == pytest.approx(1e9 * (4096 / 0.25) / (8 * peak))
+    assert unknown.tokens_per_second == 4096 / 0.25
+    assert unknown.mfu is None
+
+
+def test_the_smoothed_loss_is_debiased():
+    stats = make_stats()
+    assert math.isnan(stats.smooth_loss)
+    for _ in range(3):
+        stats.update(2.5, 1.0)
+        assert stats.smooth_loss == pytest.approx(2.5)
+    stats.update(1.0, 1.0)
+    assert 1.0 < stats.smooth_loss < 2.5
+
+
+def test_restored_statistics_go_on_and_time_this_process_alone():
+    whole, first = make_stats(), make_stats()
+    for loss in (3.0, 2.0, 1.0):
+        whole.update(loss, 1.0)
+        first.update(loss, 1.0)
+    resumed = make_stats()
+    resumed.restore(json.loads(json.dumps(first.state())))
+    for stats in (whole, resumed):
+        stats.update(0.5, 1.0)
+    assert resumed.smooth_loss == whole.smooth_loss
+    assert resumed.seconds == whole.seconds == 4.0
+    assert resumed.tokens_per_second is None
+
+
+def test_statistics_know_the_device_they_are_of():
+    stats = RunStats.for_runtime(replace(RUNTIME, world_size=3), 100, 2.0)
+    assert (stats.device_name, stats.dtype, stats.world_size) == ("cpu", torch.float32, 3)
+
+
+# --- metrics.jsonl ---
+
+
+def read_lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def metrics(tmp_path) -> MetricsLog:
+    return MetricsLog(tmp_path / "run" / "metrics.jsonl", RUNTIME)
+
+
+def test_every_number_but_none_is_a_json_line(metrics):
+    metrics.log(step=1, train_loss=2.5, mfu=None)
+    metrics.log(step=1, val_bpb=1.25)
+    assert read_lines(metrics.path) == [{"step": 1, "train_loss": 2.5}, {"step": 1, "val_bpb": 1.25}]
+
+
+def test_only_rank_0_writes(tmp_path):
+    metrics = MetricsLog(tmp_path / "metrics.jsonl", replace(RUNTIME, rank=1), run_name="never asked for")
+    metrics.rewind(0)
+    metrics.log(step=1, train_loss=2.5)
+    metrics.finish()
+    assert not metrics.path.exists()
+
+
+def test_a_resumed_run_drops_the_lines_after_its_checkpoint(metrics):
+    for step in range(1, 8):
+        metrics.log(step=step, train_loss=float(step))
+    metrics.log(step=5, val_bpb=1.0)
+    metrics.rewind(5)
+    assert [line["step"] for line in read_lines(metrics.path)] == [1, 2, 3, 4, 5, 5]
+    metrics.log(step=6, train_loss=0.0)
+    assert read_lines(metrics.path)[-1] == {"step": 6, "train_loss": 0.0}
+
+
+def test_a_new_run_drops_all_lines(metrics):
+    metrics.rewind(0)
+    metrics.log(step=0, val_bpb=3.0)
+    metrics.log(step=1, train_loss=1.0)
+    metrics.rewind(0)
+    assert metrics.path.read_text() == ""
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "tr', '{"step": 3', "{", '"step"', "3", "[1]", '{"loss": 1}', "\0\0"])
+def test_a_line_cut_off_by_a_crash_is_dropped(torn, metrics):
+    for step in (1, 2):
+        metrics.log(step=step, train_loss=1.0)
+    with open(metrics.path, "a") as file:
+        file.write(torn)
+    metrics.rewind(9)
+    metrics.log(step=10, train_loss=1.0)
+    assert [line["step"] for line in read_lines(metrics.path)] == [1, 2, 10]
+
+
+def test_a_full_disk_is_a_clear_error(metrics, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    metrics.log(step=1, train_loss=1.0)
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(UserError, match=r"cannot write metrics to .*metrics.jsonl: No space left on device"):
+        metrics.log(step=2, train_loss=1.0)
+
+
+class FakeWandb:
+    """Records what a run would send."""
+
+    class errors:
+        Error = ConnectionError
+
+    def __init__(self):
+        self.logged, self.settings, self.is_finished = [], None, False
+
+    def init(self, *, project, name, config):
+        if name == "offline":
+            raise self.errors.Error("no network")
+        self.settings = (project, name, config)
+        return self
+
+    def log(self, numbers, step):
+        self.logged.append((step, numbers))
+
+    def finish(self):
+        self.is_finished = True
+
+
+def test_a_named_run_goes_to_wandb_as_well(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    metrics = MetricsLog(tmp_path / "metrics.jsonl", RUNTIME, run_name="d4", settings={"depth": 4})
+    metrics.log(step=3, train_loss=1.5, mfu=None)
+    metrics.finish()
+    assert wandb.settings == ("nanochat", "d4", {"depth": 4})
+    assert wandb.logged == [(3, {"train_loss": 1.5})]
+    assert wandb.is_finished
+    assert read_lines(metrics.path) == [{"step": 3, "train_loss": 1.5}]
+
+
+def test_wandb_that_is_missing_or_cannot_start_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
+    with pytest.raises(UserError, match=r"wandb did not start \(no network\).*WANDB_MODE=offline"):
+        MetricsLog(tmp_path / "metrics.jsonl", RUNTIME, run_name="offline")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--run d4 needs the package wandb"):
+        MetricsLog(tmp_path / "metrics.jsonl", RUNTIME, run_name="d4")
+
+
+# --- the log of steps ---
+
+
+def run_steps(metrics, losses, stats=None, num_steps=10) -> StepLog:
+    log = StepLog(stats or make_stats(), metrics, num_steps)
+    for step, loss in enumerate(losses, start=1):
+        log.start()
+        log.end(step, torch.tensor(loss), lr_mult=0.5)
+    log.flush()
+    return log
+
+
+def test_every_step_is_logged_once_in_order(metrics, capsys):
+    losses = [3.0, 2.5, 2.25, 2.0, 1.75]
+    log = run_steps(metrics, losses)
+    lines = read_lines(metrics.path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["train_loss"] for line in lines] == losses
+    assert [line["tokens"] for line in lines] == [4096 * step for step in range(1, 6)]
+    assert all(line["lr_mult"] == 0.5 for line in lines)
+    assert all("mfu" not in line for line in lines)
+    assert ["tokens_per_second" in line for line in lines] == [False] * WARMUP_STEPS_UNTIMED + [True] * 2
+    times = [line["elapsed_seconds"] for line in lines]
+    assert times == sorted(times)
+    assert times[-1] == log.stats.seconds > 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 5
+    assert printed[0].startswith("step     1/10 (10.0%) | loss 3.0000 | 0:00")
+    assert "tokens/s" in printed[4]
+    assert "of peak" not in printed[4]
+
+
+def test_time_between_steps_does_not_count(metrics, monkeypatch):
+    now = 0.0
+
+    def clock():
+        return now
+
+    monkeypatch.setattr(training.time, "perf_counter", clock)
+    log = StepLog(make_stats(), metrics, 3)
+    for step in (1, 2):
+        now += 1000.0  # an evaluation
+        log.start()
+        now += 2.0
+        log.end(step, torch.tensor(1.0))
+    log.flush()
+    assert log.stats.seconds == 4.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(bad, metrics):
+    with pytest.raises(UserError, match=f"the loss at step 2 is {bad}; resume from a checkpoint before it"):
+        run_steps(metrics, [1.0, bad, 1.0])
+    assert [line["step"] for line in read_lines(metrics.path)] == [1]
+
+
+def test_in_float16_a_loss_that_is_not_finite_does_not_end_the_run(metrics):
+    run_steps(metrics, [1.0, math.inf, 2.0], make_stats(dtype=torch.float16))
+    assert [line["step"] for line in read_lines(metrics.path)] == [1, 2, 3]
+
+
+def test_times_read_as_clocks():
+    assert [training._clock(seconds) for seconds in (0, 59.4, 61, 3600, 36061.6)] == [
+        "0:00", "0:59", "1:01", "1:00:00", "10:01:02",
+    ]  # fmt: skip
+
+
+def test_peak_memory_is_that_of_this_process():
+    assert 1e7 < training.peak_memory_bytes(RUNTIME) < 1e12
