@@ -4,8 +4,8 @@ Every measurement is a process of its own, contenders taking turns; times and me
 are in memory before the clock starts; memory is what the step adds at its peak to what the process held before.
 Training uses all cores, encoding one thread. Prints tables, then one JSON line.
 
-    uv pip install --target /tmp/competitors --no-deps rustbpe==0.1.0 bpeasy
-    python dev/bench_tokenizer.py --data local --competitors /tmp/competitors
+    uv pip install --target competitors --no-deps rustbpe==0.1.0 bpeasy
+    python dev/bench_tokenizer.py --data local --competitors competitors
     python dev/bench_tokenizer.py --data local --scaling 10,30,90,300 --runs 1 --contenders ""
 """
 
@@ -275,13 +275,9 @@ def print_table(title: str, results: dict[str, dict], target_of: Callable[[str],
     for name, row in results.items():
         ratio = f"{row['seconds'] / ours['seconds']:.1f}x" if ours else "-"
         target = f"{target_of(name):.0f}x" if target_of(name) else "-"
-        same = (
-            "yes"
-            if ours and row["digest"] == ours["digest"]
-            else f"no, {row['common']:,} tokens"
-            if "common" in row
-            else "no"
-        )
+        same = "yes" if ours and row["digest"] == ours["digest"] else "no"
+        if same == "no" and "common" in row:
+            same = "same tokens, other order" if row["common"] == row["tokens"] else f"no, {row['common']:,} in common"
         low, high = row["seconds_min_max"]
         print(
             f"{name:18}{row['seconds']:10.2f}{low:8.2f}{high:8.2f}{ratio:>10}{target:>8}{row['peak_mb']:10.0f}"

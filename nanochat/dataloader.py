@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -375,7 +376,9 @@ def _deal(tokenizer, paths, start: Place, epochs: int | None, num_streams: int, 
 def _tokenize(tokenizer, texts, number: int, num_streams: int, own) -> dict[int, list[np.ndarray]]:
     """Tokens of the documents of each own stream, int32, without BOS; `number` is that of the first of `texts`."""
     mine = [n for n in range(number, number + len(texts)) if n % num_streams in own]
-    tokens, bounds = tokenizer.encode_packed(texts.take(np.array(mine, np.int64) - number))
+    indices = pa.py_buffer(np.array(mine, np.int64) - number)  # as an array, Arrow would import pandas: up to a second
+    own_texts = texts.take(pa.Array.from_buffers(pa.int64(), len(mine), [None, indices]))
+    tokens, bounds = tokenizer.encode_packed(own_texts)
     dealt: dict[int, list[np.ndarray]] = {stream: [] for stream in own}
     for n, begin, end in zip(mine, bounds[:-1], bounds[1:], strict=True):
         dealt[n % num_streams].append(tokens[begin:end].astype(np.int32))  # a copy: the rest need not stay in memory

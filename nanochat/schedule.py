@@ -1,7 +1,7 @@
 """What depends on the step or on the size of the run, as pure functions: rates, momentum, decay, horizon, batch size.
 
-Sources: the scaling rules and constants are those of the public nanochat's d12 to d26 runs (its log, 2026); the two
-bounds for short runs are ours (dev/LOG.md).
+Sources: the scaling rules and constants are those of the public nanochat's d12 to d26 runs (its log, 2026); the
+bounds for short runs and small batches are ours (dev/LOG.md).
 """
 
 import math
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 REFERENCE_BATCH_TOKENS = 2**19  # the batch at which the learning rates were tuned
 BATCH_EXPONENT = 0.383  # of the best batch size as a function of training tokens (Power Lines, arXiv 2505.13738)
 MIN_BATCH_TOKENS = 2**12
+MIN_LR_SCALE = 0.35  # the square root falls too far for small batches: -0.2 bits per byte at 4,096 tokens, depth 4
 MAX_WARMUP_FRAC = 0.05  # of the run: 40 steps would otherwise eat a short one
 MAX_DECAY_PER_STEP = 0.003  # of Muon's lr * weight_decay: the rule for long runs grows past 0.1 in short ones
 MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.97, 0.90
@@ -67,8 +68,8 @@ def best_batch_tokens(train_tokens: float, d12_tokens: float) -> int:
 
 
 def batch_lr_scale(batch_tokens: int) -> float:
-    """Learning rates go with the square root of the batch size."""
-    return math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
+    """Learning rates go with the square root of the batch size, down to `MIN_LR_SCALE`."""
+    return max(MIN_LR_SCALE, math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS))
 
 
 def scaled_weight_decay(

@@ -89,10 +89,10 @@ class Tokenizer:
         """
 
     def decode(self, ids: Sequence[int], errors: str = "strict") -> str:
-        """The text of `ids`; `errors` as in `bytes.decode`. Raises ValueError for an id that is not in the vocabulary."""
+        """The text of `ids`; `errors` as in `bytes.decode`. Raises ValueError for an id outside the vocabulary."""
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes of `ids`. Raises ValueError for an id that is not in the vocabulary."""
+        """The bytes of `ids`. Raises ValueError for an id outside the vocabulary."""
 
     def split(self, text: str, *, use_regex: bool = False) -> list[str]:
         """The chunks of `text`, by the scanner where the pattern has one or, with `use_regex`, by the regex engine."""

@@ -358,6 +358,18 @@ def test_every_read_and_epoch_boundary_can_be_resumed_at(paths):
         assert_same(list(islice(resumed, 10)), batches[i : i + 10])
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_state_read_is_saved_as_it_was(paths, world_size):
+    world = make_world(paths, 3, world_size)
+    for loader in world:
+        loader.batches_ahead = 2
+        list(islice(loader, 10))
+    states = saved_and_read(world)
+    for before, after in zip(states, saved_and_read(resumed_world(paths, states, 3, world_size)), strict=True):
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_a_state_is_the_same_however_it_was_come_by(paths):
     straight, broken = make_loader(paths, 2), make_loader(paths, 2)
     list(islice(straight, 40))

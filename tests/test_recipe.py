@@ -89,9 +89,9 @@ def test_the_chosen_batch_is_a_whole_number_of_rows_on_every_rank(batch_multiple
 
 
 def test_a_given_batch_and_number_of_steps_are_taken_as_they_are():
-    plan = make_plan(config(4), num_steps=7, total_batch_tokens=12345, lr_mult=2.0)
-    assert (plan.num_steps, plan.total_batch_tokens, plan.train_tokens) == (7, 12345, 86415)
-    assert plan.lr_scale == pytest.approx(2.0 * math.sqrt(12345 / 2**19))
+    plan = make_plan(config(4), num_steps=7, total_batch_tokens=200_001, lr_mult=2.0)
+    assert (plan.num_steps, plan.total_batch_tokens, plan.train_tokens) == (7, 200_001, 1_400_007)
+    assert plan.lr_scale == pytest.approx(2.0 * math.sqrt(200_001 / 2**19))
 
 
 def test_a_number_of_steps_alone_gets_the_batch_of_a_usual_run():

@@ -8,6 +8,7 @@ from nanochat.schedule import (
     MAX_DECAY_PER_STEP,
     MAX_WARMUP_FRAC,
     MIN_BATCH_TOKENS,
+    MIN_LR_SCALE,
     MOMENTUM_END,
     MOMENTUM_PEAK,
     MOMENTUM_START,
@@ -95,10 +96,13 @@ def test_the_best_batch_is_a_power_of_two_that_grows_with_the_run():
     assert best_batch_tokens(7.3e9, 1e9) == 2**20
 
 
-def test_rates_go_with_the_square_root_of_the_batch():
+def test_rates_go_with_the_square_root_of_the_batch_down_to_a_floor():
     assert batch_lr_scale(REFERENCE_BATCH_TOKENS) == 1.0
     assert batch_lr_scale(4 * REFERENCE_BATCH_TOKENS) == 2.0
-    assert batch_lr_scale(REFERENCE_BATCH_TOKENS // 16) == 0.25
+    assert batch_lr_scale(REFERENCE_BATCH_TOKENS // 4) == 0.5
+    assert batch_lr_scale(MIN_BATCH_TOKENS) == MIN_LR_SCALE
+    scales = [batch_lr_scale(2**power) for power in range(23)]
+    assert scales == sorted(scales)
 
 
 def test_weight_decay_by_hand():
@@ -111,13 +115,13 @@ def test_weight_decay_by_hand():
 @pytest.mark.parametrize("train_tokens", [1e4, 1e6, 1e8, 1e10])
 @pytest.mark.parametrize("batch_tokens", [2**12, 2**15, 2**19])
 def test_the_decay_of_a_step_is_bounded_in_short_runs(train_tokens, batch_tokens):
-    lr = 0.02 * math.sqrt(batch_tokens / 2**19)
+    lr = 0.02 * batch_lr_scale(batch_tokens)
     scaled = scaled_weight_decay(
         0.28, batch_tokens=batch_tokens, train_tokens=train_tokens, d12_tokens=1e9, matrix_lr=lr
     )
     assert scaled * lr <= max(MAX_DECAY_PER_STEP, 0.28 * lr) * (1 + 1e-12)
     if train_tokens >= 1e9:
-        assert scaled == pytest.approx(0.28 * math.sqrt(batch_tokens / 2**19) * 1e9 / train_tokens)
+        assert scaled == pytest.approx(0.28 * batch_lr_scale(batch_tokens) * 1e9 / train_tokens)
 
 
 def test_a_rate_of_zero_has_a_weight_decay():

@@ -1,12 +1,15 @@
 """Every script as a process of its own: the pipeline in miniature, resuming, several processes, and users' mistakes."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,28 +27,38 @@ TINY = (
 LAST, SAVE_EVERY = 9, 3
 SCHEDULE = ["--num-steps", str(LAST), "--save-every", str(SAVE_EVERY), "--eval-every", "4"]
 
-# Starting Python with torch takes seconds. This program does so once and forks for each command it reads, a line of
-# JSON; `before` is Python text run in the child, to break something there.
+# Starting Python with torch takes seconds. This program does so once, then reads lines of JSON, each a list of commands
+# to run at the same time, and forks for each; `before` is Python text run in the child, to break something there.
 FORKER = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys, traceback
 import torch.fx.experimental.symbolic_shapes  # what PyTorch would import late, at the first model
 from nanochat import checkpoint, core_eval, dataset, loss_eval, optim, recipe, report, training
 
+gc.freeze()  # or every child would copy all of it at its first collection
 for line in sys.stdin:
-    command = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        sys.stdin.close()
-        for number, path in ((1, command["stdout"]), (2, command["stderr"])):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        os.environ.update(command["environment"])
-        os.chdir(command["folder"])
-        sys.argv = [command["module"], *command["args"]]
-        sys.modules.pop(command["module"], None)
-        exec(command["before"])
-        runpy.run_module(command["module"], run_name="__main__", alter_sys=True)
-        sys.exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    children = []
+    for command in json.loads(line):
+        children.append(os.fork())
+        if children[-1] == 0:
+            sys.stdin.close()
+            for number, path in ((1, command["stdout"]), (2, command["stderr"])):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.environ.update(command["environment"])
+            os.chdir(command["folder"])
+            sys.argv = [command["module"], *command["args"]]
+            sys.modules.pop(command["module"], None)
+            status = 0
+            try:
+                exec(command["before"])
+                runpy.run_module(command["module"], run_name="__main__", alter_sys=True)
+            except SystemExit as end:
+                status = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            sys.stdout.flush()
+            os._exit(status)  # taking the interpreter down in good order is most of a short command's time
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 """
 
 
@@ -71,7 +84,7 @@ class Workplace:
 
     folder: Path
     forker: subprocess.Popen
-    runs: list = field(default_factory=list)
+    numbers: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def data(self):
@@ -81,19 +94,24 @@ class Workplace:
     def base(self):
         return self.folder / "base"
 
-    def run(self, module, *args, base=None, before=""):
-        """Run `python -m module args` to its end."""
-        number = len(self.runs)
-        command = {
-            "module": module, "args": list(map(str, args)), "before": before, "folder": str(self.folder),
-            "stdout": str(self.folder / f"{number}.out"), "stderr": str(self.folder / f"{number}.err"),
-            "environment": environment(base or self.base),
-        }  # fmt: skip
-        self.runs.append(command)
-        self.forker.stdin.write(json.dumps(command) + "\n")
+    def run(self, module, *args, base=None, before="", num_processes=1):
+        """Run `python -m module args` to its end; with several processes, each is told its rank as by torchrun."""
+        common = environment(base or self.base)
+        if num_processes > 1:
+            common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_processes)}
+        commands = []
+        for rank in range(num_processes):
+            output = self.folder / str(next(self.numbers))
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else {}
+            commands.append({
+                "module": module, "args": list(map(str, args)), "before": before, "folder": str(self.folder),
+                "stdout": f"{output}.out", "stderr": f"{output}.err", "environment": common | ranks,
+            })  # fmt: skip
+        self.forker.stdin.write(json.dumps(commands) + "\n")
         self.forker.stdin.flush()
-        status = int(self.forker.stdout.readline())
-        return Ended(status, Path(command["stdout"]).read_text(), Path(command["stderr"]).read_text())
+        statuses = json.loads(self.forker.stdout.readline())
+        texts = ("".join(Path(command[stream]).read_text() for command in commands) for stream in ("stdout", "stderr"))
+        return Ended(max(statuses, key=abs), *texts)
 
     def run_well(self, module, *args, **options):
         ended = self.run(module, *args, **options)
@@ -109,16 +127,6 @@ class Workplace:
         assert (ended.status, ended.stderr) == (0, ""), ended
         return ended.stdout
 
-    def torchrun(self, num_processes, *args, base):
-        """base_train in several processes; their standard output."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-        command += ["-m", "scripts.base_train", "--", *TINY, *SCHEDULE, "--data", str(self.data), *args]
-        ended = subprocess.run(
-            command, cwd=self.folder, env=environment(base), capture_output=True, text=True, timeout=280, check=False
-        )
-        assert ended.returncode == 0, ended
-        return ended.stdout
-
     def copy_base(self, name, *, first_steps=LAST):
         """A copy of the base folder, with the checkpoints up to step `first_steps`."""
         copy = self.folder / name
@@ -127,6 +135,12 @@ class Workplace:
             if int(path.name.removeprefix("step_")) > first_steps:
                 shutil.rmtree(path)
         return copy
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 def run_folder(base):
@@ -271,7 +285,6 @@ Tokenizer.save = save_and_die
 
 def test_a_run_killed_again_and_again_ends_as_one_never_interrupted(workplace):
     base = workplace.folder / "killed"
-    base.mkdir()
     shutil.copytree(workplace.base / "tokenizer", base / "tokenizer")
     kills = [
         (DIE_AFTER_LOGGING.format(step=2), 0),  # before the first checkpoint
@@ -299,22 +312,40 @@ def test_a_finished_run_resumed_does_nothing_more(workplace):
     assert hashes(base, LAST) == hashes(workplace.base, LAST)
 
 
-def test_two_processes_have_the_losses_of_one_also_when_either_resumes_the_other(workplace):
-    expected = losses(workplace.base)
-    both = workplace.folder / "both"
-    both.mkdir()
-    shutil.copytree(workplace.base / "tokenizer", both / "tokenizer")
-    workplace.torchrun(2, base=both)
-    assert losses(both) == pytest.approx(expected, rel=1e-5)
-
-    resumed_by_two = workplace.copy_base("resumed_by_two", first_steps=3)
-    assert "resumed at step 3" in workplace.torchrun(2, "--resume", base=resumed_by_two)
-    assert losses(resumed_by_two) == pytest.approx(expected, rel=1e-5)
+def test_two_processes_under_torchrun_have_the_losses_of_one_which_can_take_over(workplace):
+    expected, base = losses(workplace.base), workplace.folder / "both"
+    shutil.copytree(workplace.base / "tokenizer", base / "tokenizer")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "scripts.base_train", "--", *TINY, *SCHEDULE, "--data", str(workplace.data)]
+    ended = subprocess.run(
+        command, cwd=workplace.folder, env=environment(base), capture_output=True, text=True, timeout=280, check=False
+    )
+    assert ended.returncode == 0, ended
+    assert losses(base) == pytest.approx(expected, rel=1e-5)
 
     for step in (6, LAST):
-        shutil.rmtree(run_folder(both) / f"step_{step:06d}")
-    assert "resumed at step 3" in workplace.train_well("--resume", "--device-batch-size", "4", base=both)
-    assert losses(both) == pytest.approx(expected, rel=1e-5)
+        shutil.rmtree(run_folder(base) / f"step_{step:06d}")
+    assert "resumed at step 3" in workplace.train_well("--resume", "--device-batch-size", "4", base=base)
+    assert losses(base) == pytest.approx(expected, rel=1e-5)
+
+
+def test_two_and_then_four_processes_take_over_from_one(workplace):
+    expected, base = losses(workplace.base), workplace.copy_base("taken_over", first_steps=3)
+    for num_processes, first_step in ((2, 3), (4, 6)):
+        ended = workplace.train("--resume", base=base, num_processes=num_processes)
+        assert ended.status == 0, ended
+        assert f"resumed at step {first_step}" in ended.stdout
+        assert losses(base) == pytest.approx(expected, rel=1e-5)
+        shutil.rmtree(run_folder(base) / f"step_{LAST:06d}")
+
+
+def test_processes_that_cannot_share_the_data_are_refused_with_one_line_each(workplace):
+    base = workplace.copy_base("three", first_steps=3)
+    ended = workplace.train("--resume", "--device-batch-size", "1", base=base, num_processes=3)
+    assert ended.status == 2
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("error: ") for line in lines)
 
 
 # --- mistakes ---
@@ -332,22 +363,21 @@ def assert_refused(ended, *words):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--depth 0", "--depth -3", "--sequence-len 0", "--sequence-len -1", "--head-dim 0", "--head-dim 33",
+        "--depth 0", "--sequence-len 0", "--head-dim 0", "--head-dim 33",
         "--kv-ratio 0", "--kv-ratio 3", "--window-pattern SX", "--num-steps 0", "--num-steps -1",
         "--num-steps 4 --minutes 1", "--token-ratio -1", "--token-ratio nan", "--token-ratio inf",
-        "--target-flops 0", "--target-flops 1", "--target-flops inf", "--minutes -1", "--minutes nan",
+        "--target-flops 0", "--target-flops 1", "--target-flops inf", "--minutes nan",
         "--total-batch-size -1", "--total-batch-size 100", "--device-batch-size -1", "--device-batch-size 3",
-        "--eval-every -1", "--eval-tokens -1", "--save-every -1", "--sample-every -1", "--core-every -1",
-        "--core-max-per-task -1", "--warmup-steps -1", "--warmdown-frac 1.5", "--warmdown-frac nan",
-        "--final-lr-frac -0.1", "--lr-mult -1", "--lr-mult nan", "--lr-mult inf", "--weight-decay -1",
-        "--weight-decay nan", "--dtype float12", "--device-type tpu", "--device-type cuda", "--model-tag a/b",
+        "--eval-every -1", "--eval-tokens -1", "--save-every -1", "--core-every -1",
+        "--warmup-steps -1", "--warmdown-frac 1.5", "--warmdown-frac nan",
+        "--final-lr-frac -0.1", "--lr-mult -1", "--lr-mult nan", "--weight-decay -1",
+        "--dtype float12", "--device-type tpu", "--device-type cuda", "--model-tag a/b",
         "--model-tag ..", "--dry-run --minutes 1", "--dry-run --num-gpus 0", "--dry-run --vocab-size -1",
     ],
 )  # fmt: skip
 def test_a_flag_out_of_range_is_refused(workplace, flags):
     base = workplace.folder / "flags"
     if not base.exists():
-        base.mkdir()
         shutil.copytree(workplace.base / "tokenizer", base / "tokenizer")
     tiny = [*TINY[:-2], "--model-tag", "fresh", "--data", str(workplace.data)]
     if not any(horizon in flags for horizon in ("--num-steps", "--token-ratio", "--target-flops", "--minutes")):
@@ -402,7 +432,6 @@ def test_missing_data_is_named_with_the_command_that_gets_it(workplace, module):
 
 def test_a_shard_that_was_there_and_is_gone_is_named(workplace):
     base = workplace.folder / "gone"
-    base.mkdir()
     shutil.copytree(workplace.base / "tokenizer", base / "tokenizer")
     source = workplace.folder / "texts"
     source.mkdir()
@@ -420,7 +449,6 @@ def test_a_truncated_shard_is_named(workplace):
     path = broken / "shard_0.parquet"
     path.write_bytes(path.read_bytes()[:-100])
     base = workplace.folder / "truncated"
-    base.mkdir()
     shutil.copytree(workplace.base / "tokenizer", base / "tokenizer")
     assert_refused(workplace.run("scripts.tok_train", "--data", broken, base=base), "shard_0.parquet")
     assert_refused(
@@ -492,9 +520,14 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(workplace):
     assert losses(base) == losses(workplace.base)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(workplace):
-    ended = workplace.train("--lr-mult", "1e30", "--model-tag", "diverging")
-    assert_refused(ended, "the loss at step", "--lr-mult")
+def test_a_loss_that_is_no_number_ends_the_run_and_its_process(workplace):
+    """In an interpreter of its own, to see it go down in good order while a thread reads ahead."""
+    flags = ["--data", str(workplace.data), "--lr-mult", "1e30", "--model-tag", "diverging"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "scripts.base_train", *TINY, *SCHEDULE, *flags], cwd=workplace.folder,
+        env=environment(workplace.base), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert_refused(Ended(ended.returncode, ended.stdout, ended.stderr), "the loss at step", "--lr-mult")
 
 
 # --- help and imports ---

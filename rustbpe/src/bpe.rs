@@ -41,7 +41,6 @@ const LAST: u32 = 1 << 31; // flags the last slot of a token of several bytes
 const EMPTY: u32 = u32::MAX - 1; // a slot inside a token
 const BOUNDARY: u32 = u32::MAX; // between chunks
 const BLOCK_BITS: u32 = 8; // one entry of the run index serves 256 slots
-const TICK_EVERY: usize = 64; // merges between two calls of the progress callback
 
 /// A pair as one integer: its order is that of (left id, right id).
 fn pair_key(left: u32, right: u32) -> u64 {
@@ -195,7 +194,7 @@ struct Learner {
 
 /// Learn at most `num_merges` merges from chunk counts; fewer when no pair is left.
 ///
-/// Returns the pairs merged: the `i`-th makes token `256 + i`. `tick(done)` is called every few merges and stops the
+/// Returns the pairs merged: the `i`-th makes token `256 + i`. `tick(done)` is called before each merge and stops the
 /// training with [`Error::Stopped`] by returning false.
 pub fn learn_merges(
     counts: ChunkCounts,
@@ -205,7 +204,7 @@ pub fn learn_merges(
     let mut learner = Learner::new(Words::new(counts)?);
     let mut merges = Vec::new();
     while merges.len() < num_merges {
-        if merges.len() % TICK_EVERY == 0 && !tick(merges.len()) {
+        if !tick(merges.len()) {
             return Err(Error::Stopped);
         }
         match learner.most_frequent_pair() {

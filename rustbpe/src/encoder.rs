@@ -37,7 +37,7 @@ pub struct Encoder {
     tokens: HashMap<u32, Box<[u8]>>,
     byte_ids: [u32; 256],
     pairs: PairMap,
-    caches: Mutex<Vec<Cache>>,
+    idle: Mutex<Vec<Scratch>>, // kept from one call to the next
 }
 
 /// Tokens of many documents end to end, and where each document ends.
@@ -69,7 +69,7 @@ impl Encoder {
             *id = *ids.get(&[byte][..]).ok_or_else(|| Error::Ranks(format!("byte {byte:#04x} has no token")))?;
         }
         let pairs = all_pairs(&ids);
-        Ok(Encoder { splitter, ids, tokens, byte_ids, pairs, caches: Mutex::default() })
+        Ok(Encoder { splitter, ids, tokens, byte_ids, pairs, idle: Mutex::default() })
     }
 
     /// Ids of `text`.
@@ -123,17 +123,13 @@ impl Encoder {
         &self.splitter
     }
 
-    /// Run `work` with a cache of its own, from the pool when there is one.
+    /// Run `work` with scratch space of its own, that of an earlier call when there is one.
     fn with_worker<R>(&self, work: impl FnOnce(&mut Worker) -> R) -> R {
-        let cache = self.caches.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut worker = Worker {
-            encoder: self,
-            splitter: self.splitter.clone(), // a regex shared by threads would make them wait for its scratch space
-            cache: cache.unwrap_or_else(Cache::new),
-            parts: Vec::new(),
-        };
+        let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let scratch = idle().pop();
+        let mut worker = Worker { encoder: self, scratch: scratch.unwrap_or_else(|| Scratch::new(&self.splitter)) };
         let result = work(&mut worker);
-        self.caches.lock().unwrap_or_else(PoisonError::into_inner).push(worker.cache);
+        idle().push(worker.scratch);
         result
     }
 
@@ -186,12 +182,23 @@ fn group_by_bytes<T: AsRef<str>>(texts: &[T]) -> Vec<Group> {
     groups
 }
 
-/// One thread's scratch space.
-struct Worker<'e> {
-    encoder: &'e Encoder,
-    splitter: Splitter,
+/// What one thread needs to itself.
+struct Scratch {
+    splitter: Splitter, // a regex shared by threads would make them wait for its scratch space
     cache: Cache,
     parts: Vec<Part>,
+}
+
+impl Scratch {
+    fn new(splitter: &Splitter) -> Scratch {
+        Scratch { splitter: splitter.clone(), cache: Cache::new(), parts: Vec::new() }
+    }
+}
+
+/// A thread that encodes.
+struct Worker<'e> {
+    encoder: &'e Encoder,
+    scratch: Scratch,
 }
 
 /// A token of a chunk being joined, and the token it would make with the next one.
@@ -212,7 +219,8 @@ impl Worker<'_> {
     }
 
     fn encode_into(&mut self, text: &str, tokens: &mut Vec<u32>) -> Result<()> {
-        let Worker { encoder, splitter, cache, parts } = self;
+        let encoder = self.encoder;
+        let Scratch { splitter, cache, parts } = &mut self.scratch;
         let bytes = text.as_bytes();
         splitter.for_each_chunk(text, |start, end| {
             if end - start > MAX_SHORT {
