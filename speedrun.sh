@@ -68,7 +68,7 @@ else
     NPROC="${NPROC:-1}"
     DATASET="${DATASET:-local}"
     DEPTH="${DEPTH:-4}"
-    VOCAB_SIZE="${VOCAB_SIZE:-4096}"
+    VOCAB_SIZE="${VOCAB_SIZE:-4096}" # a larger head would be most of so small a model
     size=(--sequence-len 256 --head-dim 64 --eval-every 100 --save-every "${SAVE_EVERY:-100}")
     if [ -z "${NUM_STEPS:-}" ]; then size+=(--minutes "${MINUTES:-6}"); fi
     core=(--max-per-task 20)

@@ -331,9 +331,9 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.h):
             if config.residual_scalars:
                 x = self.resid_lambdas[layer].to(x.dtype) * x + self.x0_lambdas[layer].to(x.dtype) * x0
-            x = block(x, (cos, sin), next(value_embeds) if config.has_value_embed(layer) else None)
             if layer == config.n_layer // 2:
                 middle = x
+            x = block(x, (cos, sin), next(value_embeds) if config.has_value_embed(layer) else None)
         if config.backout:
             x = x - self.backout_lambda.to(x.dtype) * middle
         return norm(x)

@@ -73,6 +73,14 @@ def accumulate_gradients(
     return total
 
 
+def scale_rates(optimizer: MuonAdamW, *, lr_scale: float, matrix_weight_decay: float) -> None:
+    """Scale what the schedule starts from to the size of the run: every rate, and the matrices' weight decay."""
+    for group in optimizer.groups:
+        group.initial_lr *= lr_scale
+        if group.kind == "muon":
+            group.initial_weight_decay = matrix_weight_decay
+
+
 def apply_schedule(optimizer: MuonAdamW, *, lr_mult: float, momentum: float, decay_mult: float) -> None:
     """Set the next step's rates of all groups, and momentum and weight decay of the Muon groups."""
     for group in optimizer.groups:
@@ -128,10 +136,12 @@ class LossScaler:
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps; `restore` takes it back."""
-        return {"scale": self.scale, "num_good": self.num_good}
+        return {"enabled": self.enabled, "scale": self.scale, "num_good": self.num_good}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        self.scale, self.num_good = state["scale"], int(state["num_good"])
+        """Take the scale over, unless the run went on in another dtype, for which it would be wrong."""
+        if self.enabled and state["enabled"]:
+            self.scale, self.num_good = state["scale"], int(state["num_good"])
 
 
 # --- fitting the device --------------------------------------------------------------------------
@@ -225,8 +235,9 @@ class RunStats:
 
     def update(self, loss: float, seconds: float) -> None:
         """Take in one step's loss (nats) and duration."""
-        self.loss_ema = LOSS_EMA_DECAY * self.loss_ema + (1 - LOSS_EMA_DECAY) * loss
-        self.ema_weight = LOSS_EMA_DECAY * self.ema_weight + (1 - LOSS_EMA_DECAY)
+        if math.isfinite(loss):  # one overflow in float16 would stay in the average for good
+            self.loss_ema = LOSS_EMA_DECAY * self.loss_ema + (1 - LOSS_EMA_DECAY) * loss
+            self.ema_weight = LOSS_EMA_DECAY * self.ema_weight + (1 - LOSS_EMA_DECAY)
         self.seconds += seconds
         self.num_seen += 1
         if self.num_seen > WARMUP_STEPS_UNTIMED:
@@ -275,8 +286,8 @@ class MetricsLog:
     def rewind(self, step: int) -> None:
         """Drop the lines of later steps, written after the checkpoint that is being resumed; 0 drops all."""
         if self._is_main and self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            write_atomic(self.path, "".join(line for line in lines if _step_of(line) <= step and step))
+            lines = self.path.read_text(errors="replace").splitlines()
+            write_atomic(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step and step))
 
     def log(self, **numbers) -> None:
         """Append one line; `step` must be among the numbers. None values are left out."""

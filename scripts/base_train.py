@@ -47,6 +47,7 @@ from nanochat.training import (
     is_due,
     measure_tokens_per_second,
     peak_memory_bytes,
+    scale_rates,
 )
 
 DEVICE_BATCH_SIZE = {"cuda": 32}  # rows, by device; less where that does not fit
@@ -111,17 +112,20 @@ def parse_args() -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise `UserError` for flags that contradict each other or lie out of range."""
-    horizons = [name for name in ("token_ratio", "target_flops", "num_steps", "minutes") if getattr(args, name)]
+    horizons = [
+        name for name in ("token_ratio", "target_flops", "num_steps", "minutes") if getattr(args, name) is not None
+    ]
     if len(horizons) > 1:
         raise UserError(f"give one horizon, not {' and '.join('--' + name.replace('_', '-') for name in horizons)}")
-    positive = ("token_ratio", "target_flops", "num_steps", "minutes", "num_gpus")
-    for name in positive:
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    for name in ("token_ratio", "target_flops", "num_steps", "minutes", "num_gpus"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be a number above 0, not {value}")
     zero_or_more = ("total_batch_size", "device_batch_size", "warmup_steps", "eval_every", "eval_tokens", "core_every")
     for name in (*zero_or_more, "core_max_per_task", "sample_every", "save_every", "lr_mult", "weight_decay"):
-        if (getattr(args, name) or 0) < 0:
-            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be a number of 0 or more, not {value}")
     for name in ("warmdown_frac", "final_lr_frac"):
         if not 0.0 <= getattr(args, name) <= 1.0:
             raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {getattr(args, name)}")
@@ -145,7 +149,8 @@ def make_plan(args: argparse.Namespace, config: GPTConfig, num_ranks: int, speed
         )  # fmt: skip
     return recipe.make_plan(
         config, train_tokens=train_tokens, num_steps=args.num_steps, total_batch_tokens=args.total_batch_size,
-        batch_multiple=config.sequence_len * num_ranks, lr_mult=args.lr_mult, matrix_weight_decay=args.weight_decay,
+        batch_multiple=config.sequence_len * num_ranks, token_ratio=args.token_ratio,
+        lr_mult=args.lr_mult, matrix_weight_decay=args.weight_decay,
     )  # fmt: skip
 
 
@@ -153,7 +158,7 @@ def dry_run(args: argparse.Namespace, runtime: Runtime) -> None:
     """Print what a run with these flags takes, for people and as a JSON line for scripts."""
     if args.minutes:
         raise UserError("--dry-run cannot know the speed that --minutes measures; give another horizon")
-    has_tokenizer = (tokenizer_dir() / "tokenizer.json").exists()
+    has_tokenizer = tokenizer_dir().exists()
     vocab_size = args.vocab_size or (Tokenizer.load(tokenizer_dir()).vocab_size if has_tokenizer else 32768)
     config = model_config(args, vocab_size)
     num_gpus = args.num_gpus or runtime.world_size
@@ -204,6 +209,14 @@ def main(args: argparse.Namespace) -> None:
     counts = model.parameter_counts()
     print0(", ".join(f"{name} {count:,}" for name, count in counts.items()), "parameters")
 
+    # optimizer; its memory is taken before the batch size is fitted to the rest
+    optimizer = MuonAdamW(
+        parameter_groups(model, matrix_lr=recipe.MATRIX_LR),
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        muon_dtype=runtime.dtype,
+    )
+
     # batch size and horizon
     if resumed:
         plan, fitting = recipe.Plan(**stored["plan"]), args.device_batch_size or stored["device_batch_size"]
@@ -215,6 +228,7 @@ def main(args: argparse.Namespace) -> None:
         speed = None
         if args.minutes:
             speed = MINUTES_SHARE * measure_tokens_per_second(model, fitting, runtime.world_size)
+        optimizer.zero_grad()
         plan = from_rank0(make_plan(args, config, runtime.world_size, speed))
     device_batch_size, num_micro_steps = choose_device_batch(
         plan.total_batch_tokens, fitting, config.sequence_len, runtime.world_size, is_fixed=bool(args.device_batch_size)
@@ -234,11 +248,8 @@ def main(args: argparse.Namespace) -> None:
     if eval_tokens is None:
         eval_tokens = EVAL_TOKENS.get(device.type, SMALL_EVAL_TOKENS)
 
-    # optimizer and schedules
-    groups = parameter_groups(
-        model, lr_scale=plan.lr_scale, matrix_lr=recipe.MATRIX_LR, matrix_weight_decay=plan.matrix_weight_decay
-    )
-    optimizer = MuonAdamW(groups, rank=runtime.rank, world_size=runtime.world_size, muon_dtype=runtime.dtype)
+    # schedules
+    scale_rates(optimizer, lr_scale=plan.lr_scale, matrix_weight_decay=plan.matrix_weight_decay)
     rates = schedule.lr_schedule(
         plan.num_steps, warmup_steps=args.warmup_steps, warmdown_frac=args.warmdown_frac, final_frac=args.final_lr_frac
     )

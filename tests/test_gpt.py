@@ -265,3 +265,14 @@ def test_october_2025_logits_equal_those_of_transformers(kv_ratio, monkeypatch):
     rotate = gpt.rotate
     monkeypatch.setattr(gpt, "rotate", lambda x, cos, sin: rotate(x, cos, -sin))
     assert (model(idx) - theirs).abs().max() > 1e-2, "the sign of the rotation went unnoticed"
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_backout_takes_out_something_else_than_the_end_itself(depth):
+    """Else its gradient is zero but for rounding, which AdamW turns into steps of full size."""
+    config = GPTConfig.from_depth(depth, vocab_size=100, sequence_len=16, head_dim=32)
+    model = build_model(config, generator=torch.Generator().manual_seed(0))
+    fill_randomly(model)
+    idx = draw_idx(config)
+    model(idx, idx.roll(-1, 1)).backward()
+    assert model.backout_lambda.grad.abs().item() > 1e-5

@@ -138,7 +138,7 @@ def losses_from_the_start(rows_per_batch: int, num_steps: int = 12) -> list[floa
 
 def test_rounding_errors_of_the_split_do_not_grow_into_other_losses():
     """Gradients that are zero but for rounding must not become full steps: the scalars' are, at the start."""
-    assert losses_from_the_start(2) == pytest.approx(losses_from_the_start(ROWS), rel=3e-6)
+    assert losses_from_the_start(2) == pytest.approx(losses_from_the_start(ROWS), rel=1e-5)
 
 
 def train(rank: int = 0, world_size: int = 1, rows_per_batch: int = 1, num_steps: int = 4):
@@ -293,6 +293,14 @@ def test_the_scaler_goes_on_where_its_state_was_saved():
             scaler.unscale_(optimizer_with_gradients(1.0))
     assert scalers[0] == scalers[1]
     assert scalers[0].scale == 2.0**16
+
+
+def test_the_scale_of_a_float16_run_does_not_reach_a_run_resumed_in_another_dtype():
+    narrow, other, fresh = LossScaler(enabled=True), LossScaler(enabled=False), LossScaler(enabled=True)
+    other.restore(narrow.state())
+    assert other.scale == 1.0
+    fresh.restore(other.state())
+    assert fresh.scale == 2.0**16
 
 
 def skip_on_rank(rank: int, world_size: int) -> list:
@@ -492,6 +500,14 @@ def test_a_new_run_drops_all_lines(metrics):
     assert metrics.path.read_text() == ""
 
 
+def test_a_last_line_that_lost_only_its_end_of_line_does_not_swallow_the_next(metrics):
+    metrics.log(step=1, train_loss=1.0)
+    metrics.path.write_text(metrics.path.read_text().rstrip("\n"))
+    metrics.rewind(1)
+    metrics.log(step=2, train_loss=1.0)
+    assert [line["step"] for line in read_lines(metrics.path)] == [1, 2]
+
+
 @pytest.mark.parametrize("torn", ['{"step": 3, "tr', '{"step": 3', "{", '"step"', "3", "[1]", '{"loss": 1}', "\0\0"])
 def test_a_line_cut_off_by_a_crash_is_dropped(torn, metrics):
     for step in (1, 2):
@@ -614,8 +630,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(bad, metrics)
 
 
 def test_in_float16_a_loss_that_is_not_finite_does_not_end_the_run(metrics):
-    run_steps(metrics, [1.0, math.inf, 2.0], make_stats(dtype=torch.float16))
-    assert [line["step"] for line in read_lines(metrics.path)] == [1, 2, 3]
+    log = run_steps(metrics, [1.0, math.inf, math.nan, 1.0], make_stats(dtype=torch.float16))
+    assert [line["step"] for line in read_lines(metrics.path)] == [1, 2, 3, 4]
+    assert log.stats.smooth_loss == pytest.approx(1.0)
 
 
 def test_times_read_as_clocks():
