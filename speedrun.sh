@@ -31,8 +31,13 @@ stage() {
         return
     fi
     echo "== $*"
-    "$@"
+    "$@" || return
     echo "$*" >"$stamp"
+}
+
+# A stage whose data cannot be had (exit status 2) says so in the report, does not stop the run, and is tried again.
+optional_stage() {
+    stage "$@" || [ "$?" -eq 2 ]
 }
 
 # Runs a stage script on all GPUs, or in one process.
@@ -44,11 +49,6 @@ train() {
     else
         python -m "$script" "$@"
     fi
-}
-
-# An evaluation whose data cannot be had (exit status 2) says so in the report and does not stop the run.
-optional() {
-    "$@" || { local status=$?; [ "$status" -eq 2 ] || exit "$status"; }
 }
 
 num_gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
@@ -98,6 +98,6 @@ stage base_train train scripts.base_train --data "$DATASET" --depth "$DEPTH" "${
 
 # --- evaluation of the base model: bits per byte, samples, CORE; minutes ---
 stage base_loss train scripts.base_loss
-stage base_eval optional train scripts.base_eval ${core[@]+"${core[@]}"}
+optional_stage base_eval train scripts.base_eval ${core[@]+"${core[@]}"}
 
 python -m nanochat.report generate
