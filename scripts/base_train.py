@@ -54,7 +54,7 @@ DEVICE_BATCH_SIZE = {"cuda": 32}  # rows, by device; less where that does not fi
 SMALL_DEVICE_BATCH_SIZE = 8  # elsewhere: activations that stay near the cache
 EVAL_TOKENS = {"cuda": 20 * 2**19}
 SMALL_EVAL_TOKENS = 2**17
-MINUTES_SHARE = 0.9  # of --minutes that forward and backward get; the rest is the optimizer's and the loader's
+MINUTES_SHARE = 0.85  # of --minutes that forward and backward get; the rest is the optimizer's and the loader's
 SAMPLE_TOKENS = 16
 FREE_ON_RESUME = {  # flags that may differ from those of the run being resumed
     "resume", "run", "device_type", "dtype", "device_batch_size", "no_compile", "eval_every", "eval_tokens",
