@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -265,6 +265,13 @@ def resumable(run: Path, args: Namespace, free: Collection[str]) -> Resumable | 
 
 
 # --- models --------------------------------------------------------------------------------------
+
+
+def add_checkpoint_flags(parser: ArgumentParser, *, source: str = "base") -> None:
+    """The flags that choose a checkpoint, alike in every script that reads one; `source` is the default stage."""
+    parser.add_argument("--source", default=source, choices=SOURCES, help="stage of the checkpoint")
+    parser.add_argument("--model-tag", default="", help="name of the checkpoint folder (default: the newest)")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the last)")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 REFERENCE_BATCH_TOKENS = 2**19  # the batch at which the learning rates were tuned
 BATCH_EXPONENT = 0.383  # of the best batch size as a function of training tokens (Power Lines, arXiv 2505.13738)
 MIN_BATCH_TOKENS = 2**12
-MIN_LR_SCALE = 0.35  # the square root falls too far for small batches: -0.2 bits per byte at 4,096 tokens, depth 4
+MIN_LR_SCALE = 0.35  # the square root falls too far for small batches (dev/LOG.md, 4,096 tokens a step)
 MAX_WARMUP_FRAC = 0.05  # of the run: 40 steps would otherwise eat a short one
 MAX_DECAY_PER_STEP = 0.003  # of Muon's lr * weight_decay: the rule for long runs grows past 0.1 in short ones
 MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.97, 0.90

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint import SOURCES, load_model
+from nanochat.checkpoint import add_checkpoint_flags, load_model
 from nanochat.common import (
     Runtime,
     UserError,
@@ -45,9 +45,7 @@ def parse_args() -> argparse.Namespace:
     add_runtime_flags(parser)
     add = parser.add_argument
     # model
-    add("--source", default="base", choices=SOURCES, help="stage of the checkpoint")
-    add("--model-tag", default="", help="name of the checkpoint folder (default: the newest)")
-    add("--step", type=int, default=None, help="step of the checkpoint (default: the last)")
+    add_checkpoint_flags(parser)
     add("--hf-path", default="", help="evaluate this Hugging Face model (folder or name) instead")
     # data
     add(

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from nanochat.checkpoint import SOURCES, load_model
+from nanochat.checkpoint import add_checkpoint_flags, load_model
 from nanochat.common import UserError, add_runtime_flags, init_runtime, print0, run_main
 from nanochat.dataset import shard_paths
 from nanochat.loss_eval import SAMPLE_PROMPTS, BpbResult, evaluate_split, sample_completions
@@ -28,9 +28,7 @@ def parse_args() -> argparse.Namespace:
     add_runtime_flags(parser)
     add = parser.add_argument
     # model
-    add("--source", default="base", choices=SOURCES, help="stage of the checkpoint")
-    add("--model-tag", default="", help="name of the checkpoint folder (default: the newest)")
-    add("--step", type=int, default=None, help="step of the checkpoint (default: the last)")
+    add_checkpoint_flags(parser)
     # data
     add("--data", default="", help="data set: hub repository or local folder (default: the checkpoint's)")
     add("--device-batch-size", type=int, default=8, help="rows of a batch on each device")
