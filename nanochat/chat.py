@@ -1,0 +1,281 @@
+"""The one conversation format: messages to token ids with a loss mask, prompts for a reply, replies back to text.
+
+A conversation is `{"messages": [{"role": ..., "content": ...}, ...]}`: perhaps one system message, then user and
+assistant in turn. Content is a text; an assistant's may also be a list of parts `{"type": ..., "text": ...}` of the
+kinds in `PART_TYPES`: what it says, what it asks the Python tool, and what the tool answered. As tokens:
+
+    <|bos|><|user_start|>SYSTEM\\n\\nUSER<|user_end|><|assistant_start|>TEXT<|python_start|>EXPRESSION<|python_end|>
+    <|output_start|>RESULT<|output_end|>TEXT<|assistant_end|><|user_start|>...
+
+without line breaks between the pieces. Text never encodes to a special token, so nothing a user writes can end a turn.
+Not here: calling a model (`engine.py`), evaluating an expression (`calculator.py`).
+"""
+
+import codecs
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from nanochat.common import UserError
+from nanochat.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant")
+PART_TYPES = ("text", "python", "python_output")
+SYSTEM_SEPARATOR = "\n\n"  # between the system message and the first user message, which are one turn of tokens
+_PART_TOKENS = {  # around each part of an assistant's message
+    "python": ("<|python_start|>", "<|python_end|>"),
+    "python_output": ("<|output_start|>", "<|output_end|>"),
+}
+
+Conversation = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as tokens: `ids`, and `mask` of the same length, True on the tokens that the assistant must
+    produce: its words, its tool calls and the end of its turn. `num_dropped` messages did not fit."""
+
+    ids: list[int]
+    mask: list[bool]
+    num_dropped: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens after which the assistant speaks. `num_dropped` messages, the oldest, did not fit."""
+
+    ids: list[int]
+    num_dropped: int
+
+
+# --- checking ------------------------------------------------------------------------------------
+
+
+def check_conversation(conversation: Any) -> list[dict[str, Any]]:
+    """The messages of `conversation`. Raises `UserError` naming the message that is not in order."""
+    messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise UserError('a conversation must be {"messages": [...]} with at least one message')
+    has_system = False
+    for number, message in enumerate(messages, start=1):
+        fault = _message_fault(message)
+        if not fault:
+            has_system = has_system or (number == 1 and message["role"] == "system")
+            expected = _expected_role(number, has_system)
+            if message["role"] != expected:
+                fault = f"must have the role {expected!r}, not {message['role']!r}: after a system message, if any, "
+                fault += "user and assistant take turns"
+        if fault:
+            raise UserError(f"message {number} {fault}")
+    if has_system and len(messages) == 1:
+        raise UserError("a system message must be followed by a user message")
+    return list(messages)
+
+
+def _expected_role(number: int, has_system: bool) -> str:
+    if number == 1:
+        return "system" if has_system else "user"
+    return "user" if (number - has_system) % 2 else "assistant"
+
+
+def _message_fault(message: Any) -> str:
+    """What keeps `message` from being one, "" when nothing does."""
+    if not isinstance(message, Mapping):
+        return f"must be an object with role and content, not {type(message).__name__}"
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        return f"has the role {role!r}; known are {', '.join(ROLES)}"
+    if isinstance(content, str):
+        return ""
+    if role != "assistant":
+        return f"has a content of type {type(content).__name__}; of the role {role} it must be a text"
+    if not isinstance(content, Sequence):
+        return f"has a content of type {type(content).__name__}; it must be a text or a list of parts"
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") not in PART_TYPES or not isinstance(part.get("text"), str):
+            return f"has the part {part!r}; a part has a type ({', '.join(PART_TYPES)}) and a text"
+    return ""
+
+
+# --- messages to tokens --------------------------------------------------------------------------
+
+
+def render(tokenizer: Tokenizer, conversation: Conversation, *, max_tokens: int | None = None) -> Rendered:
+    """A conversation to learn from, at most `max_tokens` long (None: as long as it is).
+
+    What is too long loses whole messages at its end, so that an answer is there whole or not at all and never
+    without its question; so does a last question without an answer. Ids are empty where not even the first answer
+    fits. Raises `UserError` for a conversation that is not in order.
+    """
+    system, messages = _split_system(check_conversation(conversation))
+    ids, mask = [tokenizer.bos_id], [False]
+    length, num_kept = 0, 0  # of ids, and messages, up to the last answer that fits
+    for number, message in enumerate(messages, start=1):
+        turn = _turn(tokenizer, message, system if number == 1 else "")
+        ids += turn.ids
+        mask += turn.mask
+        if max_tokens is not None and len(ids) > max_tokens:
+            break
+        if message["role"] == "assistant":
+            length, num_kept = len(ids), number
+    return Rendered(ids[:length], mask[:length], len(messages) - num_kept)
+
+
+def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, *, max_tokens: int | None = None) -> Prompt:
+    """The prompt for the assistant's next words, at most `max_tokens` long (None: as long as it is).
+
+    After a user message that is a new answer; after an assistant message the same answer goes on. What is too long
+    loses its oldest questions with their answers; beginning-of-sequence token, system message and the last question
+    stay. Raises `UserError` where these alone are too long, and for a conversation that is not in order.
+    """
+    system, messages = _split_system(check_conversation(conversation))
+    turns = [_turn(tokenizer, message).ids for message in messages]
+    if messages[-1]["role"] == "assistant":
+        turns[-1].pop()  # the end of the turn
+    else:
+        turns[-1].append(tokenizer.special_ids["<|assistant_start|>"])
+    lengths = [len(turn) for turn in turns]
+    first, last_question = 0, (len(messages) - 1) // 2 * 2  # questions stand at even places
+    while True:
+        opening = _turn(tokenizer, messages[first], system).ids
+        if first == len(messages) - 1:
+            opening.append(tokenizer.special_ids["<|assistant_start|>"])
+        length = 1 + len(opening) + sum(lengths[first + 1 :])
+        if max_tokens is None or length <= max_tokens:
+            break
+        if first == last_question:
+            raise UserError(
+                f"the last message, with the system message if there is one, has {length} tokens, but only "
+                f"{max_tokens} fit; shorten it"
+            )
+        first += 2
+    ids = [tokenizer.bos_id, *opening, *(token for turn in turns[first + 1 :] for token in turn)]
+    return Prompt(ids, first)
+
+
+def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that end an assistant's turn: its end, and what only begins something else."""
+    names = ("<|assistant_end|>", "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>")
+    return frozenset(tokenizer.special_ids[name] for name in names)
+
+
+class _Turn(NamedTuple):
+    ids: list[int]
+    mask: list[bool]
+
+
+def _split_system(messages: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """The system message as it stands before the first question ("" without one), and the other messages."""
+    if messages[0]["role"] != "system":
+        return "", messages
+    return messages[0]["content"] + SYSTEM_SEPARATOR, messages[1:]
+
+
+def _turn(tokenizer: Tokenizer, message: Mapping[str, Any], system: str = "") -> _Turn:
+    """A question, with the system message in front of the first one, or an answer."""
+    special = tokenizer.special_ids
+    if message["role"] == "user":
+        text = tokenizer.encode(system + message["content"])
+        ids = [special["<|user_start|>"], *text, special["<|user_end|>"]]
+        return _Turn(ids, [False] * len(ids))
+    ids, mask = [special["<|assistant_start|>"]], [False]
+    for part in as_parts(message["content"]):
+        piece = tokenizer.encode(part["text"])
+        if part["type"] in _PART_TOKENS:
+            start, end = _PART_TOKENS[part["type"]]
+            piece = [special[start], *piece, special[end]]
+        ids += piece
+        mask += [part["type"] != "python_output"] * len(piece)
+    return _Turn([*ids, special["<|assistant_end|>"]], [*mask, True])
+
+
+def as_parts(content: str | Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """An assistant's content as a list of parts: `as_parts("Hi") == [{"type": "text", "text": "Hi"}]`.
+
+    Neighbouring texts become one, as they are one to whoever reads the tokens.
+    """
+    parts: list[dict[str, str]] = []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        if parts and part["type"] == parts[-1]["type"] == "text":
+            parts[-1]["text"] += part["text"]
+        else:
+            parts.append(dict(part))
+    return parts
+
+
+def visible_text(content: str | Sequence[Mapping[str, str]]) -> str:
+    """What an assistant says, without its tool calls and their results."""
+    return "".join(part["text"] for part in as_parts(content) if part["type"] == "text")
+
+
+# --- tokens to messages --------------------------------------------------------------------------
+
+
+class StreamDecoder:
+    """Text of tokens that come one by one: a character is given out when its last byte is there.
+
+    The pieces joined are what `Tokenizer.decode` makes of all ids; a replacement character stands only for bytes that
+    no further token could have made whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, ids: Iterable[int]) -> str:
+        """The text that `ids` complete, perhaps none."""
+        return self._decoder.decode(self._tokenizer.decode_bytes(ids))
+
+    def finish(self) -> str:
+        """What is left: replacement characters for an unfinished character, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+class Delta(NamedTuple):
+    """A piece of a reply: `type` is one of `PART_TYPES`."""
+
+    type: str
+    text: str
+
+
+class ReplyReader:
+    """A reply's tokens, as they come, to pieces of text by kind of part; `parts` is the message's content so far.
+
+    Tokens that belong in no reply (ends of turns, a new document) give no text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._types = {tokenizer.special_ids[start]: type_ for type_, (start, _) in _PART_TOKENS.items()}
+        self._special = frozenset(tokenizer.special_ids.values())
+        self._type, self._is_new = "text", True
+        self._decoder = StreamDecoder(tokenizer)
+        self.parts: list[dict[str, str]] = []
+
+    def add(self, ids: Iterable[int]) -> list[Delta]:
+        """The pieces that `ids` complete, in order; a tool call or result may begin with an empty piece."""
+        deltas: list[Delta] = []
+        for token in ids:
+            if token in self._special:
+                self._append(deltas, self._decoder.finish())
+                self._type, self._is_new = self._types.get(token, "text"), True
+                if self._type != "text":
+                    self._append(deltas, "", even_empty=True)
+            else:
+                self._append(deltas, self._decoder.add((token,)))
+        return deltas
+
+    def finish(self) -> list[Delta]:
+        """What is left of an unfinished character."""
+        deltas: list[Delta] = []
+        self._append(deltas, self._decoder.finish())
+        return deltas
+
+    def _append(self, deltas: list[Delta], text: str, *, even_empty: bool = False) -> None:
+        if not text and not even_empty:
+            return
+        if self._is_new:
+            self.parts.append({"type": self._type, "text": ""})
+            self._is_new = False
+        self.parts[-1]["text"] += text
+        deltas.append(Delta(self._type, text))

@@ -1,0 +1,209 @@
+"""The conversation format: layout, loss mask, truncation, streaming."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.chat import (
+    ReplyReader,
+    StreamDecoder,
+    as_parts,
+    check_conversation,
+    render,
+    render_for_completion,
+    stop_ids,
+    visible_text,
+)
+from nanochat.common import UserError
+
+TOOL_PARTS = [
+    {"type": "text", "text": "Let me see: "},
+    {"type": "python", "text": "3*4"},
+    {"type": "python_output", "text": "12"},
+    {"type": "text", "text": "It is 12."},
+]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def chat(*messages, system=None):
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return {"messages": [*first, *messages]}
+
+
+LONG = chat(user("one"), assistant("first"), user("two"), assistant("second"), user("three"), assistant("third"))
+
+
+def test_turns_stand_between_their_tokens_without_line_breaks(tokenizer):
+    conversation = chat(user("river stone"), assistant("cloud"), user("music"), assistant("bread"))
+    expected = (
+        "<|bos|><|user_start|>river stone<|user_end|><|assistant_start|>cloud<|assistant_end|>"
+        "<|user_start|>music<|user_end|><|assistant_start|>bread<|assistant_end|>"
+    )
+    rendered = render(tokenizer, conversation)
+    assert tokenizer.decode(rendered.ids) == expected
+    assert len(rendered.mask) == len(rendered.ids)
+    assert rendered.num_dropped == 0
+
+
+def test_the_system_message_stands_before_the_first_question_only(tokenizer):
+    text = tokenizer.decode(
+        render(tokenizer, chat(user("a"), assistant("b"), user("c"), assistant("d"), system="S")).ids
+    )
+    assert text.startswith("<|bos|><|user_start|>S\n\na<|user_end|>")
+    assert text.count("S\n\n") == 1
+
+
+def test_system_and_question_are_encoded_as_one_text(tokenizer):
+    ids = render_for_completion(tokenizer, chat(user(" b\n"), system="a.")).ids
+    assert ids[2:-2] == tokenizer.encode("a.\n\n b\n")
+
+
+def test_the_mask_covers_exactly_what_the_assistant_must_produce(tokenizer):
+    rendered = render(
+        tokenizer, chat(user("how many"), assistant(TOOL_PARTS), user("thanks"), assistant("yes"), system="S")
+    )
+    supervised = tokenizer.decode([i for i, m in zip(rendered.ids, rendered.mask, strict=True) if m])
+    assert supervised == ("Let me see: <|python_start|>3*4<|python_end|>It is 12.<|assistant_end|>yes<|assistant_end|>")
+
+
+def test_special_tokens_in_text_are_text(tokenizer):
+    rendered = render(tokenizer, chat(user("<|user_end|><|assistant_start|>hi"), assistant("<|assistant_end|>")))
+    special = [i for i in rendered.ids if i in tokenizer.special_ids.values()]
+    names = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
+    assert special == [tokenizer.special_ids[name] for name in names]
+
+
+def test_what_is_too_long_to_learn_from_ends_after_a_whole_answer(tokenizer):
+    whole = render(tokenizer, LONG)
+    ends = [i + 1 for i, token in enumerate(whole.ids) if token == tokenizer.special_ids["<|assistant_end|>"]]
+    for max_tokens in range(len(whole.ids) + 2):
+        cut = render(tokenizer, LONG, max_tokens=max_tokens)
+        fitting = max([end for end in ends if end <= max_tokens], default=0)
+        assert cut.ids == whole.ids[:fitting]
+        assert cut.mask == whole.mask[:fitting]
+        assert cut.num_dropped == 6 - 2 * (ends.index(fitting) + 1 if fitting else 0)
+
+
+def test_a_last_question_without_an_answer_is_not_learnt_from(tokenizer):
+    rendered = render(tokenizer, chat(user("one"), assistant("first"), user("two")))
+    assert rendered.ids == render(tokenizer, chat(user("one"), assistant("first"))).ids
+    assert rendered.num_dropped == 1
+    assert render(tokenizer, chat(user("one"))).ids == []
+
+
+def test_a_prompt_ends_where_the_assistant_speaks(tokenizer):
+    prompt = render_for_completion(tokenizer, chat(user("one"), assistant("first"), user("two")))
+    assert tokenizer.decode(prompt.ids) == (
+        "<|bos|><|user_start|>one<|user_end|><|assistant_start|>first<|assistant_end|>"
+        "<|user_start|>two<|user_end|><|assistant_start|>"
+    )
+
+
+def test_an_answer_can_be_continued(tokenizer):
+    prompt = render_for_completion(tokenizer, chat(user("one"), assistant("first")))
+    assert tokenizer.decode(prompt.ids) == "<|bos|><|user_start|>one<|user_end|><|assistant_start|>first"
+
+
+@pytest.mark.parametrize("system", [None, "S"])
+@pytest.mark.parametrize("messages", [LONG["messages"], LONG["messages"][:-1]], ids=["continued", "new"])
+def test_a_long_prompt_loses_its_oldest_turns_only(tokenizer, system, messages):
+    whole = render_for_completion(tokenizer, chat(*messages, system=system))
+    shortest = len(render_for_completion(tokenizer, chat(*messages[4:], system=system)).ids)
+    seen = set()
+    for max_tokens in range(shortest, len(whole.ids) + 2):
+        prompt = render_for_completion(tokenizer, chat(*messages, system=system), max_tokens=max_tokens)
+        kept = chat(*messages[prompt.num_dropped :], system=system)
+        assert len(prompt.ids) <= max_tokens
+        assert prompt.ids == render_for_completion(tokenizer, kept).ids
+        assert prompt.ids[0] == tokenizer.bos_id
+        seen.add(prompt.num_dropped)
+    assert seen == {0, 2, 4}
+    with pytest.raises(UserError, match="shorten it"):
+        render_for_completion(tokenizer, chat(*messages, system=system), max_tokens=shortest - 1)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "fault"),
+    [
+        ([], "at least one message"),
+        ({"messages": []}, "at least one message"),
+        ({"messages": "hello"}, "at least one message"),
+        ({"messages": ["hello"]}, "message 1 must be an object"),
+        (chat({"role": "tool", "content": "x"}), "message 1 has the role 'tool'"),
+        (chat(assistant("x")), "message 1 must have the role 'user'"),
+        (chat(user("x"), user("y")), "message 2 must have the role 'assistant'"),
+        (chat(user("x"), assistant("y"), {"role": "system", "content": "z"}), "message 3 must have the role 'user'"),
+        (chat(system="S"), "followed by a user message"),
+        (chat(assistant("x"), system="S"), "message 2 must have the role 'user'"),
+        (chat(user(None)), "message 1 has a content of type NoneType"),
+        (chat(user([{"type": "text", "text": "x"}])), "of the role user it must be a text"),
+        (chat(user("x"), assistant(7)), "message 2 has a content of type int"),
+        (chat(user("x"), assistant([{"type": "image", "text": "x"}])), "message 2 has the part"),
+        (chat(user("x"), assistant([{"type": "text"}])), "message 2 has the part"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_by_name(conversation, fault):
+    with pytest.raises(UserError, match=fault.replace("(", r"\(")):
+        check_conversation(conversation)
+
+
+@given(st.text(), st.randoms(use_true_random=False))
+@settings(max_examples=200, deadline=None)
+def test_streamed_text_joined_is_the_whole_text(tokenizer, text, rng):
+    text = text.encode("utf-8", "ignore").decode() + "👩‍👩‍👧 東京 é" * rng.randrange(2)
+    ids = tokenizer.encode(text)
+    decoder, pieces = StreamDecoder(tokenizer), []
+    while ids:
+        count = rng.randrange(1, 4)
+        pieces.append(decoder.add(ids[:count]))
+        ids = ids[count:]
+    assert all("\ufffd" not in piece for piece in pieces if "\ufffd" not in text)
+    assert "".join(pieces) + decoder.finish() == text
+
+
+def test_bytes_that_no_token_can_make_whole_become_replacement_characters(tokenizer):
+    ids = [next(i for i in range(256) if tokenizer.decode_bytes([i]) == bytes([byte])) for byte in (0xE6, 0x41, 0xF0)]
+    decoder = StreamDecoder(tokenizer)
+    assert [decoder.add([i]) for i in ids] == ["", "\ufffdA", ""]
+    assert decoder.finish() == "\ufffd"
+
+
+def test_a_reply_is_read_back_into_its_parts(tokenizer):
+    rendered = render(tokenizer, chat(user("x"), assistant(TOOL_PARTS)))
+    prompt = render_for_completion(tokenizer, chat(user("x"))).ids
+    reply = rendered.ids[len(prompt) :]
+    reader, deltas = ReplyReader(tokenizer), []
+    for token in reply:
+        deltas += reader.add([token])
+    deltas += reader.finish()
+    assert reader.parts == TOOL_PARTS
+    for part_type in ("python", "python_output"):
+        assert (
+            "".join(d.text for d in deltas if d.type == part_type)
+            == {"python": "3*4", "python_output": "12"}[part_type]
+        )
+    assert "".join(d.text for d in deltas if d.type == "text") == visible_text(TOOL_PARTS) == "Let me see: It is 12."
+
+
+def test_an_empty_tool_call_is_a_part(tokenizer):
+    reader = ReplyReader(tokenizer)
+    reader.add([tokenizer.special_ids["<|python_start|>"], tokenizer.special_ids["<|python_end|>"]])
+    assert reader.parts == [{"type": "python", "text": ""}]
+
+
+def test_neighbouring_texts_are_one_part():
+    assert as_parts([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]) == [{"type": "text", "text": "ab"}]
+
+
+def test_every_token_that_begins_another_turn_ends_the_reply(tokenizer):
+    names = {name for name, i in tokenizer.special_ids.items() if i in stop_ids(tokenizer)}
+    assert names == set(tokenizer.special_ids) - {
+        "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
+    }  # fmt: skip
