@@ -1,0 +1,135 @@
+"""Rows of data sets from the Hugging Face hub, or the mirror named by `HF_ENDPOINT`, checked before anyone uses them.
+
+The `datasets` library fetches and keeps them (below `HF_HOME`), with a lock of its own against other processes.
+A split that is measured on (test, validation) must have exactly the rows it is known to have: with others a score
+would be that of another benchmark under the same name. Of a split that is only trained on, another number of rows is
+worth a warning, as a mirror may carry a part. Not here: what rows mean.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat.common import UserError
+from nanochat.hub import endpoint
+
+logger = logging.getLogger(__name__)
+
+Spec = Any  # str, int, a list of one spec, or a mapping of names to specs: what a value must be
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """A split of a data set on the hub: repository, configuration, split, the columns it needs as name to `Spec`, the
+    number of rows it is known to have (0: not known), and whether scores are measured on it."""
+
+    repo: str
+    config: str
+    split: str
+    columns: Mapping[str, Spec]
+    num_rows: int
+    is_measured: bool
+
+    def __str__(self) -> str:
+        return f"{self.repo} ({self.config}, {self.split})"
+
+
+class Rows:
+    """The rows of a `HubSplit` as dictionaries, loaded when first asked for; each is checked when it is read."""
+
+    def __init__(self, source: HubSplit) -> None:
+        self.source = source
+        self._dataset = None
+
+    def _load(self):
+        if self._dataset is None:
+            self._dataset = load_split(self.source)
+        return self._dataset
+
+    def __len__(self) -> int:
+        return len(self._load())
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Row `index`, only the columns of the source. Raises `UserError` when they do not hold what they should."""
+        row = self._load()[index]
+        columns = {name: row.get(name) for name in self.source.columns}
+        if fault := _fault(columns, self.source.columns, "the row"):
+            raise self.error(index, fault)
+        return columns
+
+    def column(self, name: str) -> list[Any]:
+        """All values of a column, unchecked."""
+        return self._load()[name][:]
+
+    def error(self, index: int, fault: str) -> UserError:
+        """The error for a row that is not what it should be."""
+        return UserError(f"{self.source} is not the data set this task is made for: in row {index}, {fault}")
+
+
+def load_split(source: HubSplit):
+    """The `datasets.Dataset` of `source`, from the cache or fetched.
+
+    Raises `UserError` when it cannot be had, lacks a column, or is measured on and has not the rows it should have.
+    """
+    import datasets  # 1.5 s
+
+    with _load_errors(source), _quietly():
+        dataset = datasets.load_dataset(source.repo, source.config, split=source.split)
+    missing = [name for name in source.columns if name not in dataset.column_names]
+    if missing:
+        raise UserError(
+            f"{source} has no column {', '.join(missing)}, only {', '.join(dataset.column_names)}; "
+            f"is {endpoint()} the hub, or a true mirror of it?"
+        )
+    if source.num_rows and len(dataset) != source.num_rows:
+        what = f"{source} has {len(dataset):,} rows at {endpoint()} instead of the {source.num_rows:,} it is known for"
+        if source.is_measured:
+            raise UserError(f"{what}: scores on it could not be compared; set HF_ENDPOINT to a complete copy")
+        logger.warning("%s; training on what is there", what)
+    return dataset
+
+
+@contextmanager
+def _load_errors(source: HubSplit) -> Iterator[None]:
+    """What `datasets` raises about the network, the hub or the files, as `UserError` with what to do."""
+    from datasets.exceptions import DatasetsError
+    from httpx import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except (OSError, ValueError, DatasetsError, HTTPError, HfHubHTTPError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"cannot load {source} from {endpoint()} ({reason}); check the network, set HF_ENDPOINT to a mirror "
+            f"before the start, or copy the cache of a machine that has it to HF_HOME and set HF_HUB_OFFLINE=1"
+        ) from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bars while the files are converted: seconds of work, and eight processes would draw eight."""
+    from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
+
+    enabled = is_progress_bar_enabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if enabled:
+            enable_progress_bars()
+
+
+def _fault(value: Any, spec: Spec, name: str) -> str:
+    """What keeps `value` from being what `spec` says, "" when nothing does."""
+    if isinstance(spec, Mapping):
+        if not isinstance(value, Mapping):
+            return f"{name} is {value!r:.80} instead of an object"
+        return next((f for key in spec if (f := _fault(value.get(key), spec[key], f"{name}'s {key}"))), "")
+    if isinstance(spec, list):
+        if not isinstance(value, list) or not value:
+            return f"{name} is {value!r:.80} instead of a list"
+        return next((f for item in value if (f := _fault(item, spec[0], f"an item of {name}"))), "")
+    return "" if type(value) is spec else f"{name} is {value!r:.80} instead of {spec.__name__}"

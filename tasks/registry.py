@@ -1,0 +1,37 @@
+"""The tasks a chat model is examined in, by the names that tables and the flag `--task` use."""
+
+from collections.abc import Callable
+
+from nanochat.common import UserError
+from tasks.arc import ARC
+from tasks.common import Purpose, Task
+from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
+from tasks.mmlu import MMLU
+from tasks.spelling import LetterCounting
+
+SPELLING_SIZE = 256  # questions of the generated task, as many as published tables of nanochat runs have
+
+_MAKERS: dict[str, Callable[[Purpose, bool], Task]] = {
+    "ARC-Easy": lambda split, _: ARC("ARC-Easy", split),
+    "ARC-Challenge": lambda split, _: ARC("ARC-Challenge", split),
+    "MMLU": lambda split, _: MMLU("auxiliary_train" if split == "train" else "all", split),
+    "GSM8K": lambda split, _: GSM8K("main", split),
+    "HumanEval": lambda split, allow_unsafe: HumanEval(allow_unsafe_execution=allow_unsafe),
+    "SpellingBee": lambda split, _: LetterCounting(SPELLING_SIZE, split),
+}
+TASK_NAMES = tuple(_MAKERS)  # ChatCORE is the mean over all of these
+
+
+def get_task(name: str, *, purpose: Purpose = "test", allow_unsafe_execution: bool = False) -> Task:
+    """The task called `name`, one of `TASK_NAMES`: its rows for reporting, or for watching a run ("validation") or
+    training ("train"). `allow_unsafe_execution` is for those that run code.
+
+    Raises `UserError` for an unknown name, or when the task has no rows for that purpose.
+    """
+    if name not in _MAKERS:
+        raise UserError(f"there is no task {name!r}; there are {', '.join(TASK_NAMES)}")
+    task = _MAKERS[name](purpose, allow_unsafe_execution)
+    if task.purpose != purpose:
+        raise UserError(f"{name} is only for the purpose {task.purpose!r}: it has no {purpose} split")
+    return task
