@@ -1,0 +1,163 @@
+"""Serve a chat model: the page in the browser, and OpenAI's API for programs.
+
+Reads a checkpoint; writes an access log of one JSON line per request to standard output (or `--access-log`), without
+prompts and replies. Listens on this machine only, unless told otherwise.
+
+    python -m scripts.chat_web                                          # a CPU or one GPU: http://127.0.0.1:8000
+    python -m scripts.chat_web --num-gpus 8 --max-rows 64               # a copy of the model on each of eight GPUs
+    ssh -L 8000:127.0.0.1:8000 NODE                                     # from home, to a server on a rented node
+    NANOCHAT_API_KEY=... python -m scripts.chat_web --host 0.0.0.0      # for others, who need the key
+"""
+
+import argparse
+import logging
+import os
+import socket
+import sys
+from functools import partial
+
+import torch
+import uvicorn
+
+from nanochat.checkpoint import add_checkpoint_flags, find_checkpoint, load_tokenizer, read_meta
+from nanochat.common import UserError, add_runtime_flags, choose_device, disk_errors, run_main
+from nanochat.inference import WEIGHTS
+from nanochat.server import Settings, create_app
+from nanochat.server_http import LOOPBACK_HOSTS, access_logger, is_loopback
+from nanochat.server_worker import Pool, load_engine
+
+MAX_ROWS = {"cuda": 32}  # by device, where --max-rows is not given
+OTHER_MAX_ROWS = 8
+KEY_VARIABLE = "NANOCHAT_API_KEY"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_runtime_flags(parser)
+    add = parser.add_argument
+    add("--num-gpus", type=int, default=1, help="GPUs, each with a copy of the model")
+    # model
+    add_checkpoint_flags(parser, source="sft")
+    add("--weights", default="", choices=["", *WEIGHTS], help="what weights are kept in (default: the compute dtype)")
+    add("--model-name", default="", help="id that clients know the model by (default: nanochat-MODEL_TAG)")
+    # network
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    add("--port", type=int, default=8000, help="port to listen on, 0 for any free one")
+    add("--api-key", default="", help=f"key that clients must send (better: {KEY_VARIABLE} in the environment)")
+    add("--no-api-key", action="store_true", help="let everyone who can reach --host use the server")
+    add("--cors-origin", action="append", default=[], help="a page's origin that may use the server; may be repeated")
+    # limits
+    add("--max-rows", type=int, default=None, help="replies written at a time on each device (default: by device)")
+    add("--max-queue", type=int, default=128, help="replies that may wait; more are refused with status 429")
+    add("--max-tokens", type=int, default=0, help="longest reply that may be asked for, 0: as long as the context")
+    add("--max-body-kib", type=int, default=1024, help="largest request in KiB")
+    add("--drain-seconds", type=int, default=30, help="time that running replies have to end at shutdown")
+    # output
+    add("--access-log", default="-", help='file to append the access log to, "-": standard output, "": none')
+    add("--log-texts", action="store_true", help="put prompts and replies in the access log")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    # runtime
+    api_key = check_flags(args)
+    gpus = list(range(args.num_gpus)) if args.num_gpus > 1 else [None]
+    device_type = choose_device(args.device_type).type
+    if len(gpus) > 1 and (device_type != "cuda" or len(gpus) > torch.cuda.device_count()):
+        raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} GPUs to use")
+    max_rows = args.max_rows or MAX_ROWS.get(device_type, OTHER_MAX_ROWS)
+
+    # inputs
+    folder = find_checkpoint(args.source, model_tag=args.model_tag, step=args.step)
+    meta = read_meta(folder)
+    tokenizer = load_tokenizer(folder, meta)
+    model_tag = folder.parent.name
+
+    # model: the workers load it while the page is there already
+    checkpoint = {"source": args.source, "model_tag": model_tag, "step": meta["step"]}
+    runtime = {"device_type": args.device_type, "dtype": args.dtype}
+    load = partial(load_engine, **checkpoint, **runtime, weights=args.weights, max_rows=max_rows)
+    failures: list[str] = []
+
+    def stop_server(message: str) -> None:
+        failures.append(message)
+        server.should_exit = True
+
+    pool = Pool(
+        [partial(load, gpu) for gpu in gpus], max_rows=max_rows, max_queue=args.max_queue, on_failure=stop_server
+    )
+
+    # the server
+    settings = Settings(
+        model_name=args.model_name or f"nanochat-{model_tag}",
+        context_len=meta["config"]["sequence_len"],
+        fingerprint=f"{args.source}-{model_tag}-{meta['step']}",
+        max_tokens=args.max_tokens,
+        max_body_bytes=args.max_body_kib * 1024,
+        api_key=api_key,
+        allowed_hosts=LOOPBACK_HOSTS if is_loopback(args.host) else (),
+        cors_origins=tuple(args.cors_origin),
+        log_texts=args.log_texts,
+    )
+    app = create_app(pool, tokenizer, settings)
+    open_access_log(args.access_log)
+    listener = listen(args.host, args.port)
+    address = f"[{args.host}]" if ":" in args.host else args.host
+    print(
+        f"{settings.model_name} ({args.source}, step {meta['step']}): http://{address}:{listener.getsockname()[1]}",
+        flush=True,
+    )
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,  # it would name whole paths; the application has its own
+        server_header=False,
+        timeout_graceful_shutdown=args.drain_seconds,
+        ws="none",
+    )
+    server = uvicorn.Server(config)
+    server.run(sockets=[listener])
+    if failures:
+        raise UserError(failures[0])
+
+
+def check_flags(args: argparse.Namespace) -> str | None:
+    """Raises `UserError` for flags that make no sense; the API key, if one is to be asked for."""
+    least = {"num_gpus": 1, "port": 0, "max_queue": 0, "max_tokens": 0, "max_body_kib": 1, "drain_seconds": 0}
+    for name, low in least.items():
+        if getattr(args, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")
+    if args.max_rows is not None and args.max_rows < 1:
+        raise UserError(f"--max-rows must be at least 1, not {args.max_rows}")
+    api_key = args.api_key or os.environ.get(KEY_VARIABLE, "")
+    if api_key and args.no_api_key:
+        raise UserError(f"there is an API key (--api-key or {KEY_VARIABLE}) and --no-api-key as well; choose one")
+    if not api_key and not args.no_api_key and not is_loopback(args.host):
+        raise UserError(
+            f"--host {args.host} lets other machines in: set a key in {KEY_VARIABLE}, or say --no-api-key to let "
+            "everyone in"
+        )
+    return api_key or None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {host}, port {port}: {error}; choose another --host or --port") from error
+
+
+def open_access_log(path: str) -> None:
+    if not path:
+        return
+    with disk_errors("the access log", path):
+        handler = logging.StreamHandler(sys.stdout) if path == "-" else logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access_logger.addHandler(handler)
+    access_logger.setLevel(logging.INFO)
+    access_logger.propagate = False
+
+
+if __name__ == "__main__":
+    run_main(main, parse_args)
