@@ -241,41 +241,70 @@ class Delta(NamedTuple):
 class ReplyReader:
     """A reply's tokens, as they come, to pieces of text by kind of part; `parts` is the message's content so far.
 
-    Tokens that belong in no reply (ends of turns, a new document) give no text.
+    Tokens that belong in no reply (ends of turns, a new document) give no text. What the assistant says ends before
+    the first of the texts `stops`, wherever tokens divide it: then `is_stopped` is set and nothing more comes. Text
+    that may be the beginning of one is held back until that is decided.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+        self.parts: list[dict[str, str]] = []
+        self.is_stopped = False
         self._types = {tokenizer.special_ids[start]: type_ for type_, (start, _) in _PART_TOKENS.items()}
         self._special = frozenset(tokenizer.special_ids.values())
-        self._type, self._is_new = "text", True
         self._decoder = StreamDecoder(tokenizer)
-        self.parts: list[dict[str, str]] = []
+        self._stops = stops
+        self._held = ""
+        self._type, self._is_new = "text", True
 
     def add(self, ids: Iterable[int]) -> list[Delta]:
-        """The pieces that `ids` complete, in order; a tool call or result may begin with an empty piece."""
+        """The pieces that `ids` complete, in order; a tool call or result begins with an empty piece."""
         deltas: list[Delta] = []
         for token in ids:
-            if token in self._special:
-                self._append(deltas, self._decoder.finish())
-                self._type, self._is_new = self._types.get(token, "text"), True
-                if self._type != "text":
-                    self._append(deltas, "", even_empty=True)
-            else:
+            if token not in self._special:
                 self._append(deltas, self._decoder.add((token,)))
+                continue
+            deltas += self.finish()
+            if self.is_stopped:
+                break
+            self._type, self._is_new = self._types.get(token, "text"), True
+            if self._type != "text":
+                self._put(deltas, "")
         return deltas
 
     def finish(self) -> list[Delta]:
-        """What is left of an unfinished character."""
+        """What is left: text held back, and replacement characters for an unfinished character."""
         deltas: list[Delta] = []
         self._append(deltas, self._decoder.finish())
+        if self._held:
+            self._put(deltas, self._held)
+            self._held = ""
         return deltas
 
-    def _append(self, deltas: list[Delta], text: str, *, even_empty: bool = False) -> None:
-        if not text and not even_empty:
-            return
+    def _append(self, deltas: list[Delta], text: str) -> None:
+        if self._stops and self._type == "text":
+            text = self._before_stop(text)
+        if text:
+            self._put(deltas, text)
+
+    def _put(self, deltas: list[Delta], text: str) -> None:
         if self._is_new:
             self.parts.append({"type": self._type, "text": ""})
             self._is_new = False
         self.parts[-1]["text"] += text
         deltas.append(Delta(self._type, text))
+
+    def _before_stop(self, text: str) -> str:
+        """Of the text held back and `text`, what certainly comes before a stop."""
+        if self.is_stopped:
+            return ""
+        text, self._held = self._held + text, ""
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if places:
+            self.is_stopped = True
+            return text[: min(places)]
+        # the longest end of the text that is the beginning of a stop
+        sizes = range(min(len(text), max(map(len, self._stops)) - 1), 0, -1)
+        size = next((n for n in sizes if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
+        cut = len(text) - size
+        self._held = text[cut:]
+        return text[:cut]

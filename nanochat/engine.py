@@ -1,0 +1,559 @@
+"""Generation for many sequences at once: admit, prefill in pieces, decode all, free.
+
+A sequence lives in a slot of the cache (`inference.py`). The slots are in this order:
+
+    [ decoding, in any order | the one being prefilled | free, still holding what finished sequences left ]
+
+so that one decode pass reads the first slots as they lie. Each `step` prefills a bounded number of tokens of the
+prompts that wait, first come first served, and decodes one token of every sequence, so a long prompt delays nobody for
+long. What a free slot holds serves as a prefix for a later prompt that begins alike (the next turn of a conversation, a
+common system message); all samples of one prompt are prefilled once.
+
+A tool call is answered by tokens that are forced: they are read like a prompt. On CUDA the host reads what a step
+sampled when the next one is already running (`overlap`); a sequence that ended meanwhile has one token too many in
+flight, which is dropped.
+
+Not here: passes over the model (`inference.py`), draws (`sampling.py`), the calculator (`calculator.py`).
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nanochat import chat
+from nanochat.calculator import calculate
+from nanochat.chat import Delta, ReplyReader, visible_text
+from nanochat.common import UserError
+from nanochat.gpt import GPT
+from nanochat.inference import InferenceModel
+from nanochat.sampling import Sampling, draw, penalize_
+from nanochat.tokenizer import Tokenizer
+
+SPARE_SLOTS = 4  # beyond the rows that decode: for prefixes that later prompts may share
+MIN_SHARED_TOKENS = 16  # a shorter common beginning is read again faster than it is looked after
+PREFILL_TOKENS = {"cuda": 2048}  # of one step, by device
+OTHER_PREFILL_TOKENS = 256
+TOOL_ERROR = "error"  # what the tool answers to what it refuses
+MAX_TOOL_TOKENS = 64  # of one answer
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a reply; `top` are the likeliest with their log probabilities. Forced tokens were not sampled."""
+
+    id: int
+    is_forced: bool = False
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class Completion:
+    """A sample's reply: its tokens, without the one that ended it, and its message content in `parts`.
+
+    `finish_reason` is "stop" (end of turn, stop text), "length" (`max_tokens`, context) or None while it goes on.
+    """
+
+    tokens: list[Token] = field(default_factory=list)
+    parts: list[dict[str, str]] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+    @property
+    def text(self) -> str:
+        """What it says, without tool calls and their results."""
+        return visible_text(self.parts)
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and the samples asked for; `num_reused` tokens of the prompt were in the cache already."""
+
+    prompt: list[int]
+    sampling: Sampling
+    stop_ids: Collection[int]
+    completions: list[Completion]
+    num_reused: int = 0
+    is_cancelled: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        return all(completion.finish_reason for completion in self.completions)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step added to sample `index` of a request. `deltas` hold back text that may be the beginning of a stop
+    text or an unfinished character; they are complete when `finish_reason` is set."""
+
+    request: Request
+    index: int
+    tokens: tuple[Token, ...]
+    deltas: tuple[Delta, ...]
+    finish_reason: str | None
+
+
+@dataclass
+class Stats:
+    """Counters since the engine was made: tokens that went through a prefill, prompt tokens found in the cache
+    instead, tokens that went through a decode, decode passes."""
+
+    prefill_tokens: int = 0
+    reused_tokens: int = 0
+    decode_tokens: int = 0
+    decode_steps: int = 0
+
+
+class _Sequence:
+    """One sample on its way. The model has read, or is reading, the first `num_cached` of `tokens`, prompt and reply;
+    while a decode is in flight they are all of them, and the token after them is on its way."""
+
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer, seed: int):
+        self.request, self.index = request, index
+        self.sampling = request.sampling
+        self.completion = request.completions[index]
+        self.tokens = list(request.prompt)
+        self.num_cached = 0
+        self.reader = ReplyReader(tokenizer, request.sampling.stop)
+        self.completion.parts = self.reader.parts
+        self.seen = set(self.tokens) if request.sampling.repetition_penalty != 1.0 else None
+        self.call_start: int | None = None  # where in `tokens` the expression of an open tool call begins
+        self._random = random.Random(f"{seed}/{index}")
+        self._uniforms: list[float] = []
+
+    @property
+    def is_done(self) -> bool:
+        return self.request.is_cancelled or self.completion.finish_reason is not None
+
+    def uniform(self) -> float:
+        """The random number, from 0 up to 1, of the position after those read. It belongs to the position: a draw
+        that is dropped, as in overlapped steps, changes no later one."""
+        place = self.num_cached - len(self.request.prompt)
+        while len(self._uniforms) <= place:
+            self._uniforms.append(self._random.random())
+        return self._uniforms[place]
+
+
+class _Dropped:
+    """In place of a sequence whose draw in flight is not wanted."""
+
+    is_done = True
+
+
+@dataclass
+class _Slot:
+    """A slot's sequence, or `left`, the tokens that a finished one left in the cache; `used` orders by last use."""
+
+    sequence: _Sequence | None = None
+    left: list[int] = field(default_factory=list)
+    used: int = 0
+
+    @property
+    def length(self) -> int:
+        """Positions it holds."""
+        return len(self.left) if self.sequence is None else self.sequence.num_cached
+
+    @property
+    def tokens(self) -> list[int]:
+        """What is known to be at these positions."""
+        return self.left if self.sequence is None else self.sequence.tokens[: self.sequence.num_cached]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Tokens the host has not read yet: the sequences by row, `ids` (N,) int64 on the device, and where asked for
+    log probabilities (V,) with the likeliest of them."""
+
+    sequences: list[_Sequence | type[_Dropped]]
+    ids: Tensor
+    logprobs: list[tuple[Tensor, Tensor, Tensor] | None]
+
+
+class Engine:
+    """Generates for a model; one thread owns it.
+
+    model, tokenizer: as `checkpoint.load_model` returns them. max_rows: sequences that decode at once. weights: see
+    `InferenceModel`. tool: answers the expressions of tool calls, None for those it refuses. overlap: whether the host
+    reads a step late (default: on CUDA).
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        *,
+        max_rows: int = 8,
+        weights: str = "",
+        tool: Callable[[str], str | None] = calculate,
+        overlap: bool | None = None,
+    ):
+        if max_rows < 1:
+            raise UserError(f"the engine needs at least 1 row, not {max_rows}")
+        self.tokenizer, self.tool, self.max_rows = tokenizer, tool, max_rows
+        self.model = InferenceModel(model, max_rows + SPARE_SLOTS, weights=weights)
+        self.stats = Stats()
+        self.context = model.config.sequence_len
+        self._slots = [_Slot() for _ in range(max_rows + SPARE_SLOTS)]
+        self._num_decoding = 0
+        self._prefilling: int | None = None  # its slot
+        self._snapshot_at: int | None = None  # length at which the sequence being prefilled leaves a copy behind
+        self._waiting: deque[_Sequence] = deque()
+        self._flying: _Drawn | None = None
+        self._clock = 0
+        on_cuda = self.model.device.type == "cuda"
+        self._overlap = on_cuda if overlap is None else overlap
+        self._prefill_tokens = PREFILL_TOKENS.get(self.model.device.type, OTHER_PREFILL_TOKENS)
+        special = tokenizer.special_ids
+        self._call = (special["<|python_start|>"], special["<|python_end|>"])
+        self._answer = (special["<|output_start|>"], special["<|output_end|>"])
+
+    # --- requests ---
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        num_samples: int = 1,
+        stop_ids: Collection[int] | None = None,
+    ) -> Request:
+        """Queue a prompt, a list of token ids, for `num_samples` replies.
+
+        The model reads at most its context, so prompt and reply together have at most one token more. `stop_ids` end
+        a reply (default: what ends an assistant's turn). Raises `UserError` for a prompt that is empty, too long or
+        has ids outside the vocabulary.
+        """
+        prompt = list(prompt)
+        if not 1 <= len(prompt) <= self.context:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens; it must have 1 to {self.context}, the model's context"
+            )
+        if not all(0 <= token < self.tokenizer.vocab_size for token in prompt):
+            raise UserError(f"the prompt has token ids outside the vocabulary of {self.tokenizer.vocab_size}")
+        if num_samples < 1:
+            raise UserError(f"the number of samples must be at least 1, not {num_samples}")
+        stops = chat.stop_ids(self.tokenizer) if stop_ids is None else stop_ids
+        request = Request(prompt, sampling, stops, [Completion() for _ in range(num_samples)])
+        seed = random.SystemRandom().getrandbits(64) if sampling.seed is None else sampling.seed
+        self._waiting.extend(_Sequence(request, index, self.tokenizer, seed) for index in range(num_samples))
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Stop a request and free its rows; no further event comes of it."""
+        request.is_cancelled = True
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.request is not request)
+        if self._prefilling is not None and self._slots[self._prefilling].sequence.request is request:
+            self._leave(self._prefilling)
+            self._prefilling = self._snapshot_at = None
+        for slot in reversed(range(self._num_decoding)):
+            if self._slots[slot].sequence.request is request:
+                self._free(slot)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._num_decoding or self._prefilling is not None or self._flying)
+
+    @property
+    def num_active(self) -> int:
+        """Sequences that have a slot."""
+        return self._num_decoding + (self._prefilling is not None)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def refresh(self, model: GPT) -> None:
+        """Take over the present weights of `model`; what the cache holds of earlier ones is forgotten."""
+        assert not self.has_work, "weights can only change between requests"
+        self.model.refresh(model)
+        for slot in self._slots:
+            slot.left = []
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        num_samples: int = 1,
+        stop_ids: Collection[int] | None = None,
+        progress: Callable[[Request], None] | None = None,
+    ) -> list[list[Completion]]:
+        """The completions of each prompt, in order; `progress` is called with every request that is done."""
+        requests = [self.submit(prompt, sampling, num_samples=num_samples, stop_ids=stop_ids) for prompt in prompts]
+        while not all(request.is_done for request in requests):
+            for event in self.step():
+                if event.finish_reason and event.request.is_done and progress is not None:
+                    progress(event.request)
+        return [request.completions for request in requests]
+
+    # --- a step ---
+
+    def step(self) -> list[Event]:
+        """Admit and prefill within the step's budget, decode a token of every sequence, and say what came of it."""
+        events: list[Event] = []
+        self._prefill(events)
+        active = [self._slots[slot].sequence for slot in range(self._num_decoding)]
+        # a repetition penalty needs to know the token before
+        overlap = self._overlap and all(sequence.seen is None for sequence in active)
+        if not overlap:
+            self._land_flying(events)
+        before, self._flying = self._flying, None
+        if self._num_decoding:
+            self._flying = self._launch(before)
+        if before is not None:
+            self._land(before, events)
+        if not overlap:
+            self._land_flying(events)
+        return events
+
+    def _land_flying(self, events: list[Event]) -> None:
+        drawn, self._flying = self._flying, None
+        if drawn is not None:
+            self._land(drawn, events)
+
+    # --- prefill ---
+
+    def _prefill(self, events: list[Event]) -> None:
+        """Read what waits, up to the step's budget of tokens."""
+        budget = self._prefill_tokens
+        while budget > 0 and (self._prefilling is not None or self._admit()):
+            slot = self._prefilling
+            sequence = self._slots[slot].sequence
+            end = min(len(sequence.tokens), sequence.num_cached + budget)
+            if self._snapshot_at is not None:
+                end = min(end, self._snapshot_at)
+            budget -= end - sequence.num_cached
+            logits = self._read(slot, end)
+            if end == self._snapshot_at:
+                self._keep_copy(slot)
+                self._snapshot_at = None
+            if end == len(sequence.tokens):
+                self._begin_decoding(slot, logits, events)
+
+    def _read(self, slot: int, end: int) -> Tensor:
+        """Let the model read the sequence of `slot` up to token `end`; the logits (V,) after it, if it is the last."""
+        sequence = self._slots[slot].sequence
+        start, tokens = sequence.num_cached, sequence.tokens
+        previous = tokens[start - 1] if start else None
+        logits = self.model.prefill(slot, tokens[start:end], start, previous, need_logits=end == len(tokens))
+        self.stats.prefill_tokens += end - start
+        sequence.num_cached = end
+        return logits
+
+    def _begin_decoding(self, slot: int, logits: Tensor, events: list[Event]) -> None:
+        """A prompt is read: draw its first token, and those of the other samples of the same prompt."""
+        self._prefilling = None
+        first, place = self._slots[slot].sequence, self._num_decoding
+        self._swap(slot, place)
+        self._num_decoding += 1
+        group = [first]
+        while self._waiting and self._waiting[0].request is first.request:
+            if self._num_decoding == self.max_rows:
+                self._keep_copy(place)  # for the others, when there is room
+                break
+            sibling = self._waiting.popleft()
+            self._make_room(self._num_decoding)
+            self._copy(place, self._num_decoding, first.num_cached)
+            sibling.num_cached = first.num_cached
+            self.stats.reused_tokens += first.num_cached
+            self._slots[self._num_decoding] = _Slot(sibling)
+            self._num_decoding += 1
+            group.append(sibling)
+        self._land(self._draw(group, logits.repeat(len(group), 1)), events)
+
+    # --- decoding ---
+
+    def _launch(self, before: _Drawn | None) -> _Drawn:
+        """Start the decode of every sequence. Tokens that the host has not read are taken from `before`."""
+        sequences = [self._slots[slot].sequence for slot in range(self._num_decoding)]
+        rows = {} if before is None else {id(sequence): row for row, sequence in enumerate(before.sequences)}
+        source = [rows.get(id(sequence), -1) for sequence in sequences]
+        newest = [0 if row >= 0 else s.tokens[s.num_cached] for s, row in zip(sequences, source, strict=True)]
+        previous = [sequence.tokens[sequence.num_cached - 1] for sequence in sequences]
+        inputs = torch.tensor([newest, previous, source]).to(self.model.device, non_blocking=True)
+        idx = inputs[0]
+        if before is not None:
+            idx = torch.where(inputs[2] >= 0, before.ids[inputs[2].clamp(min=0)], idx)
+        # a sequence whose last token is in flight may run one beyond the context; that draw is dropped
+        positions = [min(sequence.num_cached, self.context - 1) for sequence in sequences]
+        logits = self.model.decode(idx, inputs[1], positions)
+        for sequence in sequences:
+            sequence.num_cached += 1
+        self.stats.decode_tokens += len(sequences)
+        self.stats.decode_steps += 1
+        return self._draw(sequences, logits)
+
+    def _draw(self, sequences: list[_Sequence], logits: Tensor) -> _Drawn:
+        """Draw the next token of each sequence from logits (N, V), which are changed."""
+        logprobs = [_logprobs(sequence, logits, row) for row, sequence in enumerate(sequences)]
+        with_tool = [row for row, sequence in enumerate(sequences) if sequence.sampling.use_tool]
+        if with_tool:
+            rows = slice(None) if len(with_tool) == len(sequences) else torch.tensor(with_tool, device=logits.device)
+            for token in self._answer:  # only the tool writes those
+                logits[rows, token] = -torch.inf
+        for row, sequence in enumerate(sequences):
+            if sequence.seen is not None:
+                penalize_(logits[row], sequence.seen, sequence.sampling.repetition_penalty)
+        uniforms = [sequence.uniform() for sequence in sequences]
+        ids = draw(logits, [sequence.sampling for sequence in sequences], uniforms)
+        return _Drawn(list(sequences), ids, logprobs)
+
+    def _land(self, drawn: _Drawn, events: list[Event]) -> None:
+        """Read what was drawn; sequences that ended are freed."""
+        for row, (sequence, token) in enumerate(zip(drawn.sequences, drawn.ids.tolist(), strict=True)):
+            if not sequence.is_done:
+                events.append(self._accept(sequence, _token(token, drawn.logprobs[row])))
+        for slot in reversed(range(self._num_decoding)):
+            if self._slots[slot].sequence.is_done:
+                self._free(slot)
+
+    def _accept(self, sequence: _Sequence, token: Token) -> Event:
+        """Add a drawn token to its sequence, and what the tool answers if that was the end of a call."""
+        if token.id in sequence.request.stop_ids:
+            sequence.completion.finish_reason = "stop"
+            return self._event(sequence, [])
+        added = [token, *self._tool_answer(sequence, token)]
+        room = self.context + 1 - len(sequence.tokens)
+        room = min(room, sequence.sampling.max_tokens - len(sequence.completion.tokens))
+        added = added[:room]
+        sequence.tokens += [one.id for one in added]
+        sequence.completion.tokens += added
+        if sequence.seen is not None:
+            sequence.seen.update(one.id for one in added)
+        if len(added) == room:
+            sequence.completion.finish_reason = "length"
+        event = self._event(sequence, added)
+        if len(added) > 1 and not event.finish_reason:
+            self._read_forced(sequence)
+        return event
+
+    def _tool_answer(self, sequence: _Sequence, token: Token) -> list[Token]:
+        """The tokens that the tool puts behind `token`: its answer behind the end of a call."""
+        call_start, call_end = self._call
+        if token.id == call_start:
+            sequence.call_start = len(sequence.tokens) + 1
+        if token.id != call_end or sequence.call_start is None or not sequence.sampling.use_tool:
+            return []
+        result = self.tool(self.tokenizer.decode(sequence.tokens[sequence.call_start :]))
+        sequence.call_start = None
+        text = self.tokenizer.encode(TOOL_ERROR if result is None else result)[:MAX_TOOL_TOKENS]
+        return [Token(forced, is_forced=True) for forced in (self._answer[0], *text, self._answer[1])]
+
+    def _read_forced(self, sequence: _Sequence) -> None:
+        """Let the model read the tool's answer but for its last token, which is the next decode's input. A decode in
+        flight has read the end of the call; what it draws is not wanted."""
+        if self._flying is not None and sequence in self._flying.sequences:
+            self._flying.sequences[self._flying.sequences.index(sequence)] = _Dropped
+        slot = next(i for i in range(self._num_decoding) if self._slots[i].sequence is sequence)
+        self._read(slot, len(sequence.tokens) - 1)
+
+    def _event(self, sequence: _Sequence, added: list[Token]) -> Event:
+        """The text of the added tokens; a stop text in it ends the sequence."""
+        completion, reader = sequence.completion, sequence.reader
+        deltas = reader.add(token.id for token in added)
+        if completion.finish_reason:
+            deltas += reader.finish()
+        if reader.is_stopped:
+            completion.finish_reason = "stop"
+        return Event(sequence.request, sequence.index, tuple(added), tuple(deltas), completion.finish_reason)
+
+    # --- slots ---
+
+    def _admit(self) -> bool:
+        """Give the sequence that waits longest the slot behind the decoding ones, with as much of its prompt as some
+        slot holds already."""
+        if not self._waiting or self._num_decoding >= self.max_rows:
+            return False
+        sequence, target = self._waiting.popleft(), self._num_decoding
+        # the last token is always read: its logits are needed
+        shared = [_common_length(slot.tokens, sequence.tokens[:-1]) for slot in self._slots]
+        usable = [
+            length if self.model.cache.can_go_back(slot.length, length) else 0
+            for slot, length in zip(self._slots, shared, strict=True)
+        ]
+        source = max(range(len(usable)), key=usable.__getitem__)
+        reused = usable[source] if usable[source] >= MIN_SHARED_TOKENS else 0
+        # where another began alike but has overwritten that in its windows, a copy is kept on the way this time
+        self._snapshot_at = max(shared) if max(shared) > max(reused, MIN_SHARED_TOKENS) else None
+        if not reused:
+            self._make_room(target)
+        elif source != target:
+            self._make_room(target, keep=source)
+            self._copy(source, target, reused)
+            self._slots[source].used = self._tick()
+        sequence.num_cached = reused
+        sequence.request.num_reused = max(sequence.request.num_reused, reused)
+        self.stats.reused_tokens += reused
+        self._slots[target] = _Slot(sequence)
+        self._prefilling = target
+        return True
+
+    def _make_room(self, target: int, *, keep: int | None = None) -> None:
+        """Empty slot `target`, which no sequence has: what it holds replaces what was used longest ago in another."""
+        victim = self._oldest_free(keep)
+        if victim != target and self._slots[target].left:
+            self._copy(target, victim, self._slots[target].length)
+            self._slots[victim] = self._slots[target]
+        self._slots[target] = _Slot()
+
+    def _oldest_free(self, keep: int | None = None) -> int:
+        """The slot without a sequence, other than `keep`, that is empty or was used longest ago."""
+        free = [i for i, slot in enumerate(self._slots) if slot.sequence is None and i != keep]
+        return min(free, key=lambda i: (bool(self._slots[i].left), self._slots[i].used))
+
+    def _keep_copy(self, slot: int) -> None:
+        """Leave what `slot` holds now in a free one, for prompts that begin alike."""
+        target, tokens = self._oldest_free(), list(self._slots[slot].tokens)
+        self._copy(slot, target, len(tokens))
+        self._slots[target] = _Slot(None, tokens, self._tick())
+
+    def _copy(self, source: int, target: int, num_tokens: int) -> None:
+        self.model.cache.copy_slot(source, target, num_tokens)
+
+    def _swap(self, a: int, b: int) -> None:
+        if a != b:
+            self.model.cache.swap_slots(a, b, max(self._slots[a].length, self._slots[b].length))
+            self._slots[a], self._slots[b] = self._slots[b], self._slots[a]
+
+    def _free(self, slot: int) -> None:
+        """End the sequence that decodes in `slot`; the last decoding one takes its place."""
+        self._num_decoding -= 1
+        self._swap(slot, self._num_decoding)
+        self._leave(self._num_decoding)
+
+    def _leave(self, slot: int) -> None:
+        """The sequence of `slot` is over; what the cache holds of it may serve a later prompt."""
+        tokens = self._slots[slot].tokens[: self.context - 1]  # a dropped draw may have written to the last place
+        self._slots[slot] = _Slot(None, tokens, self._tick())
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    shortest = min(len(a), len(b))
+    return next((i for i in range(shortest) if a[i] != b[i]), shortest)
+
+
+def _logprobs(sequence: _Sequence, logits: Tensor, row: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Log probabilities (V,) of a row of logits (N, V), and the likeliest of them with their ids, where asked for."""
+    count = sequence.sampling.num_logprobs
+    if count is None:
+        return None
+    logprobs = torch.log_softmax(logits[row], dim=-1)
+    return logprobs, *logprobs.topk(min(count, logprobs.numel()))
+
+
+def _token(token: int, logprobs: tuple[Tensor, Tensor, Tensor] | None) -> Token:
+    if logprobs is None:
+        return Token(token)
+    of_all, values, ids = logprobs
+    return Token(token, False, of_all[token].item(), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -1,0 +1,391 @@
+"""Continuous batching against one sequence at a time through whole forward passes."""
+
+import random
+
+import pytest
+import torch
+
+import nanochat.engine as engine_module
+from nanochat.common import UserError
+from nanochat.engine import Engine
+from nanochat.gpt import GPTConfig, build_model
+from nanochat.sampling import Sampling
+from tests.conftest import fill_randomly
+
+T, WINDOW = 96, 24
+GREEDY = {"temperature": 0.0, "use_tool": False}
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    shape = {"vocab_size": tokenizer.vocab_size, "sequence_len": T, "head_dim": 32}
+    model = build_model(GPTConfig.from_depth(2, **shape), generator=torch.Generator().manual_seed(0))
+    fill_randomly(model, scale=0.5)
+    model.requires_grad_(False).smear_lambda.fill_(0.5)
+    return model
+
+
+@pytest.fixture(params=[False, True], ids=["in step", "overlapped"])
+def engine(request, model, tokenizer):
+    return Engine(model, tokenizer, max_rows=4, overlap=request.param)
+
+
+def random_prompt(rng, length):
+    return [rng.randrange(400) for _ in range(length)]
+
+
+def naive(model, prompt, num_tokens):
+    """Greedy continuation by whole forward passes."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + num_tokens and len(ids) <= T:
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+def check_logprobs(model, prompt, completion):
+    """Every token that was not forced has the log probability of a whole forward pass."""
+    ids = [*prompt, *completion.ids]
+    expected = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+    for place, token in enumerate(completion.tokens, start=len(prompt)):
+        if not token.is_forced:
+            assert abs(token.logprob - expected[place - 1, token.id].item()) < 1e-4, place
+
+
+def drain(engine):
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    return events
+
+
+# --- equality ------------------------------------------------------------------------------------
+
+
+def test_greedy_replies_equal_whole_forward_passes_whatever_runs_beside(engine, model):
+    rng = random.Random(0)
+    prompts = [random_prompt(rng, length) for length in (1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 50, 80, T - 1, T)]
+    completions = engine.generate(prompts, Sampling(max_tokens=20, **GREEDY), stop_ids=())
+    for prompt, (completion,) in zip(prompts, completions, strict=True):
+        assert completion.ids == naive(model, prompt, 20)
+        assert completion.finish_reason == "length"
+
+
+def test_prompt_and_reply_have_at_most_one_token_more_than_the_context(engine):
+    for length in (1, 90, T):
+        ((completion,),) = engine.generate([[5] * length], Sampling(max_tokens=500, **GREEDY), stop_ids=())
+        assert length + len(completion.ids) == T + 1
+
+
+def test_pieces_of_a_prompt_make_no_difference(engine, model):
+    engine._prefill_tokens = 7
+    rng = random.Random(1)
+    prompts = [random_prompt(rng, length) for length in (30, 61, 3)]
+    completions = engine.generate(prompts, Sampling(max_tokens=5, **GREEDY), stop_ids=())
+    assert [c.ids for (c,) in completions] == [naive(model, prompt, 5) for prompt in prompts]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_anything_that_happens_in_any_order_keeps_every_sequence_right(engine, model, tokenizer, monkeypatch, seed):
+    """Random requests that begin alike, samples, tool calls, penalties and cancellations, all at once."""
+    monkeypatch.setattr(engine_module, "MIN_SHARED_TOKENS", 2)
+    rng = random.Random(seed)
+    engine._prefill_tokens = rng.choice([5, 30, 300])
+    engine.tool = lambda expression: str(len(expression))
+    call = [tokenizer.special_ids["<|python_start|>"], tokenizer.special_ids["<|python_end|>"]]
+    draw = engine_module.draw
+
+    def draw_with_calls(logits, rows, uniforms):
+        """Now and then a sequence calls the tool."""
+        ids = draw(logits, rows, uniforms)
+        for row, uniform in enumerate(uniforms):
+            if uniform % 0.01 < 0.003:
+                ids[row] = call[uniform % 0.01 < 0.0015]
+        return ids
+
+    monkeypatch.setattr(engine_module, "draw", draw_with_calls)
+    beginnings = [random_prompt(rng, length) for length in (4, 20, 45)]
+    requests, cancelled, num_events = [], [], 0
+    while len(requests) < 25 or engine.has_work:
+        if len(requests) < 25 and rng.random() < 0.3:
+            earlier = rng.choice(requests) if requests and rng.random() < 0.3 else None
+            prompt = rng.choice(beginnings) if earlier is None else [*earlier.prompt, *earlier.completions[0].ids]
+            prompt = [*prompt, *random_prompt(rng, rng.randrange(1, 20))][:T]
+            sampling = Sampling(
+                max_tokens=rng.randrange(1, 40), temperature=rng.choice([0.0, 1.0]), num_logprobs=0,
+                repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+            )  # fmt: skip
+            requests.append(engine.submit(prompt, sampling, num_samples=rng.choice([1, 1, 3, 6])))
+        elif requests and rng.random() < 0.03:
+            cancelled.append(rng.choice(requests))
+            engine.cancel(cancelled[-1])
+        for event in engine.step():
+            num_events += 1
+            assert event.request not in cancelled
+    done = [request for request in requests if request not in cancelled]
+    assert all(request.is_done for request in done)
+    completions = [completion for request in done for completion in request.completions]
+    assert any(token.is_forced for completion in completions for token in completion.tokens)
+    assert engine.stats.reused_tokens > 0
+    assert num_events > 100
+    assert engine.num_active == engine.num_waiting == 0
+    for request in done:
+        for completion in request.completions:
+            check_logprobs(model, request.prompt, completion)
+
+
+# --- sharing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_samples", [3, 4, 11])
+def test_samples_of_one_prompt_read_it_once(engine, num_samples):
+    prompt = random_prompt(random.Random(2), 60)
+    ((*completions,),) = engine.generate([prompt], Sampling(max_tokens=4, seed=1), num_samples=num_samples, stop_ids=())
+    assert len(completions) == num_samples
+    late = max(0, num_samples - engine.max_rows)  # each of them reads its last token anew, or is copied with another
+    assert 60 <= engine.stats.prefill_tokens <= 60 + late
+    assert len({tuple(completion.ids) for completion in completions}) > 1
+
+
+def test_the_next_turn_reads_only_what_is_new(engine, model):
+    prompt = random_prompt(random.Random(3), 40)
+    ((first,),) = engine.generate([prompt], Sampling(max_tokens=10, **GREEDY), stop_ids=())
+    before = engine.stats.prefill_tokens
+    second = [*prompt, *first.ids, 7, 8, 9]
+    request = engine.submit(second, Sampling(max_tokens=5, **GREEDY), stop_ids=())
+    drain(engine)
+    assert engine.stats.prefill_tokens - before <= 4
+    assert request.num_reused >= 49
+    assert request.completions[0].ids == naive(model, second, 5)
+
+
+def test_a_common_beginning_is_kept_though_its_windows_were_overwritten(engine, model):
+    rng = random.Random(4)
+    system = random_prompt(rng, WINDOW + 10)
+    prompts = [[*system, *random_prompt(rng, 40)] for _ in range(4)]
+    reused = []
+    for prompt in prompts:
+        request = engine.submit(prompt, Sampling(max_tokens=4, **GREEDY), stop_ids=())
+        drain(engine)
+        assert request.completions[0].ids == naive(model, prompt, 4)
+        reused.append(request.num_reused)
+    assert reused == [0, 0, len(system), len(system)]  # the second finds out, and keeps it
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_same_tokens_whatever_runs_beside(engine):
+    rng = random.Random(5)
+    prompt, sampling = random_prompt(rng, 10), Sampling(max_tokens=12, seed=7, top_k=50)
+    ((alone,),) = engine.generate([prompt], sampling, stop_ids=())
+    crowd = [random_prompt(rng, 20) for _ in range(5)]
+    among_others = engine.generate([*crowd, prompt], sampling, stop_ids=())[-1][0]
+    assert alone.ids == among_others.ids
+    other_seed = engine.generate([prompt], Sampling(max_tokens=12, seed=8, top_k=50), stop_ids=())
+    assert other_seed[0][0].ids != alone.ids
+
+
+def test_first_tokens_of_samples_are_drawn_independently(engine):
+    ((*completions,),) = engine.generate([[1, 2, 3]], Sampling(max_tokens=1, seed=0), num_samples=40, stop_ids=())
+    assert len({completion.ids[0] for completion in completions}) > 10
+
+
+def test_log_probabilities_are_the_models_own_whatever_the_sampling(engine, model):
+    sampling = Sampling(max_tokens=8, temperature=0.3, top_k=3, repetition_penalty=1.5, num_logprobs=2, seed=0)
+    ((completion,),) = engine.generate([[1, 2, 3]], sampling, stop_ids=())
+    check_logprobs(model, [1, 2, 3], completion)
+    for token in completion.tokens:
+        (_, best), (_, second) = token.top
+        assert best >= max(second, token.logprob)
+
+
+def test_a_repetition_penalty_keeps_tokens_from_coming_again(engine):
+    sampling = Sampling(max_tokens=40, temperature=0.0, repetition_penalty=100.0, use_tool=False)
+    ((completion,),) = engine.generate([[1, 2, 3]], sampling, stop_ids=())
+    assert len(set(completion.ids)) > 30
+
+
+# --- scripted replies ----------------------------------------------------------------------------
+
+
+class ScriptedModel:
+    """Stands in for `InferenceModel`: after the token at position p comes `script[p + 1]`."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, cache, script, vocab_size):
+        self.cache, self.script, self.vocab_size = cache, script, vocab_size
+        self.read: dict[int, int] = {}  # token by position
+
+    def logits(self, position):
+        return torch.nn.functional.one_hot(torch.tensor(self.script[position + 1]), self.vocab_size).float() * 10
+
+    def prefill(self, slot, ids, start, previous, *, need_logits):
+        self.read.update(enumerate(ids, start))
+        return self.logits(start + len(ids) - 1) if need_logits else torch.empty(0)
+
+    def decode(self, idx, previous, positions):
+        self.read.update(zip(positions, idx.tolist(), strict=True))
+        return torch.stack([self.logits(position) for position in positions])
+
+
+@pytest.fixture
+def scripted(engine, tokenizer):
+    """Runs an engine on a reply written beforehand: texts, special tokens by name, None where the tool writes."""
+
+    def run(*pieces, **sampling):
+        ids = []
+        for piece in pieces:
+            if piece is None:
+                ids += [0] * 3
+            else:
+                ids += [tokenizer.special_ids[piece]] if piece in tokenizer.special_ids else tokenizer.encode(piece)
+        engine.model = ScriptedModel(engine.model.cache, [1, 2, *ids, *[3] * T], tokenizer.vocab_size)
+        request = engine.submit([1, 2], Sampling(**{"temperature": 0.0, "max_tokens": 60, **sampling}))
+        return request, drain(engine)
+
+    return run
+
+
+def spoken(events):
+    return "".join(delta.text for event in events for delta in event.deltas if delta.type == "text")
+
+
+def test_the_end_of_the_turn_ends_the_reply_and_is_not_part_of_it(scripted):
+    request, events = scripted("river stone", "<|assistant_end|>")
+    assert request.completions[0].text == spoken(events) == "river stone"
+    assert events[-1].finish_reason == request.completions[0].finish_reason == "stop"
+    assert all(event.finish_reason is None for event in events[:-1])
+
+
+def test_a_tool_call_is_answered_by_forced_tokens(scripted, engine, tokenizer):
+    engine.tool = lambda expression: "7" if expression == "3+4" else None
+    call = ("<|python_start|>", "3+4", "<|python_end|>")
+    request, _ = scripted("so: ", *call, None, "river", "<|assistant_end|>")
+    (completion,) = request.completions
+    assert completion.parts == [
+        {"type": "text", "text": "so: "},
+        {"type": "python", "text": "3+4"},
+        {"type": "python_output", "text": "7"},
+        {"type": "text", "text": "river"},
+    ]
+    forced = tokenizer.decode([token.id for token in completion.tokens if token.is_forced])
+    assert forced == "<|output_start|>7<|output_end|>"
+    ids = [*request.prompt, *completion.ids]
+    assert [engine.model.read[position] for position in range(len(ids))] == ids
+
+
+def test_what_the_tool_refuses_is_answered_by_an_error(scripted, engine):
+    engine.tool = lambda expression: None
+    request, _ = scripted("<|python_start|>", "river", "<|python_end|>", "<|assistant_end|>")
+    assert {"type": "python_output", "text": "error"} in request.completions[0].parts
+
+
+def test_only_the_tool_writes_tool_answers(scripted):
+    request, _ = scripted("<|output_start|>", "5", "<|output_end|>", max_tokens=3)
+    assert [part["type"] for part in request.completions[0].parts] in ([], ["text"])
+
+
+def test_without_the_tool_a_call_is_only_text_between_its_tokens(scripted, engine):
+    engine.tool = None
+    request, _ = scripted("<|python_start|>", "1+1", "<|python_end|>", "<|assistant_end|>", use_tool=False)
+    assert request.completions[0].parts == [{"type": "python", "text": "1+1"}]
+
+
+def test_a_tool_answer_is_bounded_by_the_tokens_asked_for(scripted, engine):
+    engine.tool = lambda expression: "river " * 100
+    request, _ = scripted("<|python_start|>", "1", "<|python_end|>", max_tokens=9)
+    assert len(request.completions[0].ids) == 9
+    assert request.completions[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("stop", ["stone cl", "one", "ud gar", " ", "d"])
+def test_a_stop_text_ends_the_reply_wherever_tokens_divide_it(scripted, stop):
+    text = "river stone cloud garden"
+    request, events = scripted(text, stop=(stop, "never comes"))
+    assert request.completions[0].text == spoken(events) == text[: text.index(stop)]
+    assert request.completions[0].finish_reason == "stop"
+
+
+def test_text_that_only_might_have_been_a_stop_comes_out(scripted):
+    request, events = scripted("river stone", "<|assistant_end|>", stop=("stones", "neck"))
+    assert request.completions[0].text == spoken(events) == "river stone"
+
+
+def test_characters_of_many_tokens_come_out_whole(scripted):
+    text = "😀 東京 naïve 👩‍👩‍👧"
+    request, events = scripted(text, "<|assistant_end|>", max_tokens=90)
+    assert request.completions[0].text == spoken(events) == text
+    assert all("\ufffd" not in delta.text for event in events for delta in event.deltas)
+
+
+# --- scheduling ----------------------------------------------------------------------------------
+
+
+def test_a_request_that_comes_later_begins_before_the_others_end(engine):
+    first = [engine.submit([1, 2, 3], Sampling(max_tokens=50, seed=i), stop_ids=()) for i in range(2)]
+    for _ in range(5):
+        engine.step()
+    late = engine.submit([4, 5, 6], Sampling(max_tokens=3, seed=9), stop_ids=())
+    order = [event.request for event in drain(engine) if event.finish_reason]
+    assert order[0] is late
+    assert all(len(request.completions[0].ids) == 50 for request in first)
+
+
+def test_a_long_prompt_does_not_hold_up_those_that_decode(engine):
+    engine._prefill_tokens = 10
+    short = engine.submit([1, 2, 3], Sampling(max_tokens=50, seed=0), stop_ids=())
+    engine.step()
+    engine.submit(random_prompt(random.Random(6), 80), Sampling(max_tokens=2), stop_ids=())
+    for _ in range(6):
+        before = len(short.completions[0].ids)
+        engine.step()
+        assert len(short.completions[0].ids) == before + 1
+
+
+def test_cancelling_frees_the_rows_at_once(engine):
+    requests = [engine.submit([1, 2, 3, i], Sampling(max_tokens=80), num_samples=2, stop_ids=()) for i in range(5)]
+    engine.step()
+    assert engine.num_active == 4
+    for request in requests:
+        engine.cancel(request)
+    assert engine.num_active == engine.num_waiting == 0
+    assert drain(engine) == []
+
+
+def test_cancelling_during_prefill_frees_the_row(engine):
+    engine._prefill_tokens = 10
+    request = engine.submit(random_prompt(random.Random(7), 80), Sampling(max_tokens=2), stop_ids=())
+    engine.step()
+    assert engine.num_active == 1
+    engine.cancel(request)
+    assert not engine.has_work
+
+
+def test_requests_that_cannot_be_are_refused(engine):
+    for prompt, fault in (([], "has 0 tokens"), ([1] * (T + 1), f"has {T + 1} tokens"), ([10**6], "outside")):
+        with pytest.raises(UserError, match=fault):
+            engine.submit(prompt, Sampling())
+    with pytest.raises(UserError, match="at least 1, not 0"):
+        engine.submit([1], Sampling(), num_samples=0)
+    with pytest.raises(UserError, match="at least 1 row"):
+        Engine(None, None, max_rows=0)
+    assert not engine.has_work
+
+
+def test_generate_reports_each_request_when_it_is_done(engine):
+    seen = []
+    engine.generate([[1], [2], [3]], Sampling(max_tokens=2), num_samples=2, stop_ids=(), progress=seen.append)
+    assert len(seen) == len({id(request) for request in seen}) == 3
+
+
+def test_refreshing_weights_forgets_what_was_cached(model, tokenizer):
+    other = build_model(model.config, generator=torch.Generator().manual_seed(5))
+    fill_randomly(other, scale=0.5)
+    other.requires_grad_(False)
+    engine = Engine(model, tokenizer, max_rows=2)
+    prompt = random_prompt(random.Random(8), 40)
+    engine.generate([prompt], Sampling(max_tokens=3, **GREEDY), stop_ids=())
+    engine.refresh(other)
+    ((completion,),) = engine.generate([prompt], Sampling(max_tokens=5, **GREEDY), stop_ids=())
+    assert completion.ids == naive(other, prompt, 5)

@@ -1,0 +1,159 @@
+"""Prefill and decode with a cache against the whole forward pass."""
+
+import random
+
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.gpt import GPTConfig, build_model
+from nanochat.inference import InferenceModel, Product, _DecodeGraphs
+from tests.conftest import fill_randomly
+
+T, WINDOW, V = 64, 16, 400
+SHAPE = {"vocab_size": V, "sequence_len": T, "head_dim": 32}
+CONFIGS = {
+    "recipe": GPTConfig.from_depth(4, **SHAPE),
+    "grouped": GPTConfig.from_depth(2, kv_ratio=2, **SHAPE),
+    "full": GPTConfig.from_depth(2, window_pattern="L", **SHAPE),
+    "october": GPTConfig.october_2025(2, **SHAPE),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request):
+    model = build_model(CONFIGS[request.param], generator=torch.Generator().manual_seed(0)).requires_grad_(False)
+    fill_randomly(model)
+    if model.smear_lambda is not None:
+        model.smear_lambda.fill_(0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(V, (T,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def whole(model, ids):
+    """Logits (T, V) after every token."""
+    return model(torch.tensor([ids]))[0]
+
+
+def read(inference, slot, ids, *, start=0, piece=T):
+    """Prefill `ids[start:]` in pieces; the last logits."""
+    logits = None
+    for first in range(start, len(ids), piece):
+        previous = ids[first - 1] if first else None
+        part = ids[first : first + piece]
+        logits = inference.prefill(slot, part, first, previous, need_logits=first + piece >= len(ids))
+    return logits
+
+
+def decode(inference, rows):
+    """One decode step; `rows` are token lists whose last token is to be read."""
+    idx, previous = torch.tensor([[row[-1] for row in rows], [row[-2] for row in rows]])
+    return inference.decode(idx, previous, [len(row) - 1 for row in rows])
+
+
+def close(a, b, tolerance=1e-4):
+    assert torch.allclose(a, b, atol=tolerance, rtol=0), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("piece", [1, 5, WINDOW, T])
+@pytest.mark.parametrize("length", [1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 40, T])
+def test_prefill_equals_the_whole_forward_pass(model, ids, length, piece):
+    inference = InferenceModel(model, 2)
+    close(read(inference, 1, ids[:length], piece=piece), whole(model, ids)[length - 1])
+
+
+@pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, T - 1])
+def test_decoding_equals_the_whole_forward_pass_up_to_the_context(model, ids, length):
+    inference, logits = InferenceModel(model, 1), whole(model, ids)
+    read(inference, 0, ids[:length])
+    for end in range(length + 1, T + 1):
+        close(decode(inference, [ids[:end]])[0], logits[end - 1])
+
+
+@pytest.mark.parametrize("use_buckets", [False, True])
+def test_rows_of_different_lengths_decode_together(model, use_buckets):
+    """Also as CUDA graphs see it: padded rows and keys, here run as they are instead of recorded."""
+    rng = random.Random(0)
+    inference = InferenceModel(model, 5)
+    if use_buckets:
+        inference._graphs = _DecodeGraphs(inference, record=lambda run: run)
+    rows = [[rng.randrange(V) for _ in range(length)] for length in (1, WINDOW, 37)]
+    for slot, row in enumerate(rows):
+        read(inference, slot, row)
+    spare = [rng.randrange(V) for _ in range(20)]
+    read(inference, 4, spare)
+    for _ in range(T - 37):
+        for row in rows:
+            row.append(rng.randrange(V))
+        for logits, row in zip(decode(inference, rows), rows, strict=True):
+            close(logits, whole(model, row)[-1])
+    close(decode(inference, [rows[0], rows[1]])[1], whole(model, rows[1])[-1])  # reading a token twice changes nothing
+    inference.cache.swap_slots(0, 4, T)
+    close(decode(inference, [[*spare, 7]])[0], whole(model, [*spare, 7])[-1])  # nobody wrote to the spare slot
+
+
+def test_a_copied_slot_goes_on_like_the_one_it_came_from(model, ids):
+    inference = InferenceModel(model, 3)
+    for length in (3, WINDOW, 30):
+        read(inference, 0, ids[:length])
+        inference.cache.copy_slot(0, 1, length)
+        read(inference, 0, list(reversed(ids)))
+        row = ids[:length]
+        for token in ids[length:]:
+            row = [*row, token]
+            inference.cache.swap_slots(0, 1, T)
+            close(decode(inference, [row])[0], whole(model, row)[-1])
+            inference.cache.swap_slots(0, 1, T)
+
+
+@pytest.mark.parametrize("length", [10, WINDOW, WINDOW + 1, 40])
+def test_a_slot_can_go_back_exactly_where_it_says_so(model, ids, length):
+    inference = InferenceModel(model, 1)
+    for position in range(1, length + 1):
+        read(inference, 0, ids[:length])
+        other = [*ids[:position], 5, 6]
+        logits, expected = read(inference, 0, other, start=position), whole(model, other)[-1]
+        assert inference.cache.can_go_back(length, position) == torch.allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("weights", "tolerance"), [("bfloat16", 0.1), ("int8", 0.05)])
+def test_narrow_weights_change_little_and_not_with_the_number_of_rows(model, ids, weights, tolerance):
+    inference = InferenceModel(model, 8, weights=weights)
+    for slot in range(8):
+        logits = read(inference, slot, ids[:20])
+    exact = whole(model, ids[:20])[-1]
+    assert 0 < (logits - exact).abs().max() < tolerance * exact.abs().max()
+    alone = decode(inference, [ids[:21]])[0]
+    together = decode(inference, [ids[:21]] * 8)
+    close(together, alone.expand(8, -1), 0.05 * alone.abs().max().item())
+
+
+def test_eight_bit_products_are_within_half_a_step_of_each_weight():
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    product = Product(weight, torch.float32, int8=True)
+    step = weight.abs().amax(dim=1, keepdim=True) / 127
+    assert ((product.weight - weight).abs() <= 0.5 * step + 0.005 * weight.abs()).all()
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
+    exact = x @ product.weight.T
+    for rows in (1, 4, 6):
+        close(product(x[:rows]), exact[:rows], 0.02 * exact.abs().max().item())
+
+
+def test_refreshed_weights_are_those_of_the_model(ids):
+    first, second = (build_model(CONFIGS["recipe"], generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for model in (first, second):
+        fill_randomly(model)
+    inference = InferenceModel(first, 1)
+    before = inference._weights.head.weight.data_ptr()
+    inference.refresh(second)
+    close(read(inference, 0, ids), whole(second, ids)[-1].detach())
+    assert inference._weights.head.weight.data_ptr() == before
+
+
+def test_unknown_weights_are_refused(model):
+    with pytest.raises(UserError, match="--weights 'int4' is unknown"):
+        InferenceModel(model, 1, weights="int4")

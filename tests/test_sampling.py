@@ -1,0 +1,118 @@
+"""The draw: distributions, filters, seeds."""
+
+import math
+
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.sampling import Sampling, draw, penalize_
+
+LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05]))
+EVENLY = [(i + 0.5) / 2000 for i in range(2000)]
+
+
+def frequencies(sampling, logits=LOGITS):
+    """The share of each token among draws with evenly spread random numbers: its probability, without noise."""
+    ids = draw(logits.expand(len(EVENLY), -1), [sampling] * len(EVENLY), EVENLY)
+    return torch.bincount(ids, minlength=len(logits)) / len(EVENLY)
+
+
+def close(a, b):
+    assert torch.allclose(a, torch.tensor(b, dtype=a.dtype), atol=2e-3), a
+
+
+def test_tokens_are_drawn_with_the_probabilities_of_the_model():
+    close(frequencies(Sampling()), [0.1, 0.4, 0.2, 0.25, 0.05])
+
+
+def test_temperature_sharpens_and_flattens():
+    squares = [p**2 for p in (0.1, 0.4, 0.2, 0.25, 0.05)]
+    close(frequencies(Sampling(temperature=0.5)), [p / sum(squares) for p in squares])
+
+
+def test_temperature_zero_is_greedy_and_so_is_a_tiny_one():
+    for temperature in (0.0, 1e-30):
+        close(frequencies(Sampling(temperature=temperature)), [0, 1, 0, 0, 0])
+
+
+def test_top_k_keeps_the_likeliest():
+    close(frequencies(Sampling(top_k=2)), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0])
+    close(frequencies(Sampling(top_k=1)), [0, 1, 0, 0, 0])
+
+
+@pytest.mark.parametrize("top_k", [None, 0, 5, 99])
+def test_top_k_of_none_zero_or_the_vocabulary_is_unrestricted(top_k):
+    close(frequencies(Sampling(top_k=top_k)), [0.1, 0.4, 0.2, 0.25, 0.05])
+
+
+def test_top_k_keeps_exactly_k_of_equal_tokens():
+    assert (frequencies(Sampling(top_k=2), torch.zeros(5)) > 0).sum() == 2
+
+
+def test_top_p_keeps_the_likeliest_that_reach_it_together():
+    close(frequencies(Sampling(top_p=0.6)), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0])
+    close(frequencies(Sampling(top_p=0.7)), [0, 0.4 / 0.85, 0.2 / 0.85, 0.25 / 0.85, 0])
+    close(frequencies(Sampling(top_p=0.0)), [0, 1, 0, 0, 0])
+
+
+def test_min_p_keeps_what_is_likely_enough():
+    close(frequencies(Sampling(min_p=0.45)), [0, 0.4 / 0.85, 0.2 / 0.85, 0.25 / 0.85, 0])
+    close(frequencies(Sampling(min_p=1.0)), [0, 1, 0, 0, 0])
+
+
+def test_top_p_sees_what_top_k_left():
+    close(frequencies(Sampling(top_k=3, top_p=0.7)), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0])
+
+
+def test_a_row_does_not_depend_on_the_others():
+    rows = [Sampling(temperature=0.0), Sampling(), Sampling(top_k=3), Sampling(top_p=0.8, temperature=1.3)] * 2
+    logits = torch.randn(len(rows), 50, generator=torch.Generator().manual_seed(0))
+    uniforms = [0.05, 0.31, 0.62, 0.99, 0.5, 0.999999, 0.0, 0.77]
+    together = draw(logits, rows, uniforms)
+    alone = [draw(logits[i : i + 1], rows[i : i + 1], uniforms[i : i + 1]).item() for i in range(len(rows))]
+    assert together.tolist() == alone
+    assert together[0] == logits[0].argmax()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=3), Sampling(top_p=0.5)])
+def test_impossible_tokens_are_never_drawn_at_the_edges(uniform, sampling):
+    logits = torch.tensor([[-math.inf, 1.0, -math.inf, 0.5, -math.inf]])
+    assert draw(logits, [sampling], [uniform]).item() in (1, 3)
+
+
+def test_unlikely_tokens_of_a_large_vocabulary_are_drawn():
+    logits = torch.zeros(100_000)
+    assert draw(logits[None], [Sampling()], [0.999995]).item() == 99_999
+
+
+def test_the_penalty_makes_tokens_that_occurred_less_likely():
+    logits = torch.tensor([2.0, -2.0, 1.0])
+    penalize_(logits, {0, 1}, 2.0)
+    assert logits.tolist() == [1.0, -4.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be a whole number at least 1, not 0"),
+        ({"max_tokens": 1.5}, "max_tokens must be a whole number"),
+        ({"max_tokens": True}, "max_tokens must be a whole number"),
+        ({"temperature": -1}, "temperature must be a number from 0.0 to 100.0, not -1"),
+        ({"temperature": math.nan}, "temperature must be a number"),
+        ({"temperature": None}, "temperature must be a number"),
+        ({"top_k": -1}, "top_k must be a whole number"),
+        ({"top_p": 1.5}, "top_p must be a number from 0.0 to 1.0, not 1.5"),
+        ({"min_p": "x"}, "min_p must be a number"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a number"),
+        ({"seed": 0.5}, "seed must be a whole number"),
+        ({"stop": ("",)}, "stop must be texts that are not empty"),
+        ({"stop": "END"}, "stop must be texts"),
+        ({"stop": ("a",) * 17}, "at most 16 texts, not 17"),
+        ({"num_logprobs": -1}, "num_logprobs must be a whole number"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name_and_value(settings, fault):
+    with pytest.raises(UserError, match=fault):
+        Sampling(**settings)
