@@ -65,11 +65,17 @@ class HumanEval(Task):
 
         Raises `UserError` when the system cannot isolate them and that was not allowed.
         """
-        items = [
-            (extract_program(conversation, completion), conversation["tests"], conversation["entry_point"])
+        problems = [
+            execution.Problem(
+                program=extract_program(conversation, completion),
+                tests=execution.with_helpers(
+                    conversation["tests"], conversation["prompt"], conversation["entry_point"]
+                ),
+                entry_point=conversation["entry_point"],
+            )
             for conversation, completion in pairs
         ]
-        verdicts = execution.grade_many(items, allow_unsafe=self.allow_unsafe_execution)
+        verdicts = execution.grade_many(problems, allow_unsafe=self.allow_unsafe_execution)
         return [verdict.passed for verdict in verdicts]
 
 
