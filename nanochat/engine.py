@@ -287,14 +287,18 @@ class Engine:
     ) -> list[list[Completion]]:
         """The completions of each prompt, in order; `progress` is called with every request that is done."""
         requests = [self.submit(prompt, sampling, num_samples=num_samples, stop_ids=stop_ids) for prompt in prompts]
-        while not all(request.is_done for request in requests):
-            for event in self.step():
-                if event.finish_reason and event.request.is_done and progress is not None:
-                    progress(event.request)
+        unfinished = set(requests)
+        while unfinished:
+            done = {event.request for event in self.step() if event.request.is_done} & unfinished
+            unfinished -= done
+            if progress is not None:
+                for request in done:
+                    progress(request)
         return [request.completions for request in requests]
 
     # --- a step ---
 
+    @torch.inference_mode()
     def step(self) -> list[Event]:
         """Admit and prefill within the step's budget, decode a token of every sequence, and say what came of it."""
         events: list[Event] = []
