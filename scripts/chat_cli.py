@@ -1,0 +1,114 @@
+"""Chat with a model in the terminal, or ask it one thing.
+
+Reads a checkpoint. On a terminal: a conversation with line editing, a history (kept in `chat_history` in the base
+folder) and commands, which /help lists. With --prompt, or with anything but a terminal as standard input, which is
+then read whole: prints the answer and nothing else.
+
+    python -m scripts.chat_cli --device-type cpu --weights int8 --stats        # a CPU
+    python -m scripts.chat_cli                                                 # one GPU
+    echo "Why is the sky blue?" | python -m scripts.chat_cli --temperature 0   # one question; more GPUs do not help
+"""
+
+import argparse
+import signal
+import sys
+
+from nanochat.checkpoint import LoadedModel, add_checkpoint_flags, load_model
+from nanochat.common import Runtime, UserError, add_runtime_flags, base_dir, init_runtime, run_main
+from nanochat.engine import Engine
+from nanochat.sampling import Sampling
+from nanochat.terminal import COMMANDS, INTERRUPTED, LineReader, Screen, TerminalChat
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_runtime_flags(parser)
+    add = parser.add_argument
+    # model
+    add_checkpoint_flags(parser, source="sft")
+    add(
+        "--weights",
+        default="",
+        choices=["", "float32", "bfloat16", "int8"],
+        help="in what form the weights are kept: smaller is faster and a little less exact (default: --dtype)",
+    )
+    # conversation
+    add("-p", "--prompt", help="ask this, print the answer and leave")
+    add("--system", default="", help="system message: what the model is told before the conversation")
+    # sampling
+    add("--temperature", type=float, default=0.6, help="randomness of the answer; 0 is greedy")
+    add("--top-k", type=int, default=50, help="draw from this many likeliest tokens; 0 is all")
+    add("--max-tokens", type=int, default=256, help="length of an answer in tokens, at most")
+    add("--seed", type=int, help="of the random draws (default: drawn anew)")
+    # output
+    add("--stats", action="store_true", help="tokens a second and use of the context after each answer")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    # runtime
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a model writes characters that not every terminal has
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program, without a traceback
+    sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, seed=args.seed)
+    prompt = read_prompt(args.prompt)
+    runtime = init_runtime(args.device_type, args.dtype)
+
+    # model
+    loaded = load_model(args.source, runtime, model_tag=args.model_tag, step=args.step)
+    screen = Screen(sys.stdout, sys.stderr)
+    chat = TerminalChat(
+        Engine(loaded.model, loaded.tokenizer, max_rows=1, weights=args.weights),
+        loaded.tokenizer,
+        screen,
+        sampling=sampling,
+        system=args.system,
+        show_stats=args.stats,
+        is_dialogue=prompt is None,
+    )
+
+    # one question
+    if prompt is not None:
+        if chat.ask(prompt) == INTERRUPTED:
+            raise KeyboardInterrupt
+        return
+
+    # conversation
+    screen.notice(describe(loaded, runtime, args.weights))
+    screen.notice("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+    reader = LineReader(base_dir() / "chat_history", [command.name for command in COMMANDS])
+    try:
+        chat.run(reader.read)
+    finally:
+        reader.close()
+
+
+def read_prompt(flag: str | None) -> str | None:
+    """The one question to ask: --prompt, or all of a standard input that is no terminal; None to converse."""
+    if flag is None:
+        if sys.stdin.isatty():
+            return None
+        try:
+            flag = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not valid UTF-8 at byte {error.start}; convert it first") from error
+    if not flag.strip():
+        raise UserError("the prompt is empty; give one with --prompt or on standard input")
+    return flag.strip()
+
+
+def describe(loaded: LoadedModel, runtime: Runtime, weights: str) -> str:
+    """What one talks to."""
+    run, config = loaded.folder.parent, loaded.model.config
+    source = run.parent.name.removesuffix("_checkpoints")
+    form = weights or str(runtime.dtype).removeprefix("torch.")
+    millions = loaded.model.parameter_counts()["total"] / 1e6
+    return (
+        f"{source} {run.name} step {loaded.meta['step']}: {millions:,.0f}M parameters, context of "
+        f"{config.sequence_len:,} tokens, {form} on {runtime.device.type}"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main, parse_args)

@@ -1,0 +1,253 @@
+"""The chat on a pseudo-terminal and with piped input, with a tiny model that knows one conversation by heart."""
+
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.chat import render
+from nanochat.checkpoint import save_checkpoint, source_dir
+from nanochat.common import Runtime
+from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig, build_model
+from tests.conftest import fill_randomly
+
+pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+
+ROOT = Path(__file__).resolve().parent.parent
+QUESTION, VISIBLE = "How much is 12 * 34?", "It is 408 in 東京 🌿."
+CONVERSATION = {
+    "messages": [
+        {"role": "user", "content": QUESTION},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "text", "text": "It is "},
+                {"type": "python", "text": "12*34"},
+                {"type": "python_output", "text": "408"},
+                {"type": "text", "text": "408 in 東京 🌿."},
+            ],
+        },
+        {"role": "user", "content": "Thank you!"},
+        {"role": "assistant", "content": "Gladly."},
+    ]
+}
+TIMEOUT_SECONDS = 120  # a start takes 5 seconds on an idle machine, many times that on a crowded one
+CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
+
+
+def train_on(model: GPT, tokenizer, conversation: dict, num_steps: int = 80) -> None:
+    """Until greedy decoding says the assistant's part by heart."""
+    rendered = render(tokenizer, conversation)
+    ids, mask = torch.tensor([rendered.ids]), torch.tensor([rendered.mask])
+    targets = torch.where(mask, ids, IGNORE_INDEX)[:, 1:]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(num_steps):
+        model(ids[:, :-1], targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer) -> Path:
+    """A base folder with two models: "parrot", which knows `CONVERSATION`, and "endless", which never ends a turn."""
+    folder = tmp_path_factory.mktemp("base")
+    runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.float32)
+    shape = {"vocab_size": tokenizer.vocab_size, "head_dim": 32, "kv_ratio": 2}
+
+    def build(sequence_len: int) -> GPT:
+        config = GPTConfig.from_depth(1, sequence_len=sequence_len, **shape)
+        return build_model(config, generator=torch.Generator().manual_seed(0))
+
+    parrot, endless = build(256), build(16384)
+    train_on(parrot, tokenizer, CONVERSATION)
+    fill_randomly(endless)
+    special = list(tokenizer.special_ids.values())
+    endless.lm_head.weight.data[special] = 0.0  # a logit of 0, which greedy decoding never picks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        for name, model in (("endless", endless), ("parrot", parrot)):
+            run = source_dir("sft") / name
+            save_checkpoint(run, 7, runtime=runtime, model=model, tokenizer=tokenizer, meta={"args": vars(Namespace())})
+    return folder
+
+
+@pytest.fixture
+def command(base, base_folder, monkeypatch):
+    """The command line of a chat with one of the two models, greedy."""
+
+    def build(tag: str, *flags: str) -> list[str]:
+        chosen = ["--model-tag", tag, "--temperature", "0", "--device-type", "cpu", "--dtype", "float32"]
+        return [sys.executable, "-m", "scripts.chat_cli", *chosen, *flags]
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return build
+
+
+class Terminal:
+    """A program on a pseudo-terminal: what it writes, colours and cursor movements left out, is awaited in order."""
+
+    def __init__(self, command: list[str]):
+        self._descriptor, child = pty.openpty()
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=child, stdout=child, stderr=child, start_new_session=True, preexec_fn=_own_terminal
+        )
+        os.close(child)
+        self.raw = b""
+        self._seen = 0
+
+    def send(self, text: str) -> None:
+        os.write(self._descriptor, text.encode())
+
+    def expect(self, text: str) -> None:
+        """Wait for `text` after what was awaited before."""
+        while (at := self.text.find(text, self._seen)) < 0:
+            self._read(repr(text))
+        self._seen = at + len(text)
+
+    def expect_more(self, num_characters: int) -> None:
+        """Wait for that many characters of any kind."""
+        while len(self.text) < self._seen + num_characters:
+            self._read(f"{num_characters} characters")
+        self._seen += num_characters
+
+    def _read(self, wanted: str) -> None:
+        ready, _, _ = select.select([self._descriptor], [], [], TIMEOUT_SECONDS)
+        assert ready, f"no {wanted} in {self.text[self._seen :]!r}"
+        try:
+            self.raw += os.read(self._descriptor, 65536)
+        except OSError:  # the other end is closed
+            pytest.fail(f"ended without {wanted}: {self.text[self._seen :]!r}")
+
+    @property
+    def text(self) -> str:
+        text = self.raw.decode("utf-8", errors="ignore")
+        return re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", text).replace("\r\n", "\n")
+
+    def close(self) -> int:
+        """Wait for the end; the exit status."""
+        try:
+            return self.process.wait(TIMEOUT_SECONDS)
+        finally:
+            self.process.kill()
+            os.close(self._descriptor)
+
+
+def _own_terminal() -> None:
+    """Make standard input the terminal that controls this process, so that Ctrl-C there reaches it."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def run_piped(command: list[str], text: str | bytes | None) -> subprocess.CompletedProcess:
+    data = text.encode() if isinstance(text, str) else text
+    return subprocess.run(command, cwd=ROOT, input=data, capture_output=True, timeout=TIMEOUT_SECONDS)
+
+
+def test_a_session_answers_in_turns_and_obeys_its_commands(command, base, tmp_path):
+    terminal = Terminal(command("parrot", "--seed", "1"))
+    terminal.expect("sft parrot step 7")
+    terminal.expect("context of 256 tokens, float32 on cpu")
+    terminal.expect("> ")
+    terminal.send(f"{QUESTION}\r")
+    terminal.expect("It is [python: 12*34 => 408]408 in 東京 🌿.\n")
+    assert "\ufffd" not in terminal.text
+    terminal.send("/stats\r")
+    terminal.expect("shown after each answer")
+    terminal.send("Thank you!\r")
+    terminal.expect("Gladly.\n(")
+    terminal.expect("of 256 tokens of context used)\n> ")
+
+    terminal.send("/tempreature 1\r")
+    terminal.expect("did you mean /temperature?")
+    terminal.send("/temperature cold\r")
+    terminal.expect("error: temperature must be a number, not 'cold'")
+    terminal.send("/topk 3\r")
+    terminal.expect("(top_k 3)")
+
+    saved = tmp_path / "talk.json"
+    terminal.send(f"/save {saved}\r")
+    terminal.expect("4 messages saved")
+    assert json.loads(saved.read_text()) == CONVERSATION
+    terminal.send("/clear\r")
+    terminal.expect("a new conversation")
+    terminal.send(f"/load {saved}\r")
+    terminal.expect("4 messages loaded")
+    terminal.expect("> Thank you!\nGladly.\n")
+
+    terminal.send("half a line")
+    terminal.expect("> half a line")
+    terminal.send(CTRL_C)
+    terminal.expect("\n> ")
+    terminal.send(UP + UP + "\r")  # before the last line, which was given up: /clear
+    terminal.expect("a new conversation")
+    terminal.expect("> ")
+    terminal.send(CTRL_D)
+    assert terminal.close() == 0
+
+    history = base / "chat_history"
+    assert history.stat().st_mode & 0o777 == 0o600
+    assert QUESTION in history.read_text().splitlines()
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_session(command, tmp_path):
+    terminal = Terminal(command("endless", "--max-tokens", "16000"))
+    terminal.expect("> ")
+    terminal.send("river\r")
+    terminal.expect("river\n")
+    terminal.expect_more(20)
+    terminal.send(CTRL_C)
+    terminal.expect("(stopped; what was said so far stays)\n> ")
+    saved = tmp_path / "talk.json"
+    terminal.send(f"/save {saved}\r")
+    terminal.expect("2 messages saved")
+    question, answer = json.loads(saved.read_text())["messages"]
+    assert question["content"] == "river"
+    assert answer["role"] == "assistant"
+    assert len(answer["content"]) >= 10
+
+    terminal.send("/maxtokens 5\r")
+    terminal.expect("(max_tokens 5)")
+    terminal.send("stone\r")
+    terminal.expect("the answer is cut at the limit of tokens")
+    terminal.send("/quit\r")
+    assert terminal.close() == 0
+
+
+def test_a_piped_prompt_gets_the_answer_and_nothing_else(command):
+    done = run_piped(command("parrot"), QUESTION + "\n")
+    assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == (0, VISIBLE + "\n", "")
+
+
+def test_the_prompt_flag_leaves_standard_input_alone(command):
+    done = run_piped(command("parrot", "-p", QUESTION, "--stats"), "something else")
+    assert (done.returncode, done.stdout.decode()) == (0, VISIBLE + "\n")
+    assert re.fullmatch(r"\(\d+ tokens, [\d.]+ tokens/s, .* of 256 tokens of context used\)\n", done.stderr.decode())
+
+
+@pytest.mark.parametrize(
+    ("flags", "text", "message"),
+    [
+        ([], b"caf\xe9", "not valid UTF-8 at byte 3"),
+        (["-p", "river " * 300], None, "tokens"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line_and_status_2(command, flags, text, message):
+    done = run_piped(command("parrot", *flags), text)
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert done.stderr.decode().startswith("error: ")
+    assert message in done.stderr.decode()
+    assert done.stderr.count(b"\n") == 1

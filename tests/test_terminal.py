@@ -1,0 +1,412 @@
+"""The chat in the terminal without a terminal: commands, what is printed, what a conversation holds after Ctrl-C."""
+
+import io
+import json
+import os
+import signal
+import sys
+
+import pytest
+
+from nanochat.chat import Delta
+from nanochat.engine import Completion, Event, Request, Token
+from nanochat.sampling import Sampling
+from nanochat.terminal import COMMANDS, INTERRUPTED, LineReader, ReplyPrinter, Screen, TerminalChat
+
+TOOL_PIECES = [("text", "It is "), ("python", ""), ("python", "12*"), ("python", "34"), ("python_output", ""),
+               ("python_output", "408"), ("text", "408.")]  # fmt: skip
+TOOL_PARTS = [
+    {"type": "text", "text": "It is "},
+    {"type": "python", "text": "12*34"},
+    {"type": "python_output", "text": "408"},
+    {"type": "text", "text": "408."},
+]
+
+
+class ScriptedEngine:
+    """Says the replies it was given, a piece a step; each is a list of pieces and how it ends."""
+
+    def __init__(self, *replies: tuple[list[tuple[str, str]], str], context: int = 200):
+        self.replies = list(replies)
+        self.context = context
+        self.submitted: list[tuple[list[int], Sampling]] = []
+        self.cancelled: list[Request] = []
+        self.interrupt_at: int | None = None  # piece at which Ctrl-C is pressed
+
+    def submit(self, prompt, sampling):
+        self.submitted.append((prompt, sampling))
+        pieces, self._reason = self.replies.pop(0)
+        self._left, self._num_said = list(pieces), 0
+        self._request = Request(prompt, sampling, (), [Completion()])
+        return self._request
+
+    def step(self):
+        if self._num_said == self.interrupt_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        parts, deltas = self._request.completions[0].parts, ()
+        if self._left:
+            type_, text = self._left.pop(0)
+            if not parts or parts[-1]["type"] != type_:
+                parts.append({"type": type_, "text": ""})
+            parts[-1]["text"] += text
+            deltas = (Delta(type_, text),)
+        self._num_said += 1
+        reason = None if self._left else self._reason
+        return [Event(self._request, 0, (Token(7),), deltas, reason)]
+
+    def cancel(self, request):
+        self.cancelled.append(request)
+
+
+class Tty(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def words(*texts):
+    return [("text", text) for text in texts]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+@pytest.fixture
+def make_chat(tokenizer):
+    def make(*replies, context=200, sampling=None, **options):
+        out, err = io.StringIO(), io.StringIO()
+        engine = ScriptedEngine(*replies, context=context)
+        chat = TerminalChat(engine, tokenizer, Screen(out, err), sampling=sampling or Sampling(), **options)
+        chat.out, chat.err = out, err
+        return chat
+
+    return make
+
+
+def run_lines(chat, *lines):
+    """Everything the chat prints and notes when these lines are typed."""
+    left = list(lines)
+
+    def read():
+        if not left:
+            raise EOFError
+        return left.pop(0)
+
+    chat.run(read)
+    return chat.out.getvalue() + chat.err.getvalue()
+
+
+# --- what is printed ---
+
+
+def test_a_tool_call_stands_in_brackets_between_the_words(make_chat):
+    chat = make_chat((TOOL_PIECES, "stop"))
+    assert chat.ask("How much?") == "stop"
+    assert chat.out.getvalue() == "It is [python: 12*34 => 408]408.\n"
+    assert chat.messages == [user("How much?"), assistant(TOOL_PARTS)]
+
+
+def test_a_single_question_gets_words_only(make_chat):
+    chat = make_chat((TOOL_PIECES, "length"), is_dialogue=False)
+    chat.ask("How much?")
+    assert chat.out.getvalue() == "It is 408.\n"
+    assert chat.err.getvalue() == "(the answer is cut at the limit of tokens)\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "printed"),
+    [
+        ([("python", "1+")], "[python: 1+]\n"),
+        ([("python_output", "3"), ("text", "!")], "[3]!\n"),
+        ([("python", "1"), ("python_output", "1"), ("python", "2"), ("python_output", "2")],
+         "[python: 1 => 1][python: 2 => 2]\n"),
+    ],
+)  # fmt: skip
+def test_brackets_close_whatever_follows(pieces, printed):
+    out = io.StringIO()
+    printer = ReplyPrinter(Screen(out, out))
+    printer.add(Delta(*piece) for piece in pieces)
+    printer.finish()
+    assert out.getvalue() == printed
+
+
+def test_control_characters_reach_a_file_but_not_a_terminal():
+    text = "a\x1b[2J\r\x07\x7f\x9bb\tc\n"
+    terminal, file = Tty(), io.StringIO()
+    Screen(terminal, terminal).write(text)
+    Screen(file, file).write(text)
+    assert terminal.getvalue() == "a␛[2J␍␇␡\ufffdb\tc\n"
+    assert file.getvalue() == text
+
+
+@pytest.mark.parametrize(
+    ("stream", "environ", "has_color"),
+    [
+        (Tty, {"TERM": "xterm"}, True),
+        (Tty, {"TERM": "xterm", "NO_COLOR": "1"}, False),
+        (Tty, {"TERM": "xterm", "NO_COLOR": ""}, True),
+        (Tty, {"TERM": "dumb"}, False),
+        (io.StringIO, {"TERM": "xterm"}, False),
+    ],
+)
+def test_colours_are_for_terminals_that_want_them(stream, environ, has_color):
+    out = stream()
+    Screen(out, out, environ=environ).notice("hello")
+    assert ("\x1b[" in out.getvalue()) == has_color
+    assert "(hello)" in out.getvalue()
+
+
+def test_speed_and_context_are_shown_on_request(make_chat):
+    chat = make_chat((words("a", "b", "c"), "stop"), (words("a"), "stop"))
+    printed = run_lines(chat, "/stats", "river", "/stats", "stone")
+    num_prompt = len(chat.engine.submitted[0][0])
+    assert "(3 tokens, " in printed
+    assert f" tokens/s, the first after 0.00 s; {num_prompt + 3} of 200 tokens of context used)" in printed
+    assert printed.count("of context used") == 1
+
+
+# --- Ctrl-C ---
+
+
+def test_ctrl_c_stops_the_answer_and_what_was_said_stays(make_chat):
+    chat = make_chat((words("one ", "two ", "three"), "stop"))
+    chat.engine.interrupt_at = 1
+    assert chat.ask("Count.") == INTERRUPTED
+    assert chat.messages == [user("Count."), assistant("one two ")]
+    assert len(chat.engine.cancelled) == 1
+    assert "what was said so far stays" in chat.err.getvalue()
+    with pytest.raises(KeyboardInterrupt):  # as before outside of an answer
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("interrupt_at", [2, 3, 5])
+def test_ctrl_c_in_a_tool_call_leaves_the_call_out(make_chat, interrupt_at):
+    chat = make_chat((TOOL_PIECES, "stop"))
+    chat.engine.interrupt_at = interrupt_at
+    chat.ask("How much?")
+    assert chat.messages[1:] == [assistant("It is ")]
+    assert chat.out.getvalue().endswith("]\n")
+
+
+def test_ctrl_c_before_the_first_word_takes_the_question_back(make_chat):
+    chat = make_chat((TOOL_PIECES[1:], "stop"))
+    chat.messages = [user("Hi"), assistant("Hello")]
+    chat.engine.interrupt_at = 0
+    chat.ask("How much?")
+    assert chat.messages == [user("Hi"), assistant("Hello")]
+    assert "the question is taken back" in chat.err.getvalue()
+
+
+def test_ctrl_c_with_the_last_word_changes_nothing(make_chat):
+    chat = make_chat((words("one"), "stop"))
+    chat.engine.interrupt_at = 0
+    assert chat.ask("Count.") == "stop"
+    assert chat.engine.cancelled == []
+
+
+def test_ctrl_c_at_the_prompt_goes_on(make_chat):
+    chat = make_chat((words("Hello"), "stop"))
+    inputs = iter([KeyboardInterrupt, "Hi", EOFError])
+
+    def read():
+        line = next(inputs)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    chat.run(read)
+    assert chat.messages == [user("Hi"), assistant("Hello")]
+
+
+# --- the conversation ---
+
+
+def test_turns_that_no_longer_fit_are_left_out_and_told(make_chat, tokenizer):
+    chat = make_chat(*[(words("cloud"), "stop")] * 4, context=32)
+    chat.sampling = Sampling(max_tokens=1000)
+    printed = run_lines(chat, *["river stone garden window"] * 4)
+    assert all(len(prompt) <= 24 for prompt, _ in chat.engine.submitted)  # a quarter is kept for the reply
+    assert "the model no longer sees the first 2 messages" in printed
+    assert len(chat.messages) == 8
+
+
+def test_a_question_that_cannot_be_asked_leaves_the_conversation_as_it_was(make_chat):
+    chat = make_chat((words("Hello"), "stop"), context=40)
+    printed = run_lines(chat, "Hi", "river " * 50, "half a \ud83c character")
+    assert "error: the last message" in printed
+    assert "lone surrogate" in printed
+    assert chat.messages == [user("Hi"), assistant("Hello")]
+
+
+def test_an_answer_cut_by_length_can_go_on(make_chat, tokenizer):
+    chat = make_chat((words("one "), "length"), (words("two"), "stop"))
+    printed = run_lines(chat, "Count.", "/continue")
+    assert "/continue goes on" in printed
+    assert chat.messages == [user("Count."), assistant("one two")]
+    first, second = (prompt for prompt, _ in chat.engine.submitted)
+    assert second == first + tokenizer.encode("one ")
+
+
+def test_another_try_replaces_the_answer_and_draws_anew(make_chat):
+    chat = make_chat((words("one"), "stop"), (words("two"), "stop"), sampling=Sampling(seed=5))
+    run_lines(chat, "Count.", "/retry")
+    assert chat.messages == [user("Count."), assistant("two")]
+    (first, settings), (again, new_settings) = chat.engine.submitted
+    assert first == again
+    assert (settings.seed, new_settings.seed) == (5, 6)
+
+
+def test_an_answer_without_a_word_is_an_answer(make_chat):
+    chat = make_chat(([], "stop"))
+    assert "the model had nothing to say" in run_lines(chat, "Hi")
+    assert chat.messages == [user("Hi"), assistant("")]
+
+
+def test_the_system_message_can_be_set_seen_and_removed(make_chat, tokenizer):
+    chat = make_chat(*[(words("Hello"), "stop")] * 2, system="Be kind.")
+    printed = run_lines(chat, "Hi", "/system  Be brief. ", "/clear", "/system", "Hi", "/system -", "/system")
+    assert "(a new conversation, with the same system message)" in printed
+    assert printed.count("(system message: Be brief.)") == 2
+    assert printed.count("(no system message)") == 2
+    assert [tokenizer.decode(prompt).count("kind") for prompt, _ in chat.engine.submitted] == [1, 0]
+    assert "<|user_start|>Be brief.\n\nHi<|user_end|>" in tokenizer.decode(chat.engine.submitted[1][0])
+
+
+# --- commands ---
+
+
+def test_settings_hold_for_the_next_answer(make_chat):
+    chat = make_chat((words("Hello"), "stop"))
+    printed = run_lines(chat, "/temperature 0.5", "/topk 3", "/maxtokens 9", "Hi", "/topk")
+    assert chat.engine.submitted[0][1] == Sampling(temperature=0.5, top_k=3, max_tokens=9)
+    assert printed.count("(top_k 3)") == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/tempreature 1", "/tempreature is no command; did you mean /temperature? /help lists them"),
+        ("/xyzzy", "/xyzzy is no command; /help lists them"),
+        ("/temperature cold", "temperature must be a number, not 'cold'"),
+        ("/temperature -1", "temperature must be"),
+        ("/temperature nan", "temperature must be"),
+        ("/topk 1.5", "top_k must be a whole number, not '1.5'"),
+        ("/maxtokens 0", "max_tokens must be"),
+        ("/save", "/save needs the name of a file"),
+        ("/save talk.json", "there is nothing to save yet"),
+        ("/load", "/load needs the name of a file"),
+        ("/load /absent/talk.json", "cannot read /absent/talk.json"),
+        ("/retry", "there is no answer yet"),
+        ("/continue", "there is no answer yet"),
+    ],
+)
+def test_a_wrong_command_says_what_is_wrong_and_changes_nothing(make_chat, line, message):
+    chat = make_chat()
+    assert f"error: {message}" in run_lines(chat, line)
+    assert (chat.messages, chat.sampling) == ([], Sampling())
+
+
+def test_help_lists_every_command_and_quit_leaves(make_chat):
+    chat = make_chat()
+    printed = run_lines(chat, "/help", "", "  ", "/quit", "never read")
+    assert all(command.usage in printed for command in COMMANDS)
+    assert {"/clear", "/system", "/temperature", "/topk", "/save", "/load", "/help"} <= {c.name for c in COMMANDS}
+
+
+def test_two_slashes_begin_a_message_with_one(make_chat):
+    chat = make_chat((words("A folder."), "stop"))
+    run_lines(chat, "//etc?")
+    assert chat.messages[0] == user("/etc?")
+
+
+def test_a_conversation_is_saved_and_loaded_whole(make_chat, tmp_path):
+    path = tmp_path / "my talks" / "talk.json"
+    chat = make_chat((TOOL_PIECES, "stop"), (words("Gern. 東京 🌿"), "stop"), system="Be kind.")
+    run_lines(chat, "How much?", f"/save {path}", "Danke!", f"/save {path}")
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert saved == chat.conversation
+    assert "東京 🌿" in path.read_text(encoding="utf-8")
+
+    other = make_chat()
+    printed = run_lines(other, f"/load {path}")
+    assert other.conversation == saved
+    assert "> Danke!\nGern. 東京 🌿\n" in printed
+
+
+def test_a_question_at_the_end_of_a_loaded_conversation_is_answered(make_chat, tmp_path):
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps({"messages": [user("Hi"), assistant("Hello"), user("How much?")]}))
+    chat = make_chat((words("408"), "stop"), system="to be replaced")
+    printed = run_lines(chat, f"/load {path}")
+    assert chat.conversation == {"messages": [user("Hi"), assistant("Hello"), user("How much?"), assistant("408")]}
+    assert "> How much?\n408\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("no JSON", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ("[1]", "a conversation must be"),
+        ('{"messages": [{"role": "assistant", "content": "Hi"}]}', "message 1 must have the role 'user'"),
+        ('{"messages": [{"role": "user", "content": "\\ud83c"}]}', "lone surrogate"),
+    ],
+)
+def test_a_file_that_is_no_conversation_is_refused(make_chat, tmp_path, content, message):
+    path = tmp_path / "talk.json"
+    path.write_text(content)
+    chat = make_chat((words("Hello"), "stop"))
+    assert message in run_lines(chat, "Hi", f"/load {path}")
+    assert chat.messages == [user("Hi"), assistant("Hello")]
+
+
+def test_saving_never_replaces_a_file_that_is_no_conversation(make_chat, tmp_path):
+    path = tmp_path / "thesis.tex"
+    path.write_text("years of work")
+    chat = make_chat((words("Hello"), "stop"))
+    assert "holds no conversation; choose another name" in run_lines(chat, "Hi", f"/save {path}")
+    assert path.read_text() == "years of work"
+
+
+# --- reading lines ---
+
+
+def test_lines_are_read_without_readline_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "readline", None)
+    typed = iter(["one \\", "two", "three"])
+    prompts = []
+    monkeypatch.setattr("builtins.input", lambda prompt: prompts.append(prompt) or next(typed))
+    reader = LineReader(tmp_path / "history", [])
+    assert [reader.read(), reader.read()] == ["one \ntwo", "three"]
+    assert prompts == ["> ", ". ", "> "]
+    reader.close()
+    assert not (tmp_path / "history").exists()
+
+
+def test_the_history_is_private_and_commands_complete(tmp_path):
+    readline = pytest.importorskip("readline")
+    path = tmp_path / "history"
+    path.write_text("from before\n")
+    path.chmod(0o644)
+    reader = LineReader(path, ["/save", "/stats", "/system"])
+    try:
+        assert readline.get_history_item(1) == "from before"
+        assert [reader._complete("/s", i) for i in range(4)] == ["/save", "/stats", "/system", None]
+        assert reader._complete(str(tmp_path / "hist"), 0) == str(path)
+        readline.add_history("new")
+        reader.close()
+    finally:
+        readline.clear_history()
+        readline.set_completer(None)
+    assert path.read_text().splitlines()[-2:] == ["from before", "new"]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_history_that_cannot_be_written_is_a_warning(tmp_path, capsys):
+    pytest.importorskip("readline")
+    LineReader(tmp_path / "absent" / "history", []).close()
+    assert "no history in" in capsys.readouterr().out
