@@ -1,0 +1,390 @@
+"""Chat tasks: how often a model answers rightly, with confidence intervals, and ChatCORE over several tasks.
+
+Two kinds of task, each question asked by itself, without worked examples, in the chat format:
+- categorical: of the letters a question offers, the one with the highest logit behind the prompt is the answer;
+- generative: the model writes an answer through the engine, tool calls included, and the task judges it.
+
+Here: prompts that fit the context, answers and verdicts, the share of each rank, and plain paths that the fast ones are
+checked against. Not here: the tasks (given as objects), sums and files of results (`chat_results.py`), flags, printing.
+"""
+
+import functools
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from nanochat.calculator import calculate
+from nanochat.chat import ReplyReader, render_for_completion, stop_ids, visible_text
+from nanochat.chat_results import Item, ResultLog, Sample, TaskResult, summed
+from nanochat.common import UserError, from_rank0
+from nanochat.engine import MAX_TOOL_TOKENS, TOOL_ERROR, Completion, Engine, Token
+from nanochat.sampling import Sampling
+from nanochat.scoring import default_batch_tokens, last_position_logits, last_position_logits_plainly
+from nanochat.tokenizer import Tokenizer
+
+ORDER_SEED = 1234  # of which problems are asked where not all are: the same ones whatever else is set
+GROUP_BATCHES = 8  # categorical questions are scored, and written down, in groups of about so many batches
+GRADE_PROBLEMS = 16  # written answers are judged, and written down, so many problems at a time
+
+Progress = Callable[[int, int], None]  # problems done and to do, of this process
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How tasks are asked. Raises `UserError` for what cannot be.
+
+    `max_problems` of each task at most, 0 for all; the rest is for generative tasks: `num_samples` answers to each
+    problem, drawn at `temperature` (0: greedy) from the `top_k` likeliest tokens (None, 0: from all), at most
+    `max_new_tokens` long, from a seed of their own for each problem, derived from `seed`. `slow`: the plain paths.
+    """
+
+    max_problems: int = 0
+    num_samples: int = 1
+    temperature: float = 0.0
+    top_k: int | None = None
+    max_new_tokens: int = 512
+    seed: int = 0
+    slow: bool = False
+
+    def __post_init__(self):
+        for name, least in (("max_problems", 0), ("num_samples", 1), ("max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise UserError(
+                f"--num-samples {self.num_samples} at temperature 0 would be the same answer so many times; "
+                f"set --temperature, 1.0 for example"
+            )
+        if self.slow and self.temperature != 0:
+            raise UserError(f"--slow answers greedily; leave out --temperature {self.temperature}")
+        self.sampling(0)  # checks the others
+
+    def of_kind(self, kind: str) -> dict[str, Any]:
+        """The settings that the answers to one problem of a task of that kind depend on."""
+        relevant = asdict(self)
+        del relevant["max_problems"]
+        return relevant if kind == "generative" else {"slow": self.slow}
+
+    def sampling(self, index: int) -> Sampling:
+        """How the answers to problem `index` are drawn."""
+        seed = problem_seed(self.seed, index)
+        return Sampling(max_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, seed=seed)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+class Question(NamedTuple):
+    """A problem ready to be asked: its place in the task, its conversation, the prompt's ids."""
+
+    index: int
+    conversation: Mapping[str, Any]
+    ids: list[int]
+    is_cut: bool
+
+
+def choose_problems(count: int, max_problems: int) -> tuple[int, ...]:
+    """Which of `count` problems are asked, ascending: all, or `max_problems` drawn once and for all. Those of a
+    smaller number are among those of a larger one, so that a run can be extended."""
+    order = list(range(count))
+    if 0 < max_problems < count:
+        random.Random(ORDER_SEED).shuffle(order)
+        order = sorted(order[:max_problems])
+    return tuple(order)
+
+
+def prompt_budget(kind: str, sequence_len: int, max_new_tokens: int) -> int:
+    """The longest prompt, in tokens: the whole context for a categorical question; before an answer that has to be
+    written, what `max_new_tokens` leave of it, but at least half."""
+    return sequence_len if kind == "categorical" else max(sequence_len - max_new_tokens, (sequence_len + 1) // 2)
+
+
+def fit_prompt(tokenizer: Tokenizer, conversation: Mapping[str, Any], max_tokens: int) -> tuple[list[int], bool]:
+    """The prompt that asks for the last message of `conversation`, at most `max_tokens` long, and whether it was cut.
+
+    What is too long loses its oldest questions; a last question that is too long by itself, its beginning: what is
+    asked mostly stands at the end. The start of the document and the marks around the question always stay.
+    """
+    asked = {"messages": conversation["messages"][:-1]}
+    whole = render_for_completion(tokenizer, asked).ids
+    if len(whole) <= max_tokens:
+        return whole, False
+    try:
+        return render_for_completion(tokenizer, asked, max_tokens=max_tokens).ids, True
+    except UserError:  # the conversation is in order, as it was rendered above: its last question is too long
+        assert max_tokens > 4, max_tokens  # two marks on either side
+        return whole[:2] + whole[2 - max_tokens :], True
+
+
+@functools.lru_cache(maxsize=16)
+def _questions(task, tokenizer: Tokenizer, indices: tuple[int, ...], max_tokens: int) -> tuple[Question, ...]:
+    """The questions of `task` at `indices`, made once for all evaluations of a training run."""
+    questions = []
+    for index in indices:
+        conversation = task[index]
+        questions.append(Question(index, conversation, *fit_prompt(tokenizer, conversation, max_tokens)))
+    return tuple(questions)
+
+
+def _make_item(tokenizer: Tokenizer, question: Question, samples: Iterable[Sample], **more) -> Item:
+    expected = visible_text(question.conversation["messages"][-1]["content"])
+    kept = {"logits": None, "seed": None} | more
+    return Item(
+        question.index, tokenizer.decode(question.ids), question.is_cut, expected, samples=tuple(samples), **kept
+    )
+
+
+# --- categorical tasks ---------------------------------------------------------------------------
+
+
+def letter_ids(tokenizer: Tokenizer, letters: Sequence[str]) -> list[int]:
+    """The token that stands for each letter where an answer begins: behind a special token, so without anything in
+    front. Of an answer of several tokens that is its first. Raises `UserError` where two answers share it."""
+    firsts = [tokenizer.encode(letter)[0] for letter in letters]
+    if len(set(firsts)) < len(firsts):
+        raise UserError(
+            f"the answers {', '.join(letters)} cannot be told apart by their first token; "
+            f"the task must offer others, single letters for example"
+        )
+    return firsts
+
+
+def _answer_categorical(model, tokenizer: Tokenizer, task, questions: Sequence[Question], slow: bool) -> Iterator[Item]:
+    """The questions with the letter chosen, the longest first, in groups that make full batches."""
+    score = last_position_logits_plainly if slow else last_position_logits
+    group_tokens = 1 if slow else GROUP_BATCHES * default_batch_tokens(model.device)
+    for group in _groups_by_length(questions, group_tokens):
+        letters = [task.letters(question.conversation) for question in group]
+        candidates = [letter_ids(tokenizer, offered) for offered in letters]
+        logits = score(model, [question.ids for question in group], candidates)
+        for question, offered, values in zip(group, letters, logits, strict=True):
+            by_letter = dict(zip(offered, map(float, values), strict=True))
+            yield _judge_letter(tokenizer, task, question, by_letter)
+
+
+def _groups_by_length(questions: Sequence[Question], group_tokens: int) -> Iterator[list[Question]]:
+    """The questions, longest first, cut where a group reaches `group_tokens`."""
+    group: list[Question] = []
+    num_tokens = 0
+    for question in sorted(questions, key=lambda question: -len(question.ids)):
+        group.append(question)
+        num_tokens += len(question.ids)
+        if num_tokens >= group_tokens:
+            yield group
+            group, num_tokens = [], 0
+    if group:
+        yield group
+
+
+def _judge_letter(tokenizer: Tokenizer, task, question: Question, logits: dict[str, float]) -> Item:
+    """The letter with the highest logit, the first of them in a tie. Raises `UserError` where one is not a number: a
+    broken model must not win by comparisons that are all false."""
+    if any(map(math.isnan, logits.values())):
+        raise UserError(
+            f"{task.name}, problem {question.index}: the logits are {logits}; the model's weights are broken"
+        )
+    letter = max(logits, key=logits.__getitem__)
+    sample = Sample(letter, task.evaluate(question.conversation, letter))
+    return _make_item(tokenizer, question, [sample], logits=logits)
+
+
+# --- generative tasks ----------------------------------------------------------------------------
+
+Answered = tuple[Question, list[Completion]]
+
+
+def problem_seed(seed: int, index: int) -> int:
+    """The seed of the samples of problem `index`: its own, so that they depend on neither order nor process."""
+    return random.Random(f"{seed}/{index}").getrandbits(31)
+
+
+def _answer_generative(model, tokenizer: Tokenizer, engine, task, questions, settings: EvalSettings) -> Iterator[Item]:
+    """The questions with what was written and how it was judged, as they are done."""
+    if settings.slow:
+        plain = functools.partial(complete_plainly, model, tokenizer, max_tokens=settings.max_new_tokens)
+        answers = ((question, [plain(question.ids)]) for question in questions)
+    else:
+        answers = _complete_all(engine, questions, settings)
+    done: list[Answered] = []
+    for answer in answers:
+        done.append(answer)
+        if len(done) == GRADE_PROBLEMS:
+            yield from _judge_completions(tokenizer, task, done, settings.seed)
+            done = []
+    yield from _judge_completions(tokenizer, task, done, settings.seed)
+
+
+def _complete_all(engine: Engine, questions: Sequence[Question], settings: EvalSettings) -> Iterator[Answered]:
+    """All questions through the engine at the same time, each given out when its last sample is done."""
+    num_samples = settings.num_samples
+    open_ = {
+        engine.submit(question.ids, settings.sampling(question.index), num_samples=num_samples): question
+        for question in questions
+    }
+    try:
+        while open_:
+            for event in engine.step():
+                if event.request.is_done and event.request in open_:  # several samples may end in the same step
+                    yield open_.pop(event.request), event.request.completions
+    finally:  # where the caller stops early, the engine must not go on with these
+        for request in open_:
+            engine.cancel(request)
+
+
+def _judge_completions(tokenizer: Tokenizer, task, done: Sequence[Answered], seed: int) -> Iterator[Item]:
+    """What the task makes of the answers to some questions."""
+    pairs = [(question.conversation, completion.parts) for question, own in done for completion in own]
+    verdicts = iter(task.evaluate_many(pairs))
+    for question, completions in done:
+        samples = [
+            Sample(
+                output=completion.parts,
+                is_correct=bool(next(verdicts)),
+                scores=task.score(question.conversation, completion.parts),
+                finish_reason=completion.finish_reason,
+                num_tokens=len(completion.tokens),
+            )
+            for completion in completions
+        ]
+        yield _make_item(tokenizer, question, samples, seed=problem_seed(seed, question.index))
+
+
+@torch.no_grad()
+def complete_plainly(model, tokenizer: Tokenizer, prompt: Sequence[int], *, max_tokens: int) -> Completion:
+    """What the engine must agree with at temperature 0: one answer by itself, for each token the whole text through
+    the model, without a cache. A tool call is followed by the tool's answer, which the model does not write itself."""
+    special, ends = tokenizer.special_ids, stop_ids(tokenizer)
+    tool_marks = [special["<|output_start|>"], special["<|output_end|>"]]
+    ids, tokens, forced, call = list(prompt), [], [], None
+    # the model reads a context at most, so that one more token can be said
+    limit = min(len(ids) + max_tokens, model.config.sequence_len + 1)
+    while len(ids) < limit:
+        is_forced = bool(forced)
+        if is_forced:
+            token = forced.pop(0)
+        else:
+            logits = model(torch.tensor([ids], device=model.device))[0, -1].clone()  # (V,)
+            logits[tool_marks] = -torch.inf
+            token = logits.argmax().item()
+            if token in ends:
+                break
+        ids.append(token)
+        tokens.append(Token(token, is_forced))
+        if token == special["<|python_start|>"]:
+            call = len(ids)
+        elif token == special["<|python_end|>"] and call is not None:
+            answer = tokenizer.encode(calculate(tokenizer.decode(ids[call:-1])) or TOOL_ERROR)
+            forced, call = [tool_marks[0], *answer[:MAX_TOOL_TOKENS], tool_marks[1]], None
+    reader = ReplyReader(tokenizer)
+    reader.add(one.id for one in tokens)
+    reader.finish()
+    return Completion(tokens, reader.parts, "length" if len(ids) == limit else "stop")
+
+
+# --- tasks ---------------------------------------------------------------------------------------
+
+
+def check_task(task) -> None:
+    """Have the data of `task` loaded and its judge tried: it must find the task's own answer to a problem right.
+
+    Raises `UserError` for a task without problems or with a judge that does not, and what the task raises: data that
+    cannot be had, no isolation for code.
+    """
+    assert task.kind in ("categorical", "generative"), f"{task.name} cannot be examined"
+    if len(task) == 0:
+        raise UserError(f"the task {task.name} has no problems; choose others")
+    conversation = task[0]
+    if not task.evaluate(conversation, conversation["messages"][-1]["content"]):
+        raise UserError(
+            f"{task.name} does not accept its own answer to its first problem, so that no verdict of it could be "
+            f"trusted; if it runs code, is this machine overloaded?"
+        )
+
+
+def evaluate_task(
+    task,
+    model,
+    tokenizer: Tokenizer,
+    settings: EvalSettings,
+    *,
+    engine: Engine | None = None,
+    log: ResultLog | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> TaskResult:
+    """Ask `model` the problems of `task`, of class `tasks.common.Task` or one like it, and judge its answers.
+
+    model: `GPT`, or what has `device`, `config.sequence_len`, `config.vocab_size`, `hidden`, `logits` and `__call__`
+    like it; engine: an `Engine` with that model, needed for generative tasks unless `settings.slow`. With a process
+    group every rank must call this: each answers its share, all get the result. `log`: where results are kept as they
+    come; with `resume` those that are there already are not asked again. `progress` is called as problems are done.
+
+    Raises `UserError` for logits that are not numbers, for results that cannot be written or, when resuming, were made
+    with other settings, and what the task raises. Call `check_task` for all tasks first, so that it raises early.
+    """
+    begin = time.perf_counter()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    chosen = choose_problems(len(task), settings.max_problems)
+    earlier = _on_rank0(lambda: _earlier_items(log, resume))
+    answered = {item.index for item in earlier}
+    todo = tuple(index for index in chosen if index not in answered)[rank::world_size]
+    budget = prompt_budget(task.kind, model.config.sequence_len, settings.max_new_tokens)
+    questions = _questions(task, tokenizer, todo, budget)
+    if task.kind == "categorical":
+        answers = _answer_categorical(model, tokenizer, task, questions, settings.slow)
+    else:
+        answers = _answer_generative(model, tokenizer, engine, task, questions, settings)
+    own: list[Item] = []
+    append = log.appender(rank) if log is not None else None
+    for item in answers:
+        own.append(item)
+        if append is not None:
+            append(item)
+        if progress is not None:
+            progress(len(own), len(todo))
+    items = {item.index: item for item in [*earlier, *_from_all_ranks(own)]}
+    if log is not None:
+        _on_rank0(lambda: log.write_whole(items.values()))
+    num_earlier = sum(index in answered for index in chosen)
+    return summed(task, [items[index] for index in chosen], num_earlier, time.perf_counter() - begin)
+
+
+def _earlier_items(log: ResultLog | None, resume: bool) -> list[Item]:
+    if log is None:
+        return []
+    if resume:
+        return log.recover()
+    log.discard()
+    return []
+
+
+def _on_rank0(work: Callable[[], Any]) -> Any:
+    """Do `work` in one process; its result, or the `UserError` it raised, is that of every process."""
+    outcome = None, None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome = work(), None
+        except UserError as error:
+            outcome = None, error
+    result, error = from_rank0(outcome)
+    if error is not None:
+        raise error
+    return result
+
+
+def _from_all_ranks(own: list[Item]) -> list[Item]:
+    gathered = [own]
+    if dist.is_initialized():
+        gathered = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, own)
+    return [item for items in gathered for item in items]

@@ -1,0 +1,372 @@
+"""Chat tasks: prompts by hand, the fast paths against the plain ones, stopping and going on, ranks."""
+
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import WORDS, fill_randomly
+from ranks import run_ranks
+
+from nanochat.chat import visible_text
+from nanochat.chat_eval import (
+    EvalSettings,
+    check_task,
+    choose_problems,
+    complete_plainly,
+    evaluate_task,
+    fit_prompt,
+    letter_ids,
+    problem_seed,
+    prompt_budget,
+)
+from nanochat.chat_results import ResultLog
+from nanochat.common import UserError
+from nanochat.engine import Engine
+from nanochat.gpt import GPTConfig, build_model
+from nanochat.tokenizer import Tokenizer
+from tasks.common import Task, choice_conversation
+
+CONTEXT_TOKENS = 96
+GREEDY = EvalSettings(max_new_tokens=8)
+DRAWN = EvalSettings(max_new_tokens=8, temperature=1.0, num_samples=3, seed=5)
+
+
+class Quiz(Task):
+    """Questions of any length, some longer than the context, with two to five choices."""
+
+    kind = "categorical"
+    baseline = 0.25
+
+    def __init__(self, name="Quiz", count=24):
+        self.name, self.count = name, count
+
+    def __len__(self):
+        return self.count
+
+    def conversation(self, index):
+        rng = random.Random(index)
+        letters = "ABCDE"[: rng.randint(2, 5)]
+        question = " ".join(rng.choices(WORDS, k=rng.randint(1, 70)))
+        return choice_conversation(question, rng.choices(WORDS, k=len(letters)), letters, rng.choice(letters))
+
+
+class Echo(Task):
+    """Words to repeat; any answer with an even number of characters will do, and some are called short."""
+
+    kind = "generative"
+    name = "Echo"
+
+    def __len__(self):
+        return 13
+
+    def conversation(self, index):
+        rng = random.Random(index)
+        text = " ".join(rng.choices(WORDS, k=rng.choice([1, 5, 80])))
+        return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "ab"}]}
+
+    def evaluate(self, conversation, completion):
+        return len(visible_text(completion)) % 2 == 0
+
+    def score(self, conversation, completion):
+        return {"short": float(len(visible_text(completion)) < 20)}
+
+
+def make_model(tokenizer):
+    config = GPTConfig.from_depth(
+        3, vocab_size=tokenizer.vocab_size, sequence_len=CONTEXT_TOKENS, head_dim=32, kv_ratio=2
+    )
+    model = build_model(config, generator=torch.Generator().manual_seed(0)).eval().requires_grad_(False)
+    fill_randomly(model)
+    return model
+
+
+@pytest.fixture
+def model(tokenizer):
+    return make_model(tokenizer)
+
+
+@pytest.fixture
+def engine(model, tokenizer):
+    return Engine(model, tokenizer, max_rows=4)
+
+
+def outputs(result):
+    """What was answered and how it was judged, without the logits' last digits."""
+    return [(item.index, item.prompt, item.is_cut, item.seed, item.samples) for item in result.items]
+
+
+def question(text):
+    return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]}
+
+
+# --- prompts ---
+
+
+def test_a_prompt_that_fits_is_whole(tokenizer):
+    special = tokenizer.special_ids
+    ids, is_cut = fit_prompt(tokenizer, question("river stone"), 32)
+    marks = [special["<|bos|>"], special["<|user_start|>"]], [special["<|user_end|>"], special["<|assistant_start|>"]]
+    assert ids == [*marks[0], *tokenizer.encode("river stone"), *marks[1]]
+    assert not is_cut
+    assert fit_prompt(tokenizer, question("river stone"), len(ids)) == (ids, False)
+
+
+def test_a_question_that_is_too_long_loses_its_beginning(tokenizer):
+    whole, _ = fit_prompt(tokenizer, question("one two three four five six seven"), 100)
+    ids, is_cut = fit_prompt(tokenizer, question("one two three four five six seven"), len(whole) - 3)
+    assert ids == whole[:2] + whole[5:]
+    assert is_cut
+
+
+def test_a_conversation_that_is_too_long_loses_its_oldest_question(tokenizer):
+    turns = [
+        ("user", "summer garden"),
+        ("assistant", "music"),
+        *[(m["role"], m["content"]) for m in question("stone")["messages"]],
+    ]
+    conversation = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    whole, _ = fit_prompt(tokenizer, conversation, 100)
+    ids, is_cut = fit_prompt(tokenizer, conversation, len(whole) - 1)
+    assert ids == fit_prompt(tokenizer, question("stone"), 100)[0]
+    assert is_cut
+
+
+def test_a_written_answer_has_room_for_its_tokens_or_half_of_the_context():
+    assert prompt_budget("categorical", 64, 48) == 64
+    assert prompt_budget("generative", 64, 16) == 48
+    assert prompt_budget("generative", 64, 48) == 32
+    assert prompt_budget("generative", 65, 1000) == 33
+
+
+def test_problems_of_a_small_number_are_among_those_of_a_larger_one():
+    assert choose_problems(5, 0) == choose_problems(5, 5) == choose_problems(5, 9) == (0, 1, 2, 3, 4)
+    few, more = choose_problems(100, 10), choose_problems(100, 30)
+    assert len(few) == 10
+    assert len(more) == 30
+    assert set(few) < set(more)
+    assert list(more) == sorted(more)
+    assert max(more) > 60  # not the first ones: data sets are ordered by subject
+
+
+def test_letters_are_the_tokens_an_answer_begins_with(tokenizer):
+    assert letter_ids(tokenizer, "ABCD") == [tokenizer.encode(letter)[0] for letter in "ABCD"]
+    assert letter_ids(tokenizer, ["12", "345"]) == [tokenizer.encode("12")[0], tokenizer.encode("345")[0]]
+    with pytest.raises(UserError, match="cannot be told apart"):
+        letter_ids(tokenizer, ["A", "B", "A"])
+
+
+# --- fast against plain ---
+
+
+@pytest.mark.parametrize("batch_tokens", [200, 100000])
+def test_the_fast_path_chooses_letter_by_letter_what_the_plain_one_does(model, tokenizer, monkeypatch, batch_tokens):
+    monkeypatch.setattr("nanochat.scoring.CPU_BATCH_TOKENS", batch_tokens)
+    fast = evaluate_task(Quiz(), model, tokenizer, EvalSettings())
+    slow = evaluate_task(Quiz(), model, tokenizer, EvalSettings(slow=True))
+    assert outputs(fast) == outputs(slow)
+    for ours, plain in zip(fast.items, slow.items, strict=True):
+        assert ours.logits == pytest.approx(plain.logits, abs=1e-4)
+        assert ours.samples[0].output == max(plain.logits, key=plain.logits.get)
+    assert 0 < fast.num_cut < len(fast.items)
+    assert 0 < fast.accuracy.value < 1
+
+
+def test_written_answers_are_those_of_the_plain_loop(model, tokenizer, engine):
+    fast = evaluate_task(Echo(), model, tokenizer, GREEDY, engine=engine)
+    slow = evaluate_task(Echo(), model, tokenizer, replace(GREEDY, slow=True))
+    assert outputs(fast) == outputs(slow)
+    assert 0 < fast.num_cut < len(fast.items)
+    assert 0 < fast.accuracy.value < 1
+    assert fast.scores == slow.scores
+
+
+class Script:
+    """A model that says one token after the other, whatever stands before."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, tokenizer, ids, sequence_len=64):
+        self.config = SimpleNamespace(sequence_len=sequence_len, vocab_size=tokenizer.vocab_size)
+        self.ids, self.num_calls = iter(ids), 0
+
+    def __call__(self, idx):
+        self.num_calls += 1
+        return torch.nn.functional.one_hot(torch.tensor([[next(self.ids)]]), self.config.vocab_size).float()
+
+
+def test_the_plain_loop_answers_tool_calls_and_ends_with_the_turn(tokenizer):
+    special = tokenizer.special_ids
+    call = [special["<|python_start|>"], *tokenizer.encode("6*7"), special["<|python_end|>"]]
+    refused = [special["<|python_start|>"], *tokenizer.encode("six"), special["<|python_end|>"]]
+    said = [*tokenizer.encode("It is "), *call, *tokenizer.encode("42."), *refused, special["<|assistant_end|>"]]
+    completion = complete_plainly(Script(tokenizer, said), tokenizer, [1, 2, 3], max_tokens=50)
+    kinds = ["text", "python", "python_output", "text", "python", "python_output"]
+    texts = ["It is ", "6*7", "42", "42.", "six", "error"]
+    assert completion.parts == [{"type": t, "text": text} for t, text in zip(kinds, texts, strict=True)]
+    assert completion.finish_reason == "stop"
+    forced = [token.id for token in completion.tokens if token.is_forced]
+    assert tokenizer.decode(forced) == "<|output_start|>42<|output_end|><|output_start|>error<|output_end|>"
+
+
+def test_the_plain_loop_stops_for_want_of_tokens_and_of_context(tokenizer):
+    said = tokenizer.encode("river stone river stone river stone river stone")
+    for context, max_tokens, expected in ((64, 3, 3), (6, 30, 5)):
+        completion = complete_plainly(Script(tokenizer, said, context), tokenizer, [1, 2], max_tokens=max_tokens)
+        assert completion.ids == said[:expected]
+        assert completion.finish_reason == "length"
+
+
+# --- sampling ---
+
+
+def test_samples_depend_on_the_seed_and_on_nothing_that_runs_beside(model, tokenizer, engine):
+    result = evaluate_task(Echo(), model, tokenizer, DRAWN, engine=engine)
+    alone = evaluate_task(Echo(), model, tokenizer, DRAWN, engine=Engine(model, tokenizer, max_rows=1))
+    few = evaluate_task(Echo(), model, tokenizer, replace(DRAWN, max_problems=6), engine=engine)
+    other = evaluate_task(Echo(), model, tokenizer, replace(DRAWN, seed=6), engine=engine)
+    assert outputs(result) == outputs(alone)
+    assert set(map(repr, outputs(few))) < set(map(repr, outputs(result)))
+    assert outputs(result) != outputs(other)
+    assert all(item.seed == problem_seed(5, item.index) for item in result.items)
+    assert any(len({str(sample.output) for sample in item.samples}) == 3 for item in result.items)
+
+
+def test_several_samples_count_by_their_mean_and_by_any_of_them(model, tokenizer, engine):
+    result = evaluate_task(Echo(), model, tokenizer, DRAWN, engine=engine)
+    verdicts = [[sample.is_correct for sample in item.samples] for item in result.items]
+    assert result.accuracy.value == pytest.approx(sum(map(sum, verdicts)) / (3 * len(verdicts)))
+    assert result.pass_at_k.value == pytest.approx(sum(map(any, verdicts)) / len(verdicts))
+    assert result.pass_at_k.value > result.accuracy.value
+
+
+# --- stopping, ranks ---
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(count):
+    def progress(done, total):
+        if done == count:
+            raise Stopped
+
+    return progress
+
+
+@pytest.mark.parametrize(("make_task", "settings"), [(Quiz, EvalSettings()), (Echo, GREEDY), (Echo, DRAWN)])
+def test_a_run_stopped_again_and_again_ends_as_one_never_interrupted(
+    model, tokenizer, engine, tmp_path, monkeypatch, make_task, settings
+):
+    monkeypatch.setattr("nanochat.chat_eval.GRADE_PROBLEMS", 4)
+    monkeypatch.setattr("nanochat.scoring.CPU_BATCH_TOKENS", 100)
+    options = {"engine": engine, "resume": True}
+    whole = evaluate_task(
+        make_task(), model, tokenizer, settings, log=ResultLog(tmp_path / "whole.jsonl", {}), **options
+    )
+    log = ResultLog(tmp_path / "parts.jsonl", {})
+    for count in (1, 5):
+        with pytest.raises(Stopped):
+            evaluate_task(make_task(), model, tokenizer, settings, log=log, progress=stop_after(count), **options)
+        assert not engine.has_work
+    result = evaluate_task(make_task(), model, tokenizer, settings, log=log, **options)
+    assert outputs(result) == outputs(whole)
+    assert result.accuracy == whole.accuracy
+    assert (result.num_earlier, whole.num_earlier) == (6, 0)
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["parts.jsonl", "whole.jsonl"]
+    if make_task is Echo:
+        assert (tmp_path / "parts.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_a_finished_run_is_extended_by_more_problems_and_replaced_without_resume(model, tokenizer, tmp_path):
+    log = ResultLog(tmp_path / "Quiz.jsonl", {})
+    evaluate_task(Quiz(), model, tokenizer, EvalSettings(max_problems=10), log=log)
+    more = evaluate_task(Quiz(), model, tokenizer, EvalSettings(max_problems=15), log=log, resume=True)
+    assert (more.num_earlier, len(more.items)) == (10, 15)
+    fewer = evaluate_task(Quiz(), model, tokenizer, EvalSettings(max_problems=5), log=log, resume=True)
+    assert (fewer.num_earlier, len(fewer.items)) == (5, 5)
+    assert len(log.recover()) == 15
+    again = evaluate_task(Quiz(), model, tokenizer, EvalSettings(max_problems=5), log=log)
+    assert again.num_earlier == 0
+    assert len(log.recover()) == 5
+
+
+def evaluate_on_rank(rank, world_size, folder):
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    model = make_model(tokenizer)
+    engine = Engine(model, tokenizer, max_rows=4)
+    results, totals = [], []
+    for task, settings in ((Quiz(), EvalSettings()), (Echo(), DRAWN), (Quiz("One", 1), EvalSettings())):
+        log = ResultLog(folder / f"{task.name}.jsonl", {})
+        results.append(
+            evaluate_task(
+                task, model, tokenizer, settings, engine=engine, log=log, resume=True,
+                progress=lambda _, total: totals.append(total),
+            )
+        )  # fmt: skip
+    try:
+        evaluate_task(Quiz(), model, tokenizer, GREEDY, log=ResultLog(folder / "Quiz.jsonl", {"x": 1}), resume=True)
+    except UserError as error:
+        return results, set(totals), str(error)
+
+
+def test_two_ranks_have_the_results_of_one_and_go_on_where_one_stopped(model, tokenizer, engine, tmp_path, monkeypatch):
+    monkeypatch.setattr("nanochat.scoring.CPU_BATCH_TOKENS", 100)
+    tokenizer.save(tmp_path / "tokenizer")
+    log = ResultLog(tmp_path / "Quiz.jsonl", {})
+    with pytest.raises(Stopped):
+        evaluate_task(Quiz(), model, tokenizer, EvalSettings(), log=log, progress=stop_after(7))
+    expected = [
+        evaluate_task(Quiz(), model, tokenizer, EvalSettings()),
+        evaluate_task(Echo(), model, tokenizer, DRAWN, engine=engine),
+        evaluate_task(Quiz("One", 1), model, tokenizer, EvalSettings()),
+    ]
+    ended = run_ranks(evaluate_on_rank, 2, tmp_path / "ranks", tmp_path)
+    for results, _, refusal in ended:
+        assert [outputs(result) for result in results] == [outputs(result) for result in expected]
+        assert results[0].num_earlier == 7
+        assert "without --resume" in refusal
+    assert ended[0][1] == {9, 7, 1}  # of 17 that are left, 13 and 1 problems
+    assert ended[1][1] == {8, 6}
+    assert len(ResultLog(tmp_path / "Echo.jsonl", {}).recover()) == 13
+    assert not list(tmp_path.glob("*.part*"))
+
+
+# --- mistakes ---
+
+
+def test_a_logit_that_is_no_number_is_an_error_and_no_winner(model, tokenizer):
+    model.lm_head.weight[tokenizer.encode("B")[0]] = float("nan")
+    with pytest.raises(UserError, match=r"Quiz, problem \d+: .*weights are broken"):
+        evaluate_task(Quiz(), model, tokenizer, EvalSettings())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_problems": -1},
+        {"num_samples": 0},
+        {"max_new_tokens": 0},
+        {"num_samples": 2},
+        {"slow": True, "temperature": 0.5},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings):
+    with pytest.raises(UserError):
+        EvalSettings(**settings)
+
+
+def test_a_task_that_is_empty_or_rejects_its_own_answer_is_refused():
+    check_task(Quiz())
+    check_task(Echo())
+    with pytest.raises(UserError, match="Quiz has no problems"):
+        check_task(Quiz(count=0))
+    strict = Echo()
+    strict.evaluate = lambda conversation, completion: False
+    with pytest.raises(UserError, match="Echo does not accept its own answer"):
+        check_task(strict)
