@@ -311,6 +311,20 @@ def check_task(task) -> None:
         )
 
 
+def prepare_logs(logs: Iterable[ResultLog], *, resume: bool) -> None:
+    """Forget what is in `logs`, or with `resume` see that all of it can be gone on with, before hours go into the
+    first task. With a process group every rank must call this. Raises `UserError` where the settings were others."""
+
+    def prepare() -> None:
+        for log in logs:
+            if resume:
+                log.recover()
+            else:
+                log.discard()
+
+    _on_rank0(prepare)
+
+
 def evaluate_task(
     task,
     model,
@@ -319,7 +333,6 @@ def evaluate_task(
     *,
     engine: Engine | None = None,
     log: ResultLog | None = None,
-    resume: bool = False,
     progress: Progress | None = None,
 ) -> TaskResult:
     """Ask `model` the problems of `task`, of class `tasks.common.Task` or one like it, and judge its answers.
@@ -327,15 +340,15 @@ def evaluate_task(
     model: `GPT`, or what has `device`, `config.sequence_len`, `config.vocab_size`, `hidden`, `logits` and `__call__`
     like it; engine: an `Engine` with that model, needed for generative tasks unless `settings.slow`. With a process
     group every rank must call this: each answers its share, all get the result. `log`: where results are kept as they
-    come; with `resume` those that are there already are not asked again. `progress` is called as problems are done.
+    come; problems that have one there already are not asked again. `progress` is called as problems are done.
 
-    Raises `UserError` for logits that are not numbers, for results that cannot be written or, when resuming, were made
-    with other settings, and what the task raises. Call `check_task` for all tasks first, so that it raises early.
+    Raises `UserError` for logits that are not numbers, for results that cannot be written or were made with other
+    settings, and what the task raises. Call `check_task` for all tasks first, so that it raises early.
     """
     begin = time.perf_counter()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     chosen = choose_problems(len(task), settings.max_problems)
-    earlier = _on_rank0(lambda: _earlier_items(log, resume))
+    earlier = [] if log is None else _on_rank0(log.recover)
     answered = {item.index for item in earlier}
     todo = tuple(index for index in chosen if index not in answered)[rank::world_size]
     budget = prompt_budget(task.kind, model.config.sequence_len, settings.max_new_tokens)
@@ -357,15 +370,6 @@ def evaluate_task(
         _on_rank0(lambda: log.write_whole(items.values()))
     num_earlier = sum(index in answered for index in chosen)
     return summed(task, [items[index] for index in chosen], num_earlier, time.perf_counter() - begin)
-
-
-def _earlier_items(log: ResultLog | None, resume: bool) -> list[Item]:
-    if log is None:
-        return []
-    if resume:
-        return log.recover()
-    log.discard()
-    return []
 
 
 def _on_rank0(work: Callable[[], Any]) -> Any:

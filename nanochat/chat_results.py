@@ -170,7 +170,8 @@ class ResultLog:
     def discard(self) -> None:
         """Forget all results."""
         for path in (self.path, *self._parts()):
-            path.unlink(missing_ok=True)
+            with disk_errors("new results", path):
+                path.unlink(missing_ok=True)
 
     def recover(self) -> list[Item]:
         """The results of earlier runs, whatever number of processes they had; parts become one whole file.

@@ -262,7 +262,7 @@ def test_a_run_stopped_again_and_again_ends_as_one_never_interrupted(
 ):
     monkeypatch.setattr("nanochat.chat_eval.GRADE_PROBLEMS", 4)
     monkeypatch.setattr("nanochat.scoring.CPU_BATCH_TOKENS", 100)
-    options = {"engine": engine, "resume": True}
+    options = {"engine": engine}
     whole = evaluate_task(
         make_task(), model, tokenizer, settings, log=ResultLog(tmp_path / "whole.jsonl", {}), **options
     )
@@ -280,17 +280,14 @@ def test_a_run_stopped_again_and_again_ends_as_one_never_interrupted(
         assert (tmp_path / "parts.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
-def test_a_finished_run_is_extended_by_more_problems_and_replaced_without_resume(model, tokenizer, tmp_path):
+def test_a_finished_run_is_extended_by_more_problems(model, tokenizer, tmp_path):
     log = ResultLog(tmp_path / "Quiz.jsonl", {})
     evaluate_task(Quiz(), model, tokenizer, EvalSettings(max_problems=10), log=log)
-    more = evaluate_task(Quiz(), model, tokenizer, EvalSettings(max_problems=15), log=log, resume=True)
+    more = evaluate_task(Quiz(), model, tokenizer, EvalSettings(max_problems=15), log=log)
     assert (more.num_earlier, len(more.items)) == (10, 15)
-    fewer = evaluate_task(Quiz(), model, tokenizer, EvalSettings(max_problems=5), log=log, resume=True)
+    fewer = evaluate_task(Quiz(), model, tokenizer, EvalSettings(max_problems=5), log=log)
     assert (fewer.num_earlier, len(fewer.items)) == (5, 5)
     assert len(log.recover()) == 15
-    again = evaluate_task(Quiz(), model, tokenizer, EvalSettings(max_problems=5), log=log)
-    assert again.num_earlier == 0
-    assert len(log.recover()) == 5
 
 
 def evaluate_on_rank(rank, world_size, folder):
@@ -302,12 +299,12 @@ def evaluate_on_rank(rank, world_size, folder):
         log = ResultLog(folder / f"{task.name}.jsonl", {})
         results.append(
             evaluate_task(
-                task, model, tokenizer, settings, engine=engine, log=log, resume=True,
+                task, model, tokenizer, settings, engine=engine, log=log,
                 progress=lambda _, total: totals.append(total),
             )
         )  # fmt: skip
     try:
-        evaluate_task(Quiz(), model, tokenizer, GREEDY, log=ResultLog(folder / "Quiz.jsonl", {"x": 1}), resume=True)
+        evaluate_task(Quiz(), model, tokenizer, GREEDY, log=ResultLog(folder / "Quiz.jsonl", {"x": 1}))
     except UserError as error:
         return results, set(totals), str(error)
 
