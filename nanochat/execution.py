@@ -52,6 +52,7 @@ MEMORY_BYTES = 512 << 20  # address space of each process
 OUTPUT_BYTES = 64 << 10  # of the program's standard output and error together
 SCRATCH_BYTES = 16 << 20
 KILL_SECONDS = 5.0  # for killed processes to be gone
+EXIT_SECONDS = 1.0  # from the end of a process's pipes to its exit status
 MAX_SOURCE = 1 << 20  # characters of a program or its tests
 
 _FILE_BYTES = 8 << 20
@@ -238,7 +239,8 @@ def _bubblewrap() -> list[str]:
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
-    command += ["--die-with-parent", "--new-session", "--hostname", "sandbox"]
+    # without a reaper of its own as process 1, which would be left to the system's to reap
+    command += ["--as-pid-1", "--die-with-parent", "--new-session", "--hostname", "sandbox"]
     roots = [path for path in visible if not any(path.startswith(f"{parent}/") for parent in visible)]
     for folder in sorted({str(parent) for path in roots for parent in Path(path).parents} - {"/"}):
         command += ["--perms", "0755", "--dir", folder]  # left to itself, bubblewrap may close them to other users
@@ -362,7 +364,7 @@ class _Run:
     def explain_crash(self, detail: str) -> tuple[str, str]:
         """(status, detail) of a candidate that is gone, by how it ended."""
         try:
-            code = self.processes["candidate"].wait(KILL_SECONDS)
+            code = self.processes["candidate"].wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:  # it only closed its pipes
             return "crashed", detail
         number = -code if code < 0 else code - 128  # of a signal: as Python tells it, as shells and bubblewrap do
@@ -378,13 +380,33 @@ class _Run:
         """
         for process in self.processes.values():
             if process.returncode is None:  # else its number may be another's by now
-                with suppress(ProcessLookupError, PermissionError):  # PermissionError: macOS, of one that has ended
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                _kill(process)
         deadline = time.monotonic() + KILL_SECONDS
         while self.selector.get_map() and (events := self.selector.select(max(0.0, deadline - time.monotonic()))):
             for key, _ in events:
                 self.take(key)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """End `process` and what it started, the inside of a sandbox first.
+
+    The process outside then reaps the one inside and ends by itself. Killed first, it would leave a zombie behind where
+    the system's first process reaps none, as in many containers.
+    """
+    try:
+        inside = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    except OSError:  # no /proc, or gone already
+        inside = []
+    for pid in inside:
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    if inside:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(KILL_SECONDS)
+            return
+    with suppress(ProcessLookupError, PermissionError):  # PermissionError: macOS, of a process that has ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 class _Pipe(NamedTuple):
