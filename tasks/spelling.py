@@ -139,7 +139,7 @@ class LetterCounting(_WordTask):
     name = "SpellingBee"
 
     def ask(self, word: str, rng: random.Random) -> Conversation:
-        letter = rng.choice(word if rng.random() < 0.75 else ALPHABET)
+        letter = _draw_letter(word, rng)
         question = _vary(rng.choice(COUNT_QUESTIONS).format(word=_quoted(word, rng), letter=_quoted(letter, rng)), rng)
         return _conversation(question, counting_answer(word, letter))
 
@@ -187,6 +187,16 @@ def counting_answer(word: str, letter: str) -> list[dict[str, str]]:
         {"type": "python_output", "text": str(calculate(expression))},
         {"type": "text", "text": f"{count}, so the letter {letter} is in {word} {times}.\n\n{ANSWER_MARK} {count}"},
     ]
+
+
+def _draw_letter(word: str, rng: random.Random) -> str:
+    """A letter to count: any, one of the word, or one that is most frequent in it. Drawn evenly, three answers in four
+    would be 1."""
+    share = rng.random()
+    if share < 0.2:
+        return rng.choice(ALPHABET)
+    most = max(map(word.count, word))
+    return rng.choice(word if share < 0.5 else [letter for letter in word if word.count(letter) == most])
 
 
 def _true_count(conversation: Conversation) -> Fraction | None:

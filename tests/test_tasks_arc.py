@@ -1,0 +1,51 @@
+import pytest
+from hub_fixtures import arc_row, serve_rows
+
+from nanochat.common import UserError
+from tasks import arc
+from tasks.arc import ARC
+
+
+@pytest.fixture
+def task(monkeypatch):
+    rows = [arc_row("ABCD", "C", number=0), arc_row("1234", "4", number=1), arc_row("ABC", "A", number=2)]
+    rows.append(arc_row("ABCDE", "E", number=3))
+    serve_rows(monkeypatch, {(arc.REPO, "ARC-Easy", "validation"): rows})
+    monkeypatch.setitem(arc.NUM_ROWS, ("ARC-Easy", "validation"), len(rows))
+    return ARC("ARC-Easy", "validation")
+
+
+def test_questions_keep_the_labels_they_have(task):
+    assert [task.letters(c) for c in task] == [tuple("ABCD"), tuple("1234"), tuple("ABC"), tuple("ABCDE")]
+    assert [c["messages"][-1]["content"] for c in task] == ["C", "4", "A", "E"]
+    assert task[1]["messages"][0]["content"] == (
+        "Multiple choice: Question 1?\n- choice 1 of 1 [1]\n- choice 2 of 1 [2]\n- choice 3 of 1 [3]\n"
+        "- choice 4 of 1 [4]\nAnswer with the letter of the right choice."
+    )
+
+
+def test_only_the_right_label_is_right(task):
+    for conversation, right in zip(task, "C4AE", strict=True):
+        verdicts = {letter: task.evaluate(conversation, letter) for letter in task.letters(conversation)}
+        assert verdicts == {letter: letter == right for letter in verdicts}
+
+
+def test_a_task_says_what_its_rows_are_for(task):
+    assert (task.name, task.kind, task.purpose, task.baseline, task.num_choices) == (
+        "ARC-Easy", "categorical", "validation", 0.25, 4,
+    )  # fmt: skip
+    assert ARC("ARC-Challenge", "test").purpose == "test"
+    assert ARC("ARC-Challenge", "train").purpose == "train"
+
+
+@pytest.mark.parametrize(("labels", "answer"), [("ABCD", "E"), ("ABCA", "A"), ("ABXY", "A"), ("1234", "A")])
+def test_labels_that_do_not_fit_are_an_error_with_the_row(monkeypatch, labels, answer):
+    serve_rows(monkeypatch, {(arc.REPO, "ARC-Easy", "train"): [arc_row(labels, answer)]})
+    with pytest.raises(UserError, match="in row 0, "):
+        ARC("ARC-Easy", "train")[0]
+
+
+def test_unknown_subsets_and_splits_are_refused_at_once():
+    for subset, split in (("ARC-Hard", "test"), ("ARC-Easy", "dev")):
+        with pytest.raises(AssertionError):
+            ARC(subset, split)

@@ -1,0 +1,81 @@
+import json
+
+import pytest
+
+from nanochat.common import UserError
+from tasks.custom_json import CustomJSON
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello\u2028you \U0001f642"}]
+PARTS = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, {"type": "text", "text": "2"}]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*lines: str, encoding: str = "utf-8") -> CustomJSON:
+        path = tmp_path / "mine.jsonl"
+        path.write_bytes("\n".join(lines).encode(encoding))
+        return CustomJSON(path)
+
+    return write
+
+
+def test_lines_are_objects_or_bare_lists(write):
+    with_parts = [TURNS[0], {"role": "assistant", "content": PARTS}]
+    task = write(
+        json.dumps({"messages": TURNS, "source": "here"}),
+        "",
+        json.dumps(with_parts),
+        json.dumps(TURNS, ensure_ascii=False),
+    )
+    assert list(task) == [{"messages": TURNS}, {"messages": with_parts}, {"messages": TURNS}]
+    assert (task.name, task.kind, task.purpose) == ("mine", None, "train")
+
+
+def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(write):
+    assert list(write(json.dumps(TURNS) + "\r", json.dumps(TURNS), encoding="utf-8-sig")) == [{"messages": TURNS}] * 2
+
+
+def test_changing_a_conversation_leaves_the_task_as_it_was(write):
+    task = write(json.dumps(TURNS))
+    task[0]["messages"].clear()
+    assert task[0]["messages"] == TURNS
+
+
+def test_the_file_is_read_at_the_first_use_only(tmp_path):
+    task = CustomJSON(tmp_path / "later.jsonl")
+    (tmp_path / "later.jsonl").write_text(json.dumps(TURNS))
+    assert len(task) == 1
+    (tmp_path / "later.jsonl").unlink()
+    assert task[0]["messages"] == TURNS
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("{", "is not JSON"),
+        ("3", "a conversation must be"),
+        ("[]", "at least one message"),
+        ('{"message": []}', "a conversation must be"),
+        ("[" * 100_000, "is not JSON"),
+        ("9" * 5000, "is not JSON"),
+        (json.dumps(TURNS[:1]), "the last message must be the assistant's"),
+        (json.dumps(TURNS[1:]), "message 1 must have the role 'user'"),
+        (json.dumps([TURNS[0], {"role": "bot", "content": ""}]), "message 2 has the role 'bot'"),
+        (json.dumps([TURNS[0], {"role": "assistant", "content": [{"type": "image"}]}]), "message 2 has the part"),
+        (json.dumps([TURNS[0], {"role": "assistant", "content": "\ud800"}]), "not valid Unicode"),
+    ],
+)
+def test_a_line_that_is_no_conversation_is_named(write, line, fault):
+    with pytest.raises(UserError, match=rf"mine\.jsonl, line 3.*{fault}"):
+        len(write(json.dumps(TURNS), "", line))
+
+
+def test_files_that_cannot_be_read_are_named(write, tmp_path):
+    with pytest.raises(UserError, match="holds no conversations"):
+        len(write("", " "))
+    with pytest.raises(UserError, match=r"nowhere\.jsonl .*check the path"):
+        len(CustomJSON(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(UserError, match="cannot read"):
+        len(CustomJSON(tmp_path))
+    with pytest.raises(UserError, match="not UTF-8"):
+        len(write(json.dumps("é", ensure_ascii=False), encoding="latin-1"))

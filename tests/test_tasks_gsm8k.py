@@ -1,0 +1,128 @@
+import pytest
+from hub_fixtures import gsm8k_row, serve_rows
+
+from nanochat.calculator import calculate
+from nanochat.chat import check_conversation, visible_text
+from nanochat.common import UserError
+from tasks import gsm8k
+from tasks.gsm8k import GSM8K, answer_parts
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    train = [gsm8k_row(a, 4) for a in range(10)]
+    test = [gsm8k_row(a, 8) for a in range(3)]
+    monkeypatch.setattr(gsm8k, "NUM_ROWS", {"train": 10, "test": 3})
+    monkeypatch.setattr(gsm8k, "NUM_TRAIN_ROWS", 7)
+    serve_rows(monkeypatch, {(gsm8k.REPO, "main", "train"): train, (gsm8k.REPO, "main", "test"): test})
+    return train, test
+
+
+def test_calls_become_parts_with_the_result_the_tool_will_give():
+    assert answer_parts("48/2 = <<48/2=24>>24 clips") == [
+        {"type": "text", "text": "48/2 = "},
+        {"type": "python", "text": "48/2"},
+        {"type": "python_output", "text": "24.0"},
+        {"type": "text", "text": "24 clips"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("call", "result"),
+    [
+        ("3*.10=.3", "0.30000000000000004"),
+        ("1,000+1=1,001", "1001"),
+        ("5-5=0", "0"),
+        (".3-.1*3=0", "-5.551115123125783e-17"),
+        ("1+1=3", None),
+        ("1/3=.33", None),
+        ("x+1=2", None),
+        ("'a'+'b'=2", None),
+        ("1/0=0", None),
+        ("2=two", None),
+    ],
+)
+def test_a_call_is_kept_only_if_the_calculator_agrees(call, result):
+    parts = answer_parts(f"It is <<{call}>>so much.")
+    if result is None:
+        assert parts == [{"type": "text", "text": "It is so much."}]
+    else:
+        assert parts[1:3] == [
+            {"type": "python", "text": call.split("=")[0]},
+            {"type": "python_output", "text": result},
+        ]
+
+
+def test_an_answer_without_its_calls_is_the_text_of_the_data(rows):
+    conversation = GSM8K("main", "train")[3]
+    check_conversation(conversation)
+    assert conversation["messages"][0]["content"] == "3 pens and 4 pens, halved?"
+    answer = conversation["messages"][1]["content"]
+    assert visible_text(answer) == "There are 3+4 = 7 pens.\nHalf is 3.5.\n#### 3.5"
+    calls = [part["text"] for part in answer if part["type"] == "python"]
+    assert [part["text"] for part in answer if part["type"] == "python_output"] == [calculate(call) for call in calls]
+    assert calls == ["3+4", "7/2"]
+
+
+def test_training_and_validation_share_no_row_and_no_test_row(rows):
+    questions = {
+        split: [c["messages"][0]["content"] for c in GSM8K("main", split)] for split in ("train", "validation", "test")
+    }
+    train, test = rows
+    assert questions["train"] + questions["validation"] == [row["question"] for row in train]
+    assert (len(questions["train"]), len(questions["validation"])) == (7, 3)
+    assert questions["test"] == [row["question"] for row in test]
+    assert [GSM8K("main", split).purpose for split in questions] == list(questions)
+
+
+def test_the_real_split_points():
+    assert (gsm8k.NUM_ROWS, gsm8k.NUM_TRAIN_ROWS) == ({"train": 7473, "test": 1319}, 7000)
+
+
+@pytest.mark.parametrize(
+    ("completion", "flexible", "strict"),
+    [
+        ("Half is 6.\n#### 6", 1, 1),
+        ("#### 6.0", 1, 1),
+        ("#### $6", 1, 1),
+        ("#### 06", 1, 1),
+        ("It is 6.", 1, 0),
+        ("It is 6 pens, not more", 1, 0),
+        ("#### 6 pens", 1, 0),
+        ("#### 6\nIs that right?", 1, 0),
+        ("#### 7", 0, 0),
+        ("6\n#### 7", 0, 0),
+        ("#### 6\n#### 7", 0, 0),
+        ("", 0, 0),
+        ("six", 0, 0),
+    ],
+)
+def test_answers_count_by_value_with_a_strict_score_beside_the_flexible_one(rows, completion, flexible, strict):
+    task = GSM8K("main", "test")
+    question = task[4 - 3]  # 1 + 8 pens: 4.5
+    question["messages"][-1]["content"] = "Half is 6.\n#### 6"
+    assert task.evaluate(question, completion) == bool(flexible)
+    assert task.score(question, completion) == {"flexible": flexible, "strict": strict}
+    assert task.reward(question, completion) == strict
+
+
+def test_numbers_in_tool_calls_are_no_answer(rows):
+    task = GSM8K("main", "test")
+    parts = [{"type": "python", "text": "9/2"}, {"type": "python_output", "text": "4.5"}]
+    assert not task.evaluate(task[1], parts)
+    assert task.evaluate(task[1], [*parts, {"type": "text", "text": "#### 4.50"}])
+
+
+def test_every_reference_answer_is_right(rows):
+    for split in ("train", "validation", "test"):
+        task = GSM8K("main", split)
+        for conversation in task:
+            answer = conversation["messages"][-1]["content"]
+            assert task.score(conversation, answer) == {"flexible": 1, "strict": 1}
+            assert task.evaluate_many([(conversation, answer), (conversation, "#### 77")]) == [True, False]
+
+
+def test_an_answer_without_a_number_at_its_end_is_an_error_with_the_row(monkeypatch, rows):
+    serve_rows(monkeypatch, {(gsm8k.REPO, "main", "train"): [gsm8k_row(1, 2)] * 9 + [{"question": "?", "answer": "5"}]})
+    with pytest.raises(UserError, match="row 9, the answer does not end with #### and a number"):
+        GSM8K("main", "validation")[2]

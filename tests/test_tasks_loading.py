@@ -1,0 +1,113 @@
+import logging
+
+import datasets
+import httpx
+import pytest
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
+from hub_fixtures import serve_rows
+
+from nanochat.common import UserError
+from tasks.loading import HubSplit, Rows
+
+COLUMNS = {"question": str, "choices": {"text": [str]}, "answer": int}
+ROW = {"question": "Why?", "choices": {"text": ["so", "or so"]}, "answer": 1, "further": "column"}
+
+
+def source(*, num_rows: int = 2, is_measured: bool = True) -> HubSplit:
+    return HubSplit("some/thing", "main", "test", COLUMNS, num_rows, is_measured)
+
+
+def serve(monkeypatch, *rows):
+    return serve_rows(monkeypatch, {("some/thing", "main", "test"): rows})
+
+
+def test_rows_are_loaded_at_their_first_use_and_only_once(monkeypatch):
+    asked = serve(monkeypatch, ROW, ROW)
+    rows = Rows(source())
+    assert asked == []
+    assert len(rows) == 2
+    assert rows[1] == {name: ROW[name] for name in COLUMNS}
+    assert rows.column("answer") == [1, 1]
+    assert asked == [("some/thing", "main", "test")]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach it"),
+        TimeoutError("timed out"),
+        ValueError("BuilderConfig 'main' not found"),
+        DatasetNotFoundError("no such data set"),
+        DatasetGenerationError("damaged file"),
+        httpx.ConnectError("refused"),
+    ],
+)
+def test_what_keeps_a_data_set_from_loading_is_told_with_its_remedy(monkeypatch, error):
+    def load_dataset(*args, **options):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        UserError, match=r"cannot load some/thing \(main, test\) from http.*HF_ENDPOINT.*HF_HUB_OFFLINE"
+    ):
+        len(Rows(source()))
+
+
+def test_a_programming_error_in_loading_is_not_blamed_on_the_network(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        len(Rows(source()))
+
+
+def test_a_missing_column_is_named(monkeypatch):
+    serve(monkeypatch, {"question": "Why?", "options": "so"})
+    with pytest.raises(UserError, match="no column choices, answer, only question, options"):
+        len(Rows(source()))
+
+
+def test_another_number_of_rows_is_an_error_where_scores_are_measured(monkeypatch, caplog):
+    serve(monkeypatch, ROW)
+    with pytest.raises(UserError, match=r"has 1 rows at .* instead of the 2"):
+        len(Rows(source()))
+    assert caplog.records == []
+
+
+def test_another_number_of_rows_is_a_warning_where_they_are_only_trained_on(monkeypatch, caplog):
+    serve(monkeypatch, ROW)
+    with caplog.at_level(logging.WARNING):
+        assert len(Rows(source(is_measured=False))) == 1
+    assert "1 rows" in caplog.text
+    assert "instead of the 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"question": None}, "the row's question is None instead of str"),
+        ({"choices": {"text": ["so", None]}}, "an item of the row's choices's text is None instead of str"),
+        ({"choices": {"text": []}}, r"the row's choices's text is \[\] instead of a list"),
+        ({"choices": None}, "the row's choices is None instead of an object"),
+        ({"answer": 1.5}, "the row's answer is 1.5 instead of int"),
+    ],
+)
+def test_a_row_of_another_shape_is_named_when_it_is_read(monkeypatch, change, fault):
+    serve(monkeypatch, ROW | change, ROW | change)
+    with pytest.raises(UserError, match=rf"some/thing \(main, test\) is not the data set .*row 1, {fault}"):
+        Rows(source())[1]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_progress_bars_are_as_before_after_loading(monkeypatch, enabled):
+    seen = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **options: seen.append(is_progress_bar_enabled()) or 1 / 0
+    )
+    (enable_progress_bars if enabled else disable_progress_bars)()
+    try:
+        with pytest.raises(ZeroDivisionError):
+            len(Rows(source()))
+        assert seen == [False]
+        assert is_progress_bar_enabled() == enabled
+    finally:
+        enable_progress_bars()

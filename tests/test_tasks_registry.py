@@ -1,0 +1,37 @@
+import pytest
+
+from nanochat.common import UserError
+from tasks.registry import TASK_NAMES, get_task
+
+
+def test_the_six_tasks_are_there_without_loading_anything():
+    assert TASK_NAMES == ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
+    for name in TASK_NAMES:
+        task = get_task(name)
+        assert task.name == name
+        assert task.purpose == "test"
+        assert task.kind in ("categorical", "generative")
+        assert task.baseline == (0.25 if task.kind == "categorical" else 0)
+        assert bool(task.num_choices) == (task.kind == "categorical")
+
+
+@pytest.mark.parametrize("purpose", ["train", "validation"])
+def test_other_purposes_have_rows_of_their_own(purpose):
+    for name in TASK_NAMES:
+        if name != "HumanEval":
+            assert get_task(name, purpose=purpose).purpose == purpose
+
+
+def test_human_eval_is_for_reporting_only():
+    with pytest.raises(UserError, match="HumanEval is only for the purpose 'test'"):
+        get_task("HumanEval", purpose="train")
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known():
+    with pytest.raises(UserError, match=r"no task 'arc'; there are ARC-Easy, ARC-Challenge, MMLU"):
+        get_task("arc")
+
+
+def test_code_runs_without_isolation_only_when_that_was_allowed():
+    assert not get_task("HumanEval").allow_unsafe_execution
+    assert get_task("HumanEval", allow_unsafe_execution=True).allow_unsafe_execution
