@@ -53,6 +53,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = No
     return y.transpose(1, 2)
 
 
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Softmax attention of q (B, Q, H, D) over the places where `visible` (B, Q, T) is True, one at least for each
+    query: for texts that are not simply one token after another. The reference's cost, O(Q T)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return _sdpa(q, k, v, attn_mask=visible.unsqueeze(1)).transpose(1, 2)
+
+
 def band_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
     """(num_queries, num_keys) bool, True where visible; the last query stands at the last key's position."""
     query_pos = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)

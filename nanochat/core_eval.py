@@ -14,26 +14,23 @@ import functools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.core_bundle import OPTIONS_FIELD, Task, read_tasks
+from nanochat.gpt import GPT
+from nanochat.scoring import Tree, batches_by_length, default_batch_tokens, hidden_at, plant, token_losses
 
 SHOT_SEED = 1234  # of the published CORE tables of nanochat runs; another one draws other shots
 SHOT_SEPARATOR = "\n\n"
 ENCODE_EXAMPLES = 256  # tokenised together: enough for all threads, little enough to be held as Python lists
-GPU_BATCH_TOKENS = 65536
-CPU_BATCH_TOKENS = 4096  # activations of this many tokens stay near the cores
-GPU_LOGIT_ELEMENTS = 1 << 27  # float32 logits held at once: 512 MB
-CPU_LOGIT_ELEMENTS = 1 << 22
 
 
 # --- prompts and scored spans --------------------------------------------------------------------
@@ -161,29 +158,18 @@ def score_plainly(model, examples: Sequence[Example]) -> list[Score]:
     return scores
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """One row of a batch and the options (slot, start, row) scored on it. All of them begin with `inputs` or a part
-    of it, so that its position t predicts their token t + 1."""
-
-    inputs: np.ndarray
-    options: list[tuple[int, int, np.ndarray]]
-
-
 @torch.no_grad()
 def score_batched(model, examples: Sequence[Example], batch_tokens: int = 0) -> list[Score]:
     """All options in batches of at most `batch_tokens` (0: what suits the device), rows of like length together.
 
-    Rows are padded on the right, which a causal model cannot see; the vocabulary head runs only where a token is
-    scored; an option whose input begins another one of its example costs no pass of its own: of choices of one
-    token each only one does.
+    The options of an example share what they begin with (`scoring.py`), where the model can; an option whose input
+    begins another one's never costs anything; the vocabulary head runs only where a token is scored.
     """
     if not examples:  # a rank beyond the number of examples
         return []
-    on_gpu = model.device.type == "cuda"
-    batch_tokens = batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
-    chunk = max(1, (GPU_LOGIT_ELEMENTS if on_gpu else CPU_LOGIT_ELEMENTS) // model.config.vocab_size)
-    parts = [_score_batch(model, batch, chunk) for batch in _batches_by_length(_plan_passes(examples), batch_tokens)]
+    trees, spans = _plant_examples(examples, shared=isinstance(model, GPT))
+    batches = batches_by_length(list(map(len, trees)), batch_tokens or default_batch_tokens(model.device))
+    parts = [_score_batch(model, [trees[i] for i in batch], [spans[i] for i in batch]) for batch in batches]
     slots = np.concatenate([slots for slots, _ in parts])  # of every scored token
     losses, misses = torch.cat([part for _, part in parts], dim=1).cpu().double().numpy()
     nats = (np.bincount(slots, losses) / np.bincount(slots)).tolist()
@@ -192,52 +178,31 @@ def score_batched(model, examples: Sequence[Example], batch_tokens: int = 0) -> 
     return [Score(tuple(nats[end - len(e.rows) : end]), hits[end - 1]) for end, e in zip(ends, examples, strict=True)]
 
 
-def _plan_passes(examples: Sequence[Example]) -> list[_Pass]:
-    """The forward passes that cover every option; slots count the options of all examples."""
-    passes, num_slots = [], 0
+def _plant_examples(examples: Sequence[Example], *, shared: bool) -> tuple[list[Tree], list[list[np.ndarray]]]:
+    """Trees that hold the options of all examples, and for each tree what is scored on it: for each option (3, N) of
+    its slot (its number among the options of all examples), the places that predict its tokens, and these tokens."""
+    trees, spans, num_slots = [], [], 0
     for example in examples:
-        slots = range(num_slots, num_slots + len(example.rows))
-        num_slots += len(example.rows)
-        own: list[_Pass] = []
-        for option in sorted(zip(slots, example.starts, example.rows, strict=True), key=lambda o: -len(o[2])):
-            inputs = option[2][:-1]
-            shared = next((p for p in own if np.array_equal(p.inputs[: len(inputs)], inputs)), None)
-            if shared is None:
-                own.append(_Pass(inputs, [option]))
-            else:
-                shared.options.append(option)
-        passes += own
-    return passes
+        # the last token of a row is only predicted, never read
+        own, found = plant([row[:-1] for row in example.rows], shared=shared)
+        own_spans: list[list[np.ndarray]] = [[] for _ in own]
+        for (tree, places), start, row in zip(found, example.starts, example.rows, strict=True):
+            targets = row[start:]
+            own_spans[tree].append(np.stack([np.full_like(targets, num_slots), places[start - 1 :], targets]))
+            num_slots += 1
+        trees += own
+        spans += own_spans
+    return trees, spans
 
 
-def _batches_by_length(passes: list[_Pass], batch_tokens: int) -> Iterator[list[_Pass]]:
-    """Passes, longest first, in batches whose padded size stays within `batch_tokens` (one pass always may)."""
-    ordered = sorted(passes, key=lambda p: -len(p.inputs))  # the largest batch first: memory that suffices, suffices
-    first = 0
-    while first < len(ordered):
-        count = max(1, batch_tokens // len(ordered[first].inputs))
-        yield ordered[first : first + count]
-        first += count
-
-
-def _score_batch(model, batch: list[_Pass], chunk: int) -> tuple[np.ndarray, Tensor]:
+def _score_batch(model, trees: list[Tree], spans: list[list[np.ndarray]]) -> tuple[np.ndarray, Tensor]:
     """The slots (N,) of all scored tokens of a batch, and, (2, N) float32 still on the device, their losses and
-    whether another token was likelier. Logits exist for `chunk` tokens at a time."""
-    idx = np.zeros((len(batch), len(batch[0].inputs)), dtype=np.int64)  # (B, T)
-    scored = []
-    for b, one in enumerate(batch):
-        idx[b, : len(one.inputs)] = one.inputs
-        for slot, start, row in one.options:
-            t = np.arange(start, len(row))
-            scored.append(np.stack([np.full_like(t, slot), np.full_like(t, b), t - 1, row[start:]]))
-    slots, *places = np.concatenate(scored, axis=1)  # (N,) each
-    rows, positions, targets = torch.from_numpy(np.stack(places)).to(model.device)
-    hidden = model.hidden(torch.from_numpy(idx).to(model.device))[rows, positions]  # (N, C)
-    parts = []
-    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        logits = model.logits(h)  # (n, V)
-        parts.append(torch.stack([F.cross_entropy(logits, y, reduction="none"), (logits.argmax(-1) != y).float()]))
-    return slots, torch.cat(parts, dim=1)
+    whether another token was likelier."""
+    slots, places, targets = np.concatenate([span for own in spans for span in own], axis=1, dtype=np.int64)
+    rows = np.repeat(np.arange(len(trees)), [sum(span.shape[1] for span in own) for own in spans])
+    hidden = hidden_at(model, trees, rows, places)  # (N, C)
+    losses, is_best = token_losses(model, hidden, torch.from_numpy(targets).to(model.device))
+    return slots, torch.stack([losses, (~is_best).float()])
 
 
 # --- CORE ----------------------------------------------------------------------------------------

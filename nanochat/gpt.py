@@ -180,19 +180,27 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.value_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head) if config.has_value_embed(layer) else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], value_embed: Tensor | None) -> Tensor:
-        """x (B, T, C); value_embed (B, T, H_kv * D) or None."""
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        value_embed: Tensor | None,
+        attend: Callable[..., Tensor] = causal_attention,
+        asking: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """x (B, T, C); value_embed (B, T, H_kv * D) or None; `attend` and `asking` as for `GPT.trunk`."""
         heads = (-1, self.head_dim)
-        q = self.c_q(x).unflatten(-1, heads)  # (B, T, H, D)
+        q = self.c_q(x if asking is None else x[asking]).unflatten(-1, heads)  # (B, T, H, D)
         k = self.c_k(x).unflatten(-1, heads)  # (B, T, H_kv, D)
         v = self.c_v(x).unflatten(-1, heads)
         if value_embed is not None:
             gate = VALUE_GATE_SCALE * torch.sigmoid(self.value_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, H_kv)
             v = torch.addcmul(v, gate.unsqueeze(-1), value_embed.unflatten(-1, heads))
-        q, k = norm(rotate(q, *rotary)), norm(rotate(k, *rotary))
+        q_rotary = rotary if asking is None else tuple(table[asking] for table in rotary)
+        q, k = norm(rotate(q, *q_rotary)), norm(rotate(k, *rotary))
         if self.qk_scale != 1.0:
             q = q * self.qk_scale**2  # both scales on q: their product is all that counts
-        y = causal_attention(q, k, v, window=self.window)
+        y = attend(q, k, v, window=self.window, **({} if asking is None else {"asking": asking}))
         return self.c_proj(y.flatten(-2))
 
 
@@ -212,8 +220,16 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], value_embed: Tensor | None) -> Tensor:
-        x = x + self.attn(norm(x), rotary, value_embed)
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        value_embed: Tensor | None,
+        attend: Callable[..., Tensor] = causal_attention,
+        asking: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        residual = x if asking is None else x[asking]
+        x = residual + self.attn(norm(x), rotary, value_embed, attend, asking)
         return x + self.mlp(norm(x))
 
 
@@ -318,12 +334,27 @@ class GPT(nn.Module):
             self._training_shape = idx.shape
         return idx.shape == self._training_shape
 
-    def trunk(self, idx: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`hidden`, given the rotary angles: one graph for `torch.compile`."""
+    def trunk(
+        self,
+        idx: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        previous: Tensor | None = None,
+        attend: Callable[..., Tensor] = causal_attention,
+        asking: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """`hidden`, given the rotary angles: one graph for `torch.compile`.
+
+        The other arguments are for scoring, where a row may hold several texts that begin alike (`scoring.py`).
+        previous: (B, T) int64, the place of the token before each one, None for the place to its left; attend: called
+        as `causal_attention` is; asking: index tensors (B, 1) and (B, Q) of the places whose hidden states are wanted,
+        (B, Q, C), None for all: the last layer calls `attend` with `asking` and the queries of these places only.
+        """
         config = self.config
         x = norm(self.wte(idx).to(self.compute_dtype))  # (B, T, C)
         if config.smear:
-            x = self._smeared(x)
+            x = self._smeared(x, previous)
         value_embeds = iter(())
         if config.value_embeds:
             value_embeds = iter(self.value_embeds(idx).to(x.dtype).split(config.kv_dim, dim=-1))
@@ -333,16 +364,21 @@ class GPT(nn.Module):
                 x = self.resid_lambdas[layer].to(x.dtype) * x + self.x0_lambdas[layer].to(x.dtype) * x0
             if layer == config.n_layer // 2:
                 middle = x
-            x = block(x, (cos, sin), next(value_embeds) if config.has_value_embed(layer) else None)
+            value_embed = next(value_embeds) if config.has_value_embed(layer) else None
+            x = block(x, (cos, sin), value_embed, attend, asking if layer == config.n_layer - 1 else None)
         if config.backout:
-            x = x - self.backout_lambda.to(x.dtype) * middle
+            x = x - self.backout_lambda.to(x.dtype) * (middle if asking is None else middle[asking])
         return norm(x)
 
-    def _smeared(self, x: Tensor) -> Tensor:
-        """Each position takes in a gated part of the one before it. x (B, T, C)."""
+    def _smeared(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
+        """Each position takes in a gated part of the one before it, at the place `previous` (B, T). x (B, T, C)."""
+        if previous is None:
+            before = x[:, :-1]
+        else:
+            before = x[torch.arange(x.size(0), device=x.device).unsqueeze(1), previous[:, 1:]]
         gate = torch.sigmoid(x[:, 1:, :SMEAR_CHANNELS] @ self.smear_gate.to(x.dtype))  # (B, T - 1)
         share = (self.smear_lambda.to(x.dtype) * gate).unsqueeze(-1)
-        return torch.cat((x[:, :1], torch.addcmul(x[:, 1:], share, x[:, :-1])), dim=1)
+        return torch.cat((x[:, :1], torch.addcmul(x[:, 1:], share, before)), dim=1)
 
     # --- counts ---
 

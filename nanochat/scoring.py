@@ -1,19 +1,99 @@
 """Scoring without sampling: what a model thinks of tokens that are given, many texts at a time.
 
-Here: batches by length, and the logits of candidate tokens behind a prompt. Not here: which texts and tokens
-(`core_eval.py`, `chat_eval.py`), flags, printing.
+Texts that begin alike (the choices of one question) are kept in one row as a tree, their common beginning once:
 
-A model is anything that has `device`, `config.vocab_size`, `hidden`, `logits` and `__call__` as `GPT` has. Every fast
-function has a plain twin, named `..._plainly`, that shares nothing with it: one text at a time, all logits.
+    texts            tokens      a b c d x y z
+    a b c d x y      positions   0 1 2 3 4 5 4
+    a b c d z        branches    0 0 0 0 1 1 2      0 is the stem, which all branches see
+
+Here: trees, batches of them by length, hidden states where they are wanted and only there, losses of given tokens,
+logits of candidates behind a prompt. Not here: which texts and tokens (`core_eval.py`, `chat_eval.py`).
+
+A model is anything that has `device`, `config.vocab_size`, `hidden`, `logits` and `__call__` as `GPT` has. `GPT` itself
+can do more: only it shares stems, and leaves out the last layer where nothing is asked.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.attention import causal_attention, masked_attention
+from nanochat.gpt import GPT
 
 GPU_BATCH_TOKENS = 65536
 CPU_BATCH_TOKENS = 4096  # activations of this many tokens stay near the cores
+GPU_PIECE_ELEMENTS = 1 << 27  # float32 logits held at once: 512 MB
+CPU_PIECE_ELEMENTS = 1 << 23  # rows enough for a fast product with the head
+CPU_BLOCK_ELEMENTS = 1 << 20  # what the elementwise part takes at a time: 4 MB, to stay in the cache
+
+
+# --- trees -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Texts in one row: `stem` tokens that all of them begin with, then the branches. Arrays (L,) int64.
+
+    `positions` counts from each text's beginning; `branches` is 0 on the stem, then 1, 2, ...
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    branches: np.ndarray
+    stem: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def plant(texts: Sequence[np.ndarray], *, shared: bool = True) -> tuple[list[Tree], list[tuple[int, np.ndarray]]]:
+    """Trees that hold `texts` (1-D integer arrays, none empty); for each text its tree, and its tokens' places there.
+
+    A text that another one begins with takes no room of its own. `shared`: all in one tree, where they begin with the
+    same token; otherwise a tree for each, without branches.
+    """
+    assert all(map(len, texts)), "a text without tokens predicts nothing"
+    whole: list[np.ndarray] = []  # the texts that no other one begins with
+    owners = [0] * len(texts)
+    for number in sorted(range(len(texts)), key=lambda number: -len(texts[number])):
+        text = texts[number]
+        found = next((i for i, one in enumerate(whole) if np.array_equal(one[: len(text)], text)), len(whole))
+        if found == len(whole):
+            whole.append(text)
+        owners[number] = found
+    if shared and common_length(whole) > 0:
+        tree, places = _grow(whole)
+        return [tree], [(0, places[owner][: len(text)]) for owner, text in zip(owners, texts, strict=True)]
+    trees = [_grow([text])[0] for text in whole]
+    return trees, [(owner, np.arange(len(text))) for owner, text in zip(owners, texts, strict=True)]
+
+
+def common_length(texts: Sequence[np.ndarray]) -> int:
+    """How many tokens all of `texts` begin with."""
+    shortest = min(map(len, texts))
+    differs = np.zeros(shortest, dtype=bool)
+    for text in texts[1:]:
+        differs |= text[:shortest] != texts[0][:shortest]
+    return int(differs.argmax()) if differs.any() else shortest
+
+
+def _grow(texts: Sequence[np.ndarray]) -> tuple[Tree, list[np.ndarray]]:
+    """The tree of texts of which none begins another one, and the places of each one's tokens in it."""
+    stem = common_length(texts)
+    ends = [text[stem:] for text in texts if len(text) > stem]
+    branches = np.repeat(np.arange(len(ends) + 1), [stem, *map(len, ends)])
+    tree = Tree(
+        tokens=np.concatenate([texts[0][:stem], *ends]).astype(np.int64),
+        positions=np.concatenate([np.arange(stem), *(np.arange(stem, stem + len(end)) for end in ends)]),
+        branches=branches,
+        stem=stem,
+    )
+    return tree, [np.flatnonzero((branches == 0) | (branches == number)) for number in range(1, len(texts) + 1)]
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -34,6 +114,155 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[lis
         first += count
 
 
+# --- hidden states -----------------------------------------------------------------------------------
+
+
+def hidden_at(model, trees: Sequence[Tree], rows: np.ndarray, places: np.ndarray) -> Tensor:
+    """Final hidden states (N, C) at `places` (N,) of `trees[rows]` (N,), which run as one batch, padded on the right.
+
+    Trees with branches are for a `GPT` only.
+    """
+    idx = torch.from_numpy(_padded([tree.tokens for tree in trees], 0)).to(model.device)  # (B, T)
+    if not isinstance(model, GPT):
+        assert not any(tree.branches.any() for tree in trees), "this model cannot share stems"
+        rows_t, places_t = torch.from_numpy(np.stack([rows, places])).to(model.device)
+        return model.hidden(idx)[rows_t, places_t]
+    # the last layer is asked at each place once: asked (B, Q), filled up with the first place
+    wanted, inverse = np.unique(rows * idx.size(1) + places, return_inverse=True)
+    wanted_rows, wanted_places = np.divmod(wanted, idx.size(1))
+    asked = _padded(np.split(wanted_places, np.searchsorted(wanted_rows, np.arange(1, len(trees)))), 0)
+    slots = np.arange(len(wanted)) - np.searchsorted(wanted_rows, wanted_rows)
+    forest = _Forest(trees, idx, torch.from_numpy(asked).to(model.device))
+    hidden = model.trunk(
+        idx, *forest.rotary(model), previous=forest.previous, attend=forest.attend, asking=forest.asking
+    )  # (B, Q, C)
+    return hidden.flatten(0, 1)[torch.from_numpy((wanted_rows * asked.shape[1] + slots)[inverse]).to(model.device)]
+
+
+def _padded(arrays: Sequence[np.ndarray], filler: int) -> np.ndarray:
+    """1-D arrays as the rows of one (B, longest) int64 array."""
+    table = np.full((len(arrays), max(map(len, arrays))), filler, dtype=np.int64)
+    for row, array in zip(table, arrays, strict=True):
+        row[: len(array)] = array
+    return table
+
+
+class _Forest:
+    """A batch of trees as `GPT.trunk` wants it: rotary angles, who precedes whom, and attention that sees the stem
+    and the own branch. `idx` (B, T) are the padded tokens, `asked` (B, Q) the places the last layer is asked at."""
+
+    def __init__(self, trees: Sequence[Tree], idx: Tensor, asked: Tensor):
+        self._trees = trees
+        self._device = idx.device
+        self._rows = torch.arange(idx.size(0), device=idx.device).unsqueeze(1)  # (B, 1)
+        self._masks: dict[tuple[int | None, bool], Tensor] = {}
+        self.asking = (self._rows, asked)
+
+    @cached_property
+    def _has_branches(self) -> bool:
+        return any(len(tree) > tree.stem for tree in self._trees)
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        return torch.from_numpy(_padded([tree.positions for tree in self._trees], 0)).to(self._device)  # (B, T)
+
+    @cached_property
+    def _branches(self) -> Tensor:
+        """(B, T), -1 for padding: no branch, so nobody sees it but itself."""
+        return torch.from_numpy(_padded([tree.branches for tree in self._trees], -1)).to(self._device)
+
+    @cached_property
+    def _branching(self) -> tuple[Tensor, Tensor]:
+        """Index tensors of the places behind the stems; rows with fewer of them repeat their last place."""
+        stems = np.array([[tree.stem] for tree in self._trees])
+        lasts = np.array([[len(tree) - 1] for tree in self._trees])
+        places = np.minimum(stems + np.arange((lasts - stems).max() + 1), lasts)  # (B, longest)
+        return self._rows, torch.from_numpy(places).to(self._device)
+
+    @cached_property
+    def previous(self) -> Tensor | None:
+        """(B, T) place of the token before each one, None where that is everywhere the place to the left."""
+        if not self._has_branches:
+            return None
+        before = _padded([_places_before(tree) for tree in self._trees], 0)
+        return torch.from_numpy(before).to(self._device)
+
+    def rotary(self, model: GPT) -> tuple[Tensor, Tensor]:
+        """cos and sin, each (B, T, 1, D / 2)."""
+        cos, sin = model.rotary(max(int(tree.positions.max()) for tree in self._trees) + 1)
+        return cos[0, self._positions], sin[0, self._positions]
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, asking: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Like `causal_attention`; with `asking` q and the result have the places it names only."""
+        if asking is not None:
+            return masked_attention(q, k, v, self._visible(window, asking))
+        if not self._has_branches:
+            return causal_attention(q, k, v, window=window)
+        y = torch.zeros_like(q)
+        stem = slice(max(tree.stem for tree in self._trees))
+        y[:, stem] = causal_attention(q[:, stem], k[:, stem], v[:, stem], window=window)
+        y[self._branching] = masked_attention(q[self._branching], k, v, self._visible(window, self._branching))
+        return y
+
+    def _visible(self, window: int | None, asking: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, Q, T) bool: the places that the places `asking` see. Layers with the same window share it."""
+        key = (window, asking is self.asking)
+        if key not in self._masks:
+            positions, branches = (table[asking].unsqueeze(2) for table in (self._positions, self._branches))
+            key_positions, key_branches = self._positions.unsqueeze(1), self._branches.unsqueeze(1)
+            visible = ((key_branches == 0) | (key_branches == branches)) & (key_positions <= positions)
+            if window is not None:
+                visible &= key_positions > positions - window
+            self._masks[key] = visible
+        return self._masks[key]
+
+
+def _places_before(tree: Tree) -> np.ndarray:
+    """(L,) place of the token before each one of a tree's; of the first one, its own."""
+    before = np.maximum(np.arange(len(tree)) - 1, 0)
+    begins_branch = np.diff(tree.branches, prepend=0) > 0
+    return np.where(begins_branch, tree.stem - 1, before)
+
+
+# --- losses and logits ---------------------------------------------------------------------------------
+
+
+def token_losses(model, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What `targets` (N,) cost in nats where the hidden states are `hidden` (N, C): (N,) float32; and whether each is
+    the likeliest token, the first of them in a tie: (N,) bool. Only a piece of the logits exists at a time."""
+    on_gpu = hidden.device.type == "cuda"
+    V = model.config.vocab_size
+    piece = max(1, (GPU_PIECE_ELEMENTS if on_gpu else CPU_PIECE_ELEMENTS) // V)
+    block = piece if on_gpu else max(1, CPU_BLOCK_ELEMENTS // V)
+    head, softcap = model.logits, None
+    if isinstance(model, GPT):
+        weight = model.lm_head.weight[:V].to(hidden.dtype)  # cast once for all pieces
+        head, softcap = (lambda h: h @ weight.T), model.config.softcap
+    parts = []
+    for h, y in zip(hidden.split(piece), targets.split(piece), strict=True):
+        blocks = zip(head(h).split(block), y.split(block), strict=True)
+        parts += [_block_losses(z, target, softcap) for z, target in blocks]
+    losses, is_best = zip(*parts, strict=True)
+    return torch.cat(losses), torch.cat(is_best)
+
+
+def _block_losses(z: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Losses and hits of z (n, V), logits or with `softcap` what is still to be capped; z may be overwritten.
+
+    `softcap * tanh(z / softcap)` is `2 * softcap * sigmoid(2 * z / softcap)` less a shift that softmax does not see;
+    the sigmoid is five times faster on a CPU. So is the largest value than where it is.
+    """
+    z = z.float()
+    is_best = z.gather(1, targets.unsqueeze(1)).squeeze(1) == z.amax(dim=1)
+    ties = is_best.nonzero().squeeze(1)
+    is_best[ties] = z[ties].argmax(dim=1) == targets[ties]
+    if softcap is not None:
+        z = z.mul_(2 / softcap).sigmoid_().mul_(2 * softcap)
+    return F.cross_entropy(z, targets, reduction="none"), is_best
+
+
 @torch.no_grad()
 def last_position_logits(
     model, prompts: Sequence[Sequence[int]], token_ids: Sequence[Sequence[int]], *, batch_tokens: int = 0
@@ -45,18 +274,12 @@ def last_position_logits(
     hold at most `batch_tokens` tokens (0: what suits the device); the vocabulary head runs at last positions only.
     """
     assert len(prompts) == len(token_ids), (len(prompts), len(token_ids))
+    trees = [plant([np.asarray(prompt, dtype=np.int64)])[0][0] for prompt in prompts]
     answers: list[np.ndarray] = [np.empty(0, np.float32)] * len(prompts)
-    lengths = [len(prompt) for prompt in prompts]
-    assert min(lengths, default=1) > 0, "an empty prompt predicts nothing"
-    for places in batches_by_length(lengths, batch_tokens or default_batch_tokens(model.device)):
-        # padded on the right, which a causal model cannot see
-        idx = np.zeros((len(places), lengths[places[0]]), dtype=np.int64)  # (B, T)
-        for row, place in zip(idx, places, strict=True):
-            row[: lengths[place]] = prompts[place]
-        last = torch.tensor([lengths[place] - 1 for place in places], device=model.device)
-        hidden = model.hidden(torch.from_numpy(idx).to(model.device))  # (B, T, C)
-        logits = model.logits(hidden[torch.arange(len(places), device=model.device), last])  # (B, V)
-        for row, place in zip(logits.float().cpu().numpy(), places, strict=True):
+    for batch in batches_by_length(list(map(len, trees)), batch_tokens or default_batch_tokens(model.device)):
+        last = np.array([len(trees[place]) - 1 for place in batch])
+        hidden = hidden_at(model, [trees[place] for place in batch], np.arange(len(batch)), last)  # (B, C)
+        for row, place in zip(model.logits(hidden).float().cpu().numpy(), batch, strict=True):  # row (V,)
             answers[place] = row[np.asarray(token_ids[place], dtype=np.int64)]
     return answers
 
