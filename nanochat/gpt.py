@@ -142,6 +142,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
+def _shifted(x: Tensor, previous: Tensor | None) -> Tensor:
+    """What stands before places 1, 2, ... of x (B, T, C): to their left, or at `previous` (B, T)."""
+    if previous is None:
+        return x[:, :-1]
+    return x[torch.arange(x.size(0), device=x.device).unsqueeze(1), previous[:, 1:]]
+
+
 class Linear(nn.Module):
     """x @ weight.T, the float32 weight (out_features, in_features) cast to the dtype of what comes in.
 
@@ -372,13 +379,9 @@ class GPT(nn.Module):
 
     def _smeared(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
         """Each position takes in a gated part of the one before it, at the place `previous` (B, T). x (B, T, C)."""
-        if previous is None:
-            before = x[:, :-1]
-        else:
-            before = x[torch.arange(x.size(0), device=x.device).unsqueeze(1), previous[:, 1:]]
         gate = torch.sigmoid(x[:, 1:, :SMEAR_CHANNELS] @ self.smear_gate.to(x.dtype))  # (B, T - 1)
         share = (self.smear_lambda.to(x.dtype) * gate).unsqueeze(-1)
-        return torch.cat((x[:, :1], torch.addcmul(x[:, 1:], share, before)), dim=1)
+        return torch.cat((x[:, :1], torch.addcmul(x[:, 1:], share, _shifted(x, previous))), dim=1)
 
     # --- counts ---
 
