@@ -114,7 +114,9 @@ def create_app(pool: Pool, tokenizer: Tokenizer, settings: Settings, *, page_pat
 
 
 def _add_routes(app: FastAPI, api: "_Api", settings: Settings) -> None:
-    errors = {"4XX": {"model": schema.ErrorBody}, "5XX": {"model": schema.ErrorBody}}
+    errors = {status: {"model": schema.ErrorBody} for status in ("4XX", "5XX")}
+    error_body = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}  # of a route with texts
+    text_errors = {status: {"description": "Error", "content": error_body} for status in errors}
     # checked by `Guard`; here for the description of the API
     key = {"dependencies": [Depends(HTTPBearer(auto_error=False))]} if settings.api_key else {}
     stream = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
@@ -122,7 +124,7 @@ def _add_routes(app: FastAPI, api: "_Api", settings: Settings) -> None:
     add("/", api.page, methods=["GET", "HEAD"], include_in_schema=False)
     health = {status: {"model": schema.Health} for status in (200, 503)}
     add("/health", api.health, methods=["GET"], response_model=schema.Health, responses=health)
-    add("/metrics", api.metrics, response_class=PlainTextResponse, responses=errors, **key)
+    add("/metrics", api.metrics, response_class=PlainTextResponse, responses=text_errors, **key)
     add("/v1/models", api.models, response_model=schema.ModelList, responses=errors, **key)
     add("/v1/models/{model}", api.model, response_model=schema.ModelCard, responses=errors, **key)
     for path, answer, body in (

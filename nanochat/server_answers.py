@@ -46,7 +46,7 @@ class _Reply:
         self.finish_reason: str | None = None
 
     def add(self, piece: Piece) -> None:
-        for type_, text in piece.deltas:
+        for type_, text in merged(piece.deltas):
             begins_part = not text and type_ != "text"
             if begins_part or not self.parts or self.parts[-1]["type"] != type_:
                 self.parts.append({"type": type_, "text": ""})
@@ -68,7 +68,7 @@ class _Answer:
         self._tokenizer, self._job = tokenizer, job
         self._wants_usage, self._wants_logprobs = wants_usage, wants_logprobs
         self._special = frozenset(tokenizer.special_ids.values())
-        self.replies = [_Reply() for _ in range(job.num_unfinished)]
+        self.replies = [_Reply() for _ in range(job.num_replies)]
         self._head = {
             "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
             "object": self.object,

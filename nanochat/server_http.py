@@ -93,7 +93,7 @@ def validation_error(errors: Sequence[dict[str, Any]]) -> ApiError:
 
 
 def _param(path: Sequence[str | int]) -> str:
-    """A place in a request: _param(("messages", 0, "user", "content", "list[TextPart]", 1)) == "messages[0].content[1]".
+    """A place in a request: of ("messages", 0, "user", "content", "list[TextPart]", 1) it is "messages[0].content[1]".
 
     Alternatives that were tried stand in the path by name, and are left out.
     """
@@ -226,8 +226,8 @@ class Guard:
     """Turns away who has not the key (`api_key`, None: no key), pages of other hosts, and names that are not ours.
 
     The last two protect a server on loopback from web pages in its user's browser: a page may send a request to
-    127.0.0.1, and with a host name of its own that leads there even read the answer. Pages at `cors_origins` ("*": all) may ask.
-    `allowed_hosts` are the names under which the server may be called; none: any.
+    127.0.0.1, and with a host name of its own that leads there even read the answer. Pages at `cors_origins` ("*": all)
+    may ask. `allowed_hosts` are the names under which the server may be called; none: any.
     """
 
     def __init__(

@@ -225,9 +225,9 @@ class ClientGone(Exception):
 class Job:
     """Work handed to a worker, and what has come of it. Times are of `time.perf_counter`, None before a token."""
 
-    def __init__(self, work: Work, worker: "_Worker"):
+    def __init__(self, work: Work, worker: "Worker"):
         self.work, self.worker = work, worker
-        self.num_unfinished = len(work.prompts) * work.num_samples
+        self.num_replies = self.num_unfinished = len(work.prompts) * work.num_samples
         self.num_cached = 0
         self.is_cancelled = False
         self.started = time.perf_counter()
@@ -268,7 +268,7 @@ class Job:
         self._news.set()
 
 
-class _Worker:
+class Worker:
     """One engine's process (or thread) as seen from the server, with two threads that talk to it."""
 
     def __init__(self, make_engine: MakeEngine, *, in_thread: bool):
@@ -277,12 +277,12 @@ class _Worker:
         self.jobs: dict[int, Job] = {}
         self.stats: dict[str, int] = {}
         self._outbox: queue.SimpleQueue = queue.SimpleQueue()
-        self._ours, theirs = multiprocessing.Pipe()
+        self.pipe, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._theirs = None if in_thread else theirs
         start = threading.Thread if in_thread else context.Process
         target = run_worker if in_thread else _run_process
-        self._runner = start(target=target, args=(make_engine, theirs), name="engine", daemon=True)
+        self.runner = start(target=target, args=(make_engine, theirs), name="engine", daemon=True)
 
     @property
     def num_replies(self) -> int:
@@ -291,7 +291,7 @@ class _Worker:
 
     def start(self, on_message: Callable[[Any], None]) -> None:
         """`on_message` is called in a thread of its own, at last with `Failed`."""
-        self._runner.start()
+        self.runner.start()
         if self._theirs is not None:
             self._theirs.close()  # the other process has it: so its death ends the pipe
         threading.Thread(target=self._send_all, daemon=True).start()
@@ -306,7 +306,7 @@ class _Worker:
         while not isinstance(command, Stop):
             command = self._outbox.get()
             try:
-                self._ours.send(command)
+                self.pipe.send(command)
             except OSError:  # it died; `_receive_all` tells
                 return
 
@@ -314,7 +314,7 @@ class _Worker:
         message: Any = None
         while not isinstance(message, Failed):
             try:
-                message = self._ours.recv()
+                message = self.pipe.recv()
             except (EOFError, OSError):
                 message = Failed("the engine's process ended")
             try:
@@ -324,10 +324,10 @@ class _Worker:
         self.send(Stop())  # ends the thread that sends, and the one that reads on the other side
 
     def join(self, seconds: float) -> None:
-        self._runner.join(seconds)
-        if not isinstance(self._runner, threading.Thread) and self._runner.is_alive():
-            self._runner.kill()
-            self._runner.join()
+        self.runner.join(seconds)
+        if not isinstance(self.runner, threading.Thread) and self.runner.is_alive():
+            self.runner.kill()
+            self.runner.join()
 
 
 class Pool:
@@ -352,7 +352,7 @@ class Pool:
         assert max_queue >= 0, max_queue
         self.capacity = len(make_engines) * max_rows + max_queue
         self._max_rows = max_rows
-        self._new_worker = partial(_Worker, in_thread=in_threads)
+        self._new_worker = partial(Worker, in_thread=in_threads)
         self._workers = [self._new_worker(make_engine) for make_engine in make_engines]
         self._on_failure = on_failure
         self._num_works = 0
@@ -363,7 +363,7 @@ class Pool:
         for worker in self._workers:
             self._start(worker)
 
-    def _start(self, worker: _Worker) -> None:
+    def _start(self, worker: Worker) -> None:
         loop = asyncio.get_running_loop()
         worker.start(lambda message: loop.call_soon_threadsafe(self._on_message, worker, message))
 
@@ -423,7 +423,7 @@ class Pool:
 
     # --- what workers say ---
 
-    def _on_message(self, worker: _Worker, message: Any) -> None:
+    def _on_message(self, worker: Worker, message: Any) -> None:
         if isinstance(message, Progress):
             worker.stats = message.stats
             for piece in message.pieces:
@@ -441,7 +441,7 @@ class Pool:
         elif not self._is_closing:
             self._on_worker_failed(worker, message.message)
 
-    def _on_worker_failed(self, worker: _Worker, message: str) -> None:
+    def _on_worker_failed(self, worker: Worker, message: str) -> None:
         was_ready = worker.state == "ready"
         worker.state, worker.message = "failed", message
         self._fail_jobs(worker, WorkerLost("the engine failed"))
@@ -454,7 +454,7 @@ class Pool:
             self._on_failure(message)
 
     @staticmethod
-    def _fail_jobs(worker: _Worker, error: Exception) -> None:
+    def _fail_jobs(worker: Worker, error: Exception) -> None:
         for job in worker.jobs.values():
             job.fail(error)
         worker.jobs.clear()

@@ -69,7 +69,7 @@ def wait_until(condition, seconds: float = 20.0) -> None:
 def ask(
     port: int, path: str, body: Any = None, *, method: str = "", headers: dict[str, str] | None = None
 ) -> SimpleNamespace:
-    """One request: `status`, `headers`, `text` and, where the answer is JSON, `json`. A `body` of bytes goes as it is."""
+    """One request: `status`, `headers`, `text` and, where the answer is JSON, `json`. Bytes go as they are."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     own = {"content-type": "application/json"} if raw is not None else {}

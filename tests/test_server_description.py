@@ -1,0 +1,72 @@
+"""Random requests, right and wrong ones, made by schemathesis from the server's own OpenAPI description."""
+
+from collections import Counter
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from live_server import ask, live_server
+from schemathesis.checks import not_a_server_error
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi import checks
+
+KEY = "a-key-for-the-tests"
+MAX_EXAMPLES = 40
+# Not `positive_data_acceptance`: what fits the description may still be wrong (order of roles, a length, the model).
+# Not `ignored_auth`, which cannot take away a key given to it: test_server.py looks at that.
+CHECKS = [
+    not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_headers_conformance,
+    checks.response_schema_conformance,
+    checks.negative_data_rejection,
+    checks.unsupported_method,
+]
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer, tmp_path_factory):
+    page = tmp_path_factory.mktemp("page") / "ui.html"
+    with live_server(tokenizer, page, api_key=KEY) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def description(server):
+    return schemathesis.openapi.from_url(f"{server.url}/openapi.json", headers={"authorization": f"Bearer {KEY}"})
+
+
+def test_the_description_has_all_public_routes(description):
+    operations = [result.ok() for result in description.get_all_operations()]
+    assert sorted((operation.method.upper(), operation.path) for operation in operations) == [
+        ("GET", "/health"),
+        ("GET", "/metrics"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/{model}"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/completions"),
+    ]
+
+
+KINDS = [(number, mode) for number in range(6) for mode in GenerationMode]
+KINDS.remove((0, GenerationMode.NEGATIVE))  # /health: there is nothing that could be wrong
+
+
+@pytest.mark.parametrize(("number", "mode"), KINDS)
+def test_every_request_gets_an_answer_that_the_description_has(server, description, number, mode):
+    operation = list(description.get_all_operations())[number].ok()
+    statuses = Counter()
+
+    @settings(
+        max_examples=MAX_EXAMPLES, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case):
+        response = case.call_and_validate(headers={"authorization": f"Bearer {KEY}"}, checks=CHECKS)
+        statuses[response.status_code] += 1
+
+    check()
+    assert all(status < 500 for status in statuses)
+    assert server.pool.num_replies == 0
+    assert ask(server.port, "/health").json["status"] == "ok"

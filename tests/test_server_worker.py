@@ -1,0 +1,210 @@
+"""The pool of engines, with threads and with processes. A process has to find its engine by name: `build_fake`."""
+
+import asyncio
+import multiprocessing
+import os
+import queue
+import signal
+import socket
+from functools import partial
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine
+
+from nanochat.common import UserError
+from nanochat.sampling import Sampling
+from nanochat.server_worker import ClientGone, Failed, Job, NotReady, Pool, QueueFull, Ready, Work, Worker, WorkerLost
+from nanochat.tokenizer import Tokenizer
+
+
+def build_fake(folder: Path, **options) -> FakeEngine:
+    return FakeEngine(Tokenizer.load(folder), **options)
+
+
+def fail_to_load():
+    raise UserError("the weights are damaged")
+
+
+async def wait_until(condition, seconds=30.0):
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def read_all(job: Job) -> list[str]:
+    """The texts of a job's replies."""
+    texts = [""] * job.num_replies
+    while pieces := await job.next_pieces():
+        for piece in pieces:
+            texts[piece.index] += "".join(delta.text for delta in piece.deltas)
+    return texts
+
+
+class running:
+    """A pool of fake engines in threads, started and closed."""
+
+    def __init__(self, tokenizer, *, num_workers=1, max_rows=2, max_queue=4, **options):
+        engine = partial(FakeEngine, tokenizer, max_rows=max_rows, **options)
+        self.pool = Pool([engine] * num_workers, max_rows=max_rows, max_queue=max_queue, in_threads=True)
+
+    async def __aenter__(self):
+        await self.pool.start()
+        await wait_until(lambda: all(state == "ready" for state, _ in self.pool.workers))
+        return self.pool
+
+    async def __aexit__(self, *_):
+        await self.pool.close()
+
+
+def test_replies_come_in_pieces_and_end(tokenizer):
+    async def main():
+        async with running(tokenizer) as pool:
+            job = pool.submit([tokenizer.encode("count 9")], Sampling())
+            assert pool.num_replies == 1
+            assert await read_all(job) == ["1 2 3 4 5 6 7 8 9"]
+            assert job.is_over
+            assert pool.num_replies == 0
+            assert job.num_cached == 1
+            assert job.started <= job.first_token_time < job.last_token_time
+            assert await job.next_pieces() == []
+            prompts = [tokenizer.encode("river"), tokenizer.encode("stone")]
+            assert await read_all(pool.submit(prompts, Sampling(), num_samples=2)) == ["river"] * 2 + ["stone"] * 2
+
+    asyncio.run(main())
+
+
+def test_the_queue_is_bounded_and_a_cancelled_job_makes_room(tokenizer):
+    async def main():
+        async with running(tokenizer, max_rows=2, max_queue=1, step_seconds=0.01) as pool:
+            prompt = tokenizer.encode("count 60")
+            with pytest.raises(QueueFull):
+                pool.submit([prompt], Sampling(), num_samples=4)
+            jobs = [pool.submit([prompt], Sampling()) for _ in range(3)]
+            with pytest.raises(QueueFull):
+                pool.submit([prompt], Sampling())
+            assert (pool.num_active, pool.num_replies) == (2, 3)
+            pool.cancel(jobs[0])
+            pool.cancel(jobs[0])  # a second time changes nothing
+            with pytest.raises(ClientGone):
+                await read_all(jobs[0])
+            last = pool.submit([tokenizer.encode("hello")], Sampling())
+            assert await read_all(last) == ["hello"]
+            for job in jobs:
+                pool.cancel(job)
+            assert pool.num_replies == 0
+            await wait_until(lambda: pool.workers[0][1]["active"] == 0)
+
+    asyncio.run(main())
+
+
+def test_work_goes_to_the_engine_with_the_least_to_do(tokenizer):
+    async def main():
+        async with running(tokenizer, num_workers=3, step_seconds=0.01) as pool:
+            jobs = [pool.submit([tokenizer.encode("count 30")], Sampling()) for _ in range(6)]
+            assert sorted(jobs.count(job) for job in jobs) == [1] * 6
+            by_worker = [sum(job.worker is worker for job in jobs) for worker in {job.worker for job in jobs}]
+            assert by_worker == [2, 2, 2]
+            assert len({text for job in jobs for text in await read_all(job)}) == 1
+
+    asyncio.run(main())
+
+
+def test_a_failed_engine_fails_its_jobs_only_and_is_started_again(tokenizer):
+    async def main():
+        async with running(tokenizer, num_workers=2, step_seconds=0.01) as pool:
+            good = pool.submit([tokenizer.encode("count 30")], Sampling())
+            bad = pool.submit([tokenizer.encode("crash")], Sampling())
+            assert good.worker is not bad.worker
+            with pytest.raises(WorkerLost):
+                await read_all(bad)
+            assert pool.state == "ok"
+            assert (await read_all(good))[0].endswith("30")
+            await wait_until(lambda: all(state == "ready" for state, _ in pool.workers))
+
+    asyncio.run(main())
+
+
+def test_what_the_engine_refuses_is_a_user_error_and_leaves_nothing(tokenizer):
+    async def main():
+        async with running(tokenizer) as pool:
+            job = pool.submit([tokenizer.encode("hello"), tokenizer.encode("refuse")], Sampling())
+            with pytest.raises(UserError, match="refuses"):
+                await read_all(job)
+            assert pool.num_replies == 0
+            assert await read_all(pool.submit([tokenizer.encode("hello")], Sampling())) == ["hello"]
+
+    asyncio.run(main())
+
+
+def test_nothing_is_taken_before_the_model_is_loaded_or_when_it_cannot_be(tokenizer):
+    async def main():
+        failures = []
+        pool = Pool([fail_to_load] * 2, max_rows=1, max_queue=1, in_threads=True, on_failure=failures.append)
+        assert pool.state == "loading"
+        with pytest.raises(NotReady, match="loading"):
+            pool.submit([[1]], Sampling())
+        await pool.start()
+        await wait_until(lambda: pool.state == "failed")
+        with pytest.raises(NotReady, match="failed"):
+            pool.submit([[1]], Sampling())
+        assert failures == ["the weights are damaged"]  # told once, when no engine is left
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_close_fails_what_is_running(tokenizer):
+    async def main():
+        running_pool = running(tokenizer, step_seconds=0.01)
+        async with running_pool as pool:
+            job = pool.submit([tokenizer.encode("count 60")], Sampling())
+            await job.next_pieces()
+        with pytest.raises(WorkerLost, match="shutting down"):
+            await read_all(job)
+        with pytest.raises(NotReady, match="closing"):
+            running_pool.pool.submit([[1]], Sampling())
+
+    asyncio.run(main())
+
+
+def test_a_process_answers_and_ends_when_its_server_is_gone(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    worker = Worker(partial(build_fake, tmp_path), in_thread=False)
+    messages: queue.SimpleQueue = queue.SimpleQueue()
+    worker.start(messages.put)
+    assert isinstance(messages.get(timeout=120), Ready)
+    os.kill(worker.runner.pid, signal.SIGINT)  # Ctrl-C at the server's terminal: not for the worker to decide
+    worker.send(Work(1, [tokenizer.encode("count 9")], Sampling(num_logprobs=1, stop=("7",)), 1))
+    pieces = []
+    while not pieces or pieces[-1].finish_reason is None:
+        pieces += messages.get(timeout=60).pieces
+    assert "".join(delta.text for piece in pieces for delta in piece.deltas) == "1 2 3 4 5 6 "
+    assert pieces[0].tokens[0].logprob < 0
+    with socket.socket(fileno=os.dup(worker.pipe.fileno())) as pipe:
+        pipe.shutdown(socket.SHUT_WR)  # as if the server had been killed
+    assert isinstance(messages.get(timeout=60), Failed)
+    worker.join(60)
+    assert worker.runner.exitcode == 0
+
+
+@pytest.mark.slow
+def test_the_death_of_a_process_is_noticed_and_it_is_started_again(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+
+    async def main():
+        pool = Pool([partial(build_fake, tmp_path, step_seconds=0.01)], max_rows=2, max_queue=2)
+        await pool.start()
+        await wait_until(lambda: pool.state == "ok", seconds=120)
+        job = pool.submit([tokenizer.encode("count 60")], Sampling())
+        await job.next_pieces()
+        [child] = multiprocessing.active_children()
+        os.kill(child.pid, signal.SIGKILL)
+        with pytest.raises(WorkerLost):
+            await read_all(job)
+        await wait_until(lambda: pool.state == "ok", seconds=120)
+        assert await read_all(pool.submit([tokenizer.encode("hello")], Sampling())) == ["hello"]
+        await pool.close()
+        assert not multiprocessing.active_children()
+
+    asyncio.run(main())
