@@ -1,0 +1,500 @@
+"""Speed of the engine beside a loop without a cache and Hugging Face generate: a table, then one JSON line.
+
+    python dev/bench_engine.py                                                      # everything
+    python dev/bench_engine.py --depth 6 --batch 1 --prompt 64 --against hf         # one cell of it
+    python dev/bench_engine.py --depth 4 --batch 1 --against --source base          # what bfloat16 and int8 cost there
+
+The model has the architecture of October 2025 with random weights, the same in every contender; decoding is greedy.
+Contenders take turns; each has run once before the clock starts. The ids they produce are compared: where one parts
+from the engine's float32 ids, the two candidates' logits must be equal but for rounding, or the run fails.
+
+    prefill      prompt tokens a second, to the first token of all rows
+    decode       tokens a second of all rows together, while all of them decode
+    x HF         median decode speed over that of Hugging Face in float32
+    overall      all new tokens over all the time, prefill included
+    bandwidth    share of the memory bandwidth measured here that decode makes use of: weights once, keys and values of
+                 every row; beyond 100 % where they fit the processor's cache
+
+The loop without a cache generates a few tokens only, as each costs a pass over everything; fewer flatter it. Behind
+the table: N samples of one prompt, which is read once, and the loss that smaller weights add on given ids, through
+the decode pass itself: of a checkpoint where one is chosen, of the random weights (which says little) otherwise.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nanochat.checkpoint import LoadedModel, add_checkpoint_flags, load_model
+from nanochat.common import Runtime, UserError, init_runtime, run_main
+from nanochat.dataset import document_batches, shard_paths
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig, build_model
+from nanochat.hf import save_hf
+from nanochat.inference import INT8_MAX_ROWS, WEIGHTS, InferenceModel
+from nanochat.sampling import Sampling
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+
+BANDWIDTH_SHAPE = (8192, 8192)  # of float32: 256 MiB, far beyond any cache
+TIE = 1e-4  # logits closer than this are equal but for rounding
+WARMUP_TOKENS = 8
+QUALITY_ROWS = INT8_MAX_ROWS  # so that the loss is that of the packed 8-bit weights
+PREFIX_PROMPT, PREFIX_TOKENS = 256, 8  # lengths of the prompt that samples share, and of each sample
+OTHERS = ("naive", "hf", "hf-bfloat16")
+DEFAULT_WEIGHTS = {"cpu": ["float32", "bfloat16", "int8"]}
+OTHER_WEIGHTS = ["float32", "bfloat16"]
+Ids = list[list[int]]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--device-type", default="", help="cuda, mps or cpu (default: the best one present)")
+    # what is measured
+    add("--depth", type=int, nargs="+", default=[4, 6, 12], help="depths to measure, one after another")
+    add("--batch", type=int, nargs="+", default=[1, 8, 32], help="rows that decode at once")
+    add("--prompt", type=int, nargs="+", default=[64, 256], help="tokens of a prompt")
+    add("--new-tokens", type=int, default=128, help="tokens generated for each prompt")
+    add("--vocab-size", type=int, default=32768)
+    add("--weights", nargs="+", choices=WEIGHTS, help="forms of the engine's weights (default: those of the device)")
+    add("--against", nargs="*", default=list(OTHERS), choices=OTHERS, help="contenders beside the engine")
+    add("--naive-tokens", type=int, default=4, help="tokens that the loop without a cache generates")
+    add("--naive-max", type=int, default=2048, help="prompt tokens of a batch beyond which that loop is left out")
+    add("--repeats", type=int, default=3)
+    add("--samples", type=int, default=16, help="samples of one prompt; 0 leaves that part out")
+    # quality
+    add_checkpoint_flags(parser)
+    parser.set_defaults(source="")
+    add("--text", default="", help="file to take the loss on (default: the checkpoint's validation shard)")
+    add("--quality-tokens", type=int, default=1024, help="tokens of it; 0 leaves that part out")
+    return parser.parse_args()
+
+
+# --- contenders ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """One generation: new ids of each row, all its seconds; the tokens that came while all rows decoded, and the
+    seconds they took (0 when that never was)."""
+
+    ids: Ids
+    seconds: float
+    decode_tokens: int
+    decode_seconds: float
+
+
+@dataclass
+class Contender:
+    """`generate(prompts, num_tokens)` continues prompts (B, T); `bytes_per_weight` is what a decode step reads."""
+
+    name: str
+    generate: Callable[[Tensor, int], Run]
+    bytes_per_weight: float
+    bytes_per_key: float
+    max_tokens: int
+    prefill: list[float] = field(default_factory=list)  # tokens a second, of each repeat
+    decode: list[float] = field(default_factory=list)
+    overall: list[float] = field(default_factory=list)
+    ids: Ids = field(default_factory=list)  # of the first repeat
+
+
+def engine_contender(
+    model: GPT, tokenizer: Tokenizer, weights: str, num_rows: int, runtime: Runtime, num_tokens: int
+) -> Contender:
+    engine = Engine(model, tokenizer, max_rows=num_rows, weights=weights)
+    is_packed = weights == "int8" and num_rows <= INT8_MAX_ROWS
+    size = 1 if is_packed else engine.model.dtype.itemsize
+
+    def generate(prompts: Tensor, num_tokens: int) -> Run:
+        sampling = Sampling(max_tokens=num_tokens, temperature=0.0, use_tool=False)
+        synchronize(runtime)
+        begin = time.perf_counter()
+        requests = [engine.submit(row.tolist(), sampling, stop_ids=()) for row in prompts]
+        started: set[int] = set()
+        window: list[tuple[float, int]] = []  # time and tokens so far, while every row decodes
+        count = 0
+        while engine.has_work:
+            events = engine.step()
+            count += sum(len(event.tokens) for event in events)
+            started |= {id(event.request) for event in events}
+            if len(started) == len(requests) and not any(request.is_done for request in requests):
+                window.append((time.perf_counter(), count))
+        seconds = time.perf_counter() - begin
+        (since, before), (until, after) = (window[0], window[-1]) if window else ((0.0, 0), (0.0, 0))
+        return Run([request.completions[0].ids for request in requests], seconds, after - before, until - since)
+
+    return Contender(f"engine {weights}", generate, size, engine.model.dtype.itemsize, num_tokens)
+
+
+def naive_contender(model: GPT, num_tokens: int) -> Contender:
+    """The whole sequence through the model again for each token."""
+
+    def generate(prompts: Tensor, num_tokens: int) -> Run:
+        begin, idx = time.perf_counter(), prompts
+        with torch.inference_mode():
+            for _ in range(num_tokens):
+                logits = model.logits(model.hidden(idx)[:, -1])
+                idx = torch.cat((idx, logits.argmax(dim=-1, keepdim=True)), dim=1)
+        ids = idx[:, prompts.size(1) :].tolist()
+        seconds = time.perf_counter() - begin
+        return Run(ids, seconds, idx[:, prompts.size(1) :].numel(), seconds)
+
+    size = model.compute_dtype.itemsize
+    return Contender(f"no cache {dtype_name(model.compute_dtype)}", generate, size, 0, num_tokens)
+
+
+def hf_contender(model: GPT, tokenizer: Tokenizer, dtype: torch.dtype, runtime: Runtime, num_tokens: int) -> Contender:
+    """transformers' NanoChat with the same weights, keys and values cached."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        save_hf(model, tokenizer, Path(folder))
+        theirs = transformers.NanoChatForCausalLM.from_pretrained(folder, dtype=dtype).to(runtime.device).eval()
+    theirs.generation_config.eos_token_id = None  # every row to its full length
+
+    def generate(prompts: Tensor, num_tokens: int) -> Run:
+        times: list[float] = []  # of each token, all rows at once
+
+        def note_time(ids: Tensor, scores: Tensor, **_) -> Tensor:
+            times.append(time.perf_counter())
+            return torch.zeros(ids.size(0), dtype=torch.bool, device=ids.device)
+
+        synchronize(runtime)
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            ids = theirs.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                do_sample=False,
+                max_new_tokens=num_tokens,
+                pad_token_id=0,
+                stopping_criteria=[note_time],
+            )
+        ids = ids[:, prompts.size(1) :].tolist()
+        seconds = time.perf_counter() - begin
+        return Run(ids, seconds, prompts.size(0) * (len(times) - 1), times[-1] - times[0])
+
+    return Contender(f"HF {dtype_name(dtype)}", generate, dtype.itemsize, dtype.itemsize, num_tokens)
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def measure(contenders: list[Contender], make_prompts: Callable[[], Tensor], repeats: int) -> None:
+    """Let the contenders take turns on the same prompts; new ones each time, as the engine remembers prompts."""
+    for contender in contenders:
+        contender.generate(make_prompts(), min(WARMUP_TOKENS, contender.max_tokens))
+    for repeat in range(repeats):
+        first_prompts, prompts = make_prompts(), make_prompts()
+        for contender in contenders:
+            first = contender.generate(first_prompts, 1)
+            run = contender.generate(prompts, contender.max_tokens)
+            num_rows, length = prompts.shape
+            if not run.decode_seconds:
+                raise UserError(f"--new-tokens is too low for {num_rows} rows to decode all at once; raise it")
+            contender.prefill.append(num_rows * length / first.seconds)
+            contender.decode.append(run.decode_tokens / run.decode_seconds)
+            contender.overall.append(num_rows * contender.max_tokens / run.seconds)
+            if repeat == 0:
+                contender.ids = run.ids
+
+
+def compare_ids(model: GPT, prompts: Tensor, reference: Ids, ids: Ids) -> tuple[int, float]:
+    """Rows of `ids` equal to those of `reference` as far as both go; and of the others the largest difference between
+    the logits of the two tokens at which they part."""
+    num_same, largest = 0, 0.0
+    for prompt, ours, theirs in zip(prompts.tolist(), reference, ids, strict=True):
+        parted = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+        if parted is None:
+            num_same += 1
+            continue
+        idx = torch.tensor([prompt + ours[:parted]], device=model.device)
+        with torch.inference_mode():
+            logits = model.logits(model.hidden(idx)[0, -1])
+        largest = max(largest, (logits[ours[parted]] - logits[theirs[parted]]).abs().item())
+    return num_same, largest
+
+
+def measured_bandwidth(runtime: Runtime, repeats: int = 5) -> float:
+    """Bytes a second that a large matrix-vector product reads; the fastest of a few."""
+    matrix, vector = torch.ones(BANDWIDTH_SHAPE, device=runtime.device), torch.ones(1, device=runtime.device)
+    vector = vector.expand(BANDWIDTH_SHAPE[1]).contiguous()
+    fastest = float("inf")
+    for _ in range(repeats + 1):
+        synchronize(runtime)
+        begin = time.perf_counter()
+        torch.mv(matrix, vector)
+        synchronize(runtime)
+        fastest = min(fastest, time.perf_counter() - begin)
+    return matrix.numel() * matrix.element_size() / fastest
+
+
+def decode_bytes(config: GPTConfig, contender: Contender, num_rows: int, num_keys: float) -> float:
+    """What a decode step has to read: matrices and head once, `num_keys` keys and values of each row."""
+    weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+    keys = 2 * config.n_layer * config.kv_dim * num_keys * num_rows
+    return weights * contender.bytes_per_weight + keys * contender.bytes_per_key
+
+
+def synchronize(runtime: Runtime) -> None:
+    if runtime.is_cuda:
+        torch.cuda.synchronize()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def random_model(depth: int, args: argparse.Namespace, runtime: Runtime) -> GPT:
+    """October 2025, float32, in which every part matters: the initial weights make attention and MLP do nothing."""
+    longest = max(max(args.prompt), PREFIX_PROMPT) + args.new_tokens
+    config = GPTConfig.october_2025(depth, vocab_size=args.vocab_size, sequence_len=longest)
+    generator = torch.Generator(runtime.device).manual_seed(0)
+    model = build_model(config, device=runtime.device, generator=generator).eval().requires_grad_(False)
+    for block in model.h:
+        for matrix in (block.attn.c_proj.weight, block.mlp.c_proj.weight):
+            matrix.normal_(0.0, matrix.size(1) ** -0.5, generator=generator)
+    model.lm_head.weight.normal_(0.0, 0.05, generator=generator)
+    return model
+
+
+def placeholder_tokenizer(vocab_size: int) -> Tokenizer:
+    """As many tokens as the model has: all bytes, then pairs and triples of them."""
+    single = [bytes([i]) for i in range(256)]
+    longer = (bytes([i >> 8 & 255, i & 255]) + (bytes([i >> 16]) if i >> 16 else b"") for i in range(1 << 24))
+    num_longer = vocab_size - len(single) - len(SPECIAL_TOKENS)
+    return Tokenizer([*single, *(token for token, _ in zip(longer, range(num_longer), strict=False))], SPLIT_PATTERN)
+
+
+# --- parts of the run ----------------------------------------------------------------------------
+
+
+def speed(args: argparse.Namespace, runtime: Runtime, model: GPT, tokenizer: Tokenizer, forms: list[str]) -> list[dict]:
+    """The table of one depth."""
+    random = torch.Generator().manual_seed(1)
+    rows = []
+    others: dict[str, Contender] = {}
+    for name in args.against:
+        if name == "naive":
+            others[name] = naive_contender(model, args.naive_tokens)
+        else:
+            dtype = torch.bfloat16 if name == "hf-bfloat16" else torch.float32
+            others[name] = hf_contender(model, tokenizer, dtype, runtime, args.new_tokens)
+    for num_rows in args.batch:
+        engines = [engine_contender(model, tokenizer, weights, num_rows, runtime, args.new_tokens) for weights in forms]
+        for length in args.prompt:
+            drawn: list[Tensor] = []
+
+            def make_prompts(shape=(num_rows, length), drawn=drawn) -> Tensor:
+                drawn.append(torch.randint(args.vocab_size, shape, generator=random).to(runtime.device))
+                return drawn[-1]
+
+            contenders = engines + [
+                other for name, other in others.items() if name != "naive" or num_rows * length <= args.naive_max
+            ]
+            for contender in contenders:
+                contender.prefill, contender.decode, contender.overall = [], [], []
+            before = measured_bandwidth(runtime)
+            measure(contenders, make_prompts, args.repeats)
+            bandwidth = max(before, measured_bandwidth(runtime))
+            # the prompts of the first measured run come after the warm-ups and the first prefill
+            prompts = drawn[len(contenders) + 1]
+            for contender in contenders:
+                row = result_row(model, contender, prompts, contenders, bandwidth)
+                print_row(row)
+                rows.append(row)
+    return rows
+
+
+def result_row(
+    model: GPT, contender: Contender, prompts: Tensor, contenders: list[Contender], bandwidth: float
+) -> dict:
+    num_rows, length = prompts.shape
+    named = {other.name: other for other in contenders}
+    steps_per_second = statistics.median(contender.decode) / num_rows
+    num_bytes = decode_bytes(model.config, contender, num_rows, length + contender.max_tokens / 2)
+    row = {
+        "depth": model.config.n_layer,
+        "batch": num_rows,
+        "prompt": length,
+        "contender": contender.name,
+        "decode_tokens_per_second": spread(contender.decode),
+        "overall_tokens_per_second": spread(contender.overall),
+        "bandwidth_gb_per_second": bandwidth / 1e9,
+    }
+    if contender.bytes_per_key:  # it has a cache, so that prefill and decode are two things
+        row["prefill_tokens_per_second"] = spread(contender.prefill)
+        row["share_of_bandwidth"] = steps_per_second * num_bytes / bandwidth
+    if "HF float32" in named:
+        row["decode_over_hf"] = statistics.median(contender.decode) / statistics.median(named["HF float32"].decode)
+    if "engine float32" in named:
+        same, gap = compare_ids(model, prompts, named["engine float32"].ids, contender.ids)
+        row |= {"rows_same": same, "largest_logit_gap": gap}
+    return row
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+HEADING = (
+    "depth batch prompt  contender            prefill tok/s  decode tok/s       min to max       x HF float32   overall"
+    "  bandwidth  rows with the engine's ids"
+)
+
+
+def print_row(row: dict) -> None:
+    decode = row["decode_tokens_per_second"]
+    prefill = row.get("prefill_tokens_per_second", {}).get("median")
+    same = "-"
+    if "rows_same" in row:
+        same = f"{row['rows_same']}/{row['batch']}"
+        if row["largest_logit_gap"]:
+            same += f", parting at logits {row['largest_logit_gap']:.1e} apart"
+    print(
+        f"{row['depth']:>5} {row['batch']:>5} {row['prompt']:>6}  {row['contender']:<20} {shown(prefill, ',.0f'):>13}"
+        f" {decode['median']:>13,.1f} {decode['min']:>9,.1f} to {decode['max']:<9,.1f}"
+        f" {shown(row.get('decode_over_hf'), '.2f'):>12} {row['overall_tokens_per_second']['median']:>9,.1f}"
+        f" {shown(row.get('share_of_bandwidth'), '.0%'):>10}  {same}",
+        flush=True,
+    )
+
+
+def shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def rounded(value):
+    """`value` with all floats in it at five significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def prefix_sharing(args: argparse.Namespace, runtime: Runtime, model: GPT, tokenizer: Tokenizer) -> dict:
+    """Samples of one prompt against as many prompts, counted in tokens read and in seconds."""
+    random = torch.Generator().manual_seed(2)
+    sampling = Sampling(max_tokens=PREFIX_TOKENS, temperature=1.0, seed=0, use_tool=False)
+    engine = Engine(model, tokenizer, max_rows=args.samples)
+    results = {"samples": args.samples, "prompt": PREFIX_PROMPT, "depth": model.config.n_layer}
+    for name, num_prompts in (("warmup", 1), ("shared", 1), ("apart", args.samples)):
+        prompts = torch.randint(args.vocab_size, (num_prompts, PREFIX_PROMPT), generator=random).tolist()
+        before = engine.stats.prefill_tokens
+        synchronize(runtime)
+        begin = time.perf_counter()
+        engine.generate(prompts, sampling, num_samples=args.samples // num_prompts, stop_ids=())
+        results[f"{name}_seconds"] = time.perf_counter() - begin
+        results[f"{name}_prefill_tokens"] = engine.stats.prefill_tokens - before
+    print(
+        f"{args.samples} samples of a prompt of {PREFIX_PROMPT} tokens: {results['shared_prefill_tokens']:,} tokens "
+        f"read, {results['shared_seconds']:.2f} s; {args.samples} prompts: {results['apart_prefill_tokens']:,} "
+        f"tokens, {results['apart_seconds']:.2f} s"
+    )
+    return results
+
+
+def quality(model: GPT, rows: Tensor, forms: list[str], what: str) -> dict:
+    """Loss of the engine's decode pass for each form of weights, in nats a token, against float32."""
+    with torch.inference_mode():
+        losses = {"without a cache": model(rows[:, :-1], rows[:, 1:]).item()}
+    losses |= {weights: decode_loss(model, rows, weights) for weights in dict.fromkeys(["float32", *forms])}
+    print(f"loss on {rows[:, 1:].numel():,} tokens of {what}, nats a token")
+    for name, loss in losses.items():
+        print(f"  {name:<15} {loss:.5f}  {loss - losses['float32']:+.5f}", flush=True)
+    return {"loss_on": what, "tokens": rows[:, 1:].numel(), **losses}
+
+
+@torch.inference_mode()
+def decode_loss(model: GPT, rows: Tensor, weights: str) -> float:
+    """Mean loss in nats of rows (B, T) int64 after their first token, read one token at a time."""
+    engine = InferenceModel(model, rows.size(0), weights=weights)
+    first = [engine.prefill(slot, [row[0].item()], 0, None, need_logits=True) for slot, row in enumerate(rows)]
+    losses = [F.cross_entropy(torch.stack(first), rows[:, 1])]
+    for position in range(1, rows.size(1) - 1):
+        logits = engine.decode(rows[:, position], rows[:, position - 1], [position] * rows.size(0))
+        losses.append(F.cross_entropy(logits, rows[:, position + 1]))
+    return torch.stack(losses).mean().item()
+
+
+def quality_of_checkpoint(args: argparse.Namespace, runtime: Runtime, forms: list[str]) -> dict:
+    """`quality` on the text given, or the checkpoint's validation shard, each row begun like a document."""
+    loaded = load_model(args.source, runtime, model_tag=args.model_tag, step=args.step)
+    length = min(loaded.model.config.sequence_len, args.quality_tokens // QUALITY_ROWS)
+    wanted = QUALITY_ROWS * length
+    ids = quality_ids(args.text, loaded, wanted)
+    rows = F.pad(torch.tensor(ids[:wanted]).view(QUALITY_ROWS, length), (1, 0), value=loaded.tokenizer.bos_id)
+    name = f"{args.source} {loaded.folder.parent.name} {loaded.folder.name}"
+    return quality(loaded.model, rows[:, :length].to(runtime.device), forms, f"{args.text or 'its data'} by {name}")
+
+
+def quality_ids(text: str, loaded: LoadedModel, wanted: int) -> list[int]:
+    """At least `wanted` ids of the file `text`, or of the validation shard of the checkpoint's data."""
+    ids: list[int] = []
+    if text:
+        try:
+            ids = loaded.tokenizer.encode(Path(text).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read --text {text}: {error}") from error
+    else:
+        data = loaded.meta.get("args", {}).get("data")
+        if not data:
+            raise UserError("this checkpoint names no data set; give a file with --text")
+        for _, documents in document_batches(shard_paths(data, "val")):
+            ids += [token for document in loaded.tokenizer.encode_batch(documents) for token in document]
+            if len(ids) >= wanted:
+                break
+    if len(ids) < wanted:
+        raise UserError(f"the text has {len(ids)} tokens, but --quality-tokens asks for {wanted}; lower it")
+    return ids
+
+
+def main(args: argparse.Namespace) -> None:
+    runtime = init_runtime(args.device_type, "float32")
+    if min(args.new_tokens, args.naive_tokens) < 2 or min(args.repeats, *args.batch, *args.prompt, *args.depth) < 1:
+        raise UserError("--new-tokens and --naive-tokens must be at least 2, the other counts at least 1")
+    forms = args.weights or DEFAULT_WEIGHTS.get(runtime.device.type, OTHER_WEIGHTS)
+    name = torch.cuda.get_device_name() if runtime.is_cuda else f"{torch.get_num_threads()} threads"
+    print(f"{runtime.device.type}, {name}, torch {torch.__version__}, vocabulary {args.vocab_size:,}, "
+          f"{args.new_tokens} new tokens, medians of {args.repeats}")  # fmt: skip
+    print(HEADING)
+    tokenizer = placeholder_tokenizer(args.vocab_size)
+    rows, notes = [], []
+    for depth in args.depth:
+        model = random_model(depth, args, runtime)
+        rows += speed(args, runtime, model, tokenizer, forms)
+        if args.samples:
+            notes.append(prefix_sharing(args, runtime, model, tokenizer))
+        if args.quality_tokens and not args.source:
+            shape = (QUALITY_ROWS, min(model.config.sequence_len, args.quality_tokens // QUALITY_ROWS))
+            ids = torch.randint(args.vocab_size, shape, generator=torch.Generator().manual_seed(3)).to(runtime.device)
+            what = f"random ids by random weights of depth {depth} (no measure of a trained model)"
+            notes.append(quality(model, ids, forms, what))
+    if args.quality_tokens and args.source:
+        notes.append(quality_of_checkpoint(args, runtime, forms))
+    settings = vars(args) | {"device": runtime.device.type, "name": name, "torch": torch.__version__}
+    print(json.dumps(rounded({"settings": settings, "rows": rows, "notes": notes})))
+    for row in rows:
+        if row["contender"].endswith("float32") and row.get("largest_logit_gap", 0.0) > TIE:
+            raise UserError(f"{row['contender']} does not produce the engine's ids: {row}")
+
+
+if __name__ == "__main__":
+    run_main(main, parse_args)
