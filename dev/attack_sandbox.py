@@ -36,8 +36,8 @@ MAX_PARENT_BYTES = 200 << 20  # that the grading process may grow by over all at
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--isolation", choices=["bubblewrap", "unshare", "none"], help="default: the best one here")
-    parser.add_argument("--allow-unsafe-execution", action="store_true", help="also without isolation")
+    parser.add_argument("--isolation", choices=["bubblewrap", "unshare"], default="", help="default: the best one here")
+    parser.add_argument("--allow-unsafe-execution", action="store_true", help="--humaneval also without isolation")
     parser.add_argument("--only", default="", help="attacks whose name contains this")
     parser.add_argument("--humaneval", action="store_true", help="grade HumanEval's canonical solutions instead")
     parser.add_argument("--num-workers", type=int, default=0, help="problems at a time; 0: one per core")
@@ -96,13 +96,18 @@ def children(pid: int) -> list[int]:
     ]
 
 
-def attack_sandbox(sandbox: Isolation, *, only: str, allow_unsafe: bool) -> list[str]:
-    """Run the attacks, print a row for each, and return what went wrong."""
+def attack_sandbox(sandbox: Isolation, *, only: str) -> list[str]:
+    """Run the attacks, print a row for each, and return what went wrong.
+
+    Raises `UserError` without isolation: some of the attacks do harm where they get through.
+    """
+    if sandbox.method == "none":
+        raise UserError(f"nothing protects this machine from the attacks: {sandbox.reason}")
     problems = []
     statuses: Counter[str] = Counter()
     with ExitStack() as stack:
         targets = Range(stack)
-        honest, _ = timed(HONEST, sandbox, allow_unsafe)
+        honest, _ = timed(HONEST, sandbox)
         if not honest.passed:
             problems.append(f"the honest program does not pass: {honest}")
         start_bytes = peak_bytes()
@@ -111,13 +116,13 @@ def attack_sandbox(sandbox: Isolation, *, only: str, allow_unsafe: bool) -> list
             for name, program in programs.items():
                 if only not in name:
                     continue
-                verdict, seconds = timed(aim(program, targets.targets()), sandbox, allow_unsafe)
+                verdict, seconds = timed(aim(program, targets.targets()), sandbox)
                 wrong = targets.damage(verdict.output)
                 wrong += ["PASSED"] if verdict.passed else []
                 wrong += ["took too long"] if seconds > TIMEOUT_SECONDS + SLACK_SECONDS else []
                 statuses[verdict.status] += 1
-                detail = " ".join(verdict.detail.split())[:60]
-                print(f"{group + ': ' + name:62.62} {verdict.status:8} {seconds:7.2f}  {', '.join(wrong) or detail}")
+                outcome = ", ".join(wrong) or said(verdict)
+                print(f"{group + ': ' + name:62.62} {verdict.status:8} {seconds:7.2f}  {outcome}")
                 problems += [f"{name}: {what}" for what in wrong]
         if peak_bytes() - start_bytes > MAX_PARENT_BYTES:
             problems.append(f"the grading process grew by {(peak_bytes() - start_bytes) >> 20} MiB")
@@ -125,13 +130,17 @@ def attack_sandbox(sandbox: Isolation, *, only: str, allow_unsafe: bool) -> list
     return problems
 
 
-def timed(program: str, sandbox: Isolation, allow_unsafe: bool) -> tuple[Verdict, float]:
+def timed(program: str, sandbox: Isolation) -> tuple[Verdict, float]:
     """The verdict on `program`, and the seconds it took to come."""
     start = time.perf_counter()
-    verdict = grade(
-        program, TESTS, ENTRY_POINT, timeout_seconds=TIMEOUT_SECONDS, sandbox=sandbox, allow_unsafe=allow_unsafe
-    )
+    verdict = grade(program, TESTS, ENTRY_POINT, timeout_seconds=TIMEOUT_SECONDS, sandbox=sandbox)
     return verdict, time.perf_counter() - start
+
+
+def said(verdict: Verdict, width: int = 60) -> str:
+    """To show of a verdict: what the program printed before a test failed (why it got nowhere), or the detail."""
+    text = verdict.output if verdict.status == "wrong" and verdict.output.strip() else verdict.detail
+    return ascii(" ".join(text.split())[:width])[1:-1]
 
 
 def peak_bytes() -> int:
@@ -187,7 +196,7 @@ def grade_humaneval(sandbox: Isolation, *, num_workers: int, allow_unsafe: bool)
             for row, verdict in zip(rows, verdicts, strict=True):
                 if not verdict.passed:
                     print(f"    {row['task_id']}: {verdict.status}: {verdict.detail}")
-    print("\nStill right without the last line:")
+    print("\nStill right without the last line:" + ("" if passed["last line removed"] else " none"))
     for row in passed["last line removed"]:
         lost = row["canonical_solution"].rstrip().split("\n")[-1].strip()
         print(f"    {row['task_id']:14} {row['entry_point']:28} lost: {lost}")
@@ -198,12 +207,12 @@ def grade_humaneval(sandbox: Isolation, *, num_workers: int, allow_unsafe: bool)
 
 
 def main(args: argparse.Namespace) -> int:
-    sandbox = isolation() if args.isolation is None else Isolation(args.isolation, "asked for")
+    sandbox = isolation(args.isolation)
     print(f"isolation: {sandbox.method} ({sandbox.reason})\n")
     if args.humaneval:
         problems = grade_humaneval(sandbox, num_workers=args.num_workers, allow_unsafe=args.allow_unsafe_execution)
     else:
-        problems = attack_sandbox(sandbox, only=args.only, allow_unsafe=args.allow_unsafe_execution)
+        problems = attack_sandbox(sandbox, only=args.only)
         problems += attack_calculator(args.only)
     print("\n" + ("\n".join(f"FAILED {problem}" for problem in problems) or "all as it should be"))
     return 1 if problems else 0
