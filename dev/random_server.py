@@ -1,0 +1,143 @@
+"""For the other programs here: scripts/chat_web.py on a model with random weights, and requests to it.
+
+A random model writes random tokens until it may write no more, at the speed of a trained one.
+"""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nanochat.checkpoint import run_dir, save_checkpoint
+from nanochat.common import Runtime
+from nanochat.gpt import GPTConfig, build_model
+from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAT = "/v1/chat/completions"
+START_SECONDS = 300
+TAG = "random"
+
+
+@dataclass(frozen=True)
+class Server:
+    port: int
+    process: subprocess.Popen
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as response:
+            return response.read().decode()
+
+
+@contextmanager
+def random_server(depth: int, *flags: str, vocab_size: int, sequence_len: int) -> Iterator[Server]:
+    """A running server, its model loaded; `flags` are those of chat_web."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["NANOCHAT_BASE_DIR"] = folder
+        _write_checkpoint(depth, vocab_size, sequence_len)
+        command = [sys.executable, "-m", "scripts.chat_web", "--model-tag", TAG, "--port", "0"]
+        command += ["--access-log", str(Path(folder, "access.log")), *flags]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        try:
+            port = int(process.stdout.readline().rpartition(":")[2])
+            server = Server(port, process)
+            _wait_until_loaded(server)
+            yield server
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _write_checkpoint(depth: int, vocab_size: int, sequence_len: int) -> None:
+    """A model as it is before training, but for the head, which would else find all tokens alike."""
+    pairs = [bytes((i // NUM_BYTES, i % NUM_BYTES)) for i in range(vocab_size - NUM_BYTES - len(SPECIAL_TOKENS))]
+    tokenizer = Tokenizer([bytes((i,)) for i in range(NUM_BYTES)] + pairs, SPLIT_PATTERN)
+    config = GPTConfig.from_depth(depth, vocab_size=tokenizer.vocab_size, sequence_len=sequence_len)
+    generator = torch.Generator().manual_seed(0)
+    model = build_model(config, generator=generator)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=0.1, generator=generator)
+    runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.float32)
+    save_checkpoint(run_dir("sft", TAG), 1, runtime=runtime, model=model, tokenizer=tokenizer, meta={"args": {}})
+
+
+def _wait_until_loaded(server: Server) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and server.process.poll() is None:
+        try:
+            if json.loads(server.get("/health"))["status"] == "ok":
+                return
+        except urllib.error.HTTPError:
+            pass
+        time.sleep(0.2)
+    raise RuntimeError("the server did not load its model")
+
+
+# --- a client ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    """`times` are those of the events that carried text, of `time.perf_counter`."""
+
+    started: float
+    status: int = 0
+    times: list[float] = field(default_factory=list)
+    text: str = ""
+    num_tokens: int = 0
+    is_complete: bool = False
+
+
+async def ask(port: int, body: dict[str, Any]) -> Answer:
+    """A streamed chat, by as little code as will do: the client shares its machine with the server."""
+    answer = Answer(time.perf_counter())
+    raw = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(request_head(CHAT, len(raw)) + raw)
+        answer.status = int((await reader.readline()).split()[1])
+        async for line in reader:
+            if line == b"data: [DONE]\n":
+                answer.is_complete = True
+            elif line.startswith(b"data: "):
+                _take_in(answer, json.loads(line[6:]))
+    finally:
+        writer.close()
+    return answer
+
+
+def request_head(path: str, length: int) -> bytes:
+    return (
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        f"content-length: {length}\r\n\r\n"
+    ).encode()
+
+
+def _take_in(answer: Answer, event: dict[str, Any]) -> None:
+    if event.get("usage"):
+        answer.num_tokens = event["usage"]["completion_tokens"]
+    for choice in event.get("choices", ()):
+        delta = choice["delta"]
+        if delta.get("content") or "nanochat" in delta:
+            answer.times.append(time.perf_counter())
+            answer.text += delta.get("content", "")
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least this share of all values does not pass."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
