@@ -2,6 +2,7 @@
 
 Clark et al., "Think you have Solved Question Answering? Try ARC, the AI2 Reasoning Challenge", arXiv 1803.05457.
 Hub: allenai/ai2_arc, CC BY-SA 4.0. Train is for training, validation for watching a run, test for reporting.
+As published, 3 of ARC-Easy's 2,376 test questions are in its train split as well.
 
 Choices keep the labels they have: A to E, or 1 to 5 in about one question in thirty, so `letters` differs from row to
 row. Every label is one character, hence one token (`common.render_choices`).

@@ -7,6 +7,7 @@ worth a warning, as a mirror may carry a part. Not here: what rows mean.
 """
 
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,12 @@ from nanochat.common import UserError
 from nanochat.hub import endpoint
 
 logger = logging.getLogger(__name__)
+
+LOAD_ATTEMPTS = (
+    4  # when the hub is busy or a connection breaks; that nobody answers at all is tried again by `datasets`
+)
+FIRST_PAUSE_SECONDS = 1.0  # doubled after each attempt
+BUSY_STATUSES = (408, 429, 500, 502, 503, 504)
 
 Spec = Any  # str, int, a list of one spec, or a mapping of names to specs: what a value must be
 
@@ -73,10 +80,8 @@ def load_split(source: HubSplit):
 
     Raises `UserError` when it cannot be had, lacks a column, or is measured on and has not the rows it should have.
     """
-    import datasets  # 1.5 s
-
     with _load_errors(source), _quietly():
-        dataset = datasets.load_dataset(source.repo, source.config, split=source.split)
+        dataset = _fetch(source)
     missing = [name for name in source.columns if name not in dataset.column_names]
     if missing:
         raise UserError(
@@ -89,6 +94,23 @@ def load_split(source: HubSplit):
             raise UserError(f"{what}: scores on it could not be compared; set HF_ENDPOINT to a complete copy")
         logger.warning("%s; training on what is there", what)
     return dataset
+
+
+def _fetch(source: HubSplit):
+    """What `datasets` has for `source`, asked for again where that may help."""
+    import datasets  # 1.5 s
+    from httpx import TransportError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for attempt in range(LOAD_ATTEMPTS):
+        try:
+            return datasets.load_dataset(source.repo, source.config, split=source.split)
+        except (TransportError, HfHubHTTPError) as error:
+            is_final = isinstance(error, HfHubHTTPError) and error.response.status_code not in BUSY_STATUSES
+            if is_final or attempt == LOAD_ATTEMPTS - 1:
+                raise
+            time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
+    raise AssertionError("the last attempt returned or raised")
 
 
 @contextmanager

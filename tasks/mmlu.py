@@ -8,8 +8,8 @@ Hendrycks et al., "Measuring Massive Multitask Language Understanding", arXiv 20
 | all | validation, dev | watching a run |
 | all | test | reporting |
 
-The auxiliary questions were collected by MMLU's authors from public exams; a few are word for word in the test split
-too, as published (14 of the 8,336 on the local mirror).
+The auxiliary questions were collected by MMLU's authors from other public sets. No question is in the test split with
+the same choices, but some are there with other ones (14 of the mirror's 8,336).
 """
 
 from functools import cached_property

@@ -1,4 +1,5 @@
 import logging
+import time
 
 import datasets
 import httpx
@@ -6,6 +7,7 @@ import pytest
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from hub_fixtures import serve_rows
+from huggingface_hub.errors import HfHubHTTPError
 
 from nanochat.common import UserError
 from tasks.loading import HubSplit, Rows
@@ -40,7 +42,7 @@ def test_rows_are_loaded_at_their_first_use_and_only_once(monkeypatch):
         ValueError("BuilderConfig 'main' not found"),
         DatasetNotFoundError("no such data set"),
         DatasetGenerationError("damaged file"),
-        httpx.ConnectError("refused"),
+        httpx.DecodingError("garbled"),
     ],
 )
 def test_what_keeps_a_data_set_from_loading_is_told_with_its_remedy(monkeypatch, error):
@@ -52,6 +54,39 @@ def test_what_keeps_a_data_set_from_loading_is_told_with_its_remedy(monkeypatch,
         UserError, match=r"cannot load some/thing \(main, test\) from http.*HF_ENDPOINT.*HF_HUB_OFFLINE"
     ):
         len(Rows(source()))
+
+
+def answer(status: int) -> HfHubHTTPError:
+    return HfHubHTTPError("no", response=httpx.Response(status, request=httpx.Request("GET", "http://hub")))
+
+
+@pytest.mark.parametrize(
+    ("errors", "num_asked"),
+    [
+        ([answer(503), httpx.ReadError("broke"), None], 3),
+        ([answer(429)] * 9, 4),
+        ([answer(404)] * 9, 1),
+    ],
+)
+def test_a_busy_hub_is_asked_again_with_growing_pauses(monkeypatch, errors, num_asked):
+    asked = serve(monkeypatch, ROW, ROW)
+    found, pauses, left = datasets.load_dataset, [], iter(errors)
+
+    def load_dataset(*args, **options):
+        if error := next(left):
+            asked.append(error)
+            raise error
+        return found(*args, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    if None in errors:
+        assert len(Rows(source())) == 2
+    else:
+        with pytest.raises(UserError, match="cannot load"):
+            len(Rows(source()))
+    assert len(asked) == num_asked
+    assert pauses == [1, 2, 4][: num_asked - 1]
 
 
 def test_a_programming_error_in_loading_is_not_blamed_on_the_network(monkeypatch):
