@@ -9,7 +9,7 @@ Hendrycks et al., "Measuring Massive Multitask Language Understanding", arXiv 20
 | all | test | reporting |
 
 The auxiliary questions were collected by MMLU's authors from other public sets. No question is in the test split with
-the same choices, but some are there with other ones (14 of the mirror's 8,336).
+the same choices; 14 test questions share their text with one of the 8,336 that the mirror has, with other choices.
 """
 
 from functools import cached_property
