@@ -55,7 +55,7 @@ class EvalSettings:
     def __post_init__(self):
         for name, least in (("max_problems", 0), ("num_samples", 1), ("max_new_tokens", 1)):
             if getattr(self, name) < least:
-                raise UserError(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}")
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
         if self.num_samples > 1 and self.temperature == 0:
             raise UserError(
                 f"--num-samples {self.num_samples} at temperature 0 would be the same answer so many times; "
@@ -75,10 +75,6 @@ class EvalSettings:
         """How the answers to problem `index` are drawn."""
         seed = problem_seed(self.seed, index)
         return Sampling(max_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, seed=seed)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 # --- prompts -------------------------------------------------------------------------------------
