@@ -77,7 +77,7 @@ def parse_args() -> argparse.Namespace:
     add_checkpoint_flags(parser)
     parser.set_defaults(source="")
     add("--text", default="", help="file to take the loss on (default: the checkpoint's validation shard)")
-    add("--quality-tokens", type=int, default=1024, help="tokens of it; 0 leaves that part out")
+    add("--quality-tokens", type=int, default=1024, help="tokens the loss is taken on; 0 leaves that part out")
     return parser.parse_args()
 
 
@@ -414,24 +414,29 @@ def prefix_sharing(args: argparse.Namespace, runtime: Runtime, model: GPT, token
 def quality(model: GPT, rows: Tensor, forms: list[str], what: str) -> dict:
     """Loss of the engine's decode pass for each form of weights, in nats a token, against float32."""
     with torch.inference_mode():
-        losses = {"without a cache": model(rows[:, :-1], rows[:, 1:]).item()}
-    losses |= {weights: decode_loss(model, rows, weights) for weights in dict.fromkeys(["float32", *forms])}
-    print(f"loss on {rows[:, 1:].numel():,} tokens of {what}, nats a token")
-    for name, loss in losses.items():
-        print(f"  {name:<15} {loss:.5f}  {loss - losses['float32']:+.5f}", flush=True)
-    return {"loss_on": what, "tokens": rows[:, 1:].numel(), **losses}
+        plain = model(rows[:, :-1], rows[:, 1:]).item()
+    print(f"loss on {rows[:, 1:].numel():,} tokens of {what}, nats a token: {plain:.5f} without a cache")
+    exact = decode_losses(model, rows, "float32")
+    result = {"loss_on": what, "tokens": exact.numel(), "without_cache": plain}
+    for name in dict.fromkeys(["float32", *forms]):
+        losses = exact if name == "float32" else decode_losses(model, rows, name)
+        more = losses - exact
+        error = more.std().item() / more.numel() ** 0.5  # of the mean: both saw the same tokens
+        print(f"  {name:<10} {losses.mean().item():.5f}  {more.mean().item():+.5f} +- {error:.5f}", flush=True)
+        result[name] = {"loss": losses.mean().item(), "more": more.mean().item(), "standard_error": error}
+    return result
 
 
 @torch.inference_mode()
-def decode_loss(model: GPT, rows: Tensor, weights: str) -> float:
-    """Mean loss in nats of rows (B, T) int64 after their first token, read one token at a time."""
+def decode_losses(model: GPT, rows: Tensor, weights: str) -> Tensor:
+    """Loss in nats of each token of rows (B, T) int64 but the first, read one at a time: (B * (T - 1),) float32."""
     engine = InferenceModel(model, rows.size(0), weights=weights)
     first = [engine.prefill(slot, [row[0].item()], 0, None, need_logits=True) for slot, row in enumerate(rows)]
-    losses = [F.cross_entropy(torch.stack(first), rows[:, 1])]
+    losses = [F.cross_entropy(torch.stack(first), rows[:, 1], reduction="none")]
     for position in range(1, rows.size(1) - 1):
         logits = engine.decode(rows[:, position], rows[:, position - 1], [position] * rows.size(0))
-        losses.append(F.cross_entropy(logits, rows[:, position + 1]))
-    return torch.stack(losses).mean().item()
+        losses.append(F.cross_entropy(logits, rows[:, position + 1], reduction="none"))
+    return torch.cat(losses)
 
 
 def quality_of_checkpoint(args: argparse.Namespace, runtime: Runtime, forms: list[str]) -> dict:
@@ -468,6 +473,7 @@ def quality_ids(text: str, loaded: LoadedModel, wanted: int) -> list[int]:
 
 def main(args: argparse.Namespace) -> None:
     runtime = init_runtime(args.device_type, "float32")
+    torch.set_float32_matmul_precision("highest")  # TF32 would let ids part that should be equal
     if min(args.new_tokens, args.naive_tokens) < 2 or min(args.repeats, *args.batch, *args.prompt, *args.depth) < 1:
         raise UserError("--new-tokens and --naive-tokens must be at least 2, the other counts at least 1")
     forms = args.weights or DEFAULT_WEIGHTS.get(runtime.device.type, OTHER_WEIGHTS)

@@ -16,6 +16,7 @@ import sys
 from nanochat.checkpoint import LoadedModel, add_checkpoint_flags, load_model
 from nanochat.common import Runtime, UserError, add_runtime_flags, base_dir, init_runtime, run_main
 from nanochat.engine import Engine
+from nanochat.inference import WEIGHTS
 from nanochat.sampling import Sampling
 from nanochat.terminal import COMMANDS, INTERRUPTED, LineReader, Screen, TerminalChat
 
@@ -29,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     add(
         "--weights",
         default="",
-        choices=["", "float32", "bfloat16", "int8"],
+        choices=["", *WEIGHTS],
         help="in what form the weights are kept: smaller is faster and a little less exact (default: --dtype)",
     )
     # conversation
@@ -105,7 +106,7 @@ def describe(loaded: LoadedModel, runtime: Runtime, weights: str) -> str:
     form = weights or str(runtime.dtype).removeprefix("torch.")
     millions = loaded.model.parameter_counts()["total"] / 1e6
     return (
-        f"{source} {run.name} step {loaded.meta['step']}: {millions:,.0f}M parameters, context of "
+        f"{source} {run.name} step {loaded.meta['step']}: {millions:,.1f}M parameters, context of "
         f"{config.sequence_len:,} tokens, {form} on {runtime.device.type}"
     )
 
