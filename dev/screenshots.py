@@ -28,7 +28,7 @@ from collections import Counter
 from pathlib import Path
 
 def count_words(path: Path, *, num_shown: int = 10) -> list[tuple[str, int]]:
-    \"\"\"The most frequent words of a text, with their counts; upper and lower case are the same, punctuation is left out.\"\"\"
+    \"\"\"The most frequent words of a text with their counts, in lower case, without punctuation at their ends.\"\"\"
     words = path.read_text().lower().split()
     return Counter(word.strip(".,;:!?") for word in words).most_common(num_shown)
 ```

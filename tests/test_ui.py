@@ -409,9 +409,11 @@ def test_a_question_is_edited_and_sent_again_and_that_can_be_undone(chat):
     chat.wait_until_done()
     assert chat.server.requests[-1]["messages"] == [{"role": "user", "content": "First, mended"}]
     assert chat.answers.all_inner_texts() == ["Answer three"]
+    assert chat.page.locator(".row").all_inner_texts() == ["First, mended"]
     chat.button("Undo").click()
     chat.wait_for("Answer two")
     assert chat.questions.all_inner_texts() == ["First", "Second"]
+    assert chat.page.locator(".row").all_inner_texts() == ["First"]
 
 
 def test_editing_can_be_left_with_escape(chat):
@@ -776,6 +778,7 @@ def test_a_message_written_while_the_model_loads_is_answered_when_it_is_ready(op
     chat.send("Early", says("Now I am here."))
     chat.wait_for("Waiting for the model to load")
     assert server.requests == []
+    server.script.appendleft(refuses(503, "still loading", "model_loading"))
     server.health["status"] = "ok"
     chat.wait_for("Now I am here.")
     chat.page.locator("#server-note").wait_for(state="hidden")
@@ -791,7 +794,7 @@ def test_dropped_messages_are_said_and_marked_and_the_meter_shows_the_context(ch
         chat.ask(f"Question {i}", f"Answer {i}")
     chat.send("Question 3", Reply([head(num_dropped=4, used=1900), piece("Answer 3"), end()]))
     chat.wait_until_done()
-    chat.wait_for("The context of 2,048 tokens is full: the model answered without the oldest 4 messages.")
+    chat.wait_for("Not all fits the context of 2,048 tokens: the model answered without the oldest 4 messages.")
     order = chat.page.locator("#transcript > *").evaluate_all("nodes => nodes.map((node) => node.className)")
     assert order.index("divider") == 4
     assert chat.page.locator("#meter").inner_text().strip() == "1,900 of 2,048 tokens"
