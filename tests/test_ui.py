@@ -571,6 +571,16 @@ def test_two_tabs_do_not_overwrite_each_other(chat, open_chat):
         tab.button("From the other tab", exact=True).wait_for()
 
 
+def test_what_is_no_conversation_in_the_storage_is_left_alone(chat):
+    chat.ask("Kept", "Yes.")
+    for i, text in enumerate(("", "{", "null", "{}", '{"messages": [{}, {}]}', '{"messages": [{"text": "half"}]}')):
+        chat.page.evaluate("([i, text]) => localStorage.setItem(PREFIX + i, text)", [i, text])
+    chat.page.reload()
+    chat.wait_for("Yes.")
+    assert chat.page.locator(".row").all_inner_texts() == ["Kept"]
+    assert chat.page.evaluate("localStorage.getItem(PREFIX + 1)") == "{"
+
+
 def test_full_storage_is_said_and_the_conversation_goes_on(chat):
     chat.page.evaluate(
         "void (Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); })"
