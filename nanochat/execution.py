@@ -62,6 +62,7 @@ _USERS = itertools.cycle(
     range(64000, 64500)
 )  # when root starts it: no accounts, one each, so that limits do not add up
 _METHODS = ("bubblewrap", "unshare")
+_PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 _SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store")
 
 
@@ -119,8 +120,8 @@ def grade(
     sandbox = sandbox or isolation()
     if sandbox.method == "none" and not allow_unsafe:
         raise UserError(
-            f"this system cannot isolate the code to be graded ({sandbox.reason}); install bubblewrap or allow user "
-            "namespaces, or accept the risk with --allow-unsafe-execution"
+            f"this system cannot isolate the code to be graded ({sandbox.reason}); install bubblewrap, allow user "
+            "namespaces or run as root, or accept the risk with --allow-unsafe-execution"
         )
     if not entry_point.isidentifier() or max(len(program), len(tests)) > MAX_SOURCE:
         return Verdict(False, "refused", "an entry point that is no name, or a source that is too long", "")
@@ -228,9 +229,6 @@ def _visible() -> tuple[list[str], list[str]]:
     return visible, [path for path in packages if os.path.isdir(path)]
 
 
-_PACKAGE_FOLDERS = ("site-packages", "dist-packages")
-
-
 def _bubblewrap() -> list[str]:
     """The command in front of the interpreter's that gives it namespaces and a root of its own."""
     visible, hidden = _visible()
@@ -325,8 +323,8 @@ class _Run:
         status, detail = self.hear(STARTUP_SECONDS, output_bytes)
         if status != "started":
             self.end()
-            said = self.output.decode(errors="replace").strip().splitlines()[-1:]
-            raise UserError(f"the sandbox ({self.sandbox.method}) did not start: {': '.join([detail, *said])}")
+            said = self.output.decode(errors="replace").strip().splitlines() or [detail]
+            raise UserError(f"the sandbox ({self.sandbox.method}) did not start: {said[-1]}")
         status, detail = self.hear(timeout_seconds, output_bytes)
         if status == "ended":
             status, detail = self.explain_crash(detail)

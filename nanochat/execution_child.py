@@ -167,14 +167,6 @@ def flush_output() -> None:
 # --- the tester: holds the tests --------------------------------------------------------------------
 
 
-class Finished(BaseException):
-    """The verdict is known. A BaseException, so that no `except Exception` of the tests holds it up."""
-
-    def __init__(self, status: str, detail: str) -> None:
-        super().__init__(status, detail)
-        self.status, self.detail = status, detail
-
-
 class CandidateError(Exception):
     """Raised in the tests for an exception of the graded program whose type is not a built-in one."""
 
@@ -182,9 +174,10 @@ class CandidateError(Exception):
 class Candidate:
     """Stands for the graded function in the tests: each call is made in the other process."""
 
-    def __init__(self, channel: Channel, name: str) -> None:
+    def __init__(self, channel: Channel, name: str, report: Callable[[str, str], None]) -> None:
         self.channel = channel
         self.name = name
+        self.report = report
         self.num_calls = 0
         self.last_error: BaseException | None = None
 
@@ -229,7 +222,9 @@ class Candidate:
         return f"call {self.num_calls}" if kind == "call" else "loading" if kind == "load" else "the start"
 
     def give_up(self, status: str, detail: str) -> None:
-        raise Finished(status, detail)
+        """Report and end this process at once: an exception could be caught by the tests."""
+        self.report(status, detail)
+        os._exit(0)
 
 
 def run_tests(channel: Channel, tests: str, entry_point: str, report: Callable[[str, str], None]) -> None:
@@ -239,7 +234,7 @@ def run_tests(channel: Channel, tests: str, entry_point: str, report: Callable[[
     process is gone: "passed" only after the tests ran to their end with at
     least one call of the candidate.
     """
-    candidate = Candidate(channel, entry_point)
+    candidate = Candidate(channel, entry_point, report)
     try:
         candidate.ask("hello")
         report("started", "")
@@ -251,10 +246,8 @@ def run_tests(channel: Channel, tests: str, entry_point: str, report: Callable[[
         if callable(namespace.get("check")):
             namespace["check"](candidate)
         if not candidate.num_calls:
-            raise Finished("error", "the tests never called the function")
+            candidate.give_up("error", "the tests never called the function")
         report("passed", f"{candidate.num_calls} calls")
-    except Finished as finished:
-        report(finished.status, finished.detail)
     except BaseException as error:  # the tests may raise anything, and the verdict must go out
         report(classify(error, candidate), explain(error, tests))
 
@@ -377,8 +370,7 @@ def enter_namespaces(kernel: Kernel, visible: list[str], hidden: list[str], scra
     """Move into namespaces of our own that hold nothing but `visible` (read-only) and a scratch folder.
 
     Returns in a child process. `visible` are files, folders and symbolic links, parents first; of these, the folders
-    `hidden` are made empty. The calling process stays outside as the parent that waits; it ends with the child's exit
-    status.
+    `hidden` are made empty.
     """
     as_root, user, group = os.geteuid() == 0, os.geteuid(), os.getegid()
     kernel.call("unshare", _CLONE_NEW | (0 if as_root else _CLONE_NEWUSER))
@@ -386,15 +378,7 @@ def enter_namespaces(kernel: Kernel, visible: list[str], hidden: list[str], scra
         for name, text in [("setgroups", "deny"), ("uid_map", f"65534 {user} 1"), ("gid_map", f"65534 {group} 1")]:
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
-    child = os.fork()
-    if child:
-        for descriptor in range(3, 64):  # the pipes are the child's: their ends must close when it dies
-            try:
-                os.close(descriptor)
-            except OSError:
-                continue
-        status = os.waitpid(child, 0)[1]
-        os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+    continue_in_child()
     kernel.die_with_parent()
     kernel.call("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
     kernel.call("mount", b"tmpfs", b"/tmp", b"tmpfs", _MS_NOSUID | _MS_NODEV, b"size=1m,mode=755")
@@ -412,6 +396,16 @@ def enter_namespaces(kernel: Kernel, visible: list[str], hidden: list[str], scra
     options = f"size={scratch_bytes},nr_inodes=1024,mode=1777"
     kernel.call("mount", b"tmpfs", b"/scratch", b"tmpfs", _MS_NOSUID | _MS_NODEV, options.encode())
     os.chdir("/scratch")
+
+
+def continue_in_child() -> None:
+    """Return in a child process; the calling process only waits for its end, and ends alike."""
+    child = os.fork()
+    if not child:
+        return
+    os.closerange(3, 64)  # the pipes are the child's: they must end with it
+    status = os.waitpid(child, 0)[1]
+    os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 
 
 def show(kernel: Kernel, path: str) -> None:
@@ -450,6 +444,9 @@ def lock_in(setup: dict) -> None:
     os.umask(0o022)
     if setup["method"] == "unshare":
         enter_namespaces(kernel, setup["visible"], setup["hidden"], setup["scratch_bytes"])
+    elif setup["user"] is not None:
+        # process 1 remains root's: bubblewrap, without the right to signal other users, could not take us along
+        continue_in_child()
     limit_resources(setup["limits"])
     if setup["user"] is not None:
         os.setgroups([])
