@@ -163,6 +163,23 @@ class LineReader:
         return self._matches[state] if state < len(self._matches) else None
 
 
+def single_prompt(given: str | None, stdin: TextIO) -> str | None:
+    """The one question to ask: the one given, or all of a standard input that is no terminal; None to converse.
+
+    Raises `UserError` when there is nothing in it, or it is not UTF-8.
+    """
+    if given is None:
+        if stdin.isatty():
+            return None
+        try:
+            given = stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not valid UTF-8 at byte {error.start}; convert it first") from error
+    if not given.strip():
+        raise UserError("the prompt is empty; give one with --prompt or on standard input")
+    return given.strip()
+
+
 @contextmanager
 def held_interrupt() -> Iterator[Callable[[], bool]]:
     """Inside, Ctrl-C raises nothing; the function given says whether it was pressed. Main thread only.

@@ -14,11 +14,11 @@ import signal
 import sys
 
 from nanochat.checkpoint import LoadedModel, add_checkpoint_flags, load_model
-from nanochat.common import Runtime, UserError, add_runtime_flags, base_dir, init_runtime, run_main
+from nanochat.common import Runtime, add_runtime_flags, base_dir, init_runtime, run_main
 from nanochat.engine import Engine
 from nanochat.inference import WEIGHTS
 from nanochat.sampling import Sampling
-from nanochat.terminal import COMMANDS, INTERRUPTED, LineReader, Screen, TerminalChat
+from nanochat.terminal import COMMANDS, INTERRUPTED, LineReader, Screen, TerminalChat, single_prompt
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program, without a traceback
     sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, seed=args.seed)
-    prompt = read_prompt(args.prompt)
+    prompt = single_prompt(args.prompt, sys.stdin)
     runtime = init_runtime(args.device_type, args.dtype)
 
     # model
@@ -83,20 +83,6 @@ def main(args: argparse.Namespace) -> None:
         chat.run(reader.read)
     finally:
         reader.close()
-
-
-def read_prompt(flag: str | None) -> str | None:
-    """The one question to ask: --prompt, or all of a standard input that is no terminal; None to converse."""
-    if flag is None:
-        if sys.stdin.isatty():
-            return None
-        try:
-            flag = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input is not valid UTF-8 at byte {error.start}; convert it first") from error
-    if not flag.strip():
-        raise UserError("the prompt is empty; give one with --prompt or on standard input")
-    return flag.strip()
 
 
 def describe(loaded: LoadedModel, runtime: Runtime, weights: str) -> str:

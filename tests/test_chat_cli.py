@@ -151,9 +151,8 @@ def _own_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def run_piped(command: list[str], text: str | bytes | None) -> subprocess.CompletedProcess:
-    data = text.encode() if isinstance(text, str) else text
-    return subprocess.run(command, cwd=ROOT, input=data, capture_output=True, timeout=TIMEOUT_SECONDS)
+def run_piped(command: list[str], text: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=ROOT, input=text.encode(), capture_output=True, timeout=TIMEOUT_SECONDS)
 
 
 def test_a_session_answers_in_turns_and_obeys_its_commands(command, base, tmp_path):
@@ -237,17 +236,7 @@ def test_the_prompt_flag_leaves_standard_input_alone(command):
     assert re.fullmatch(r"\(\d+ tokens, [\d.]+ tokens/s, .* of 256 tokens of context used\)\n", done.stderr.decode())
 
 
-@pytest.mark.parametrize(
-    ("flags", "text", "message"),
-    [
-        ([], b"caf\xe9", "not valid UTF-8 at byte 3"),
-        (["-p", "river " * 300], None, "tokens"),
-    ],
-)
-def test_what_cannot_be_asked_is_one_line_and_status_2(command, flags, text, message):
-    done = run_piped(command("parrot", *flags), text)
-    assert done.returncode == 2
-    assert done.stdout == b""
-    assert done.stderr.decode().startswith("error: ")
-    assert message in done.stderr.decode()
-    assert done.stderr.count(b"\n") == 1
+def test_what_cannot_be_asked_is_one_line_and_status_2(command):
+    done = run_piped(command("parrot"), "river " * 300)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert re.fullmatch(r"error: the last message.* tokens.*\n", done.stderr.decode())

@@ -9,9 +9,10 @@ import sys
 import pytest
 
 from nanochat.chat import Delta
+from nanochat.common import UserError
 from nanochat.engine import Completion, Event, Request, Token
 from nanochat.sampling import Sampling
-from nanochat.terminal import COMMANDS, INTERRUPTED, LineReader, ReplyPrinter, Screen, TerminalChat
+from nanochat.terminal import COMMANDS, INTERRUPTED, LineReader, ReplyPrinter, Screen, TerminalChat, single_prompt
 
 TOOL_PIECES = [("text", "It is "), ("python", ""), ("python", "12*"), ("python", "34"), ("python_output", ""),
                ("python_output", "408"), ("text", "408.")]  # fmt: skip
@@ -372,7 +373,20 @@ def test_saving_never_replaces_a_file_that_is_no_conversation(make_chat, tmp_pat
     assert path.read_text() == "years of work"
 
 
-# --- reading lines ---
+# --- reading ---
+
+
+def test_a_prompt_is_the_one_given_else_all_of_a_standard_input_that_is_no_terminal():
+    piped = io.TextIOWrapper(io.BytesIO(" zwei\nZeilen 🌿\n".encode()), encoding="ascii")
+    assert single_prompt("given", piped) == "given"
+    assert single_prompt(None, piped) == "zwei\nZeilen 🌿"
+    assert single_prompt(None, Tty()) is None
+
+
+@pytest.mark.parametrize(("content", "message"), [(b" \n", "empty"), (b"caf\xe9", "not valid UTF-8 at byte 3")])
+def test_a_standard_input_without_a_prompt_is_refused(content, message):
+    with pytest.raises(UserError, match=message):
+        single_prompt(None, io.TextIOWrapper(io.BytesIO(content)))
 
 
 def test_lines_are_read_without_readline_too(tmp_path, monkeypatch):
