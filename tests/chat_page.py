@@ -1,0 +1,151 @@
+"""For the tests of the chat page: a small scripted server with the wire format and headers of nanochat/server.py."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+PAGE = Path(__file__).parent.parent / "nanochat" / "ui.html"
+LONGEST_WAIT_SECONDS = 20  # of a scripted reply for its test, and of a test for the page
+
+
+@dataclass
+class Reply:
+    """An answer to one chat request: `steps` are texts to send, seconds to wait, or events to wait for."""
+
+    steps: list[str | bytes | float | threading.Event]
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def sse(**chunk) -> str:
+    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+
+
+def piece(content: str = "", **tool: str) -> str:
+    """A piece of text, or of a tool call: `piece(python="1+1")`."""
+    delta: dict = {"content": content}
+    if tool:
+        ((type_, text),) = tool.items()
+        delta["nanochat"] = {"type": type_, "text": text}
+    return sse(choices=[{"index": 0, "delta": delta, "finish_reason": None}], usage=None)
+
+
+def head(*, num_dropped: int = 0, used: int = 100, limit: int = 2048) -> str:
+    info = {"num_dropped_messages": num_dropped, "context": {"used": used, "limit": limit}}
+    return sse(
+        choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}], nanochat=info
+    )
+
+
+def end(finish_reason: str = "stop", num_tokens: int = 12) -> str:
+    return (
+        sse(choices=[{"index": 0, "delta": {}, "finish_reason": finish_reason}])
+        + sse(choices=[], usage={"prompt_tokens": 5, "completion_tokens": num_tokens})
+        + "data: [DONE]\n\n"
+    )
+
+
+def says(*texts: str, finish_reason: str = "stop") -> Reply:
+    return Reply([head(), *(piece(text) for text in texts), end(finish_reason)])
+
+
+def refuses(status: int, message: str, code: str | None = None, **headers: str) -> Reply:
+    error = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
+    return Reply([json.dumps(error)], status, {"Content-Type": "application/json", **headers})
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Serves the page, and the replies of `script` one after another; notes what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/"
+        self.script: deque[Reply] = deque()
+        self.health = {"status": "ok", "model": "nanochat-d4", "message": ""}
+        self.key = ""
+        self.requests: list[dict] = []
+        self.num_disconnects = 0
+        self.page = PAGE.read_bytes()
+
+    def handle_error(self, request, client_address):
+        pass  # a browser that goes away is part of the tests
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        if self.path == "/":
+            self._answer(
+                200, {"Content-Type": "text/html", "Content-Security-Policy": policy(self.server.page.decode())}
+            )
+            self.wfile.write(self.server.page)
+        elif self.path == "/health":
+            self._answer(200 if self.server.health["status"] == "ok" else 503, {"Content-Type": "application/json"})
+            self.wfile.write(json.dumps(self.server.health).encode())
+        else:
+            self._answer(404, {})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
+            reply = refuses(401, "The API key is missing or wrong.", "invalid_api_key")
+        else:
+            self.server.requests.append(body)
+            reply = self.server.script.popleft()
+        self._answer(reply.status, {"Content-Type": "text/event-stream", **reply.headers})
+        try:
+            for step in reply.steps:
+                self._take(step)
+        except OSError:
+            self.server.num_disconnects += 1
+
+    def _take(self, step: str | bytes | float | threading.Event) -> None:
+        if isinstance(step, str | bytes):
+            self.wfile.write(step.encode() if isinstance(step, str) else step)
+            self.wfile.flush()
+        elif isinstance(step, float):
+            time.sleep(step)
+        else:
+            deadline = time.monotonic() + LONGEST_WAIT_SECONDS
+            while not step.wait(0.02) and time.monotonic() < deadline:
+                self.wfile.write(b": waiting\n")  # finds out whether the browser is still there
+
+    def _answer(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+
+def policy(page: str) -> str:
+    """The content security policy of the real server: this script, this style, this host."""
+
+    def source(tag: str) -> str:
+        text = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    return (
+        f"default-src 'none'; script-src {source('script')}; style-src {source('style')}; connect-src 'self'; "
+        "img-src 'self' data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+    )
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LONGEST_WAIT_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.01)
