@@ -1,0 +1,271 @@
+"""Token rows of conversations: whole ones packed into (B, T) batches, with targets only where the assistant speaks.
+
+A row holds T + 1 tokens, inputs and next-token targets overlapping by T. It is filled with whole conversations, each
+beginning with its BOS, and padded at the end with targets that do not count. Nothing is ever cut inside a turn: what
+is longer than a row loses whole turns at its end (`chat.render`), and is left out where not even the first answer
+fits; both are counted. So every supervised token that fits the context is a target exactly once an epoch, and no
+token of a user, a system message or a tool's output ever is; mid-training and finetuning alike.
+
+All conversations are measured once, before the first step, the ranks sharing the work. From the lengths every process
+works out the same rows, so the number of steps of an epoch is known, and a position in the data is one number:
+
+    rows      r0 r1 r2 ...        packed once; every epoch goes through all of them in an order of its own
+    ranks     r_n -> rank n modulo the world size        (counted over the whole run, all epochs)
+
+Any world size therefore sees the same global batches, and a resumed run goes on with the very next row.
+Conversations are rendered again when their row is due: memory holds the lengths, not the tokens.
+
+Not here: the packer of pretraining (`dataloader.py`), which cuts documents so that every row is full.
+"""
+
+import bisect
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanochat import chat
+from nanochat.common import Runtime, UserError
+from nanochat.dataloader import Batch
+from nanochat.loss import IGNORE_INDEX
+from nanochat.tokenizer import Tokenizer
+
+CHOICE = 1024  # conversations a row is chosen from: 0.1 % of the tokens of SmolTalk rows are then padding
+HELD_OUT_SHARE = 0.05  # of conversations that come without a validation split
+
+Conversations = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Conversations packed into rows of `sequence_len` + 1 tokens.
+
+    `rows`: the indices of each row's conversations. `num_tokens` are in them, of which `num_targets` are supervised.
+    `num_cut` conversations lost turns at their end, `num_left_out` are in no row. `fingerprint` differs where the
+    lengths or the supervised tokens do.
+    """
+
+    conversations: Conversations
+    tokenizer: Tokenizer
+    sequence_len: int
+    rows: list[list[int]]
+    num_tokens: int
+    num_targets: int
+    num_cut: int
+    num_left_out: int
+    fingerprint: int
+
+    def __str__(self) -> str:
+        places = max(1, len(self.rows) * (self.sequence_len + 1))
+        text = (
+            f"{len(self.conversations) - self.num_left_out:,} conversations, {self.num_targets:,} supervised tokens of "
+            f"{self.num_tokens:,}, in {len(self.rows):,} rows ({1 - self.num_tokens / places:.1%} padding)"
+        )
+        if self.num_cut or self.num_left_out:
+            text += f"; too long for the context: {self.num_cut:,} cut after an answer, {self.num_left_out:,} left out"
+        return text
+
+
+def pack_conversations(conversations: Conversations, tokenizer: Tokenizer, sequence_len: int) -> Rows:
+    """Measure `conversations` and pack them. With a process group every rank must call this, and each measures a part.
+
+    Raises `UserError`, on every rank alike, for a conversation that is not in order.
+    """
+    table = _measure_all(conversations, tokenizer, sequence_len + 1)
+    lengths = table[:, 0]
+    return Rows(
+        conversations,
+        tokenizer,
+        sequence_len,
+        pack_whole(lengths.tolist(), sequence_len + 1),
+        num_tokens=int(lengths.sum()),
+        num_targets=int(table[:, 1].sum()),
+        num_cut=int(((table[:, 2] > 0) & (lengths > 0)).sum()),
+        num_left_out=int((lengths == 0).sum()),
+        fingerprint=int.from_bytes(hashlib.sha256(table.astype("<i8").tobytes()).digest()[:7], "little"),
+    )
+
+
+def pack_whole(lengths: Sequence[int], row_tokens: int, *, choice: int = CHOICE) -> list[list[int]]:
+    """Rows of at most `row_tokens` tokens, as indices into `lengths`; those of length 0 are in none.
+
+    Each row begins with the first that is in none yet, so that no short one waits for the end, and goes on with the
+    longest that still fits among the next `choice` of them: `pack_whole([4, 3, 0, 6, 2], 8) == [[0, 1], [3, 4]]`.
+    """
+    waiting = [(length, -index) for index, length in enumerate(lengths) if length]
+    assert all(length <= row_tokens for length, _ in waiting), row_tokens
+    upcoming, packed = iter(waiting), set()
+    at_hand = sorted(islice(upcoming, choice))  # of equal length, the earliest is last
+    rows: list[list[int]] = []
+    for first in waiting:
+        if first in packed:
+            continue
+        row, room, taken = [], row_tokens, bisect.bisect_left(at_hand, first)
+        while taken >= 0:
+            item = at_hand.pop(taken)
+            at_hand_next = next(upcoming, None)
+            if at_hand_next is not None:
+                bisect.insort(at_hand, at_hand_next)
+            packed.add(item)
+            row.append(-item[1])
+            room -= item[0]
+            taken = bisect.bisect_right(at_hand, (room, 0)) - 1
+        rows.append(row)
+    return rows
+
+
+def hold_out(conversations: Conversations, share: float = HELD_OUT_SHARE) -> tuple[list[int], list[int]]:
+    """Indices of the conversations to train on and of those to validate on, at least `share` of the different ones.
+
+    A hash of its content decides, so equal conversations are on the same side, wherever they stand. A single
+    conversation is to train on.
+    """
+    keys = [hashlib.sha256(json.dumps(c, sort_keys=True).encode()).hexdigest() for c in conversations]
+    different = sorted(set(keys))
+    num_held = min(len(different) - 1, -int(-share * len(different) // 1))
+    held = set(different[:num_held])
+    sides = [[i for i, key in enumerate(keys) if (key in held) == is_held] for is_held in (False, True)]
+    return sides[0], sides[1]
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def _measure_all(conversations: Conversations, tokenizer: Tokenizer, max_tokens: int) -> np.ndarray:
+    """(N, 3) int64: of each conversation its tokens, the supervised ones, and the messages that do not fit."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    try:
+        own = [_measure(chat.render(tokenizer, conversations[i], max_tokens=max_tokens))
+               for i in range(rank, len(conversations), world_size)]  # fmt: skip
+    except UserError as error:  # the others must not wait for this rank
+        own = error
+    parts = [own]
+    if world_size > 1:
+        parts = [None] * world_size
+        dist.all_gather_object(parts, own if isinstance(own, list) else UserError(str(own)))
+    errors = [part for part in parts if isinstance(part, UserError)]
+    if errors:
+        raise own if isinstance(own, UserError) else errors[0]
+    table = np.zeros((len(conversations), 3), dtype=np.int64)
+    for first, part in enumerate(parts):
+        table[first::world_size] = np.array(part, dtype=np.int64).reshape(-1, 3)
+    return table
+
+
+def _measure(rendered: chat.Rendered) -> tuple[int, int, int]:
+    return len(rendered.ids), sum(rendered.mask), rendered.num_dropped
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+class ChatLoader:
+    """Iterator of `Batch` for one rank over packed rows; see the module's header.
+
+    Endless with `epochs=None`. Otherwise it ends after so many passes, filled up with empty rows, where nothing
+    counts, to a multiple of `step_rows` over all ranks: a training step's last micro-batches may hold nothing, but
+    every rank has them. `seed` sets the order of rows.
+    """
+
+    def __init__(
+        self,
+        packed: Rows,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        epochs: int | None = None,
+        step_rows: int = 1,
+        seed: int = 0,
+    ):
+        assert batch_size >= 1, batch_size
+        self.packed, self.batch_size = packed, batch_size
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        self.seed = seed
+        self.row = rank  # of the whole run: the next one of this rank
+        self.num_rows = None if epochs is None else epochs * len(packed.rows)
+        self.end = None if epochs is None else -(-self.num_rows // step_rows) * step_rows
+        self._order: tuple[int, list[int]] | None = None  # an epoch and its order of rows
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        numbers = range(self.row, self.row + self.batch_size * self.world_size, self.world_size)
+        if self.end is not None:
+            numbers = [n for n in numbers if n < self.end]
+        if not numbers:
+            raise StopIteration
+        self.row += self.batch_size * self.world_size
+        B, T = self.batch_size, self.packed.sequence_len
+        tokens = np.full((B, T + 1), self.packed.tokenizer.bos_id, dtype=np.int64)
+        counts = np.zeros((B, T + 1), dtype=bool)
+        epoch = 0
+        for b, number in enumerate(numbers):
+            if self.num_rows is None or number < self.num_rows:
+                epoch, place = divmod(number, len(self.packed.rows))
+                self._fill(tokens[b], counts[b], self._row(epoch, place))
+        targets = np.where(counts[:, 1:], tokens[:, 1:], IGNORE_INDEX)
+        return Batch(self._send(tokens[:, :-1]), self._send(targets), int(counts[:, 1:].sum()), epoch)
+
+    def _row(self, epoch: int, place: int) -> list[int]:
+        if self._order is None or self._order[0] != epoch:
+            order = list(range(len(self.packed.rows)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            self._order = epoch, order
+        return self.packed.rows[self._order[1][place]]
+
+    def _fill(self, tokens: np.ndarray, counts: np.ndarray, row: list[int]) -> None:
+        """Write a row's conversations into `tokens` and `counts`, (T + 1,)."""
+        end = 0
+        for index in row:
+            conversation = self.packed.conversations[index]
+            rendered = chat.render(self.packed.tokenizer, conversation, max_tokens=len(tokens))
+            begin, end = end, end + len(rendered.ids)
+            tokens[begin:end], counts[begin:end] = rendered.ids, rendered.mask
+
+    def _send(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the run stands after the batches given out, the same on all ranks that gave out equally many."""
+        numbers = {"row": self.row - self.rank, "fingerprint": self.packed.fingerprint, "seed": self.seed}
+        return {name: torch.tensor(number) for name, number in numbers.items()}
+
+    def load_state_dict(self, shards: list[dict[str, Tensor]]) -> None:
+        """Go on where the ranks that saved `shards` stood, however many they were.
+
+        Raises `UserError` when they had other conversations.
+        """
+        rows, fingerprints, seeds = ({int(shard[key]) for shard in shards} for key in ("row", "fingerprint", "seed"))
+        assert len(rows) == 1, rows
+        if fingerprints != {self.packed.fingerprint} or seeds != {self.seed}:
+            raise UserError(
+                "the conversations are not those of the run being resumed; bring back the data it was started with, "
+                "or start another run"
+            )
+        self.row = rows.pop() + self.rank
+
+
+def validation_batches(packed: Rows, runtime: Runtime, batch_size: int, num_tokens: int = 0) -> Iterator[Batch]:
+    """One pass over `packed`, in batches of `batch_size` rows on every rank: of its first `num_tokens` places, rounded
+    up to whole batches, or of all with 0."""
+    loader = ChatLoader(
+        packed, batch_size, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device, epochs=1
+    )
+    batch_tokens = batch_size * packed.sequence_len * runtime.world_size
+    return islice(loader, -(-num_tokens // batch_tokens) or None)
