@@ -4,14 +4,16 @@ What is here would be a bug if two stages did it differently: how a step's loss 
 how speed is measured, where numbers are logged.
 """
 
+import gc
 import json
 import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -19,14 +21,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat import hardware
+from nanochat import hardware, schedule
+from nanochat.checkpoint import Resumable, load_rank_states, save_checkpoint
 from nanochat.common import Runtime, UserError, disk_errors, print0, write_atomic
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
+from nanochat.recipe import Plan
+from nanochat.report import append_record
+from nanochat.tokenizer import Tokenizer
 
 LOSS_EMA_DECAY = 0.9  # of the smoothed training loss that is printed
 WARMUP_STEPS_UNTIMED = 3  # of each process: compilation and first allocations are not its speed
+DEVICE_BATCH_SIZE = {"cuda": 32}  # rows, by device; less where that does not fit
+SMALL_DEVICE_BATCH_SIZE = 8  # elsewhere: activations that stay near the cache
 
 
 def grad_accum_steps(total_tokens: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
@@ -95,6 +103,25 @@ def is_due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step == last or (step > 0 and step % every == 0))
 
 
+# --- flags ---------------------------------------------------------------------------------------
+
+
+def check_ranges(
+    args: Namespace, *, positive: Collection[str] = (), zero_or_more: Collection[str] = (), shares: Collection[str] = ()
+) -> None:
+    """Raise `UserError` for the first flag in `args` out of its range; shares lie from 0 to 1, None is always right."""
+    for name in (*positive, *zero_or_more, *shares):
+        value = getattr(args, name)
+        if name in shares:
+            is_right, range_ = value is None or 0.0 <= value <= 1.0, "lie between 0 and 1"
+        elif name in positive:
+            is_right, range_ = value is None or 0 < value < math.inf, "be a number above 0"
+        else:
+            is_right, range_ = value is None or 0 <= value < math.inf, "be a number of 0 or more"
+        if not is_right:
+            raise UserError(f"--{name.replace('_', '-')} must {range_}, not {value}")
+
+
 # --- fp16 ----------------------------------------------------------------------------------------
 
 
@@ -159,6 +186,13 @@ def choose_device_batch(
     if not is_fixed and rows * sequence_len * world_size == total_tokens:
         fitting = max(size for size in range(1, min(fitting, rows) + 1) if rows % size == 0)
     return fitting, grad_accum_steps(total_tokens, fitting, sequence_len, world_size)
+
+
+def wanted_device_batch(device: torch.device, asked: int, total_tokens: int, row_tokens: int) -> int:
+    """Rows of a micro-batch to try first: `asked`, or with 0 what suits the device; no more than the step has, when
+    its `total_tokens` are known (else 0). `row_tokens` are those of one row on every rank."""
+    wanted = asked or DEVICE_BATCH_SIZE.get(device.type, SMALL_DEVICE_BATCH_SIZE)
+    return min(wanted, max(1, total_tokens // row_tokens)) if total_tokens else wanted
 
 
 def fitting_batch(model: GPT, wanted: int, try_batch: Callable[[GPT, int], None] | None = None) -> int:
@@ -400,3 +434,137 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+# --- a run ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainingRun:
+    """What a stage's loop works with at every step, and what of it a checkpoint keeps. The loop stands in the script.
+
+    A step is `num_micro_steps` batches of `loader`, each of `device_batch_size` rows, on every rank. `args` are the
+    stage's flags, among them `run`, `warmup_steps`, `warmdown_frac` and `final_lr_frac`. What is resumed takes over
+    everything but model and tokenizer, which the caller has loaded. `results` are the numbers for the report.
+    """
+
+    folder: Path
+    args: Namespace
+    runtime: Runtime
+    model: GPT
+    tokenizer: Tokenizer
+    optimizer: MuonAdamW
+    loader: Iterator[Batch]
+    plan: Plan
+    device_batch_size: int
+    num_micro_steps: int
+    resumed: Resumable | None = None
+    results: dict = field(default_factory=dict)
+    first_step: int = 0
+
+    def __post_init__(self):
+        args, plan, runtime = self.args, self.plan, self.runtime
+        scale_rates(self.optimizer, lr_scale=plan.lr_scale, matrix_weight_decay=plan.matrix_weight_decay)
+        self.rates = schedule.lr_schedule(
+            plan.num_steps, warmup_steps=args.warmup_steps, warmdown_frac=args.warmdown_frac,
+            final_frac=args.final_lr_frac,
+        )  # fmt: skip
+        self.scaler = LossScaler(enabled=runtime.dtype == torch.float16)
+        self.stats = RunStats.for_runtime(runtime, plan.total_batch_tokens, self.model.flops_per_token())
+        self.metrics = MetricsLog(self.folder / "metrics.jsonl", runtime, run_name=args.run, settings=vars(args))
+        if self.resumed:
+            self._restore(self.resumed)
+        self.metrics.rewind(self.first_step)
+        self.log = StepLog(self.stats, self.metrics, plan.num_steps)
+
+    def _restore(self, resumed: Resumable) -> None:
+        folder, meta = resumed.folder, resumed.meta
+        self.optimizer.load_state_dict(load_rank_states(folder, meta, "optimizer"))
+        self.loader.load_state_dict(load_rank_states(folder, meta, "loader"))
+        self.first_step, self.results = meta["step"], meta["results"]
+        self.scaler.restore(meta["scaler"])
+        self.stats.restore(meta["stats"])
+        print0(f"resumed at step {self.first_step:,}")
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.runtime.dtype).removeprefix("torch.")
+
+    def steps(self) -> Iterator[int]:
+        """The step numbers of the loop, the last one being for what is done after the last step."""
+        gc.collect()
+        gc.freeze()  # what lives until the end is not looked through again; collections paused training for 0.5 s
+        try:
+            yield from range(self.first_step, self.plan.num_steps + 1)
+        finally:
+            gc.unfreeze()
+
+    def is_due(self, step: int, every: int) -> bool:
+        """`is_due` of this run; what was done at the step of the checkpoint is not done again. Waits for the step in
+        flight where something is due, so that nothing else is taken for its time."""
+        is_new = step > self.first_step or not self.resumed
+        due = is_new and is_due(step, every, self.plan.num_steps)
+        if due:
+            self.log.flush()
+        return due
+
+    def note(self, step: int, **numbers: float) -> None:
+        """Log and keep numbers that an evaluation at `step` found."""
+        self.results = {**self.results, **numbers}
+        self.metrics.log(step=step, **numbers)
+
+    def note_bpb(self, step: int, bpb: float) -> None:
+        """Log, print and keep the validation loss at `step`, and the lowest so far."""
+        self.metrics.log(step=step, val_bpb=bpb, tokens=step * self.plan.total_batch_tokens)
+        lowest = min(bpb, self.results.get("min_val_bpb", math.inf))
+        self.results = {**self.results, "val_bpb": bpb, "min_val_bpb": lowest}
+        print0(f"step {step:>5} | validation {bpb:.4f} bits per byte")
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint of everything the run needs to go on."""
+        meta = {
+            "args": vars(self.args), "plan": asdict(self.plan), "dtype": self.dtype_name, "results": self.results,
+            "device_batch_size": self.device_batch_size, "stats": self.stats.state(), "scaler": self.scaler.state(),
+        }  # fmt: skip
+        folder = save_checkpoint(
+            self.folder, step, runtime=self.runtime, model=self.model, tokenizer=self.tokenizer, meta=meta,
+            optimizer_state=self.optimizer.state_dict(), loader_state=self.loader.state_dict(),
+        )  # fmt: skip
+        print0(f"step {step:>5} | saved {folder.name}")
+
+    def take_step(self, step: int) -> None:
+        """One optimizer step, at the rates of the schedule, and its line in the log."""
+        self.log.start()
+        lr_mult = self.rates(step)
+        momentum = schedule.muon_momentum(step, self.rates)
+        decay_mult = schedule.decay_mult(step, self.plan.num_steps)
+        apply_schedule(self.optimizer, lr_mult=lr_mult, momentum=momentum, decay_mult=decay_mult)
+        loss_t = accumulate_gradients(
+            self.model, self.loader, self.num_micro_steps, device=self.runtime.device,
+            world_size=self.runtime.world_size, loss_scale=self.scaler.scale,
+        )  # fmt: skip
+        if self.scaler.unscale_(self.optimizer):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.log.end(step + 1, loss_t, lr_mult=lr_mult)
+
+    def finish(self, stage: str) -> None:
+        """End the metrics, and add the stage's record to the report."""
+        self.metrics.finish()
+        plan, stats, runtime = self.plan, self.stats, self.runtime
+        results = self.results | {
+            "train_loss": stats.smooth_loss, "num_parameters": self.model.parameter_counts()["total"],
+            "num_steps": plan.num_steps, "train_tokens": plan.train_tokens,
+            "train_flops": plan.train_tokens * self.model.flops_per_token(),
+            "tokens_per_second": stats.tokens_per_second, "mfu": stats.mfu, "train_seconds": stats.seconds,
+            "peak_memory_bytes": peak_memory_bytes(runtime),
+        }  # fmt: skip
+        samples = results.pop("samples", None)
+        if runtime.is_main:
+            settings = {**vars(self.args), **asdict(plan), "dtype": self.dtype_name}
+            append_record(
+                stage, settings=settings | {"config": asdict(self.model.config)}, results=results, samples=samples,
+                metrics_path=self.metrics.path,
+            )  # fmt: skip
+        minutes = stats.seconds / 60
+        print0(f"done: {self.folder.name}, {plan.num_steps:,} steps in {minutes:.1f} minutes of training")

@@ -9,23 +9,14 @@ Reads <base>/tokenizer and the data set's shards; writes checkpoints and metrics
 """
 
 import argparse
-import gc
 import json
-import math
 from dataclasses import asdict
 
 import torch
 
-from nanochat import hardware, recipe, schedule
-from nanochat.checkpoint import (
-    check_tokenizer,
-    load_rank_states,
-    load_weights,
-    resumable,
-    run_dir,
-    save_checkpoint,
-)
-from nanochat.common import DTYPES, Runtime, UserError, add_runtime_flags, from_rank0, init_runtime, print0, run_main
+from nanochat import hardware, recipe
+from nanochat.checkpoint import check_tokenizer, load_weights, resumable, run_dir
+from nanochat.common import Runtime, UserError, add_runtime_flags, from_rank0, init_runtime, print0, run_main
 from nanochat.core_bundle import fetch_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TextLoader
@@ -33,25 +24,17 @@ from nanochat.dataset import DEFAULT_DATA, shard_paths
 from nanochat.gpt import GPTConfig, build_model
 from nanochat.loss_eval import SAMPLE_PROMPTS, evaluate_split, sample_completions
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.report import append_record
 from nanochat.tokenizer import Tokenizer, tokenizer_dir
 from nanochat.training import (
-    LossScaler,
-    MetricsLog,
-    RunStats,
-    StepLog,
-    accumulate_gradients,
-    apply_schedule,
+    DEVICE_BATCH_SIZE,
+    TrainingRun,
+    check_ranges,
     choose_device_batch,
     fitting_batch,
-    is_due,
     measure_tokens_per_second,
-    peak_memory_bytes,
-    scale_rates,
+    wanted_device_batch,
 )
 
-DEVICE_BATCH_SIZE = {"cuda": 32}  # rows, by device; less where that does not fit
-SMALL_DEVICE_BATCH_SIZE = 8  # elsewhere: activations that stay near the cache
 EVAL_TOKENS = {"cuda": 20 * 2**19}
 SMALL_EVAL_TOKENS = 2**17
 MINUTES_SHARE = 0.85  # of --minutes that forward and backward get; the rest is the optimizer's and the loader's
@@ -117,18 +100,15 @@ def check_args(args: argparse.Namespace) -> None:
     ]
     if len(horizons) > 1:
         raise UserError(f"give one horizon, not {' and '.join('--' + name.replace('_', '-') for name in horizons)}")
-    for name in ("token_ratio", "target_flops", "num_steps", "minutes", "num_gpus"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be a number above 0, not {value}")
-    zero_or_more = ("total_batch_size", "device_batch_size", "warmup_steps", "eval_every", "eval_tokens", "core_every")
-    for name in (*zero_or_more, "core_max_per_task", "sample_every", "save_every", "lr_mult", "weight_decay"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be a number of 0 or more, not {value}")
-    for name in ("warmdown_frac", "final_lr_frac"):
-        if not 0.0 <= getattr(args, name) <= 1.0:
-            raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {getattr(args, name)}")
+    check_ranges(
+        args,
+        positive=("token_ratio", "target_flops", "num_steps", "minutes", "num_gpus"),
+        zero_or_more=(
+            "total_batch_size", "device_batch_size", "warmup_steps", "eval_every", "eval_tokens", "core_every",
+            "core_max_per_task", "sample_every", "save_every", "lr_mult", "weight_decay",
+        ),
+        shares=("warmdown_frac", "final_lr_frac"),
+    )  # fmt: skip
 
 
 def model_config(args: argparse.Namespace, vocab_size: int) -> GPTConfig:
@@ -181,15 +161,15 @@ def dry_run(args: argparse.Namespace, runtime: Runtime) -> None:
 def main(args: argparse.Namespace) -> None:
     # runtime
     check_args(args)
-    run = run_dir("base", args.model_tag or f"d{args.depth}")
-    resumed = None if args.dry_run else resumable(run, args, FREE_ON_RESUME)
+    folder = run_dir("base", args.model_tag or f"d{args.depth}")
+    resumed = None if args.dry_run else resumable(folder, args, FREE_ON_RESUME)
     stored = resumed.meta if resumed else {}
     runtime = init_runtime(args.device_type, args.dtype or stored.get("dtype", ""))
     if args.dry_run:
         dry_run(args, runtime)
         return
     device, dtype_name = runtime.device, str(runtime.dtype).removeprefix("torch.")
-    print0(f"{runtime.world_size} x {device.type}, {dtype_name}, {run.name}")
+    print0(f"{runtime.world_size} x {device.type}, {dtype_name}, {folder.name}")
 
     # inputs
     tokenizer = Tokenizer.load(tokenizer_dir())
@@ -221,9 +201,8 @@ def main(args: argparse.Namespace) -> None:
     if resumed:
         plan, fitting = recipe.Plan(**stored["plan"]), args.device_batch_size or stored["device_batch_size"]
     else:
-        wanted = args.device_batch_size or DEVICE_BATCH_SIZE.get(device.type, SMALL_DEVICE_BATCH_SIZE)
-        if args.total_batch_size:
-            wanted = min(wanted, max(1, args.total_batch_size // (config.sequence_len * runtime.world_size)))
+        row_tokens = config.sequence_len * runtime.world_size
+        wanted = wanted_device_batch(device, args.device_batch_size, args.total_batch_size, row_tokens)
         fitting = fitting_batch(model, wanted)
         speed = None
         if args.minutes:
@@ -248,101 +227,42 @@ def main(args: argparse.Namespace) -> None:
     if eval_tokens is None:
         eval_tokens = EVAL_TOKENS.get(device.type, SMALL_EVAL_TOKENS)
 
-    # schedules
-    scale_rates(optimizer, lr_scale=plan.lr_scale, matrix_weight_decay=plan.matrix_weight_decay)
-    rates = schedule.lr_schedule(
-        plan.num_steps, warmup_steps=args.warmup_steps, warmdown_frac=args.warmdown_frac, final_frac=args.final_lr_frac
+    # schedules, and what a checkpoint has kept
+    run = TrainingRun(
+        folder, args, runtime, model, tokenizer, optimizer, loader, plan, device_batch_size, num_micro_steps, resumed
     )
-    scaler = LossScaler(enabled=runtime.dtype == DTYPES["float16"])
-    stats = RunStats.for_runtime(runtime, plan.total_batch_tokens, model.flops_per_token())
-    metrics = MetricsLog(run / "metrics.jsonl", runtime, run_name=args.run, settings=vars(args))
-    first_step, results = 0, {}
-    if resumed:
-        optimizer.load_state_dict(load_rank_states(resumed.folder, stored, "optimizer"))
-        loader.load_state_dict(load_rank_states(resumed.folder, stored, "loader"))
-        first_step, results = stored["step"], stored["results"]
-        scaler.restore(stored["scaler"])
-        stats.restore(stored["stats"])
-        print0(f"resumed at step {first_step:,}")
-    metrics.rewind(first_step)
-    log = StepLog(stats, metrics, plan.num_steps)
 
     # the loop
     last = plan.num_steps
-    gc.collect()
-    gc.freeze()  # what lives until the end need not be looked through again; collections paused training for 0.5 s
-    for step in range(first_step, last + 1):
-        periods = (args.eval_every, args.core_every, args.sample_every, args.save_every)
-        if step == last or any(is_due(step, every, last) for every in periods):
-            log.flush()
-        is_new = step > first_step or not resumed  # what was done at the step of the checkpoint is not done again
-
+    for step in run.steps():
         # evaluate
-        if is_new and is_due(step, args.eval_every, last):
-            bpb = evaluate_split(model, tokenizer, val_paths, runtime, device_batch_size, eval_tokens).bpb
-            results = {**results, "val_bpb": bpb, "min_val_bpb": min(bpb, results.get("min_val_bpb", math.inf))}
-            metrics.log(step=step, val_bpb=bpb, tokens=step * plan.total_batch_tokens)
-            print0(f"step {step:>5} | validation {bpb:.4f} bits per byte")
-        if is_new and is_due(step, args.core_every, last):
+        if run.is_due(step, args.eval_every):
+            run.note_bpb(step, evaluate_split(model, tokenizer, val_paths, runtime, device_batch_size, eval_tokens).bpb)
+        if run.is_due(step, args.core_every):
             core = evaluate_core(model, tokenizer, fetch_bundle(args.bundle), max_per_task=args.core_max_per_task).core
-            results = {**results, "core": core}
-            metrics.log(step=step, core=core)
+            run.note(step, core=core)
             print0(f"step {step:>5} | CORE {core:.4f}")
 
         # sample
-        if is_new and is_due(step, args.sample_every, last) and runtime.is_main:
+        if run.is_due(step, args.sample_every) and runtime.is_main:
             texts = sample_completions(model, tokenizer, SAMPLE_PROMPTS, SAMPLE_TOKENS)
-            results = {**results, "samples": [p + t for p, t in zip(SAMPLE_PROMPTS, texts, strict=True)]}
-            print0("\n".join(results["samples"]))
+            run.results = {**run.results, "samples": [p + t for p, t in zip(SAMPLE_PROMPTS, texts, strict=True)]}
+            print0("\n".join(run.results["samples"]))
 
         # save
-        if is_new and (is_due(step, args.save_every, last) or step == last):
-            meta = {
-                "args": vars(args), "plan": asdict(plan), "dtype": dtype_name, "results": results,
-                "device_batch_size": device_batch_size, "stats": stats.state(), "scaler": scaler.state(),
-            }  # fmt: skip
-            folder = save_checkpoint(
-                run, step, runtime=runtime, model=model, tokenizer=tokenizer, meta=meta,
-                optimizer_state=optimizer.state_dict(), loader_state=loader.state_dict(),
-            )  # fmt: skip
-            print0(f"step {step:>5} | saved {folder.name}")
+        if run.is_due(step, args.save_every or last):
+            run.save(step)
 
         # stop?
         if step == last:
             break
 
-        # step
-        log.start()
-        lr_mult = rates(step)
-        momentum, decay_mult = schedule.muon_momentum(step, rates), schedule.decay_mult(step, last)
-        apply_schedule(optimizer, lr_mult=lr_mult, momentum=momentum, decay_mult=decay_mult)
-        loss_t = accumulate_gradients(
-            model, loader, num_micro_steps, device=device, world_size=runtime.world_size, loss_scale=scaler.scale
-        )
-        if scaler.unscale_(optimizer):
-            optimizer.step()
-        optimizer.zero_grad()
-
-        # log
-        log.end(step + 1, loss_t, lr_mult=lr_mult)
+        # step, log
+        run.take_step(step)
 
     # summary to the report
-    gc.unfreeze()
     loader.close()
-    metrics.finish()
-    results |= {
-        "train_loss": stats.smooth_loss, "num_parameters": counts["total"], "num_steps": last,
-        "train_tokens": plan.train_tokens, "train_flops": plan.train_tokens * model.flops_per_token(),
-        "tokens_per_second": stats.tokens_per_second, "mfu": stats.mfu, "train_seconds": stats.seconds,
-        "peak_memory_bytes": peak_memory_bytes(runtime),
-    }  # fmt: skip
-    if runtime.is_main:
-        samples = results.pop("samples", None)
-        append_record(
-            "base_train", settings={**vars(args), **asdict(plan), "dtype": dtype_name, "config": asdict(config)},
-            results=results, samples=samples, metrics_path=metrics.path,
-        )  # fmt: skip
-    print0(f"done: {run.name}, {last:,} steps in {stats.seconds / 60:.1f} minutes of training")
+    run.finish("base_train")
 
 
 if __name__ == "__main__":

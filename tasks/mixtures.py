@@ -1,0 +1,99 @@
+"""What mid-training and finetuning train and validate on: mixtures of tasks, and conversations of one's own.
+
+The mixtures and their proportions are those of nanochat's first release (its mid_train and chat_sft, October 2025);
+what they validate on is not: no test split of a benchmark is in here.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from nanochat.chat_loader import hold_out
+from tasks.arc import ARC
+from tasks.common import Task, TaskMixture, TaskSlice
+from tasks.custom_json import CustomJSON
+from tasks.gsm8k import GSM8K
+from tasks.identity import Identity
+from tasks.mmlu import MMLU
+from tasks.smoltalk import SmolTalk
+from tasks.spelling import LetterCounting, Spelling
+
+MIXTURE = "mixture"  # the name of a stage's own mixture among data files
+VALIDATION_SMOLTALK = 1000  # conversations; of the small tasks, everything
+
+
+class Corpus(NamedTuple):
+    """Tasks to train on and tasks to validate on, which share no conversation."""
+
+    train: list[Task]
+    val: list[Task]
+
+
+def mid_mixture() -> Corpus:
+    """Much conversation, multiple choice, word problems with the calculator, spelling, and who the model is."""
+    train = [
+        SmolTalk("train"),
+        MMLU("auxiliary_train", "train"),
+        GSM8K("main", "train"),
+        Spelling(200_000, "train"),
+        LetterCounting(80_000, "train"),
+        Identity(),
+        Identity(),
+    ]
+    val = [
+        SmolTalk("test")[:VALIDATION_SMOLTALK],
+        MMLU("all", "validation"),
+        GSM8K("main", "validation"),
+        Spelling(200, "validation"),
+        LetterCounting(200, "validation"),
+    ]
+    return Corpus(train, val)
+
+
+def sft_mixture() -> Corpus:
+    """The tasks the model will be asked, and a little of everything else it has learned."""
+    train = [
+        ARC("ARC-Easy", "train"),
+        ARC("ARC-Challenge", "train"),
+        GSM8K("main", "train"),
+        some_of(SmolTalk("train"), 10_000),
+        Spelling(300, "train"),
+        LetterCounting(300, "train"),
+        Identity(),
+    ]
+    val = [
+        ARC("ARC-Easy", "validation"),
+        ARC("ARC-Challenge", "validation"),
+        GSM8K("main", "validation"),
+        SmolTalk("test")[:VALIDATION_SMOLTALK],
+        Spelling(100, "validation"),
+        LetterCounting(100, "validation"),
+    ]
+    return Corpus(train, val)
+
+
+def some_of(task: Task, count: int, *, seed: int = 0) -> Task:
+    """`count` conversations drawn from all of `task`, in their order; all where there are no more."""
+    total = len(task)
+    return TaskSlice(task, sorted(random.Random(seed).sample(range(total), min(count, total))))
+
+
+def load_corpus(
+    names: Sequence[str], mixture: Callable[[], Corpus], *, seed: int = 0, max_conversations: int = 0
+) -> tuple[Task, Task]:
+    """The conversations to train on and to validate on, both shuffled by `seed`, of all `names` together.
+
+    A name is `MIXTURE`, for what `mixture` gives, or a file of conversations (`custom_json.py`), of which every
+    twentieth is held out. `max_conversations` takes no more to train on, 0 all. Raises `UserError` like the tasks.
+    """
+    train, val = [], []
+    for name in names:
+        if name == MIXTURE:
+            own = mixture()
+        else:
+            task = CustomJSON(name)
+            own = Corpus(*([TaskSlice(task, indices)] for indices in hold_out(task)))
+        train += own.train
+        val += own.val
+    mixed = TaskMixture(train, seed=seed)
+    return mixed[:max_conversations] if max_conversations else mixed, TaskMixture(val, seed=seed)
