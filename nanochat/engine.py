@@ -2,7 +2,7 @@
 
 A sequence lives in a slot of the cache (`inference.py`). The slots are in this order:
 
-    [ decoding, in any order | the one being prefilled | free, still holding what finished sequences left ]
+    [ decoding, in any order | being prefilled, and free ones still holding what finished sequences left ]
 
 so that one decode pass reads the first slots as they lie. Each `step` prefills a bounded number of tokens of the
 prompts that wait, first come first served, and decodes one token of every sequence, so a long prompt delays nobody for
@@ -29,7 +29,7 @@ from nanochat.calculator import calculate
 from nanochat.chat import Delta, ReplyReader, visible_text
 from nanochat.common import UserError
 from nanochat.gpt import GPT
-from nanochat.inference import InferenceModel
+from nanochat.inference import InferenceModel, Piece
 from nanochat.sampling import Sampling, draw, penalize_
 from nanochat.tokenizer import Tokenizer
 
@@ -74,7 +74,8 @@ class Completion:
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and the samples asked for; `num_reused` tokens of the prompt were in the cache already."""
+    """A prompt and the samples asked for; `num_reused` tokens of the prompt were in the cache already. `logits` (V,)
+    after the prompt are kept until all samples have begun."""
 
     prompt: list[int]
     sampling: Sampling
@@ -82,6 +83,7 @@ class Request:
     completions: list[Completion]
     num_reused: int = 0
     is_cancelled: bool = False
+    logits: Tensor | None = None
 
     @property
     def is_done(self) -> bool:
@@ -121,6 +123,8 @@ class _Sequence:
         self.completion = request.completions[index]
         self.tokens = list(request.prompt)
         self.num_cached = 0
+        self.slot: int | None = None
+        self.snapshot_at: int | None = None  # length at which a copy of what the slot holds is left behind
         self.reader = ReplyReader(tokenizer, request.sampling.stop)
         self.completion.parts = self.reader.parts
         self.seen = set(self.tokens) if request.sampling.repetition_penalty != 1.0 else None
@@ -149,20 +153,25 @@ class _Dropped:
 
 @dataclass
 class _Slot:
-    """A slot's sequence, or `left`, the tokens that a finished one left in the cache; `used` orders by last use."""
+    """A slot's sequence, or `left`, the tokens that a finished one left in the cache; `used` orders by last use.
+
+    Up to `written` positions were ever written since the slot, or what was copied into it, was empty: more than it
+    holds tokens, where a sequence went on from a part of what was there, or a draw was dropped. It decides what the
+    windows have lost.
+    """
 
     sequence: _Sequence | None = None
     left: list[int] = field(default_factory=list)
     used: int = 0
+    earlier: int = 0  # written before the sequence came
 
     @property
-    def length(self) -> int:
-        """Positions it holds."""
-        return len(self.left) if self.sequence is None else self.sequence.num_cached
+    def written(self) -> int:
+        return self.earlier if self.sequence is None else max(self.earlier, self.sequence.num_cached)
 
     @property
     def tokens(self) -> list[int]:
-        """What is known to be at these positions."""
+        """What is known to be at the first positions."""
         return self.left if self.sequence is None else self.sequence.tokens[: self.sequence.num_cached]
 
 
@@ -202,8 +211,7 @@ class Engine:
         self.context = model.config.sequence_len
         self._slots = [_Slot() for _ in range(max_rows + SPARE_SLOTS)]
         self._num_decoding = 0
-        self._prefilling: int | None = None  # its slot
-        self._snapshot_at: int | None = None  # length at which the sequence being prefilled leaves a copy behind
+        self._prefilling: list[_Sequence] = []
         self._waiting: deque[_Sequence] = deque()
         self._flying: _Drawn | None = None
         self._clock = 0
@@ -249,21 +257,22 @@ class Engine:
         """Stop a request and free its rows; no further event comes of it."""
         request.is_cancelled = True
         self._waiting = deque(sequence for sequence in self._waiting if sequence.request is not request)
-        if self._prefilling is not None and self._slots[self._prefilling].sequence.request is request:
-            self._leave(self._prefilling)
-            self._prefilling = self._snapshot_at = None
+        for sequence in self._prefilling:
+            if sequence.request is request:
+                self._leave(sequence.slot)
+        self._prefilling = [sequence for sequence in self._prefilling if sequence.request is not request]
         for slot in reversed(range(self._num_decoding)):
             if self._slots[slot].sequence.request is request:
                 self._free(slot)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._num_decoding or self._prefilling is not None or self._flying)
+        return bool(self._waiting or self._num_decoding or self._prefilling or self._flying)
 
     @property
     def num_active(self) -> int:
         """Sequences that have a slot."""
-        return self._num_decoding + (self._prefilling is not None)
+        return self._num_decoding + len(self._prefilling)
 
     @property
     def num_waiting(self) -> int:
@@ -274,7 +283,7 @@ class Engine:
         assert not self.has_work, "weights can only change between requests"
         self.model.refresh(model)
         for slot in self._slots:
-            slot.left = []
+            slot.left, slot.earlier = [], 0
 
     def generate(
         self,
@@ -327,50 +336,91 @@ class Engine:
     def _prefill(self, events: list[Event]) -> None:
         """Read what waits, up to the step's budget of tokens."""
         budget = self._prefill_tokens
-        while budget > 0 and (self._prefilling is not None or self._admit()):
-            slot = self._prefilling
-            sequence = self._slots[slot].sequence
-            end = min(len(sequence.tokens), sequence.num_cached + budget)
-            if self._snapshot_at is not None:
-                end = min(end, self._snapshot_at)
-            budget -= end - sequence.num_cached
-            logits = self._read(slot, end)
-            if end == self._snapshot_at:
-                self._keep_copy(slot)
-                self._snapshot_at = None
-            if end == len(sequence.tokens):
-                self._begin_decoding(slot, logits, events)
+        while budget > 0 and (pieces := self._next_pieces(budget, events)):
+            begun, rows = [], []
+            budget -= sum(end - sequence.num_cached for sequence, end in pieces)
+            logits = self._read(pieces)
+            for row, (sequence, end) in enumerate(pieces):
+                if end == sequence.snapshot_at:
+                    self._keep_copy(sequence.slot)
+                if end == len(sequence.tokens):
+                    self._begin_decoding(sequence, logits[row])
+                    begun.append(sequence)
+                    rows.append(row)
+            if begun:
+                self._land(self._draw(begun, logits[rows]), events)
 
-    def _read(self, slot: int, end: int) -> Tensor:
-        """Let the model read the sequence of `slot` up to token `end`; the logits (V,) after it, if it is the last."""
-        sequence = self._slots[slot].sequence
-        start, tokens = sequence.num_cached, sequence.tokens
-        previous = tokens[start - 1] if start else None
-        logits = self.model.prefill(slot, tokens[start:end], start, previous, need_logits=end == len(tokens))
-        self.stats.prefill_tokens += end - start
-        sequence.num_cached = end
-        return logits
-
-    def _begin_decoding(self, slot: int, logits: Tensor, events: list[Event]) -> None:
-        """A prompt is read: draw its first token, and those of the other samples of the same prompt."""
-        self._prefilling = None
-        first, place = self._slots[slot].sequence, self._num_decoding
-        self._swap(slot, place)
-        self._num_decoding += 1
-        group = [first]
-        while self._waiting and self._waiting[0].request is first.request:
-            if self._num_decoding == self.max_rows:
-                self._keep_copy(place)  # for the others, when there is room
+    def _next_pieces(self, budget: int, events: list[Event]) -> list[tuple[_Sequence, int]]:
+        """The sequences of the next pass, and how far each of them is read: those that are being read, then those
+        that wait, `budget` tokens in all. One that begins like another of the pass waits for the next one."""
+        pieces: list[tuple[_Sequence, int]] = []
+        candidates = deque(self._prefilling)
+        while budget > 0:
+            if candidates:
+                sequence = candidates.popleft()
+            elif self._waiting and self.num_active < self.max_rows:
+                if any(self._begins_alike(self._waiting[0], other) for other, _ in pieces):
+                    break
+                sequence = self._waiting.popleft()
+                if self._begin_as_sibling(sequence, events):
+                    continue
+                self._admit(sequence)
+            else:
                 break
-            sibling = self._waiting.popleft()
-            self._make_room(self._num_decoding)
-            self._copy(place, self._num_decoding, first.num_cached)
-            sibling.num_cached = first.num_cached
-            self.stats.reused_tokens += first.num_cached
-            self._slots[self._num_decoding] = _Slot(sibling)
-            self._num_decoding += 1
-            group.append(sibling)
-        self._land(self._draw(group, logits.repeat(len(group), 1)), events)
+            end = min(len(sequence.tokens), sequence.num_cached + budget)
+            if sequence.snapshot_at is not None and sequence.snapshot_at > sequence.num_cached:
+                end = min(end, sequence.snapshot_at)
+            budget -= end - sequence.num_cached
+            pieces.append((sequence, end))
+        return pieces
+
+    def _begins_alike(self, sequence: _Sequence, other: _Sequence) -> bool:
+        if sequence.request is other.request:
+            return True
+        return _common_length(sequence.tokens, other.tokens) >= MIN_SHARED_TOKENS
+
+    def _read(self, pieces: list[tuple[_Sequence, int]]) -> Tensor:
+        """Let the model read each sequence up to its token `end`: logits (len(pieces), V) after these."""
+        inputs = []
+        for sequence, end in pieces:
+            start, tokens = sequence.num_cached, sequence.tokens
+            inputs.append(Piece(sequence.slot, tokens[start:end], start, tokens[start - 1] if start else None))
+            self.stats.prefill_tokens += end - start
+            sequence.num_cached = end
+        return self.model.prefill(inputs)
+
+    def _begin_decoding(self, sequence: _Sequence, logits: Tensor) -> None:
+        """The prompt of `sequence` is read: it takes its place among those that decode."""
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+        self._swap(sequence.slot, self._num_decoding)
+        self._num_decoding += 1
+        siblings = sum(waiting.request is sequence.request for waiting in self._waiting)
+        if siblings:
+            sequence.request.logits = logits
+            if siblings > self.max_rows - self.num_active:
+                self._keep_copy(sequence.slot)  # for those that there is no room for yet
+
+    def _begin_as_sibling(self, sequence: _Sequence, events: list[Event]) -> bool:
+        """Let a sample begin without reading its prompt, where another sample of the request has read it."""
+        request, length = sequence.request, len(sequence.tokens)
+        if request.logits is None:
+            return False
+        logits = request.logits
+        if sequence.index == len(request.completions) - 1:
+            request.logits = None
+        source = next((i for i, slot in enumerate(self._slots) if self._holds(slot, sequence.tokens)), None)
+        if source is None:
+            return False
+        self._take_slot(sequence, source, length)
+        self._begin_decoding(sequence, logits)
+        self._land(self._draw([sequence], logits.unsqueeze(0).clone()), events)
+        return True
+
+    def _holds(self, slot: _Slot, tokens: list[int]) -> bool:
+        """Whether a slot could go on from all of `tokens`."""
+        length = len(tokens)
+        return self.model.cache.can_go_back(slot.written, length) and slot.tokens[:length] == tokens
 
     # --- decoding ---
 
@@ -455,8 +505,7 @@ class Engine:
         flight has read the end of the call; what it draws is not wanted."""
         if self._flying is not None and sequence in self._flying.sequences:
             self._flying.sequences[self._flying.sequences.index(sequence)] = _Dropped
-        slot = next(i for i in range(self._num_decoding) if self._slots[i].sequence is sequence)
-        self._read(slot, len(sequence.tokens) - 1)
+        self._read([(sequence, len(sequence.tokens) - 1)])
 
     def _event(self, sequence: _Sequence, added: list[Token]) -> Event:
         """The text of the added tokens; a stop text in it ends the sequence."""
@@ -470,40 +519,46 @@ class Engine:
 
     # --- slots ---
 
-    def _admit(self) -> bool:
-        """Give the sequence that waits longest the slot behind the decoding ones, with as much of its prompt as some
-        slot holds already."""
-        if not self._waiting or self._num_decoding >= self.max_rows:
-            return False
-        sequence, target = self._waiting.popleft(), self._num_decoding
+    def _admit(self, sequence: _Sequence) -> None:
+        """Give a sequence a slot, with as much of its prompt as some slot holds already."""
         # the last token is always read: its logits are needed
         shared = [_common_length(slot.tokens, sequence.tokens[:-1]) for slot in self._slots]
         usable = [
-            length if self.model.cache.can_go_back(slot.length, length) else 0
+            length if self.model.cache.can_go_back(slot.written, length) else 0
             for slot, length in zip(self._slots, shared, strict=True)
         ]
         source = max(range(len(usable)), key=usable.__getitem__)
         reused = usable[source] if usable[source] >= MIN_SHARED_TOKENS else 0
         # where another began alike but has overwritten that in its windows, a copy is kept on the way this time
-        self._snapshot_at = max(shared) if max(shared) > max(reused, MIN_SHARED_TOKENS) else None
-        if not reused:
-            self._make_room(target)
-        elif source != target:
+        if max(shared) > max(reused, MIN_SHARED_TOKENS):
+            sequence.snapshot_at = max(shared)
+        self._take_slot(sequence, source if reused else None, reused)
+        self._prefilling.append(sequence)
+
+    def _take_slot(self, sequence: _Sequence, source: int | None, num_tokens: int) -> None:
+        """Give a sequence the first slot that none has, holding `num_tokens` of what slot `source` holds."""
+        target = next(i for i, slot in enumerate(self._slots) if slot.sequence is None)
+        earlier = 0
+        if source == target:  # what it holds may serve others yet, as it is now
+            source = self._oldest_free(keep=target)
+            self._copy(target, source)
+            self._slots[source] = self._slots[target]
+        else:
             self._make_room(target, keep=source)
-            self._copy(source, target, reused)
+        if source is not None:
+            self._copy(source, target)
+            earlier = self._slots[source].written
             self._slots[source].used = self._tick()
-        sequence.num_cached = reused
-        sequence.request.num_reused = max(sequence.request.num_reused, reused)
-        self.stats.reused_tokens += reused
-        self._slots[target] = _Slot(sequence)
-        self._prefilling = target
-        return True
+        sequence.num_cached, sequence.slot = num_tokens, target
+        sequence.request.num_reused = max(sequence.request.num_reused, num_tokens)
+        self.stats.reused_tokens += num_tokens
+        self._slots[target] = _Slot(sequence, earlier=earlier)
 
     def _make_room(self, target: int, *, keep: int | None = None) -> None:
         """Empty slot `target`, which no sequence has: what it holds replaces what was used longest ago in another."""
         victim = self._oldest_free(keep)
         if victim != target and self._slots[target].left:
-            self._copy(target, victim, self._slots[target].length)
+            self._copy(target, victim)
             self._slots[victim] = self._slots[target]
         self._slots[target] = _Slot()
 
@@ -514,17 +569,20 @@ class Engine:
 
     def _keep_copy(self, slot: int) -> None:
         """Leave what `slot` holds now in a free one, for prompts that begin alike."""
-        target, tokens = self._oldest_free(), list(self._slots[slot].tokens)
-        self._copy(slot, target, len(tokens))
-        self._slots[target] = _Slot(None, tokens, self._tick())
+        target, source = self._oldest_free(), self._slots[slot]
+        self._copy(slot, target)
+        self._slots[target] = _Slot(None, list(source.tokens), self._tick(), source.written)
 
-    def _copy(self, source: int, target: int, num_tokens: int) -> None:
-        self.model.cache.copy_slot(source, target, num_tokens)
+    def _copy(self, source: int, target: int) -> None:
+        self.model.cache.copy_slot(source, target, self._slots[source].written)
 
     def _swap(self, a: int, b: int) -> None:
         if a != b:
-            self.model.cache.swap_slots(a, b, max(self._slots[a].length, self._slots[b].length))
+            self.model.cache.swap_slots(a, b, max(self._slots[a].written, self._slots[b].written))
             self._slots[a], self._slots[b] = self._slots[b], self._slots[a]
+            for place in (a, b):
+                if self._slots[place].sequence is not None:
+                    self._slots[place].sequence.slot = place
 
     def _free(self, slot: int) -> None:
         """End the sequence that decodes in `slot`; the last decoding one takes its place."""
@@ -534,8 +592,9 @@ class Engine:
 
     def _leave(self, slot: int) -> None:
         """The sequence of `slot` is over; what the cache holds of it may serve a later prompt."""
-        tokens = self._slots[slot].tokens[: self.context - 1]  # a dropped draw may have written to the last place
-        self._slots[slot] = _Slot(None, tokens, self._tick())
+        over = self._slots[slot]
+        tokens = over.tokens[: self.context - 1]  # a dropped draw may have written to the last place
+        self._slots[slot] = _Slot(None, tokens, self._tick(), over.written)
 
     def _tick(self) -> int:
         self._clock += 1

@@ -1,8 +1,8 @@
 """The model as it serves: weights laid out for decoding, a cache of keys and values, prefill and decode passes.
 
 Shapes: N tokens of a pass, C channels, H heads, H_kv key heads, D head size, V vocabulary, S slots, R positions a slot
-holds in a layer. A slot is one sequence's place in the cache. A pass reads either N neighbouring positions of one slot
-(`prefill`) or one position of each of the first N slots (`decode`).
+holds in a layer. A slot is one sequence's place in the cache. A pass reads either pieces of N tokens in all, each the
+neighbouring positions of one slot (`prefill`), or one position of each of the first N slots (`decode`).
 
 What differs from `GPT.forward`, which it must agree with:
 - weights are cast to the compute dtype once, and q, k, v and the gate of the value embeddings are one matrix;
@@ -15,6 +15,7 @@ Not here: which sequence sits where and what is sampled (`engine.py`, `sampling.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -191,6 +192,17 @@ class _DecodePlace:
 # --- model ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Tokens `ids` for a slot that holds `start` positions already; `previous` is the token before them, None at the
+    beginning."""
+
+    slot: int
+    ids: Sequence[int]
+    start: int
+    previous: int | None
+
+
 class InferenceModel:
     """A GPT's weights and a cache of `num_slots` slots.
 
@@ -231,25 +243,33 @@ class InferenceModel:
         return cos.to(self.device, self.dtype), sin.to(self.device, self.dtype)
 
     @torch.inference_mode()
-    def prefill(self, slot: int, ids: Sequence[int], start: int, previous: int | None, *, need_logits: bool) -> Tensor:
-        """Read `ids` into `slot`, whose first `start` positions it holds; `previous` is the token before them.
-
-        Returns the logits (V,) float32 after the last one, or an empty tensor where they are not needed.
-        """
-        idx = torch.tensor([ids[0] if previous is None else previous, *ids], device=self.device)
-        config = self.config
-        x = self._embed(idx[1:], idx[:-1], is_first=previous is None)
+    def prefill(self, pieces: Sequence[Piece]) -> Tensor:
+        """Read pieces of sequences, each of another slot, in one pass over the weights. Returns the logits after the
+        last token of each, (len(pieces), V) float32."""
+        spans = [0, *accumulate(len(piece.ids) for piece in pieces)]
+        host = [token for piece in pieces for token in piece.ids]
+        before = [token for piece in pieces for token in (piece.previous or 0, *piece.ids[:-1])]
+        places = [place for piece in pieces for place in range(piece.start, piece.start + len(piece.ids))]
+        idx, previous, at = torch.tensor([host, before, places]).to(self.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.cache.extend(layer, slot, start, k, v)
-            if start == 0:
-                return causal_attention(q[None], k[None], v[None], window=config.window(layer))[0]
-            mask = band_mask(q.size(0), keys.size(2), config.window(layer), q.device)
-            y = _sdpa(q.transpose(0, 1)[None], keys, values, mask)
-            return y[0].transpose(0, 1)
+            parts = [
+                self._attend_to_piece(layer, piece, q[first:end], k[first:end], v[first:end])
+                for piece, first, end in zip(pieces, spans, spans[1:], strict=False)
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        x = self._blocks(x, idx[1:], self._cos[start : start + len(ids)], self._sin[start : start + len(ids)], attend)
-        return self._logits(x[-1:])[0] if need_logits else x.new_empty(0)
+        x = self._blocks(self._embed(idx, previous, at), idx, self._cos[at], self._sin[at], attend)
+        return self._logits(x[torch.tensor(spans[1:], device=self.device) - 1])
+
+    def _attend_to_piece(self, layer: int, piece: Piece, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Stores k, v (T, H_kv, D) of a piece, and lets q (T, H, D) look at them and at what was there: (T, H, D)."""
+        window = self.config.window(layer)
+        keys, values = self.cache.extend(layer, piece.slot, piece.start, k, v)
+        if piece.start == 0:
+            return causal_attention(q[None], k[None], v[None], window=window)[0]
+        mask = None if len(piece.ids) == 1 else band_mask(q.size(0), keys.size(2), window, q.device)
+        return _sdpa(q.transpose(0, 1)[None], keys, values, mask)[0].transpose(0, 1)
 
     @torch.inference_mode()
     def decode(self, idx: Tensor, previous: Tensor, positions: Sequence[int]) -> Tensor:
@@ -282,18 +302,19 @@ class InferenceModel:
             y = _sdpa(q.unsqueeze(2), keys[:N, :, :K], values[:N, :, :K], place.mask[R])  # (N, H, 1, D)
             return y.squeeze(2)
 
-        x = self._embed(idx, previous, is_first=False)
+        x = self._embed(idx, previous, None)
         return self._logits(self._blocks(x, idx, self._cos[at], self._sin[at], attend))
 
-    def _embed(self, idx: Tensor, previous: Tensor, *, is_first: bool) -> Tensor:
-        """x (N, C) of idx (N,), each with a share of the token before it; the very first has none."""
+    def _embed(self, idx: Tensor, previous: Tensor, at: Tensor | None) -> Tensor:
+        """x (N, C) of idx (N,), each with a share of the token before it, which the one at position 0 has not; `at`
+        (N,) are the positions, None where none of them is 0."""
         weights = self._weights
         x = F.embedding(idx, weights.embed)
         if weights.smear is None:
             return x
         share = F.embedding(idx, weights.smear)
-        if is_first:
-            share[0] = 0
+        if at is not None:
+            share = share * (at > 0).unsqueeze(-1)
         return torch.addcmul(x, share, F.embedding(previous, weights.embed))
 
     def _blocks(self, x: Tensor, idx: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:

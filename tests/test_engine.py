@@ -84,7 +84,7 @@ def test_pieces_of_a_prompt_make_no_difference(engine, model):
     assert [c.ids for (c,) in completions] == [naive(model, prompt, 5) for prompt in prompts]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_anything_that_happens_in_any_order_keeps_every_sequence_right(engine, model, tokenizer, monkeypatch, seed):
     """Random requests that begin alike, samples, tool calls, penalties and cancellations, all at once."""
     monkeypatch.setattr(engine_module, "MIN_SHARED_TOKENS", 2)
@@ -141,9 +141,28 @@ def test_samples_of_one_prompt_read_it_once(engine, num_samples):
     prompt = random_prompt(random.Random(2), 60)
     ((*completions,),) = engine.generate([prompt], Sampling(max_tokens=4, seed=1), num_samples=num_samples, stop_ids=())
     assert len(completions) == num_samples
-    late = max(0, num_samples - engine.max_rows)  # each of them reads its last token anew, or is copied with another
-    assert 60 <= engine.stats.prefill_tokens <= 60 + late
+    assert engine.stats.prefill_tokens == 60
     assert len({tuple(completion.ids) for completion in completions}) > 1
+
+
+def test_prompts_are_read_together_up_to_the_budget_of_a_step(engine, model):
+    rng = random.Random(12)
+    engine._prefill_tokens, passes = 50, []
+    prefill = engine.model.prefill
+    engine.model.prefill = lambda pieces: passes.append([len(piece.ids) for piece in pieces]) or prefill(pieces)
+    prompts = [random_prompt(rng, 20) for _ in range(4)]
+    completions = engine.generate(prompts, Sampling(max_tokens=6, **GREEDY), stop_ids=())
+    assert passes == [[20, 20, 10], [10, 20]]
+    assert [c.ids for (c,) in completions] == [naive(model, prompt, 6) for prompt in prompts]
+
+
+@pytest.mark.parametrize(("shared", "expected"), [(17, 22 + 3 * 5), (20, 25 + 25 + 2 * 5)])
+def test_prompts_that_begin_alike_share_although_they_come_together(engine, shared, expected):
+    """Where the first has left its beginning behind in the windows, the second keeps it for the others."""
+    rng = random.Random(13)
+    system = random_prompt(rng, shared)
+    engine.generate([[*system, *random_prompt(rng, 5)] for _ in range(4)], Sampling(max_tokens=2), stop_ids=())
+    assert engine.stats.prefill_tokens == expected
 
 
 def test_the_next_turn_reads_only_what_is_new(engine, model):
@@ -220,9 +239,10 @@ class ScriptedModel:
     def logits(self, position):
         return torch.nn.functional.one_hot(torch.tensor(self.script[position + 1]), self.vocab_size).float() * 10
 
-    def prefill(self, slot, ids, start, previous, *, need_logits):
-        self.read.update(enumerate(ids, start))
-        return self.logits(start + len(ids) - 1) if need_logits else torch.empty(0)
+    def prefill(self, pieces):
+        for piece in pieces:
+            self.read.update(enumerate(piece.ids, piece.start))
+        return torch.stack([self.logits(piece.start + len(piece.ids) - 1) for piece in pieces])
 
     def decode(self, idx, previous, positions):
         self.read.update(zip(positions, idx.tolist(), strict=True))

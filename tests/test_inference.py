@@ -7,7 +7,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig, build_model
-from nanochat.inference import InferenceModel, Product, _DecodeGraphs
+from nanochat.inference import InferenceModel, Piece, Product, _DecodeGraphs
 from tests.conftest import fill_randomly
 
 T, WINDOW, V = 64, 16, 400
@@ -43,10 +43,8 @@ def read(inference, slot, ids, *, start=0, piece=T):
     """Prefill `ids[start:]` in pieces; the last logits."""
     logits = None
     for first in range(start, len(ids), piece):
-        previous = ids[first - 1] if first else None
-        part = ids[first : first + piece]
-        logits = inference.prefill(slot, part, first, previous, need_logits=first + piece >= len(ids))
-    return logits
+        logits = inference.prefill([Piece(slot, ids[first : first + piece], first, ids[first - 1] if first else None)])
+    return logits[0]
 
 
 def decode(inference, rows):
@@ -64,6 +62,20 @@ def close(a, b, tolerance=1e-4):
 def test_prefill_equals_the_whole_forward_pass(model, ids, length, piece):
     inference = InferenceModel(model, 2)
     close(read(inference, 1, ids[:length], piece=piece), whole(model, ids)[length - 1])
+
+
+def test_pieces_of_several_sequences_are_read_in_one_pass(model, ids):
+    inference = InferenceModel(model, 3)
+    rows, starts, ends = [ids, ids[::-1], ids[7:] + ids[:7]], [0, 5, 30], [40, 6, T]
+    for slot, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        if start:
+            read(inference, slot, row[:start])
+    pieces = [
+        Piece(slot, row[start:end], start, row[start - 1] if start else None)
+        for slot, (row, start, end) in enumerate(zip(rows, starts, ends, strict=True))
+    ]
+    for logits, row, end in zip(inference.prefill(pieces), rows, ends, strict=True):
+        close(logits, whole(model, row)[end - 1])
 
 
 @pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, T - 1])
