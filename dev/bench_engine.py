@@ -42,7 +42,7 @@ from nanochat.dataset import document_batches, shard_paths
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig, build_model
 from nanochat.hf import save_hf
-from nanochat.inference import INT8_MAX_ROWS, WEIGHTS, InferenceModel
+from nanochat.inference import INT8_MAX_ROWS, WEIGHTS, InferenceModel, Piece
 from nanochat.sampling import Sampling
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
@@ -431,8 +431,8 @@ def quality(model: GPT, rows: Tensor, forms: list[str], what: str) -> dict:
 def decode_losses(model: GPT, rows: Tensor, weights: str) -> Tensor:
     """Loss in nats of each token of rows (B, T) int64 but the first, read one at a time: (B * (T - 1),) float32."""
     engine = InferenceModel(model, rows.size(0), weights=weights)
-    first = [engine.prefill(slot, [row[0].item()], 0, None, need_logits=True) for slot, row in enumerate(rows)]
-    losses = [F.cross_entropy(torch.stack(first), rows[:, 1], reduction="none")]
+    first = engine.prefill([Piece(slot, [token], 0, None) for slot, token in enumerate(rows[:, 0].tolist())])
+    losses = [F.cross_entropy(first, rows[:, 1], reduction="none")]
     for position in range(1, rows.size(1) - 1):
         logits = engine.decode(rows[:, position], rows[:, position - 1], [position] * rows.size(0))
         losses.append(F.cross_entropy(logits, rows[:, position + 1], reduction="none"))
