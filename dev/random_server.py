@@ -64,7 +64,8 @@ def random_server(depth: int, *flags: str, vocab_size: int, sequence_len: int) -
 
 def _write_checkpoint(depth: int, vocab_size: int, sequence_len: int) -> None:
     """A model as it is before training, but for the head, which would else find all tokens alike."""
-    pairs = [bytes((i // NUM_BYTES, i % NUM_BYTES)) for i in range(vocab_size - NUM_BYTES - len(SPECIAL_TOKENS))]
+    num_pairs = vocab_size - NUM_BYTES - len(SPECIAL_TOKENS)
+    pairs = [bytes(((ord("a") + i // NUM_BYTES) % NUM_BYTES, i % NUM_BYTES)) for i in range(num_pairs)]
     tokenizer = Tokenizer([bytes((i,)) for i in range(NUM_BYTES)] + pairs, SPLIT_PATTERN)
     config = GPTConfig.from_depth(depth, vocab_size=tokenizer.vocab_size, sequence_len=sequence_len)
     generator = torch.Generator().manual_seed(0)

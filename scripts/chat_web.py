@@ -107,6 +107,7 @@ def main(args: argparse.Namespace) -> None:
         f"{settings.model_name} ({args.source}, step {meta['step']}): http://{address}:{listener.getsockname()[1]}",
         flush=True,
     )
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # else a line for whatever is sent that is no HTTP
     config = uvicorn.Config(
         app,
         log_config=None,
