@@ -56,13 +56,14 @@ def test_a_conversation_is_sent_whole_with_the_tool_calls_of_its_answers(chat):
 
 
 def test_characters_and_lines_cut_in_the_stream_arrive_whole(chat):
-    whole = (head() + piece("naïve 東京 👩‍🚀 é") + end()).replace("\n", "\r\n").encode()
+    text = "naïve 東京 👩‍🚀 é"
+    whole = (head() + piece(text) + end()).replace("\n", "\r\n").encode()
     steps: list = []
-    for i in range(0, len(whole), 7):
-        steps += [whole[i : i + 7], 0.001]
+    for byte in whole:
+        steps += [bytes([byte])] if byte < 128 else [0.02, bytes([byte]), 0.02]
     chat.send("Go", Reply(steps))
     chat.wait_until_done()
-    assert chat.answers.inner_text() == "naïve 東京 👩‍🚀 é"
+    assert chat.answers.inner_text() == text
 
 
 def test_stop_ends_the_request_and_keeps_what_was_said(chat):
