@@ -114,7 +114,9 @@ def span_starts(kind: str, rows: list[list[int]]) -> list[int]:
     shortest = min(map(len, rows))
     backwards = kind == "schema"
     sides = [row[::-1] for row in rows] if backwards else rows
-    common = next((t for t in range(shortest) if len({side[t] for side in sides}) > 1), shortest)
+    # what the first and the last of them in sorted order have in common, all others have too
+    pairs = zip(min(sides), max(sides), strict=False)
+    common = next((t for t, (one, other) in enumerate(pairs) if one != other), shortest)
     if backwards:
         return [len(row) - max(1, min(common, shortest - 1)) for row in rows]
     if kind == "language_modeling":

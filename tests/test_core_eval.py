@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import fill_randomly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -260,17 +261,57 @@ def test_the_fast_path_equals_the_plain_one_item_by_item(batch_tokens):
             assert 5 < sum(score.is_greedy for score in plain) < 25
 
 
-def test_the_fast_path_equals_the_plain_one_for_the_real_model_with_windows():
-    shape = {"n_layer": 4, "n_embd": 32, "n_head": 2, "n_kv_head": 1, "short_window": 8}
+def real_model(**shape):
+    """A small GPT with windows, every weight random."""
+    shape = {"n_layer": 4, "n_embd": 32, "n_head": 2, "n_kv_head": 1, "short_window": 8} | shape
     model = GPT(GPTConfig(sequence_len=CONTEXT_TOKENS, vocab_size=VOCAB_SIZE, **shape))
-    generator = torch.Generator().manual_seed(0)
-    model.init_weights(generator)
-    with torch.no_grad():
-        for parameter in model.parameters():  # a fresh model's blocks do nothing yet
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-    for task in small_tasks():
-        examples = build_examples(task, LetterTokenizer(), range(12), CONTEXT_TOKENS + 1)
-        assert_equal_scores(score_batched(model, examples, 300), score_plainly(model, examples))
+    model.init_weights(torch.Generator().manual_seed(0))
+    fill_randomly(model, scale=1.0)  # a fresh model's blocks do nothing yet
+    return model
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 300, 0])
+@pytest.mark.parametrize("window_pattern", ["SSSL", "SL", "L"])
+def test_the_fast_path_equals_the_plain_one_for_the_real_model(batch_tokens, window_pattern):
+    model = real_model(window_pattern=window_pattern)
+    for task in small_tasks(20):
+        if task.kind == "language_modeling":
+            task = with_greedy_answers(model, LetterTokenizer(), task)
+        examples = build_examples(task, LetterTokenizer(), range(20), CONTEXT_TOKENS + 1)
+        fast, plain = score_batched(model, examples, batch_tokens), score_plainly(model, examples)
+        assert_equal_scores(fast, plain)
+        if task.kind == "language_modeling":
+            assert 3 < sum(score.is_greedy for score in plain) < 17
+
+
+def test_options_that_had_to_be_cut_still_score_as_alone():
+    model, rng = real_model(), random.Random(0)
+    texts = ["".join(rng.choice("abcdef") for _ in range(n)) for n in (90, 55, 70, 3)]
+    records = [
+        {"query": texts[0], "choices": [texts[3], texts[1][:20], "ab"], "gold": 0},
+        {"query": "ab", "choices": [texts[1], texts[2], texts[2][:60]], "gold": 0},  # a choice too long by itself
+    ]
+    examples = build_examples(make_task("multiple_choice", records), LetterTokenizer(), range(2), CONTEXT_TOKENS + 1)
+    assert all(example.num_cut for example in examples)
+    assert_equal_scores(score_batched(model, examples), score_plainly(model, examples))
+
+
+def test_what_the_options_of_an_example_begin_with_runs_once(monkeypatch):
+    model, num_tokens, trunk = real_model(), [], GPT.trunk
+
+    def counting(self, idx, *others, **options):
+        num_tokens.append(idx.numel())
+        return trunk(self, idx, *others, **options)
+
+    monkeypatch.setattr(GPT, "trunk", counting)
+    records = [{"query": "abcdefghij", "choices": ["ab", "cdef", "ghi"], "gold": 0}]
+    examples = build_examples(make_task("multiple_choice", records), LetterTokenizer(), range(1), 65)
+    score_batched(model, examples)
+    assert num_tokens == [1 + 10 + 1 + 1 + 3 + 2]  # begin, query, space; the last letter of each choice is not read
+    records = [{"context_options": ["abcdefgh xy", "abcdefgh z"], "continuation": "ab", "gold": 0}]
+    examples = build_examples(make_task("schema", records), LetterTokenizer(), range(1), 65)
+    score_batched(model, examples)
+    assert num_tokens[1:] == [1 + 9 + (2 + 2) + (1 + 2)]
 
 
 def test_choices_of_one_token_need_one_row_and_others_one_each():
