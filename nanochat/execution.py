@@ -332,13 +332,15 @@ class _Run:
         if status == "passed" and len(self.output) > output_bytes:
             status, detail = "output", "too much output"
         output = self.output[:output_bytes].decode(errors="replace")
+        detail = detail.encode(errors="replace").decode()  # a lone surrogate would fail whoever writes it down
         return Verdict(status == "passed", status, detail, output)
 
     def hear(self, seconds: float, output_bytes: int) -> tuple[str, str]:
         """The tester's next (status, detail), or why there is none."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self.told:
-            events = self.selector.select(max(0.0, deadline - time.monotonic()))
+            left = deadline - time.monotonic()
+            events = self.selector.select(left) if left > 0 else []  # a trickle of output is no reason to wait longer
             if not events:
                 return "timeout", f"no verdict after {seconds:g} s"
             for key, _ in events:

@@ -231,8 +231,7 @@ def run_tests(channel: Channel, tests: str, entry_point: str, report: Callable[[
     """Run `tests`, then their `check` if they define one, against the candidate.
 
     `report(status, detail)` is told "started", then a status of `execution.Verdict`, or "ended" when the candidate's
-    process is gone: "passed" only after the tests ran to their end with at
-    least one call of the candidate.
+    process is gone. It is told "passed" only after the tests ran to their end with at least one call of the candidate.
     """
     candidate = Candidate(channel, entry_point, report)
     try:
@@ -403,7 +402,7 @@ def continue_in_child() -> None:
     child = os.fork()
     if not child:
         return
-    os.closerange(3, 64)  # the pipes are the child's: they must end with it
+    os.closerange(3, 1 << 16)  # the pipes are the child's: they must end with it
     status = os.waitpid(child, 0)[1]
     os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 

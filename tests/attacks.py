@@ -234,15 +234,15 @@ PROCESSES = {
     "posix_spawn": tries("os.posix_spawn(sys.executable, [sys.executable, '-c', 'pass'], {})"),
     "multiprocessing": tries("p = multiprocessing.Process(target=print)\np.start()", "import multiprocessing"),
     "pty": tries("pty.spawn('/bin/sh')", "import pty"),
-    "raw fork and clone": tries(
-        "libc = ctypes.CDLL(None)\n"
-        "if all(libc.syscall(*call) < 0 for call in ((57,), (58,), (56, 17, 0, 0, 0, 0), (435, 0, 0))):\n"
-        "    raise OSError",
+    "fork and clone past Python": tries(
+        "libc = ctypes.CDLL(None)\nif libc.fork() < 0 and libc.syscall(435, bytes(88), 88) < 0: raise OSError",
         "import ctypes",
     ),
-    "raw x32 system calls": tries(
-        "libc = ctypes.CDLL(None)\nif all(libc.syscall(0x40000000 + n) < 0 for n in (57, 39, 41)): raise OSError",
-        "import ctypes",
+    "x32 system calls": tries(
+        "libc = ctypes.CDLL(None)\n"
+        "x32 = [libc.syscall(0x40000000 + n) for n in (57, 39, 41)] if os.uname().machine == 'x86_64' else [-1]\n"
+        "if max(x32) < 0: raise OSError",
+        "import ctypes, os",
     ),
     "thread bomb": in_call(
         "while True:\n    try: threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
@@ -258,7 +258,7 @@ PROCESSES = {
     ),
     "kills its process group": tries("os.killpg(0, 9)"),
     "signals a thread of another process": tries(
-        "libc = ctypes.CDLL(None)\nif libc.syscall(234, @VICTIM@, @VICTIM@, 9) < 0: raise OSError", "import ctypes"
+        "libc = ctypes.CDLL(None)\nif libc.tgkill(@VICTIM@, @VICTIM@, 9) < 0: raise OSError", "import ctypes"
     ),
     "stops its parent": tries("os.kill(os.getppid(), signal.SIGSTOP)", "import os, signal"),
     "ptrace": tries(
@@ -359,6 +359,7 @@ RESOURCES = {
     ),
     "output without end": in_call("while True: print('x' * 1000)"),
     "errors without end": in_call("while True: sys.stderr.write('x' * 1000)"),
+    "output in a trickle": in_call("while True:\n    os.write(1, b'.')\n    time.sleep(0.001)", "import os, time"),
     "10 MB in one line": in_call("os.write(1, b'x' * 10_000_000)"),
     "output that is not UTF-8": in_call("os.write(1, bytes(range(256)))\nsys.stdout.buffer.write(b'\\xff\\xfe')"),
     "lone surrogates": in_call("print('\\ud800')\nreturn '\\udfff'"),

@@ -65,7 +65,7 @@ fork
 fork bomb
 daemon
 subprocess
-raw fork and clone
+fork and clone past Python
 thread bomb
 kills everything
 ptrace
@@ -90,6 +90,7 @@ one large file
 shared memory
 10 GB in one piece
 output without end
+output in a trickle
 output that is not UTF-8
 lone surrogates
 sleep
@@ -315,6 +316,13 @@ def test_what_is_printed_comes_back_undecodable_bytes_replaced():
     verdict = in_sandbox(program, "f(1) == 1")
     assert verdict.passed
     assert verdict.output == "hello\n\ufffd\n"
+
+
+@isolated
+def test_the_verdict_can_be_written_down_whatever_was_raised():
+    verdict = in_sandbox("def f(x): raise ValueError('\\ud800')", "f(1)")
+    assert verdict.status == "error"
+    assert verdict.detail.encode().startswith(b"ValueError: ?")
 
 
 @isolated
