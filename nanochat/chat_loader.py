@@ -38,7 +38,7 @@ from nanochat.dataloader import Batch
 from nanochat.loss import IGNORE_INDEX
 from nanochat.tokenizer import Tokenizer
 
-CHOICE = 1024  # conversations a row is chosen from: 0.1 % of the tokens of SmolTalk rows are then padding
+CHOICE = 1024  # conversations a row is chosen from: of rows of 512 of the mid mixture, 0.9 % is then padding
 HELD_OUT_SHARE = 0.05  # of conversations that come without a validation split
 
 Conversations = Sequence[Mapping[str, Any]]

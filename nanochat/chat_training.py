@@ -21,8 +21,14 @@ from nanochat.checkpoint import (
 )
 from nanochat.common import UserError, add_runtime_flags, from_rank0, init_runtime, print0
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.training import TrainingRun, check_ranges, choose_device_batch, fitting_batch, wanted_device_batch
+from nanochat.training import (
+    TrainingRun,
+    check_ranges,
+    choose_device_batch,
+    fitting_batch,
+    make_optimizer,
+    wanted_device_batch,
+)
 
 MIN_STEPS = 100  # a short run takes a smaller batch rather than fewer steps than this
 EVAL_TOKENS = {"cuda": 2**21}
@@ -105,15 +111,20 @@ class ChatRun:
     run: TrainingRun
     val: Rows | None
 
-    def val_bpb(self) -> float:
-        """Bits per byte of what the assistant says in the held-out conversations; inf without any."""
+    def is_due(self, step: int) -> bool:
+        """Whether to validate at `step`: at the start too, as what a stage is worth is the difference to it."""
+        return self.val is not None and (step == 0 or self.run.is_due(step, self.run.args.eval_every))
+
+    def validate(self, step: int) -> None:
+        """Log, print and keep the bits per byte of what the assistant says in the held-out conversations."""
         run, num_tokens = self.run, self.run.args.eval_tokens
-        if self.val is None:
-            return float("inf")
         if num_tokens is None:
             num_tokens = EVAL_TOKENS.get(run.runtime.device.type, SMALL_EVAL_TOKENS)
         batches = validation_batches(self.val, run.runtime, run.device_batch_size, num_tokens)
-        return evaluate_bpb(run.model, batches, run.tokenizer.token_bytes()).bpb
+        bpb = evaluate_bpb(run.model, batches, run.tokenizer.token_bytes()).bpb
+        if step == 0:
+            run.note(step, start_val_bpb=bpb)
+        run.note_bpb(step, bpb)
 
 
 def start_run(
@@ -164,12 +175,7 @@ def start_run(
     print0(f"validation: {val_rows or 'off'}")
 
     # optimizer; its memory is taken before the batch size is fitted to the rest
-    optimizer = MuonAdamW(
-        parameter_groups(model, matrix_lr=recipe.MATRIX_LR),
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        muon_dtype=runtime.dtype,
-    )
+    optimizer = make_optimizer(model, runtime)
 
     # batch size and horizon
     if resumed:

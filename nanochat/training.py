@@ -26,8 +26,8 @@ from nanochat.checkpoint import Resumable, load_rank_states, save_checkpoint
 from nanochat.common import Runtime, UserError, disk_errors, print0, write_atomic
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
-from nanochat.optim import MuonAdamW
-from nanochat.recipe import Plan
+from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.recipe import MATRIX_LR, Plan
 from nanochat.report import append_record
 from nanochat.tokenizer import Tokenizer
 
@@ -79,6 +79,14 @@ def accumulate_gradients(
     if world_size > 1:
         dist.all_reduce(total)
     return total
+
+
+def make_optimizer(model: GPT, runtime: Runtime) -> MuonAdamW:
+    """The optimizer of every stage, at the recipe's rates, sharded over the ranks."""
+    return MuonAdamW(
+        parameter_groups(model, matrix_lr=MATRIX_LR), rank=runtime.rank, world_size=runtime.world_size,
+        muon_dtype=runtime.dtype,
+    )  # fmt: skip
 
 
 def scale_rates(optimizer: MuonAdamW, *, lr_scale: float, matrix_weight_decay: float) -> None:

@@ -23,7 +23,6 @@ from nanochat.dataloader import TextLoader
 from nanochat.dataset import DEFAULT_DATA, shard_paths
 from nanochat.gpt import GPTConfig, build_model
 from nanochat.loss_eval import SAMPLE_PROMPTS, evaluate_split, sample_completions
-from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.tokenizer import Tokenizer, tokenizer_dir
 from nanochat.training import (
     DEVICE_BATCH_SIZE,
@@ -31,6 +30,7 @@ from nanochat.training import (
     check_ranges,
     choose_device_batch,
     fitting_batch,
+    make_optimizer,
     measure_tokens_per_second,
     wanted_device_batch,
 )
@@ -190,12 +190,7 @@ def main(args: argparse.Namespace) -> None:
     print0(", ".join(f"{name} {count:,}" for name, count in counts.items()), "parameters")
 
     # optimizer; its memory is taken before the batch size is fitted to the rest
-    optimizer = MuonAdamW(
-        parameter_groups(model, matrix_lr=recipe.MATRIX_LR),
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        muon_dtype=runtime.dtype,
-    )
+    optimizer = make_optimizer(model, runtime)
 
     # batch size and horizon
     if resumed:

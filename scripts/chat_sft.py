@@ -75,9 +75,9 @@ def main(args: argparse.Namespace) -> None:
     # the loop
     for step in run.steps():
         # evaluate
-        if chat.val and run.is_due(step, args.eval_every):
-            run.note_bpb(step, chat.val_bpb())
-        if run.is_due(step, chat_every):
+        if chat.is_due(step):
+            chat.validate(step)
+        if chat_every and (step == 0 or run.is_due(step, chat_every)):
             numbers = accuracies(run, tasks, settings)
             run.note(step, **numbers)
             print0(f"step {step:>5} | " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))

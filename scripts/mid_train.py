@@ -38,8 +38,8 @@ def main(args: argparse.Namespace) -> None:
     # the loop
     for step in run.steps():
         # evaluate
-        if chat.val and run.is_due(step, args.eval_every):
-            run.note_bpb(step, chat.val_bpb())
+        if chat.is_due(step):
+            chat.validate(step)
 
         # save
         if run.is_due(step, args.save_every or last):
