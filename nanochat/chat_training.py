@@ -7,10 +7,12 @@ first step is here. Not here: the loop (in the scripts), and what pretraining ha
 import argparse
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanochat import recipe, schedule
 from nanochat.chat_loader import ChatLoader, Conversations, Rows, pack_conversations, validation_batches
 from nanochat.checkpoint import (
+    Resumable,
     add_checkpoint_flags,
     find_checkpoint,
     load_tokenizer,
@@ -19,8 +21,10 @@ from nanochat.checkpoint import (
     resumable,
     run_dir,
 )
-from nanochat.common import UserError, add_runtime_flags, from_rank0, init_runtime, print0
+from nanochat.common import Runtime, UserError, add_runtime_flags, from_rank0, init_runtime, print0
+from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.tokenizer import Tokenizer
 from nanochat.training import (
     TrainingRun,
     check_ranges,
@@ -127,6 +131,43 @@ class ChatRun:
         run.note_bpb(step, bpb)
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a stage begins: `folder` of its run, the model it goes on from and that checkpoint's `meta`; `resumed` is
+    set when that is one of its own."""
+
+    folder: Path
+    runtime: Runtime
+    model: GPT
+    tokenizer: Tokenizer
+    meta: dict
+    resumed: Resumable | None
+
+
+def load_start(stage: str, args: argparse.Namespace, free_on_resume: Collection[str]) -> Start:
+    """Set up this process, and load the checkpoint that `args` lead to: the last of the stage's own run with
+    `--resume`, else that of the source. Flags but `free_on_resume` must be those of the run that is resumed."""
+    source = None if args.output_tag or args.model_tag else find_checkpoint(args.source, step=args.step)
+    folder = run_dir(stage, args.output_tag or args.model_tag or source.parent.name)
+    resumed = resumable(folder, args, free_on_resume)
+    runtime = init_runtime(args.device_type, args.dtype or (resumed.meta["dtype"] if resumed else ""))
+    if resumed:
+        start, meta = resumed.folder, resumed.meta
+    else:
+        start = source or find_checkpoint(args.source, model_tag=args.model_tag, step=args.step)
+        start = from_rank0(start)  # a new one may appear meanwhile
+        meta = read_meta(start)
+    model, tokenizer = load_weights(start, meta, runtime), load_tokenizer(start, meta)
+    if runtime.is_cuda and not args.no_compile:
+        model.compile_trunk()
+    dtype_name = str(runtime.dtype).removeprefix("torch.")
+    print0(
+        f"{runtime.world_size} x {runtime.device.type}, {dtype_name}, {folder.name} from "
+        f"{start.relative_to(start.parents[2])}"
+    )
+    return Start(folder, runtime, model, tokenizer, meta, resumed)
+
+
 def start_run(
     stage: str,
     args: argparse.Namespace,
@@ -141,26 +182,9 @@ def start_run(
     `free_on_resume` names flags of the stage itself that may change when it is resumed. Raises `UserError` for what
     the user can put right: no source, flags of another run, conversations that do not fit.
     """
-    # runtime
-    source = None
-    if not (args.output_tag or args.model_tag):
-        source = find_checkpoint(args.source, step=args.step)
-    folder = run_dir(stage, args.output_tag or args.model_tag or source.parent.name)
-    resumed = resumable(folder, args, FREE_ON_RESUME | set(free_on_resume))
-    stored = resumed.meta if resumed else {}
-    runtime = init_runtime(args.device_type, args.dtype or stored.get("dtype", ""))
-
-    # model and tokenizer
-    start = resumed.folder if resumed else source or find_checkpoint(
-        args.source, model_tag=args.model_tag, step=args.step
-    )  # fmt: skip
-    start = from_rank0(start)  # a new checkpoint may appear meanwhile
-    meta = stored or read_meta(start)
-    model, tokenizer = load_weights(start, meta, runtime), load_tokenizer(start, meta)
-    if runtime.is_cuda and not args.no_compile:
-        model.compile_trunk()
-    print0(f"{runtime.world_size} x {runtime.device.type}, {str(runtime.dtype).removeprefix('torch.')}, {folder.name} "
-           f"from {start.relative_to(start.parents[2])}")  # fmt: skip
+    # runtime, model and tokenizer
+    start = load_start(stage, args, FREE_ON_RESUME | set(free_on_resume))
+    runtime, model, tokenizer = start.runtime, start.model, start.tokenizer
 
     # conversations
     T = model.config.sequence_len
@@ -178,10 +202,10 @@ def start_run(
     optimizer = make_optimizer(model, runtime)
 
     # batch size and horizon
-    if resumed:
-        plan, fitting = recipe.Plan(**stored["plan"]), args.device_batch_size or stored["device_batch_size"]
+    if start.resumed:
+        plan, fitting = recipe.Plan(**start.meta["plan"]), args.device_batch_size or start.meta["device_batch_size"]
     else:
-        usual = defaults.total_batch_tokens or meta.get("plan", {}).get("total_batch_tokens")
+        usual = defaults.total_batch_tokens or start.meta.get("plan", {}).get("total_batch_tokens")
         plan = make_plan(args, train_rows, usual or schedule.REFERENCE_BATCH_TOKENS, runtime.world_size)
         row_tokens = T * runtime.world_size
         fitting = fitting_batch(
@@ -200,8 +224,9 @@ def start_run(
         epochs=None if args.num_steps else args.epochs, step_rows=plan.total_batch_tokens // T, seed=args.seed,
     )  # fmt: skip
     run = TrainingRun(
-        folder, args, runtime, model, tokenizer, optimizer, loader, plan, device_batch_size, num_micro_steps, resumed
-    )
+        start.folder, args, runtime, model, tokenizer, optimizer, loader, plan, device_batch_size, num_micro_steps,
+        start.resumed,
+    )  # fmt: skip
     return ChatRun(run, val_rows if val_rows and val_rows.rows else None)
 
 
