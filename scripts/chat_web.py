@@ -12,9 +12,14 @@ prompts and replies. Listens on this machine only, unless told otherwise.
 import argparse
 import logging
 import os
+import queue
+import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from logging.handlers import QueueHandler, QueueListener
 
 import torch
 import uvicorn
@@ -100,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
         log_texts=args.log_texts,
     )
     app = create_app(pool, tokenizer, settings)
-    open_access_log(args.access_log)
+    log_writer = open_access_log(args.access_log)
     listener = listen(args.host, args.port)
     address = f"[{args.host}]" if ":" in args.host else args.host
     print(
@@ -116,10 +121,23 @@ def main(args: argparse.Namespace) -> None:
         timeout_graceful_shutdown=args.drain_seconds,
         ws="none",
     )
-    server = uvicorn.Server(config)
-    server.run(sockets=[listener])
+    server = Server(config)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        log_writer.stop()
     if failures:
         raise UserError(failures[0])
+
+
+class Server(uvicorn.Server):
+    """Ends with status 0 when it is asked to end; uvicorn's own raises the signal again after its work is done."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle_exit)
+        yield
 
 
 def check_flags(args: argparse.Namespace) -> str | None:
@@ -149,15 +167,23 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host}, port {port}: {error}; choose another --host or --port") from error
 
 
-def open_access_log(path: str) -> None:
-    if not path:
-        return
-    with disk_errors("the access log", path):
-        handler = logging.StreamHandler(sys.stdout) if path == "-" else logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    access_logger.addHandler(handler)
-    access_logger.setLevel(logging.INFO)
+def open_access_log(path: str) -> QueueListener:
+    """A thread that writes the log to `path`, already running: a reader of the log that stops reading, as `less` does,
+    must not stop the server."""
+    handlers = []
+    if path:
+        with disk_errors("the access log", path):
+            handlers = [
+                logging.StreamHandler(sys.stdout) if path == "-" else logging.FileHandler(path, encoding="utf-8")
+            ]
+    lines: queue.SimpleQueue = queue.SimpleQueue()
+    if handlers:
+        access_logger.addHandler(QueueHandler(lines))
+        access_logger.setLevel(logging.INFO)
     access_logger.propagate = False
+    writer = QueueListener(lines, *handlers)
+    writer.start()
+    return writer
 
 
 if __name__ == "__main__":
