@@ -1,0 +1,85 @@
+"""The mixtures: no test split, train and validation apart, own files instead of them or beside them."""
+
+import json
+
+import pytest
+from test_chat_loader import make_conversations
+
+from nanochat.common import UserError
+from tasks import loading
+from tasks.common import TaskSlice
+from tasks.custom_json import CustomJSON
+from tasks.mixtures import Corpus, load_corpus, mid_mixture, sft_mixture, some_of
+
+
+class FakeSplit:
+    """Stands for a split of the hub, of which only the length is asked."""
+
+    def __init__(self, source):
+        self.num_rows = min(source.num_rows, 20_000)
+
+    def __len__(self):
+        return self.num_rows
+
+
+@pytest.fixture
+def fake_hub(monkeypatch):
+    monkeypatch.setattr(loading, "load_split", FakeSplit)
+
+
+@pytest.fixture
+def own(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(json.dumps(conversation) for conversation in make_conversations(40)))
+    return str(path)
+
+
+def texts(task) -> list[str]:
+    return [json.dumps(conversation) for conversation in task]
+
+
+@pytest.mark.parametrize("mixture", [mid_mixture, sft_mixture])
+def test_mixtures_train_on_train_splits_and_validate_on_validation_splits(fake_hub, mixture):
+    corpus = mixture()
+    assert {task.purpose for task in corpus.train} == {"train"}
+    assert {task.purpose for task in corpus.val} == {"validation"}
+    assert {task.name for task in corpus.val} <= {task.name for task in corpus.train}
+
+
+def test_some_of_a_task_are_drawn_from_all_of_it_and_always_the_same(own):
+    task = CustomJSON(own)
+    part = some_of(task, 10)
+    assert isinstance(part, TaskSlice)
+    assert len(part) == 10
+    assert list(part.indices) == sorted(set(part.indices)) != list(range(10))
+    assert list(some_of(task, 10).indices) == list(part.indices)
+    assert len(some_of(task, 1000)) == 40
+
+
+def test_own_conversations_take_the_place_of_the_mixture(own):
+    def forbidden() -> Corpus:
+        raise AssertionError("the mixture was not asked for")
+
+    train, val = load_corpus([own], forbidden)
+    assert (len(train), len(val)) == (38, 2)
+    assert sorted(texts(train) + texts(val)) == sorted(texts(CustomJSON(own)))
+
+
+def test_own_conversations_may_be_added_to_the_mixture(own, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps(conversation) for conversation in make_conversations(5, seed=1)))
+    train, val = load_corpus(["mixture", own], lambda: Corpus([CustomJSON(other)], []))
+    assert (len(train), len(val)) == (38 + 5, 2)
+
+
+def test_the_order_is_the_seeds_and_a_part_is_its_beginning(own):
+    first, again, other = (load_corpus([own], mid_mixture, seed=seed)[0] for seed in (1, 1, 2))
+    assert texts(first) == texts(again) != texts(other)
+    part, val = load_corpus([own], mid_mixture, seed=1, max_conversations=7)
+    assert texts(part) == texts(first)[:7]
+    assert len(val) == 2
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.jsonl"):
+        load_corpus([str(tmp_path / "none.jsonl")], mid_mixture)
