@@ -168,7 +168,7 @@ class _Forest:
 
     @cached_property
     def _branches(self) -> Tensor:
-        """(B, T), -1 for padding: no branch, so nobody sees it but itself."""
+        """(B, T), -1 for padding, which nobody sees and nobody asks at."""
         return torch.from_numpy(_padded([tree.branches for tree in self._trees], -1)).to(self._device)
 
     @cached_property
