@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     # evaluation
     add("--temperature", type=float, default=0.0, help="of written answers, 0 for greedy ones")
     add("--top-k", type=int, default=0, help="draw from the likeliest tokens only, so many, 0 for all")
-    add("--max-new-tokens", type=int, default=512, help="length of a written answer at most, in tokens")
+    add("--max-tokens", type=int, default=512, help="length of a written answer at most, in tokens")
     add("--num-samples", type=int, default=1, help="answers to each problem that wants a written one")
     add("--seed", type=int, default=42, help="of the answers that are drawn")
     add("--batch-rows", type=int, default=0, help="answers written at a time, 0 for what suits the device")
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
         num_samples=args.num_samples,
         temperature=args.temperature,
         top_k=args.top_k,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=args.max_tokens,
         seed=args.seed,
         slow=args.slow,
     )

@@ -16,7 +16,7 @@ from nanochat.gpt import GPTConfig, build_model
 from nanochat.tokenizer import Tokenizer
 
 TASKS = "ARC-Easy|SpellingBee"
-FLAGS = ["-i", "sft", "--device-type", "cpu", "--dtype", "float32", "--max-new-tokens", "8", "--batch-rows", "4"]
+FLAGS = ["-i", "sft", "--device-type", "cpu", "--dtype", "float32", "--max-tokens", "8", "--batch-rows", "4"]
 NUM_QUESTIONS, NUM_WORDS = 30, 6
 LIMIT = ["--max-problems", str(NUM_WORDS)]
 FOLDER = "chat_eval/sft_tiny_step_000007"
