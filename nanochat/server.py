@@ -119,7 +119,9 @@ def _add_routes(app: FastAPI, api: "_Api", settings: Settings) -> None:
     text_errors = {status: {"description": "Error", "content": error_body} for status in errors}
     # checked by `Guard`; here for the description of the API
     key = {"dependencies": [Depends(HTTPBearer(auto_error=False))]} if settings.api_key else {}
-    stream = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    about = 'each event has in `data` a chunk of the answer as JSON, the last one "[DONE]"'
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"], "description": about}
+    stream = {200: {"content": {"text/event-stream": {"schema": event}}}}
     add = app.add_api_route
     add("/", api.page, methods=["GET", "HEAD"], include_in_schema=False)
     health = {status: {"model": schema.Health} for status in (200, 503)}

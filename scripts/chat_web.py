@@ -50,6 +50,13 @@ def parse_args() -> argparse.Namespace:
     add("--port", type=int, default=8000, help="port to listen on, 0 for any free one")
     add("--api-key", default="", help=f"key that clients must send (better: {KEY_VARIABLE} in the environment)")
     add("--no-api-key", action="store_true", help="let everyone who can reach --host use the server")
+    add(
+        "--allowed-host",
+        action="append",
+        default=[],
+        help="a name under which the server may be called, say of a proxy in front of it; may be repeated (default: "
+        "localhost and its addresses where it listens there, else any)",
+    )
     add("--cors-origin", action="append", default=[], help="a page's origin that may use the server; may be repeated")
     # limits
     add("--max-rows", type=int, default=None, help="replies written at a time on each device (default: by device)")
@@ -100,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
         max_tokens=args.max_tokens,
         max_body_bytes=args.max_body_kib * 1024,
         api_key=api_key,
-        allowed_hosts=LOOPBACK_HOSTS if is_loopback(args.host) else (),
+        allowed_hosts=(*(LOOPBACK_HOSTS if is_loopback(args.host) else ()), *map(str.lower, args.allowed_host)),
         cors_origins=tuple(args.cors_origin),
         log_texts=args.log_texts,
     )

@@ -16,6 +16,8 @@ from nanochat.checkpoint import run_dir, save_checkpoint
 from nanochat.common import Runtime
 from nanochat.gpt import GPTConfig, build_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 CHAT = "/v1/chat/completions"
 TIMEOUT_SECONDS = 120  # a start takes 8 seconds on an idle machine, many times that on a crowded one

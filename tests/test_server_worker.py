@@ -168,6 +168,7 @@ def test_close_fails_what_is_running(tokenizer):
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_process_answers_and_ends_when_its_server_is_gone(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     worker = Worker(partial(build_fake, tmp_path), in_thread=False)
