@@ -105,10 +105,8 @@ def create_app(pool: Pool, tokenizer: Tokenizer, settings: Settings, *, page_pat
         allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["authorization", "content-type"]}
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origins), **allowed)
     app.add_middleware(AccessLog, observe=metrics.observe_request)
-    app.add_exception_handler(ApiError, lambda _, error: error.response())
-    app.add_exception_handler(UserError, lambda _, error: ApiError(400, str(error)).response())
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, lambda _, error: validation_error(error.errors()).response())
+    for kind in (ApiError, UserError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _error_response)
     _add_routes(app, api, settings)
     return app
 
@@ -381,7 +379,14 @@ def _lost(error: WorkerLost) -> ApiError:
     return ApiError(503, f"{error}; try again in a moment", code="worker_failed", retry_seconds=LOADING_RETRY_SECONDS)
 
 
-def _http_error(_: Request, error: HTTPException) -> Response:
+async def _error_response(_: Request, error: Exception) -> Response:
+    """An exception as the client gets to see it."""
+    if isinstance(error, ApiError):
+        return error.response()
+    if isinstance(error, RequestValidationError):
+        return validation_error(error.errors()).response()
+    if not isinstance(error, HTTPException):
+        return ApiError(400, str(error)).response()
     messages = {
         400: "the request is no JSON text in UTF-8",
         404: "there is no such path here",
