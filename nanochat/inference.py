@@ -27,6 +27,8 @@ from nanochat.gpt import GPT, SMEAR_CHANNELS, VALUE_GATE_CHANNELS, VALUE_GATE_SC
 
 WEIGHTS = ("float32", "bfloat16", "float16", "int8")
 INT8_MAX_ROWS = 4  # more rows in one product are faster with the weights unpacked
+PARTS_MAX_ROWS = 16  # more rows in one product keep all threads busy anyway
+ROWS_MULTIPLE = 16  # the matrix of q, k, v and gate is filled up to this, so that threads can share it evenly
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows of a recorded CUDA graph
 KEY_BUCKET = 256  # positions by which the keys of a recorded CUDA graph grow
 
@@ -38,13 +40,14 @@ class Product:
     few sequences is bound by reading weights) go through PyTorch's 8-bit kernel, which takes bfloat16; more rows
     through the same weights unpacked, so that a sequence's result does not depend on how many run beside it.
 
-    One row in float32 on a CPU: a matrix with more outputs than inputs is kept transposed as well. Its kernel adds up
-    rows of outputs and is twice as fast as the one that takes a dot product for each output (`dev/LOG.md`).
+    Few rows in float32 on a CPU: PyTorch's product would leave them to one thread, so the outputs are divided among
+    the threads as a batch of products. A matrix with more outputs than inputs is kept transposed for that: adding up
+    rows of outputs is faster than a dot product for each. Two to three times faster together (`dev/LOG.md`).
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, *, int8: bool = False):
         self.int8: tuple[Tensor, Tensor] | None = None
-        self.transposed: Tensor | None = None
+        self.parts: Tensor | None = None  # (P, K, M / P), a view of the weight or a copy
         weight = weight.detach()
         if int8:
             step = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
@@ -52,21 +55,27 @@ class Product:
             self.int8 = (packed.contiguous(), step.to(torch.bfloat16))
             weight = packed.float() * self.int8[1].float()[:, None]
         self.weight = weight.to(dtype).contiguous()
-        if not int8 and dtype == torch.float32 and weight.device.type == "cpu" and weight.size(0) > weight.size(1):
-            self.transposed = self.weight.T.contiguous()
+        if dtype == torch.float32 and weight.device.type == "cpu":
+            M, K = self.weight.shape
+            num_parts = max(p for p in range(1, torch.get_num_threads() + 1) if M % p == 0)
+            self.parts = self.weight.view(num_parts, -1, K).transpose(1, 2)
+            if M > K and not int8:
+                self.parts = self.parts.contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.int8 is not None and x.size(0) <= INT8_MAX_ROWS:
+        N = x.size(0)
+        if self.int8 is not None and N <= INT8_MAX_ROWS:
             return torch._weight_int8pack_mm(x.to(torch.bfloat16), *self.int8).to(x.dtype)
-        if self.transposed is not None and x.size(0) == 1:
-            return x @ self.transposed
+        if self.parts is not None and N <= PARTS_MAX_ROWS:
+            y = torch.bmm(x.expand(self.parts.size(0), -1, -1), self.parts)  # (P, N, M / P)
+            return y.transpose(0, 1).reshape(N, -1)
         return F.linear(x, self.weight)
 
     def copy_(self, other: "Product") -> None:
         """Take over the weights of `other`, in place."""
         self.weight.copy_(other.weight)
-        if self.transposed is not None:
-            self.transposed.copy_(other.transposed)
+        if self.parts is not None:
+            self.parts.copy_(other.parts)
         if self.int8 is not None:
             for own, new in zip(self.int8, other.int8, strict=True):
                 own.copy_(new)
@@ -120,8 +129,10 @@ def _layer(model: GPT, layer: int, dtype: torch.dtype, int8: bool) -> _Layer:
         place = sum(config.has_value_embed(earlier) for earlier in range(layer)) * config.kv_dim
         value_embed = slice(place, place + config.kv_dim)
     scalars = config.residual_scalars
+    attend = torch.cat(matrices)
+    attend = F.pad(attend, (0, 0, 0, -attend.size(0) % ROWS_MULTIPLE))
     return _Layer(
-        Product(torch.cat(matrices), dtype, int8=int8),
+        Product(attend, dtype, int8=int8),
         *(Product(m.weight, dtype, int8=int8) for m in (block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)),
         resid=model.resid_lambdas[layer].item() if scalars else 1.0,
         x0=model.x0_lambdas[layer].item() if scalars else 0.0,
@@ -344,7 +355,7 @@ class InferenceModel:
             qk = torch.addcmul(qk * cos, qk.roll(D // 2, dims=-1), sin)
             v = mixed[:, rotated:valued].unflatten(-1, (H_kv, D))
             if layer.value_embed is not None:
-                gate = VALUE_GATE_SCALE * torch.sigmoid(mixed[:, valued:, None])  # (N, H_kv, 1)
+                gate = VALUE_GATE_SCALE * torch.sigmoid(mixed[:, valued : valued + H_kv, None])  # (N, H_kv, 1)
                 v = torch.addcmul(v, gate, ve[:, layer.value_embed].unflatten(-1, (H_kv, D)))
             x = x + layer.attend_out(attend(i, qk[:, :H], qk[:, H:], v).flatten(1))
             x = x + layer.contract(F.relu(layer.expand(norm(x))).square())
