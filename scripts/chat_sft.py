@@ -29,7 +29,7 @@ CHAT_TASKS = "ARC-Easy|ARC-Challenge|MMLU|GSM8K|SpellingBee"  # all that have a 
 CHAT_EVERY = 200  # where the mixture is trained on; else the tasks would be fetched only to be watched
 ENGINE_ROWS = {"cuda": 128}  # answers written at a time, by device
 SMALL_ENGINE_ROWS = 16
-CHAT_FLAGS = ("chat_every", "chat_max_problems", "chat_max_new_tokens")
+CHAT_FLAGS = ("chat_every", "chat_max_problems", "chat_max_tokens")
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     add("--chat-every", type=int, help=f"tasks (default: {CHAT_EVERY} when training on the mixture, else 0)")
     add("--chat-tasks", default=CHAT_TASKS, metavar="TASK|TASK", help="tasks to watch (default: %(default)s)")
     add("--chat-max-problems", type=int, default=200, help="problems of each task, 0 for all")
-    add("--chat-max-new-tokens", type=int, default=256, help="length of a written answer at most, in tokens")
+    add("--chat-max-tokens", type=int, default=256, help="length of a written answer at most, in tokens")
     return parser.parse_args()
 
 
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     chat_every = args.chat_every
     if chat_every is None:
         chat_every = CHAT_EVERY if MIXTURE in args.data else 0
-    settings = EvalSettings(max_problems=args.chat_max_problems, max_new_tokens=args.chat_max_new_tokens)
+    settings = EvalSettings(max_problems=args.chat_max_problems, max_new_tokens=args.chat_max_tokens)
     names = dict.fromkeys(name.strip() for name in args.chat_tasks.split("|")) if chat_every else ()
     tasks = [get_task(name, purpose="validation") for name in names]
     for task in tasks:

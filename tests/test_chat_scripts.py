@@ -60,7 +60,7 @@ def workplace(tmp_path_factory):
         place.run_well("scripts.mid_train", *TINY, "--data", "own.jsonl")
         tasks = ["--chat-every", "3", "--chat-tasks", "ARC-Easy|SpellingBee", "--chat-max-problems", "4"]
         place.out = place.run_well(
-            "scripts.chat_sft", *TINY, "--data", "own.jsonl", *tasks, "--chat-max-new-tokens", "4", before=ROWS
+            "scripts.chat_sft", *TINY, "--data", "own.jsonl", *tasks, "--chat-max-tokens", "4", before=ROWS
         )
         yield place
         forker.stdin.close()
@@ -133,7 +133,7 @@ def test_a_resumed_run_is_bit_equal_to_never_having_stopped(workplace, stage):
     source = {"mid_train": "mid", "chat_sft": "sft"}[stage]
     base = copy_until(workplace, f"resumed_{source}", source, 3)
     tasks = ["--chat-every", "3", "--chat-tasks", "ARC-Easy|SpellingBee", "--chat-max-problems", "4"]
-    more = [*tasks, "--chat-max-new-tokens", "4"] if stage == "chat_sft" else []
+    more = [*tasks, "--chat-max-tokens", "4"] if stage == "chat_sft" else []
     out = workplace.run_well(
         f"scripts.{stage}", *TINY, "--data", "own.jsonl", *more, "--resume", base=base, before=ROWS
     )
