@@ -23,7 +23,8 @@ from nanochat.calculator import calculate
 from nanochat.chat import ReplyReader, render_for_completion, stop_ids, visible_text
 from nanochat.chat_results import Item, ResultLog, Sample, TaskResult, summed
 from nanochat.common import UserError, from_rank0
-from nanochat.engine import MAX_TOOL_TOKENS, TOOL_ERROR, Completion, Engine, Token
+from nanochat.engine import MAX_TOOL_TOKENS, TOOL_ERROR, Engine
+from nanochat.generation import Completion, Token
 from nanochat.sampling import Sampling
 from nanochat.scoring import default_batch_tokens, last_position_logits, last_position_logits_plainly
 from nanochat.tokenizer import Tokenizer

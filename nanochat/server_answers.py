@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from nanochat import server_schema as schema
 from nanochat.chat import Delta, Prompt, visible_text
-from nanochat.engine import Token
+from nanochat.generation import Token
 from nanochat.server_worker import Job, Piece
 from nanochat.tokenizer import Tokenizer
 

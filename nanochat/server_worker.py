@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 from nanochat.chat import Delta
 from nanochat.checkpoint import load_model
 from nanochat.common import UserError, init_runtime
-from nanochat.engine import Engine, Event, Request, Token
+from nanochat.engine import Engine
+from nanochat.generation import Event, Request, Token
 from nanochat.sampling import Sampling
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from collections.abc import Collection, Sequence
 
 from nanochat.chat import ReplyReader
 from nanochat.common import UserError
-from nanochat.engine import Completion, Event, Request, Stats, Token
+from nanochat.engine import Stats
+from nanochat.generation import Completion, Event, Request, Token
 from nanochat.sampling import Sampling
 from nanochat.tokenizer import Tokenizer
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.chat import Delta, Prompt
-from nanochat.engine import Token
+from nanochat.generation import Token
 from nanochat.server_answers import MIN_LOGPROB, ChatAnswer, CompletionAnswer, merged
 from nanochat.server_worker import Piece
 

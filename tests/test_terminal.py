@@ -10,7 +10,7 @@ import pytest
 
 from nanochat.chat import Delta
 from nanochat.common import UserError
-from nanochat.engine import Completion, Event, Request, Token
+from nanochat.generation import Completion, Event, Request, Token
 from nanochat.sampling import Sampling
 from nanochat.terminal import COMMANDS, INTERRUPTED, LineReader, ReplyPrinter, Screen, TerminalChat, single_prompt
 
