@@ -31,7 +31,7 @@ from nanochat.common import UserError
 from nanochat.generation import Completion, Event, Request, Token
 from nanochat.gpt import GPT
 from nanochat.inference import InferenceModel, Piece
-from nanochat.sampling import Sampling, draw, penalize_
+from nanochat.sampling import Drawing, Sampling, draw, penalize_, plan_draw
 from nanochat.tokenizer import Tokenizer
 
 SPARE_SLOTS = 4  # beyond the rows that decode: for prefixes that later prompts may share
@@ -377,27 +377,36 @@ class Engine:
             idx = torch.where(inputs[2] >= 0, before.ids[inputs[2].clamp(min=0)], idx)
         # a sequence whose last token is in flight may run one beyond the context; that draw is dropped
         positions = [min(sequence.num_cached, self.context - 1) for sequence in sequences]
-        logits = self.model.decode(idx, inputs[1], positions)
         for sequence in sequences:
             sequence.num_cached += 1
         self.stats.decode_tokens += len(sequences)
         self.stats.decode_steps += 1
-        return self._draw(sequences, logits)
+        if any(sequence.seen is not None for sequence in sequences):
+            return self._draw(sequences, self.model.decode(idx, inputs[1], positions))
+        logits, ids = self.model.decode_and_draw(idx, inputs[1], positions, self._drawing(sequences))
+        return self._drawn(sequences, logits, ids)
 
     def _draw(self, sequences: list[_Sequence], logits: Tensor) -> _Drawn:
-        """Draw the next token of each sequence from logits (N, V), which are changed."""
-        logprobs = [_logprobs(sequence, logits, row) for row, sequence in enumerate(sequences)]
-        with_tool = [row for row, sequence in enumerate(sequences) if sequence.sampling.use_tool]
-        if with_tool:
-            rows = slice(None) if len(with_tool) == len(sequences) else torch.tensor(with_tool, device=logits.device)
-            for token in self._answer:  # only the tool writes those
-                logits[rows, token] = -torch.inf
-        for row, sequence in enumerate(sequences):
-            if sequence.seen is not None:
-                penalize_(logits[row], sequence.seen, sequence.sampling.repetition_penalty)
+        """Draw the next token of each sequence from logits (N, V)."""
+        weighed = logits
+        if any(sequence.seen is not None for sequence in sequences):
+            weighed = logits.clone()
+            for row, sequence in enumerate(sequences):
+                if sequence.seen is not None:
+                    penalize_(weighed[row], sequence.seen, sequence.sampling.repetition_penalty)
+        drawing = self._drawing(sequences)
+        return self._drawn(sequences, logits, draw(weighed, drawing.columns.to(logits.device), drawing.kind))
+
+    def _drawing(self, sequences: list[_Sequence]) -> Drawing:
+        """How the next token of each sequence is drawn; what the tool answers is written by the tool only."""
+        settings = [sequence.sampling for sequence in sequences]
         uniforms = [sequence.uniform() for sequence in sequences]
-        ids = draw(logits, [sequence.sampling for sequence in sequences], uniforms)
-        return _Drawn(list(sequences), ids, logprobs)
+        barred = self._answer if any(sampling.use_tool for sampling in settings) else ()
+        return plan_draw(settings, uniforms, self.tokenizer.vocab_size, barred)
+
+    def _drawn(self, sequences: list[_Sequence], logits: Tensor, ids: Tensor) -> _Drawn:
+        """Tokens `ids` (N,) drawn from the model's logits (N, V)."""
+        return _Drawn(list(sequences), ids, [_logprobs(one, logits, row) for row, one in enumerate(sequences)])
 
     def _land(self, drawn: _Drawn, events: list[Event]) -> None:
         """Read what was drawn; sequences that ended are freed."""

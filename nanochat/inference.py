@@ -10,7 +10,7 @@ What differs from `GPT.forward`, which it must agree with:
 - a windowed layer keeps its last `window` positions, each over the one that left the window;
 - logits exist for the last position only.
 
-Not here: which sequence sits where and what is sampled (`engine.py`, `sampling.py`).
+Not here: which sequence sits where (`engine.py`), how a token is drawn (`sampling.py`).
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from torch import Tensor
 from nanochat.attention import band_mask, causal_attention
 from nanochat.common import DTYPES, UserError
 from nanochat.gpt import GPT, SMEAR_CHANNELS, VALUE_GATE_CHANNELS, VALUE_GATE_SCALE, GPTConfig, norm
+from nanochat.sampling import Drawing, draw
 
 WEIGHTS = ("float32", "bfloat16", "float16", "int8")
 INT8_MAX_ROWS = 4  # more rows in one product are faster with the weights unpacked
@@ -293,11 +294,22 @@ class InferenceModel:
         return _sdpa(q.transpose(0, 1)[None], keys, values, mask)[0].transpose(0, 1)
 
     @torch.inference_mode()
+    def decode_and_draw(
+        self, idx: Tensor, previous: Tensor, positions: Sequence[int], drawing: Drawing
+    ) -> tuple[Tensor, Tensor]:
+        """`decode`, and the tokens (N,) int64 that `drawing` draws from its logits: (logits, tokens).
+
+        As a CUDA graph the two are one; the logits are then overwritten by the next one.
+        """
+        if self._graphs is not None:
+            return self._graphs.decode(idx, previous, positions, drawing)
+        logits = self.decode(idx, previous, positions)
+        return logits, draw(logits, drawing.columns.to(self.device), drawing.kind)
+
+    @torch.inference_mode()
     def decode(self, idx: Tensor, previous: Tensor, positions: Sequence[int]) -> Tensor:
         """One token in each of the first N slots, at `positions` (at least 1): idx and previous (N,) int64 on the
         device. Returns the logits (N, V) float32 after them."""
-        if self._graphs is not None:
-            return self._graphs.decode(idx, previous, positions)
         lengths = set(self.cache.lengths)
         at = torch.tensor(positions, device=self.device)
         place = _DecodePlace(
@@ -379,44 +391,54 @@ def _filled(at: Tensor, num_keys: int) -> Tensor:
 
 
 class _DecodeGraphs:
-    """Decode passes as CUDA graphs: one for each number of rows and of keys, both rounded up to a bucket.
+    """Decode passes with their draws as CUDA graphs: one for each number of rows and of keys, both rounded up to a
+    bucket, and each kind of draw.
 
-    Padding rows read whatever the slots beyond hold, write into the cache's last slot, and their logits are dropped.
+    Padding rows read whatever the slots beyond hold, write into the cache's last slot, and what they draw is dropped.
     """
 
     def __init__(self, model: InferenceModel, record=None):
         self._model = model
         self._record = record or _record_cuda_graph
-        self._ready: dict[tuple[int, int], tuple] = {}
+        self._ready: dict[tuple, tuple] = {}
 
-    def decode(self, idx: Tensor, previous: Tensor, positions: Sequence[int]) -> Tensor:
+    def decode(
+        self, idx: Tensor, previous: Tensor, positions: Sequence[int], drawing: Drawing
+    ) -> tuple[Tensor, Tensor]:
+        """As `InferenceModel.decode_and_draw`."""
         model, count = self._model, len(positions)
         num_rows = next((b for b in BATCH_BUCKETS if b >= count), count)
         num_rows = max(count, min(num_rows, model.cache.num_slots))
         num_keys = min(-(-(max(positions) + 1) // KEY_BUCKET) * KEY_BUCKET, model.config.sequence_len)
-        if (num_rows, num_keys) not in self._ready:
-            self._ready[num_rows, num_keys] = self._prepare(num_rows, num_keys)
-        inputs, replay = self._ready[num_rows, num_keys]
+        key = (num_rows, num_keys, drawing.kind)
+        if key not in self._ready:
+            self._ready[key] = self._prepare(num_rows, num_keys, drawing)
+        inputs, columns, replay = self._ready[key]
         padding = num_rows - count
         host = torch.tensor([list(range(count)) + [model.cache.num_slots] * padding, [*positions] + [1] * padding])
         inputs[:2, :count] = torch.stack((idx, previous))
         inputs[2:] = host.to(model.device, non_blocking=True)
-        return replay()[:count]
+        columns[:, :count] = drawing.columns.to(model.device, non_blocking=True)
+        logits, tokens = replay()
+        return logits[:count], tokens[:count].clone()  # these are read when the next pass is running
 
-    def _prepare(self, num_rows: int, num_keys: int) -> tuple:
-        """Buffer (4, num_rows) int64 of ids, previous ids, slots and positions, and the function that runs on it."""
+    def _prepare(self, num_rows: int, num_keys: int, drawing: Drawing) -> tuple:
+        """Buffers (4, num_rows) int64 of ids, previous ids, slots and positions, and (6, num_rows) of `Drawing`'s
+        columns, and the function that runs on them."""
         model = self._model
         inputs = torch.zeros(4, num_rows, dtype=torch.int64, device=model.device)
         inputs[2] = model.cache.num_slots
+        columns = drawing.columns[:, :1].to(model.device).repeat(1, num_rows)
         lengths = set(model.cache.lengths)
 
-        def run() -> Tensor:
+        def run() -> tuple[Tensor, Tensor]:
             idx, previous, rows, at = inputs
             index, keys = {R: at % R for R in lengths}, {R: min(num_keys, R) for R in lengths}
             place = _DecodePlace(rows, index, keys, {R: _filled(at, keys[R]) for R in lengths})
-            return model._decode(idx, previous, at, place)
+            logits = model._decode(idx, previous, at, place)
+            return logits, draw(logits, columns, drawing.kind)
 
-        return inputs, self._record(run)
+        return inputs, columns, self._record(run)
 
 
 def _record_cuda_graph(run):
@@ -431,7 +453,7 @@ def _record_cuda_graph(run):
     with torch.cuda.graph(graph):
         result = run()
 
-    def replay() -> Tensor:
+    def replay() -> tuple[Tensor, Tensor]:
         graph.replay()
         return result
 

@@ -68,47 +68,78 @@ class Sampling:
         if len(self.stop) > MAX_STOPS:
             raise UserError(f"stop must be at most {MAX_STOPS} texts, not {len(self.stop)}")
 
-    @property
-    def is_filtered(self) -> bool:
-        return bool(self.top_k) or self.top_p < 1.0 or self.min_p > 0.0
+
+# --- the draw ------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def draw(logits: Tensor, rows: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:
-    """A token for each row: (N,) int64 on the device of logits (N, V) float32.
+@dataclass(frozen=True)
+class Drawing:
+    """How the rows of a batch are drawn: `columns` (6, N) float32, by row temperature, top-k (the vocabulary's size for
+    all), top-p, min-p, random number, and 1 where `barred` tokens must not come.
 
-    `uniforms` has a number from 0 up to 1 for each row; greedy rows do not use theirs.
+    `is_random` and `num_ordered` say what has to be computed at all: a draw, and the order of so many likeliest tokens,
+    0 where no row is filtered. They are the same for many batches, so that a recorded CUDA graph can serve these.
     """
-    ids = logits.argmax(dim=-1)
-    for is_filtered in (False, True):
-        chosen = [i for i, row in enumerate(rows) if row.temperature > 0 and row.is_filtered == is_filtered]
-        if not chosen:
-            continue
-        device = logits.device
-        part = logits if len(chosen) == len(rows) else logits[torch.tensor(chosen, device=device)]
-        settings = [rows[i] for i in chosen]
-        columns = [[row.temperature for row in settings], [uniforms[i] for i in chosen]]
-        temperature, uniform = torch.tensor(columns, dtype=torch.float32).to(device).unsqueeze(-1)  # (n, 1) each
-        pick = _draw_filtered if is_filtered else _draw_freely
-        drawn = pick(part / temperature.clamp(min=MIN_TEMPERATURE), settings, uniform)
-        ids = drawn if len(chosen) == len(rows) else ids.index_copy(0, torch.tensor(chosen, device=device), drawn)
-    return ids
+
+    columns: Tensor
+    is_random: bool
+    num_ordered: int
+    barred: tuple[int, ...]
+
+    @property
+    def kind(self) -> tuple:
+        return self.is_random, self.num_ordered, self.barred
 
 
-def _draw_freely(logits: Tensor, rows: Sequence[Sampling], uniform: Tensor) -> Tensor:
-    return _inverse(torch.softmax(logits, dim=-1), uniform)
+def plan_draw(
+    rows: Sequence[Sampling], uniforms: Sequence[float], vocab_size: int, barred: tuple[int, ...] = ()
+) -> Drawing:
+    """The drawing of `rows` on the CPU. `uniforms` has a number from 0 up to 1 for each, which greedy rows do not use;
+    `barred` are the tokens that rows with a tool must not draw."""
+    top_k = [min(row.top_k or vocab_size, vocab_size) for row in rows]
+    table = [
+        (row.temperature, k, row.top_p, row.min_p, uniform, row.use_tool)
+        for row, k, uniform in zip(rows, top_k, uniforms, strict=True)
+    ]
+    filtered = [
+        k for row, k in zip(rows, top_k, strict=True)
+        if row.temperature > 0 and (k < vocab_size or row.top_p < 1 or row.min_p > 0)
+    ]  # fmt: skip
+    # a power of two, or all: the numbers that people choose make few kinds
+    num_ordered = min(vocab_size, 1 << (max(filtered) - 1).bit_length()) if filtered else 0
+    columns = torch.tensor(table, dtype=torch.float32).T.contiguous()
+    return Drawing(columns, any(row.temperature > 0 for row in rows), num_ordered, barred)
 
 
-def _draw_filtered(logits: Tensor, rows: Sequence[Sampling], uniform: Tensor) -> Tensor:
-    """Draws among the tokens that top-k, top-p and min-p leave, in the order of their likelihood."""
-    V, device = logits.size(-1), logits.device
-    limits = [min(row.top_k or V, V) for row in rows]
-    ordered, ids = torch.topk(logits, max(limits), dim=-1) if max(limits) < V else logits.sort(dim=-1, descending=True)
-    top_k = torch.tensor(limits, device=device).unsqueeze(-1)
-    rank = torch.arange(ordered.size(-1), device=device)
-    probs = torch.softmax(ordered.masked_fill(rank >= top_k, -math.inf), dim=-1)  # (n, K)
-    columns = [[row.top_p for row in rows], [row.min_p for row in rows]]
-    top_p, min_p = torch.tensor(columns, dtype=torch.float32).to(device).unsqueeze(-1)
+def draw(logits: Tensor, columns: Tensor, kind: tuple) -> Tensor:
+    """A token for each row: (N,) int64, of logits (N, V) float32, which stay as they are; `columns` (6, N) on the same
+    device and `kind` are those of a `Drawing`. The host waits for nothing."""
+    is_random, num_ordered, barred = kind
+    temperature, top_k, top_p, min_p, uniform, has_tool = columns.unsqueeze(-1)  # (N, 1) each
+    if barred:
+        logits = logits.clone()
+        for token in barred:
+            column = logits[:, token : token + 1]
+            column.copy_(torch.where(has_tool > 0, -math.inf, column))
+    greedy = logits.argmax(dim=-1)
+    if not is_random:
+        return greedy
+    scaled = logits / temperature.clamp(min=MIN_TEMPERATURE)
+    drawn = _inverse(torch.softmax(scaled, dim=-1), uniform)
+    if num_ordered:
+        is_filtered = ((top_k < logits.size(-1)) | (top_p < 1) | (min_p > 0)).squeeze(-1)
+        drawn = torch.where(is_filtered, _draw_filtered(scaled, num_ordered, top_k, top_p, min_p, uniform), drawn)
+    return torch.where(temperature.squeeze(-1) > 0, drawn, greedy)
+
+
+def _draw_filtered(
+    logits: Tensor, num_ordered: int, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+) -> Tensor:
+    """Draws among the tokens that top-k, top-p and min-p, (N, 1) each, leave, in the order of their likelihood."""
+    order_all = num_ordered == logits.size(-1)
+    ordered, ids = logits.sort(dim=-1, descending=True) if order_all else logits.topk(num_ordered, dim=-1)
+    rank = torch.arange(num_ordered, device=logits.device)
+    probs = torch.softmax(ordered.masked_fill(rank >= top_k, -math.inf), dim=-1)  # (N, K)
     above = probs.cumsum(dim=-1) - probs  # the probability of all likelier tokens
     kept = ((above < top_p) & (probs >= min_p * probs[:, :1])) | (rank == 0)
     return ids.gather(1, _inverse(probs * kept, uniform).unsqueeze(-1)).squeeze(-1)

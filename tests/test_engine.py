@@ -9,7 +9,8 @@ import nanochat.engine as engine_module
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig, build_model
-from nanochat.sampling import Sampling
+from nanochat.inference import _DecodeGraphs
+from nanochat.sampling import Sampling, draw
 from tests.conftest import fill_randomly
 
 T, WINDOW = 96, 24
@@ -25,9 +26,13 @@ def model(tokenizer):
     return model
 
 
-@pytest.fixture(params=[False, True], ids=["in step", "overlapped"])
+@pytest.fixture(params=["in step", "overlapped", "as graphs"])
 def engine(request, model, tokenizer):
-    return Engine(model, tokenizer, max_rows=4, overlap=request.param)
+    """The last one is what runs on CUDA, here with passes that run as they are instead of recorded ones."""
+    engine = Engine(model, tokenizer, max_rows=4, overlap=request.param != "in step")
+    if request.param == "as graphs":
+        engine.model._graphs = _DecodeGraphs(engine.model, record=lambda run: run)
+    return engine
 
 
 def random_prompt(rng, length):
@@ -92,17 +97,17 @@ def test_anything_that_happens_in_any_order_keeps_every_sequence_right(engine, m
     engine._prefill_tokens = rng.choice([5, 30, 300])
     engine.tool = lambda expression: str(len(expression))
     call = [tokenizer.special_ids["<|python_start|>"], tokenizer.special_ids["<|python_end|>"]]
-    draw = engine_module.draw
+    drawn = engine._drawn
 
-    def draw_with_calls(logits, rows, uniforms):
+    def drawn_with_calls(sequences, logits, ids):
         """Now and then a sequence calls the tool."""
-        ids = draw(logits, rows, uniforms)
-        for row, uniform in enumerate(uniforms):
-            if uniform % 0.01 < 0.003:
-                ids[row] = call[uniform % 0.01 < 0.0015]
-        return ids
+        for row, sequence in enumerate(sequences):
+            share = sequence.uniform() % 0.01
+            if share < 0.003:
+                ids[row] = call[share < 0.0015]
+        return drawn(sequences, logits, ids)
 
-    monkeypatch.setattr(engine_module, "draw", draw_with_calls)
+    monkeypatch.setattr(engine, "_drawn", drawn_with_calls)
     beginnings = [random_prompt(rng, length) for length in (4, 20, 45)]
     requests, cancelled, num_events = [], [], 0
     while len(requests) < 25 or engine.has_work:
@@ -244,9 +249,10 @@ class ScriptedModel:
             self.read.update(enumerate(piece.ids, piece.start))
         return torch.stack([self.logits(piece.start + len(piece.ids) - 1) for piece in pieces])
 
-    def decode(self, idx, previous, positions):
+    def decode_and_draw(self, idx, previous, positions, drawing):
         self.read.update(zip(positions, idx.tolist(), strict=True))
-        return torch.stack([self.logits(position) for position in positions])
+        logits = torch.stack([self.logits(position) for position in positions])
+        return logits, draw(logits, drawing.columns, drawing.kind)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig, build_model
 from nanochat.inference import InferenceModel, Piece, Product, _DecodeGraphs
+from nanochat.sampling import Sampling, plan_draw
 from tests.conftest import fill_randomly
 
 T, WINDOW, V = 64, 16, 400
@@ -50,7 +51,10 @@ def read(inference, slot, ids, *, start=0, piece=T):
 def decode(inference, rows):
     """One decode step; `rows` are token lists whose last token is to be read."""
     idx, previous = torch.tensor([[row[-1] for row in rows], [row[-2] for row in rows]])
-    return inference.decode(idx, previous, [len(row) - 1 for row in rows])
+    drawing = plan_draw([Sampling(temperature=0.0)] * len(rows), [0.0] * len(rows), V)
+    logits, tokens = inference.decode_and_draw(idx, previous, [len(row) - 1 for row in rows], drawing)
+    assert tokens.tolist() == logits.argmax(-1).tolist()
+    return logits
 
 
 def close(a, b, tolerance=1e-4):

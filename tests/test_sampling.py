@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.sampling import Sampling, draw, penalize_
+from nanochat.sampling import Sampling, penalize_, plan_draw
+from nanochat.sampling import draw as draw_planned
 
 LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05]))
 EVENLY = [(i + 0.5) / 2000 for i in range(2000)]
+
+
+def draw(logits, rows, uniforms, barred=()):
+    drawing = plan_draw(rows, uniforms, logits.size(-1), barred)
+    return draw_planned(logits, drawing.columns, drawing.kind)
 
 
 def frequencies(sampling, logits=LOGITS):
@@ -85,6 +91,20 @@ def test_impossible_tokens_are_never_drawn_at_the_edges(uniform, sampling):
 def test_unlikely_tokens_of_a_large_vocabulary_are_drawn():
     logits = torch.zeros(100_000)
     assert draw(logits[None], [Sampling()], [0.999995]).item() == 99_999
+
+
+def test_barred_tokens_are_drawn_only_where_there_is_no_tool():
+    logits = torch.tensor([[9.0, 1.0, 8.0]])
+    rows = [Sampling(temperature=t, use_tool=use_tool) for t in (0.0, 1.0) for use_tool in (True, False)]
+    assert draw(logits.expand(4, -1), rows, [0.1] * 4, barred=(0, 2)).tolist() == [1, 0, 1, 0]
+    assert logits.tolist() == [[9.0, 1.0, 8.0]]
+
+
+def test_draws_that_people_ask_for_are_of_few_kinds():
+    kinds = {plan_draw([Sampling(top_k=k)], [0.5], 5000).kind for k in (33, 40, 50, 64)}
+    assert kinds == {(True, 64, ())}
+    assert plan_draw([Sampling(temperature=0.0, top_k=50)], [0.5], 5000).kind == (False, 0, ())
+    assert plan_draw([Sampling(top_p=0.9)], [0.5], 5000).kind == (True, 5000, ())
 
 
 def test_the_penalty_makes_tokens_that_occurred_less_likely():
