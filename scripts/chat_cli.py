@@ -31,8 +31,8 @@ def parse_args() -> argparse.Namespace:
         "--weights",
         default="",
         choices=["", *WEIGHTS],
-        help="in what form the weights are kept (default: --dtype). Smaller is faster and a little less exact: bfloat16 and "
-        "int8 added less than 0.001 nats a token to the loss where that was measured (dev/LOG.md)",
+        help="in what form the weights are kept (default: --dtype). Smaller is faster, a little less exact: bfloat16 "
+        "and int8 added less than 0.001 nats a token to the loss where that was measured (dev/LOG.md)",
     )
     # conversation
     add("-p", "--prompt", help="ask this, print the answer and leave")

@@ -47,8 +47,8 @@ def parse_args() -> argparse.Namespace:
         "--weights",
         default="",
         choices=["", *WEIGHTS],
-        help="in what form the weights are kept (default: --dtype). Smaller is faster and a little less exact: bfloat16 and "
-        "int8 added less than 0.001 nats a token to the loss where that was measured (dev/LOG.md)",
+        help="in what form the weights are kept (default: --dtype). Smaller is faster, a little less exact: bfloat16 "
+        "and int8 added less than 0.001 nats a token to the loss where that was measured (dev/LOG.md)",
     )
     add("--model-name", default="", help="id that clients know the model by (default: nanochat-MODEL_TAG)")
     # network
