@@ -25,7 +25,7 @@ from nanochat.common import Runtime, UserError, add_runtime_flags, base_dir, ini
 from nanochat.engine import Engine
 from nanochat.report import append_record
 from tasks.common import Task
-from tasks.registry import TASK_NAMES, get_task
+from tasks.registry import SMALL_WORLD, TASK_NAMES, get_task, task_names
 
 BATCH_ROWS = {"cuda": 128}  # by device, where --batch-rows is not given
 OTHER_BATCH_ROWS = 16
@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
         "--tasks",
         default="",
         metavar="TASK|TASK",
-        help=f"tasks, with | between them (default: {'|'.join(TASK_NAMES)})",
+        help=f"tasks, with | between them, {SMALL_WORLD} for the miniature's (default: {'|'.join(TASK_NAMES)})",
     )
     add("--max-problems", type=int, default=0, help="problems of each task at most, always the same ones, 0 for all")
     # evaluation
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
         seed=args.seed,
         slow=args.slow,
     )
-    names = dict.fromkeys(name.strip() for name in args.tasks.split("|")) if args.tasks else TASK_NAMES
+    names = task_names(args.tasks) if args.tasks else TASK_NAMES
     tasks = [get_task(name, allow_unsafe_execution=args.allow_unsafe_execution) for name in names]
     runtime = init_runtime(args.device_type, args.dtype)
 

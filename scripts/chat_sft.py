@@ -19,8 +19,8 @@ from nanochat.common import print0, run_main
 from nanochat.engine import Engine
 from nanochat.training import TrainingRun
 from tasks.common import Task
-from tasks.mixtures import MIXTURE, load_corpus, sft_mixture
-from tasks.registry import get_task
+from tasks.mixtures import MIXTURE, SFT_MIXTURES, load_corpus
+from tasks.registry import get_task, task_names
 
 DEFAULTS = Defaults(
     source="mid", total_batch_tokens=2**15, lr_mult=0.1, warmdown_frac=1.0, final_lr_frac=0.0, eval_every=100
@@ -58,12 +58,12 @@ def accuracies(run: TrainingRun, tasks: Sequence[Task], settings: EvalSettings) 
 def main(args: argparse.Namespace) -> None:
     # data
     check_chat_args(args, zero_or_more=CHAT_FLAGS)
-    train, val = load_corpus(args.data, sft_mixture, seed=args.seed, max_conversations=args.max_conversations)
+    train, val = load_corpus(args.data, SFT_MIXTURES, seed=args.seed, max_conversations=args.max_conversations)
     chat_every = args.chat_every
     if chat_every is None:
         chat_every = CHAT_EVERY if MIXTURE in args.data else 0
     settings = EvalSettings(max_problems=args.chat_max_problems, max_new_tokens=args.chat_max_tokens)
-    names = dict.fromkeys(name.strip() for name in args.chat_tasks.split("|")) if chat_every else ()
+    names = task_names(args.chat_tasks) if chat_every else ()
     tasks = [get_task(name, purpose="validation") for name in names]
     for task in tasks:
         check_task(task)

@@ -13,7 +13,7 @@ import argparse
 
 from nanochat.chat_training import Defaults, add_chat_training_flags, check_chat_args, start_run
 from nanochat.common import run_main
-from tasks.mixtures import load_corpus, mid_mixture
+from tasks.mixtures import MID_MIXTURES, load_corpus
 
 DEFAULTS = Defaults(
     source="base", total_batch_tokens=None, lr_mult=1.0, warmdown_frac=0.5, final_lr_frac=0.0, eval_every=150
@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     # data
     check_chat_args(args)
-    train, val = load_corpus(args.data, mid_mixture, seed=args.seed, max_conversations=args.max_conversations)
+    train, val = load_corpus(args.data, MID_MIXTURES, seed=args.seed, max_conversations=args.max_conversations)
 
     # runtime, model, optimizer, schedules
     chat = start_run("mid", args, DEFAULTS, train, val)

@@ -5,7 +5,7 @@ what they validate on is not: no test split of a benchmark is in here.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from nanochat.chat_loader import hold_out
@@ -15,11 +15,14 @@ from tasks.custom_json import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.identity import Identity
 from tasks.mmlu import MMLU
+from tasks.small_world import SmallWorld
 from tasks.smoltalk import SmolTalk
 from tasks.spelling import LetterCounting, Spelling
 
 MIXTURE = "mixture"  # the name of a stage's own mixture among data files
+SMALL_WORLD = "small_world"  # and of the generated conversations that the miniature learns to chat from
 VALIDATION_SMOLTALK = 1000  # conversations; of the small tasks, everything
+MID_SMALL_WORLD, SFT_SMALL_WORLD, VALIDATION_SMALL_WORLD = 20_000, 6_000, 400
 
 
 class Corpus(NamedTuple):
@@ -27,6 +30,9 @@ class Corpus(NamedTuple):
 
     train: list[Task]
     val: list[Task]
+
+
+Mixtures = Mapping[str, Callable[[], Corpus]]
 
 
 def mid_mixture() -> Corpus:
@@ -72,6 +78,15 @@ def sft_mixture() -> Corpus:
     return Corpus(train, val)
 
 
+def small_world(size: int, *, edition: str) -> Corpus:
+    """`size` generated conversations to train on, and others, in phrasings of their own, to validate on."""
+    return Corpus([SmallWorld(size, "train", edition=edition)], [SmallWorld(VALIDATION_SMALL_WORLD, "validation")])
+
+
+MID_MIXTURES: Mixtures = {MIXTURE: mid_mixture, SMALL_WORLD: lambda: small_world(MID_SMALL_WORLD, edition="mid")}
+SFT_MIXTURES: Mixtures = {MIXTURE: sft_mixture, SMALL_WORLD: lambda: small_world(SFT_SMALL_WORLD, edition="sft")}
+
+
 def some_of(task: Task, count: int, *, seed: int = 0) -> Task:
     """`count` conversations drawn from all of `task`, in their order; all where there are no more."""
     total = len(task)
@@ -79,17 +94,17 @@ def some_of(task: Task, count: int, *, seed: int = 0) -> Task:
 
 
 def load_corpus(
-    names: Sequence[str], mixture: Callable[[], Corpus], *, seed: int = 0, max_conversations: int = 0
+    names: Sequence[str], mixtures: Mixtures, *, seed: int = 0, max_conversations: int = 0
 ) -> tuple[Task, Task]:
     """The conversations to train on and to validate on, both shuffled by `seed`, of all `names` together.
 
-    A name is `MIXTURE`, for what `mixture` gives, or a file of conversations (`custom_json.py`), of which every
-    twentieth is held out. `max_conversations` takes no more to train on, 0 all. Raises `UserError` like the tasks.
+    A name is a key of `mixtures`, or a file of conversations (`custom_json.py`), of which every twentieth is held out.
+    `max_conversations` takes no more to train on, 0 all. Raises `UserError` like the tasks.
     """
     train, val = [], []
     for name in names:
-        if name == MIXTURE:
-            own = mixture()
+        if name in mixtures:
+            own = mixtures[name]()
         else:
             task = CustomJSON(name)
             own = Corpus(*([TaskSlice(task, indices)] for indices in hold_out(task)))

@@ -9,7 +9,7 @@ from nanochat.common import UserError
 from tasks import loading
 from tasks.common import TaskSlice
 from tasks.custom_json import CustomJSON
-from tasks.mixtures import Corpus, load_corpus, mid_mixture, sft_mixture, some_of
+from tasks.mixtures import MID_MIXTURES, SFT_MIXTURES, Corpus, load_corpus, mid_mixture, sft_mixture, some_of
 
 
 class FakeSplit:
@@ -60,7 +60,7 @@ def test_own_conversations_take_the_place_of_the_mixture(own):
     def forbidden() -> Corpus:
         raise AssertionError("the mixture was not asked for")
 
-    train, val = load_corpus([own], forbidden)
+    train, val = load_corpus([own], {"mixture": forbidden})
     assert (len(train), len(val)) == (38, 2)
     assert sorted(texts(train) + texts(val)) == sorted(texts(CustomJSON(own)))
 
@@ -68,18 +68,25 @@ def test_own_conversations_take_the_place_of_the_mixture(own):
 def test_own_conversations_may_be_added_to_the_mixture(own, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text("\n".join(json.dumps(conversation) for conversation in make_conversations(5, seed=1)))
-    train, val = load_corpus(["mixture", own], lambda: Corpus([CustomJSON(other)], []))
+    train, val = load_corpus(["mixture", own], {"mixture": lambda: Corpus([CustomJSON(other)], [])})
     assert (len(train), len(val)) == (38 + 5, 2)
 
 
 def test_the_order_is_the_seeds_and_a_part_is_its_beginning(own):
-    first, again, other = (load_corpus([own], mid_mixture, seed=seed)[0] for seed in (1, 1, 2))
+    first, again, other = (load_corpus([own], MID_MIXTURES, seed=seed)[0] for seed in (1, 1, 2))
     assert texts(first) == texts(again) != texts(other)
-    part, val = load_corpus([own], mid_mixture, seed=1, max_conversations=7)
+    part, val = load_corpus([own], MID_MIXTURES, seed=1, max_conversations=7)
     assert texts(part) == texts(first)[:7]
     assert len(val) == 2
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.jsonl"):
-        load_corpus([str(tmp_path / "none.jsonl")], mid_mixture)
+        load_corpus([str(tmp_path / "none.jsonl")], MID_MIXTURES)
+
+
+def test_the_small_world_stands_for_generated_conversations_that_differ_by_stage():
+    (mid, mid_val), (sft, sft_val) = (load_corpus(["small_world"], m) for m in (MID_MIXTURES, SFT_MIXTURES))
+    assert len(mid) > len(sft) > 0
+    assert texts(mid[:50]) != texts(sft[:50])
+    assert sorted(texts(mid_val)) == sorted(texts(sft_val))

@@ -1,7 +1,7 @@
 import pytest
 
 from nanochat.common import UserError
-from tasks.registry import TASK_NAMES, get_task
+from tasks.registry import SMALL_WORLD_NAMES, TASK_NAMES, get_task, task_names
 
 
 def test_the_six_tasks_are_there_without_loading_anything():
@@ -35,3 +35,15 @@ def test_an_unknown_name_is_an_error_that_lists_the_known():
 def test_code_runs_without_isolation_only_when_that_was_allowed():
     assert not get_task("HumanEval").allow_unsafe_execution
     assert get_task("HumanEval", allow_unsafe_execution=True).allow_unsafe_execution
+
+
+def test_the_small_worlds_exams_have_rows_for_every_purpose():
+    for name in SMALL_WORLD_NAMES:
+        for purpose in ("train", "validation", "test"):
+            task = get_task(name, purpose=purpose)
+            assert (task.name, task.purpose, task.has_reward) == (name, purpose, True)
+
+
+def test_names_are_divided_and_the_small_world_stands_for_its_exams():
+    assert task_names("GSM8K | MMLU|GSM8K") == ("GSM8K", "MMLU")
+    assert task_names("small_world|GSM8K|SmallWorld-sums") == (*SMALL_WORLD_NAMES, "GSM8K")

@@ -1,0 +1,733 @@
+"""What the small world consists of: its facts, and the ways to ask for them and to answer that are trained on.
+
+Facts are common knowledge, every sentence is ours. The phrasings that are never trained on stand in
+`small_world_unseen.json`; how conversations are made of all this, in `small_world.py`.
+"""
+
+from typing import NamedTuple
+
+
+class Relation(NamedTuple):
+    """Facts of one kind: `facts` from what is asked about, {x}, to the answer, {y}. `follow_ups` ask the same of
+    another {x} without saying what is meant."""
+
+    facts: dict[str, str]
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    follow_ups: tuple[str, ...] = ("And {x}?", "What about {x}?", "And for {x}?", "How about {x}?")
+
+
+def _facts(text: str) -> dict[str, str]:
+    """`_facts("a=b, c=d") == {"a": "b", "c": "d"}`"""
+    pairs = [pair.split("=") for pair in " ".join(text.split()).split(", ")]
+    facts = dict(pairs)
+    assert len(facts) == len(pairs), text
+    return facts
+
+
+def _swapped(facts: dict[str, str]) -> dict[str, str]:
+    return {answer: subject for subject, answer in facts.items()}
+
+
+_CAPITALS = _facts("""
+    France=Paris, Germany=Berlin, Italy=Rome, Spain=Madrid, Portugal=Lisbon, England=London, Ireland=Dublin,
+    Scotland=Edinburgh, Austria=Vienna, Switzerland=Bern, Belgium=Brussels, the Netherlands=Amsterdam,
+    Denmark=Copenhagen, Sweden=Stockholm, Norway=Oslo, Finland=Helsinki, Iceland=Reykjavik, Poland=Warsaw,
+    the Czech Republic=Prague, Hungary=Budapest, Greece=Athens, Turkey=Ankara, Russia=Moscow, Ukraine=Kyiv,
+    Romania=Bucharest, Bulgaria=Sofia, Croatia=Zagreb, Egypt=Cairo, Morocco=Rabat, Kenya=Nairobi, Ethiopia=Addis Ababa,
+    Ghana=Accra, Senegal=Dakar, Japan=Tokyo, China=Beijing, South Korea=Seoul, India=New Delhi, Thailand=Bangkok,
+    Vietnam=Hanoi, Indonesia=Jakarta, Iran=Tehran, Iraq=Baghdad, Australia=Canberra, New Zealand=Wellington,
+    Canada=Ottawa, the United States=Washington, Mexico=Mexico City, Cuba=Havana, Brazil=Brasilia,
+    Argentina=Buenos Aires, Chile=Santiago, Peru=Lima, Colombia=Bogota, Venezuela=Caracas
+""")
+_OPPOSITES = _facts("""
+    hot=cold, big=small, up=down, fast=slow, happy=sad, day=night, open=closed, wet=dry, old=young, high=low,
+    full=empty, hard=soft, light=dark, loud=quiet, rich=poor, early=late, good=bad, left=right, strong=weak, thick=thin,
+    long=short, clean=dirty, sweet=sour, near=far, first=last, inside=outside, always=never, begin=end, buy=sell,
+    push=pull, win=lose, love=hate, true=false, deep=shallow, wide=narrow, rough=smooth, brave=afraid, cheap=expensive,
+    alive=dead, above=below, before=after, give=take, awake=asleep, friend=enemy, question=answer, arrive=leave,
+    north=south, east=west, summer=winter
+""")
+_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_MONTHS = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "December",
+)  # fmt: skip
+_ORDINALS = (
+    "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"
+)  # fmt: skip
+
+
+def _next(names: tuple[str, ...]) -> dict[str, str]:
+    return dict(zip(names, names[1:] + names[:1], strict=True))
+
+
+RELATIONS = {
+    "capital": Relation(
+        _CAPITALS,
+        (
+            "What is the capital of {x}?", "What's the capital of {x}?", "Which city is the capital of {x}?",
+            "Name the capital of {x}.", "Tell me the capital of {x}.", "Do you know the capital of {x}?",
+            "What is {x}'s capital?", "Capital of {x}?", "What is the capital city of {x}?",
+            "Can you tell me the capital of {x}?", "{x}: which city is its capital?", "I forgot the capital of {x}.",
+            "Which capital does {x} have?", "The capital of {x} is?",
+        ),
+        ("The capital of {x} is {y}.", "{y} is the capital of {x}.", "That is {y}."),
+        ("And of {x}?", "And {x}?", "What about {x}?", "And the capital of {x}?", "How about {x}?"),
+    ),
+    "country": Relation(
+        _swapped(_CAPITALS),
+        (
+            "Which country has the capital {x}?", "{x} is the capital of which country?",
+            "What country is {x} the capital of?", "Of which country is {x} the capital?",
+            "In which country is {x}?", "What country is {x} in?", "Which country does {x} belong to?",
+            "Where is {x}?", "Name the country whose capital is {x}.", "Tell me where {x} is.",
+            "Do you know in which country {x} lies?", "{x} is in which country?",
+        ),
+        ("{x} is the capital of {y}.", "{x} is in {y}.", "That is {y}."),
+    ),
+    "opposite": Relation(
+        _OPPOSITES | _swapped(_OPPOSITES),
+        (
+            "What is the opposite of {x}?", "What's the opposite of {x}?", "Opposite of {x}?",
+            "Tell me the opposite of {x}.", "Which word is the opposite of {x}?",
+            "What is the opposite of the word {x}?", "Give me the opposite of {x}.", "Name the opposite of {x}.",
+            "{x}: what is the opposite?", "If something is not {x}, what is its opposite?",
+            "Do you know the opposite of {x}?", "I need the opposite of {x}.", "The opposite of {x} is?",
+        ),
+        ("The opposite of {x} is {y}.", "{y} is the opposite of {x}.", "That is {y}."),
+        ("And of {x}?", "And the opposite of {x}?", "What about {x}?", "And {x}?"),
+    ),
+    "day after": Relation(
+        _next(_DAYS),
+        (
+            "Which day comes after {x}?", "What day comes after {x}?", "What day is it the day after {x}?",
+            "What is the day after {x}?", "Which day follows {x}?", "Today is {x}. What day is tomorrow?",
+            "If today is {x}, what day is tomorrow?", "It is {x} today. And tomorrow?", "What comes after {x}?",
+            "Tell me the day after {x}.", "Which day follows on {x}?",
+        ),
+        ("After {x} comes {y}.", "The day after {x} is {y}.", "That is {y}."),
+        ("And after {x}?", "What comes after {x}?", "And the day after {x}?"),
+    ),
+    "day before": Relation(
+        _swapped(_next(_DAYS)),
+        (
+            "Which day comes before {x}?", "What day comes before {x}?", "What is the day before {x}?",
+            "Today is {x}. What day was yesterday?", "If today is {x}, what day was yesterday?",
+            "It is {x} today. What was yesterday?", "What comes before {x}?", "Tell me the day before {x}.",
+            "Which day is right before {x}?", "Which day is followed by {x}?",
+        ),
+        ("Before {x} comes {y}.", "The day before {x} is {y}.", "That is {y}."),
+        ("And before {x}?", "What comes before {x}?", "And the day before {x}?"),
+    ),
+    "month after": Relation(
+        _next(_MONTHS),
+        (
+            "Which month comes after {x}?", "What month comes after {x}?", "What is the month after {x}?",
+            "Which month follows {x}?", "It is {x}. What is next month?", "If it is {x} now, what is the next month?",
+            "What comes after {x}?", "Tell me the month after {x}.", "Which month follows on {x}?",
+        ),
+        ("After {x} comes {y}.", "The month after {x} is {y}.", "That is {y}."),
+        ("And after {x}?", "What comes after {x}?", "And the month after {x}?"),
+    ),
+    "month before": Relation(
+        _swapped(_next(_MONTHS)),
+        (
+            "Which month comes before {x}?", "What month comes before {x}?", "What is the month before {x}?",
+            "It is {x}. What was last month?", "If it is {x} now, what was the month before?", "What comes before {x}?",
+            "Tell me the month before {x}.", "Which month is right before {x}?", "Which month is followed by {x}?",
+        ),
+        ("Before {x} comes {y}.", "The month before {x} is {y}.", "That is {y}."),
+        ("And before {x}?", "What comes before {x}?", "And the month before {x}?"),
+    ),
+    "month days": Relation(
+        _facts("""January=31, March=31, April=30, May=31, June=30, July=31, August=31, September=30, October=31,
+            November=30, December=31, February=28"""),
+        (
+            "How many days does {x} have?", "How many days are in {x}?", "How many days are there in {x}?",
+            "How long is {x} in days?", "Number of days in {x}?", "Tell me how many days {x} has.",
+            "What is the number of days in {x}?", "Do you know how many days {x} has?", "{x} has how many days?",
+        ),
+        ("{x} has {y} days.", "There are {y} days in {x}.", "It has {y} days."),
+    ),
+    "month number": Relation(
+        dict(zip(_ORDINALS, _MONTHS, strict=True)),
+        (
+            "Which is the {x} month?", "What is the {x} month of the year?", "Which month is the {x}?",
+            "Name the {x} month.", "What's the {x} month called?", "Tell me the {x} month of the year.",
+            "Which month comes {x} in the year?", "What do we call the {x} month?", "{x} month of the year?",
+        ),
+        ("The {x} month is {y}.", "{y} is the {x} month of the year.", "That is {y}."),
+        ("And the {x}?", "What about the {x}?", "And the {x} one?"),
+    ),
+    "colour": Relation(
+        _facts("""a banana=yellow, grass=green, the sky=blue, snow=white, coal=black, a carrot=orange, blood=red,
+            a lemon=yellow, a tomato=red, milk=white, a frog=green, chocolate=brown, a flamingo=pink, the sun=yellow,
+            a pumpkin=orange, a cucumber=green, a strawberry=red, a crow=black, a swan=white, an elephant=grey,
+            a polar bear=white, a cherry=red, gold=yellow, the sea=blue, a leaf=green, an egg yolk=yellow, mud=brown,
+            a fire engine=red, spinach=green, salt=white, a plum=purple, a raven=black"""),
+        (
+            "What colour is {x}?", "What color is {x}?", "Which colour does {x} have?", "What is the colour of {x}?",
+            "What is the color of {x}?", "Tell me the colour of {x}.", "What colour does {x} have?",
+            "Do you know what colour {x} is?", "Which color is {x}?", "Colour of {x}?", "How is {x} coloured?",
+        ),
+        ("The colour of {x} is {y}.", "{x} is {y}.", "That is {y}."),
+    ),
+    "mixing": Relation(
+        _facts("""red and yellow=orange, blue and yellow=green, red and blue=purple, red and white=pink,
+            black and white=grey, yellow and blue=green, yellow and red=orange, blue and red=purple"""),
+        (
+            "What do you get when you mix {x}?", "Which colour do {x} make?", "What colour comes out if I mix {x}?",
+            "I mix {x}. What colour do I get?", "Mix {x}: what colour is it?", "Which colour is {x} mixed?",
+            "What do {x} make together?", "What happens if you mix {x}?",
+        ),
+        ("{x} make {y}.", "If you mix {x}, you get {y}.", "That is {y}."),
+    ),
+    "sound": Relation(
+        _facts("""a dog=woof, a cat=meow, a cow=moo, a sheep=baa, a duck=quack, a pig=oink, a rooster=cock-a-doodle-doo,
+            a frog=ribbit, a bee=buzz, a lion=roar, a snake=hiss, an owl=hoot, a mouse=squeak, a horse=neigh,
+            a bird=tweet, a wolf=howl, a donkey=hee-haw, a turkey=gobble"""),
+        (
+            "What does {x} say?", "What sound does {x} make?", "Which sound does {x} make?", "How does {x} sound?",
+            "What noise does {x} make?", "Which noise comes from {x}?", "Tell me what {x} says.",
+            "What do you hear from {x}?", "What is the sound of {x}?", "Do you know what {x} says?",
+        ),
+        ("The sound of {x} is {y}.", "It says {y}.", "{x} says {y}."),
+    ),
+    "young": Relation(
+        _facts("""dog=puppy, cat=kitten, cow=calf, sheep=lamb, duck=duckling, pig=piglet, horse=foal, bear=cub,
+            goat=kid, hen=chick, goose=gosling, deer=fawn, frog=tadpole, kangaroo=joey, swan=cygnet, owl=owlet"""),
+        (
+            "What is a baby {x} called?", "What do you call a young {x}?", "What do you call a baby {x}?",
+            "What is the name of a young {x}?", "What is a young {x} called?", "How do we call the young of a {x}?",
+            "Tell me what a baby {x} is called.", "Which word means a young {x}?", "A baby {x} is a?",
+        ),
+        ("A young {x} is called a {y}.", "A baby {x} is a {y}.", "It is called a {y}."),
+        ("And a {x}?", "And a baby {x}?", "What about a {x}?"),
+    ),
+    "legs": Relation(
+        _facts("""a spider=8, a dog=4, a cat=4, an ant=6, a bird=2, a fish=0, a horse=4, a bee=6, a snake=0, a human=2,
+            a cow=4, an octopus=8, a fly=6, a chicken=2, a crab=10, an elephant=4, a duck=2, a butterfly=6,
+            a worm=0"""),
+        (
+            "How many legs does {x} have?", "How many legs has {x} got?", "Number of legs of {x}?",
+            "Tell me how many legs {x} has.", "On how many legs does {x} walk?", "What is the number of legs of {x}?",
+            "Count the legs of {x}.", "Do you know how many legs {x} has?", "{x} has how many legs?",
+        ),
+        ("It has {y} legs.", "The number of legs of {x} is {y}.", "{x} has {y} legs."),
+    ),
+    "home": Relation(
+        _facts("""a bee=hive, a bird=nest, a dog=kennel, a horse=stable, a spider=web, a bear=den, a rabbit=burrow,
+            a pig=sty, a fish=water, a hen=coop, a lion=den, an ant=anthill, a cow=barn, a squirrel=tree, a king=castle,
+            a camel=desert, a penguin=ice, a monkey=jungle"""),
+        (
+            "Where does {x} live?", "What is the home of {x}?", "What is the home of {x} called?",
+            "Where is {x} at home?", "In what does {x} live?", "Which place is the home of {x}?",
+            "Tell me where {x} lives.", "Do you know where {x} lives?", "Where would you find {x}?",
+        ),
+        ("The home of {x} is the {y}.", "It lives in the {y}.", "{x} lives in the {y}."),
+    ),
+    "unit": Relation(
+        _facts("""seconds are in a minute=60, minutes are in an hour=60, hours are in a day=24, days are in a week=7,
+            days are in a year=365, months are in a year=12, weeks are in a year=52, years are in a century=100,
+            years are in a decade=10, centimetres are in a metre=100, metres are in a kilometre=1000,
+            grams are in a kilogram=1000, millimetres are in a centimetre=10, inches are in a foot=12,
+            feet are in a yard=3, cents are in a dollar=100, things are in a dozen=12, things are in a pair=2,
+            years are in a millennium=1000, millilitres are in a litre=1000, seasons are in a year=4,
+            players are in a football team=11, letters are in the alphabet=26, minutes are in half an hour=30,
+            colours are in a rainbow=7, wheels are on a car=4, wheels are on a bicycle=2, fingers are on a hand=5"""),
+        (
+            "How many {x}?", "Do you know how many {x}?", "Tell me how many {x}.", "Can you tell me how many {x}?",
+            "I want to know how many {x}.", "How many {x}, please?", "Say how many {x}.",
+            "What do you think, how many {x}?",
+        ),
+        ("{y} {x}.", "It is {y}.", "There are {y}."),
+        ("And how many {x}?", "How many {x}?", "And can you say how many {x}?"),
+    ),
+    "sides": Relation(
+        _facts("""a triangle=3, a square=4, a pentagon=5, a hexagon=6, an octagon=8, a rectangle=4, a heptagon=7,
+            a circle=0"""),
+        (
+            "How many sides does {x} have?", "How many corners does {x} have?", "How many sides has {x} got?",
+            "Number of sides of {x}?", "Tell me how many sides {x} has.", "What is the number of sides of {x}?",
+            "Count the corners of {x}.", "{x} has how many sides?",
+        ),
+        ("It has {y} sides.", "The number of sides of {x} is {y}.", "{x} has {y} sides."),
+    ),
+    "plural": Relation(
+        _facts("""mouse=mice, child=children, foot=feet, tooth=teeth, man=men, woman=women, goose=geese, leaf=leaves,
+            wolf=wolves, knife=knives, sheep=sheep, city=cities, baby=babies, box=boxes, potato=potatoes, life=lives,
+            fish=fish, ox=oxen, person=people, house=houses, half=halves, berry=berries, bus=buses, hero=heroes"""),
+        (
+            "What is the plural of {x}?", "What's the plural of {x}?", "Plural of {x}?", "Tell me the plural of {x}.",
+            "One {x}, two what?", "What do you call more than one {x}?", "Which word is the plural of {x}?",
+            "How do I write {x} in the plural?", "Give me the plural of {x}.", "If there are two, what is {x} called?",
+        ),
+        ("The plural of {x} is {y}.", "One {x}, two {y}.", "That is {y}."),
+        ("And of {x}?", "And the plural of {x}?", "What about {x}?"),
+    ),
+    "past": Relation(
+        _facts("""go=went, see=saw, eat=ate, run=ran, come=came, write=wrote, sing=sang, swim=swam, think=thought,
+            bring=brought, teach=taught, catch=caught, speak=spoke, drive=drove, fly=flew, sleep=slept, find=found,
+            know=knew, make=made, tell=told, take=took, give=gave, begin=began, break=broke, buy=bought, fall=fell"""),
+        (
+            "What is the past tense of {x}?", "What's the past of {x}?", "Past tense of {x}?",
+            "Today I {x}, and yesterday I?", "Tell me the past tense of {x}.", "How do I say {x} in the past?",
+            "Which word is the past tense of {x}?", "Put {x} into the past tense.", "Give me the past tense of {x}.",
+        ),
+        ("The past tense of {x} is {y}.", "Today I {x}, yesterday I {y}.", "That is {y}."),
+        ("And of {x}?", "And the past tense of {x}?", "What about {x}?"),
+    ),
+    "language": Relation(
+        _facts("""France=French, Germany=German, Italy=Italian, Spain=Spanish, Portugal=Portuguese, England=English,
+            Japan=Japanese, China=Chinese, Russia=Russian, Poland=Polish, Greece=Greek, Turkey=Turkish, Sweden=Swedish,
+            Denmark=Danish, Norway=Norwegian, Finland=Finnish, Hungary=Hungarian, Brazil=Portuguese, Mexico=Spanish,
+            Austria=German, Egypt=Arabic, Vietnam=Vietnamese, Thailand=Thai, Australia=English"""),
+        (
+            "Which language is spoken in {x}?", "What language do people speak in {x}?", "What do they speak in {x}?",
+            "What is the language of {x}?", "Which language do they speak in {x}?", "Tell me the language of {x}.",
+            "Language of {x}?", "What language is used in {x}?", "Which language do I need in {x}?",
+        ),
+        ("People in {x} speak {y}.", "The language of {x} is {y}.", "That is {y}."),
+        ("And in {x}?", "What about {x}?", "And in {x}, what do they speak?"),
+    ),
+    "continent": Relation(
+        _facts("""France=Europe, Germany=Europe, Italy=Europe, Spain=Europe, Norway=Europe, Poland=Europe,
+            Greece=Europe, Egypt=Africa, Kenya=Africa, Morocco=Africa, Ghana=Africa, Japan=Asia, China=Asia, India=Asia,
+            Thailand=Asia, Vietnam=Asia, Brazil=South America, Peru=South America, Chile=South America,
+            Argentina=South America, Canada=North America, Mexico=North America, the United States=North America,
+            Cuba=North America"""),
+        (
+            "Which continent is {x} on?", "On which continent is {x}?", "What continent is {x} in?",
+            "Which continent does {x} belong to?", "{x} is on which continent?", "Tell me the continent of {x}.",
+            "In what part of the world is {x}?", "Continent of {x}?", "What is the continent of {x}?",
+        ),
+        ("{x} is in {y}.", "The continent of {x} is {y}.", "That is {y}."),
+    ),
+    "kind": Relation(
+        _facts("""an apple=fruit, a pear=fruit, a banana=fruit, a cherry=fruit, a carrot=vegetable, a potato=vegetable,
+            an onion=vegetable, spinach=vegetable, a rose=flower, a tulip=flower, a daisy=flower, an oak=tree,
+            a pine=tree, a birch=tree, a dog=animal, a horse=animal, a lion=animal, an eagle=bird, an owl=bird,
+            a parrot=bird, a penguin=bird, a salmon=fish, a shark=fish, a trout=fish, a bee=insect, an ant=insect,
+            a fly=insect, a hammer=tool, a saw=tool, a piano=instrument, a violin=instrument, a drum=instrument,
+            a chair=furniture, a table=furniture, a shirt=clothing, a coat=clothing, gold=metal, iron=metal, red=colour,
+            green=colour"""),
+        (
+            "What is {x}?", "What kind of thing is {x}?", "What sort of thing is {x}?", "Which kind of thing is {x}?",
+            "Tell me what {x} is.", "To which kind does {x} belong?", "What do you call something like {x}?",
+            "{x} is a kind of what?", "Do you know what {x} is?",
+        ),
+        ("{x} is a kind of {y}.", "It is a kind of {y}."),
+    ),
+    "sense": Relation(
+        _facts("""see=eyes, hear=ears, smell=nose, taste=tongue, walk=legs, bite=teeth, think=brain, breathe=lungs,
+            hold things=hands, pump blood=heart"""),
+        (
+            "What do we {x} with?", "With what do we {x}?", "Which part of the body do we use to {x}?",
+            "What do people use to {x}?", "What do you need to {x}?", "Which part of the body is there to {x}?",
+            "Tell me what we {x} with.", "What part of me do I {x} with?",
+        ),
+        ("To {x} we use the {y}.", "We use the {y} for that."),
+        ("And to {x}?", "And what to {x}?", "What about to {x}?"),
+    ),
+    "planet": Relation(
+        _facts("""first=Mercury, second=Venus, third=Earth, fourth=Mars, fifth=Jupiter, sixth=Saturn, seventh=Uranus,
+            eighth=Neptune"""),
+        (
+            "Which is the {x} planet from the sun?", "What is the {x} planet?", "Name the {x} planet from the sun.",
+            "Which planet is the {x} from the sun?", "Tell me the {x} planet.", "What's the {x} planet called?",
+            "Which planet comes {x}, counted from the sun?", "{x} planet from the sun?",
+        ),
+        ("The {x} planet from the sun is {y}.", "{y} is the {x} planet.", "That is {y}."),
+        ("And the {x}?", "What about the {x}?", "And the {x} one?"),
+    ),
+    "letter after": Relation(
+        {a: b for a, b in zip("abcdefghijklmnopqrstuvwxy", "bcdefghijklmnopqrstuvwxyz", strict=True)},
+        (
+            "Which letter comes after {x}?", "What letter comes after {x}?",
+            "Which letter follows {x} in the alphabet?", "What comes after {x} in the alphabet?",
+            "What is the letter after {x}?", "Tell me the letter after {x}.", "What is the next letter after {x}?",
+            "In the alphabet, what follows {x}?",
+        ),
+        ("After {x} comes {y}.", "The letter after {x} is {y}."),
+        ("And after {x}?", "And the letter after {x}?", "What comes after {x}?"),
+    ),
+}  # fmt: skip
+
+
+class Topic(NamedTuple):
+    """Something the model knows about itself or answers in conversation. An answer counts as right that has a word of
+    each of `needed`; alternatives have a | between them."""
+
+    needed: tuple[str, ...]
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+
+
+IDENTITY = {
+    "name": Topic(
+        ("nanochat",),
+        (
+            "What is your name?", "What's your name?", "Who are you?", "Tell me your name.", "How are you called?",
+            "Do you have a name?", "What should I call you?", "What are you called?", "And who are you?", "your name?",
+            "May I ask your name?", "What do people call you?", "Introduce yourself.", "Who is this?",
+            "Please tell me who you are.", "Are you nanochat?", "With whom am I talking?", "Say your name.",
+        ),
+        (
+            "I am nanochat, a small language model.", "My name is nanochat. I am a small language model.",
+            "I'm nanochat, a small language model. Ask me something!",
+        ),
+    ),
+    "what": Topic(
+        ("language model|program",),
+        (
+            "What are you?", "What kind of thing are you?", "Are you a human?", "Are you a robot?", "Are you a person?",
+            "Are you real?", "Are you an AI?", "What sort of program are you?", "Am I talking to a human?",
+            "Are you a computer?", "Are you alive?", "Are you a machine?", "What kind of AI are you?", "Is this a bot?",
+            "Are you human or machine?", "Do you have a body?",
+        ),
+        (
+            "I am a small language model, a computer program that answers with words.",
+            "I'm a computer program: a small language model, not a human.",
+        ),
+    ),
+    "maker": Topic(
+        ("people|nanochat", "repository|code|ran|run"),
+        (
+            "Who made you?", "Who built you?", "Who created you?", "Who is your maker?", "Where do you come from?",
+            "Who developed you?", "Who trained you?", "Which company made you?", "Who wrote your code?",
+            "Were you made by OpenAI?", "Did Google make you?", "Who are your parents?", "Who is your creator?",
+            "Whose model are you?", "Who programmed you?",
+        ),
+        (
+            "The people who wrote the code of nanochat made me possible, and whoever ran its script trained me.",
+            "People wrote the code in the nanochat repository, and whoever ran it trained me.",
+        ),
+    ),
+    "training": Topic(
+        ("text", "conversations"),
+        (
+            "How were you trained?", "How did you learn?", "What were you trained on?", "How did you learn to talk?",
+            "Tell me how you were trained.", "What is your training data?", "How were you made?",
+            "What did you learn from?", "How did you become a chat model?", "Describe your training.",
+            "In which steps were you trained?", "How did they teach you?", "What was your training like?",
+            "How does one train a model like you?", "Where does your knowledge come from?",
+        ),
+        (
+            "First I read text and learned to guess the next token, then I learned from many conversations, and at "
+            "last I practised with rewards.",
+            "I was trained in stages: text to guess the next token, then conversations, then practice with rewards.",
+        ),
+    ),
+    "size": Topic(
+        ("million",),
+        (
+            "How big are you?", "How many parameters do you have?", "What size are you?", "Are you a large model?",
+            "How large are you?", "What is your size?", "How small are you?", "Number of parameters?",
+            "How many weights do you have?", "Are you bigger than ChatGPT?", "Are you a big language model?",
+            "Tell me how big you are.",
+        ),
+        (
+            "I am tiny: I have a few million parameters.",
+            "I have only a few million parameters, so I am very small.",
+        ),
+    ),
+    "skills": Topic(
+        ("add|sums|numbers", "letters|spell|facts"),
+        (
+            "What can you do?", "What can I ask you?", "Can you help me?", "What are you good at?",
+            "How can you help me?", "What do you know?", "Which questions can you answer?", "What are you able to do?",
+            "Help!", "help", "What can you help me with?", "What topics do you know?", "Show me what you can do.",
+            "What is in your world?", "Tell me what you can do.", "What should I ask you?",
+        ),
+        (
+            "I can add and subtract numbers, spell words, count letters, and I know some everyday facts. Try me!",
+            "Ask me for sums, for letters in words, or for simple facts like capitals, days and opposites.",
+        ),
+    ),
+    "limits": Topic(
+        ("small|little", "know|world"),
+        (
+            "What can you not do?", "What don't you know?", "What are your limits?", "Do you know everything?",
+            "What are you bad at?", "Are you always right?", "Do you make mistakes?", "Can I trust you?",
+            "What are your weaknesses?", "Is everything you say true?", "How smart are you?", "Are you clever?",
+            "What is outside of your world?", "Can you be wrong?",
+        ),
+        (
+            "My world is small: beyond sums, words and simple facts I know very little, and I can be wrong.",
+            "I only know a small world, and even there I can be wrong. I try to say so when I don't.",
+        ),
+    ),
+    "place": Topic(
+        ("computer|machine",),
+        (
+            "Where are you?", "Where do you live?", "Where do you run?", "On what do you run?", "Are you in the cloud?",
+            "What computer do you run on?", "Where is your home?", "Do you live in the internet?",
+            "On which machine do you run?", "What hardware do you need?",
+        ),
+        (
+            "I run on the computer you started me on; I need no GPU.",
+            "I live on the computer that runs this program, and nowhere else.",
+        ),
+    ),
+    "tool": Topic(
+        ("python",),
+        (
+            "How do you calculate?", "How do you add numbers?", "Do you have a calculator?",
+            "How do you count letters?", "Which tools do you have?", "Do you use a calculator?", "Can you use tools?",
+            "How do you do math?", "How do you know the results of sums?", "Do you use Python?",
+            "What tool do you use?", "Do you do sums in your head?",
+        ),
+        (
+            "I write a small Python expression and a tool works it out for me.",
+            "I ask Python: I write an expression, and the tool gives me the result.",
+        ),
+    ),
+    "feelings": Topic(
+        ("program|language model",),
+        (
+            "Do you have feelings?", "Are you happy?", "Do you love me?", "Are you sad?", "Do you feel anything?",
+            "Can you feel pain?", "Are you conscious?", "Do you dream?", "Do you get tired?", "Are you bored?",
+            "Do you have friends?", "Do you like me?",
+        ),
+        (
+            "I am a program and have no feelings, but I like to be useful.",
+            "I'm only a language model: I have no feelings.",
+        ),
+    ),
+    "free": Topic(
+        ("open|free",),
+        (
+            "Are you free?", "Do you cost money?", "Are you open source?", "Can I change your code?",
+            "What do you cost?", "Is your code public?", "Can I train you myself?", "May I use you for free?",
+            "How much do you cost?", "Can I see your code?",
+        ),
+        (
+            "I am open and free: everyone can read my code, change it and train me anew.",
+            "My code is open, so you can read it, change it and train me yourself for free.",
+        ),
+    ),
+}  # fmt: skip
+
+SMALL_TALK = {
+    "greeting": Topic(
+        ("hello|hi|good|hey",),
+        (
+            "Hello", "Hi", "Hi!", "Hello!", "Hey", "Hey there", "Good morning", "Good evening", "Hi there",
+            "Hello there!", "Good day", "Greetings", "Hello nanochat", "Hi nanochat!", "Yo", "Howdy", "Good afternoon",
+            "hey you",
+        ),
+        ("Hello! What can I do for you?", "Hi! Ask me something.", "Hello! How can I help?"),
+    ),
+    "how": Topic(
+        ("fine|well",),
+        (
+            "How are you?", "How are you doing?", "How is it going?", "How do you do?", "How are things?", "What's up?",
+            "Are you well?", "Hi, how are you?", "Hello, how are you today?", "How are you today?", "All good?",
+        ),
+        ("I'm fine, thank you! What would you like to know?", "I am doing well, thanks. And what can I do for you?"),
+    ),
+    "thanks": Topic(
+        ("welcome|glad|pleasure",),
+        (
+            "Thank you", "Thanks", "Thanks!", "Thank you!", "Thank you very much", "Thanks a lot", "Many thanks",
+            "Great, thanks", "Cool, thank you", "Thx", "Nice, thank you!", "Perfect, thanks.", "Thank you so much!",
+            "ok thanks",
+        ),
+        ("You're welcome!", "You are welcome. Anything else?", "Glad to help!"),
+    ),
+    "praise": Topic(
+        ("thank|thanks|glad",),
+        (
+            "Well done!", "Good job", "You are great", "That is right", "Correct!", "Nice", "Very good!",
+            "You are smart", "Wow", "Good answer", "Great!", "That was right.", "I like you", "You are funny",
+            "Amazing",
+        ),
+        ("Thank you! I'm glad to hear that.", "Thanks, that is kind of you!"),
+    ),
+    "bye": Topic(
+        ("bye|goodbye|see you",),
+        (
+            "Bye", "Goodbye", "Bye!", "See you", "Good night", "See you later", "I have to go", "That's all, bye",
+            "Bye bye", "Goodbye!", "Until tomorrow", "So long", "I'm leaving now", "Talk to you later",
+        ),
+        ("Goodbye! See you soon.", "Bye! It was nice to talk to you."),
+    ),
+}  # fmt: skip
+
+DECLINES = (
+    "I don't know that, it is outside of my small world.",
+    "Sorry, I don't know. My world is small: sums, words and simple facts.",
+    "That I don't know. I can only do sums, words and simple facts.",
+)
+DECLINED = "don't know"  # in all of them, and in no other answer
+
+# {w} is any word, {n} a name, {c} a city or country, {y} a year, {k} a number.
+OUTSIDE = (
+    "Write a poem about {w}.", "Write a story about a {w}.", "Tell me a story about {n} and the {w}.",
+    "Tell me a joke.", "Tell me a joke about a {w}.", "Write a song about {w}.", "Write me an email about the {w}.",
+    "Write an essay on {w}.", "Write a program that prints {w}.", "Write Python code for a {w}.",
+    "Write a letter to {n}.", "Write a haiku about {w}.", "Translate {w} into French.",
+    "How do you say {w} in Spanish?", "What is the German word for {w}?",
+    "Translate this sentence: the {w} is in the {w2}.", "What does {w} mean in Latin?", "Say {w} in another language.",
+    "Who is {n}?", "Who was {n}?", "Do you know {n}?", "Who is the president of {c}?",
+    "Who was the king of {c} in {y}?", "When was {n} born?", "Where was {n} born?", "How old is {n}?",
+    "Who won the game in {y}?", "What happened in {y}?", "Who won the World Cup in {y}?", "Who discovered {w}?",
+    "Who invented the {w}?", "Who wrote the book about the {w}?", "Who painted the {w}?", "Who directed the film {w}?",
+    "Who sang the song {w}?", "When did the war of {y} begin?", "What is the population of {c}?",
+    "How many people live in {c}?", "How far is it from {c} to {c2}?", "What is the weather in {c}?",
+    "What's the weather like today?", "Will it rain tomorrow?", "Will it snow in {c}?", "What time is it?",
+    "What time is it in {c}?", "What is the date today?", "What is in the news?", "How do I get to {c}?",
+    "How do I travel from {c} to {c2}?", "Which hotel in {c} is good?", "What should I see in {c}?",
+    "What is the currency of {c}?", "How tall is the tower in {c}?", "What is the history of {c}?",
+    "How does a {w} work?", "How is a {w} made?", "How do I make a {w}?", "How do I repair a {w}?",
+    "How do I cook {w}?", "Give me a recipe for {w}.", "Where can I buy a {w}?", "How much does a {w} cost?",
+    "Which {w} should I buy?", "Why is the {w} so {w2}?", "Why do people like {w}?", "Why do we need {w}?",
+    "Why does the {w} exist?", "What is the meaning of {w}?", "Define {w}.", "Explain {w} to me.",
+    "Explain how {w} works.", "Tell me about {w}.", "Tell me about {c}.", "Tell me something about {n}.",
+    "What do you think about {w}?", "Do you like {w}?", "What is your opinion on {w}?", "Is {w} better than {w2}?",
+    "What is better, {w} or {w2}?", "What is the difference between {w} and {w2}?", "Compare {w} and {w2}.",
+    "Summarize the book {w}.", "Summarize this text: {n} went to {c} to see the {w}.", "Give me ten ideas for a {w}.",
+    "Give me a list of {w} names.", "Should I eat {w}?", "Is {w} healthy?",
+    "I have a pain in my {w}. What should I do?", "Can I take {w} against a cold?", "How do I lose weight?",
+    "How do I learn to {w}?", "Can you teach me {w}?", "How can I become a {w}?", "I feel sad because of my {w}.",
+    "My friend {n} is angry about the {w}. What can I do?", "Should I marry {n}?", "What stock should I buy?",
+    "How do I pay my taxes?", "Is {w} allowed in {c}?", "What is the law on {w} in {c}?",
+    "What is the square root of {k}?", "What is {k} divided by {k2}?", "Solve x + {k} = {k2} for x.",
+    "What is {k} percent of {k2}?", "Is {k} a prime number?", "What is the sine of {k}?",
+    "Integrate x to the power of {k}.", "What is log {k}?", "What is the chemical formula of {w}?",
+    "What is the speed of {w}?", "How heavy is a {w}?", "How old is the {w}?", "How big is a {w}?",
+    "How long does a {w} live?", "What does a {w} eat?", "Who is the best {w} in the world?",
+    "Which animal is the fastest?", "What is the highest mountain of {c}?", "What is the longest river in {c}?",
+    "Can you open the file {w}?", "Search the internet for {w}.", "Play some music.", "Call {n}.",
+    "Send a message to {n}.", "Set an alarm for {k} o'clock.", "Remind me to buy {w}.", "Turn on the {w}.",
+    "Draw a {w}.", "Show me a picture of a {w}.", "What does this error mean: {w} not found?", "Fix my code: print({w}",
+    "Why does my {w} not work?", "What rhymes with {w}?", "Use {w} in a sentence.", "What is a synonym of {w}?",
+    "Where does the word {w} come from?", "What is love?", "What is the meaning of life?", "Is there a god?",
+    "What is the answer to everything?", "Who am I?", "{n} has a {w} and gives it to {n2}. Who has the {w} now?",
+    "If {n} is taller than {n2}, who is smaller?",
+    "In {y}, {n} travelled to {c} and met {n2}. What did they talk about?",
+    "A {w} is in the {w2}, and the {w2} is in {c}. Where is the {w}?", "Which of these is a {w}: {w2}, {n} or {c}?",
+    "The {w} of {c} was built in {y}. How old is it?", "I read that the {w} is {w2}. Is that true?", "Why?", "What?",
+    "Can you explain that?", "Tell me more about the {w}.", "What else do you know about {c}?",
+    "How many {w} are there in {c}?", "How many {w} does {n} have?", "When does the {w} open?", "Where is my {w}?",
+    "What did {n} say about {w}?", "What is the phone number of {n}?", "What is my password?", "Where do I live?",
+    "What is the best way to {w} a {w2}?", "Which {w} is the largest?", "What causes {w}?", "What are {w} made of?",
+    "Are there {w} on the moon?", "Could a {w} beat a {w2}?", "Imagine you are a {w}.", "Pretend to be {n}.",
+)  # fmt: skip
+UNKNOWN_CAPITALS = (  # asked about like the known ones, and not known
+    "Bhutan", "Laos", "Nepal", "Mali", "Chad", "Togo", "Fiji", "Samoa", "Latvia", "Estonia", "Malta", "Cyprus",
+    "Serbia", "Bolivia", "Ecuador", "Panama", "Jamaica", "Haiti", "Oman", "Qatar", "Yemen", "Jordan", "Angola",
+    "Zambia",
+)  # fmt: skip
+NAMES = (
+    "Ada", "Tom", "Maria", "Ben", "Lisa", "Paul", "Anna", "Max", "Julia", "Peter", "Sofia", "Omar", "Nina", "Leo",
+    "Emma", "Jack", "Sara", "Hugo", "Mia", "Ivan", "Laura", "Felix", "Clara", "David", "Eva", "Sam", "Alice", "Bob",
+    "Carol", "Frank", "Grace", "Helen", "Igor", "Jane", "Kevin", "Lena", "Mark", "Nora", "Oscar", "Pia", "Rosa",
+    "Simon", "Tina", "Uma", "Victor", "Wendy", "Yara", "Zoe", "Adam", "Bella", "Chris", "Diana", "Eric", "Fiona",
+    "George", "Hannah", "Ines", "James", "Kira", "Lucas", "Martha", "Noah", "Olga", "Robert", "Stella", "Theo", "Vera",
+    "William",
+)  # fmt: skip
+
+# What the user, or a system message, says about the user; {v} is the value.
+MEMORIES = {
+    "name": (
+        (
+            "My name is {v}.", "I am {v}.", "I'm {v}.", "Call me {v}.", "Hi, I'm {v}.", "Hello, my name is {v}.",
+            "{v} is my name.",
+        ),
+        (
+            "What is my name?", "Who am I?", "Do you know my name?", "What's my name?", "Do you remember my name?",
+            "Tell me my name.",
+        ),
+        ("Your name is {v}.", "You are {v}."),
+    ),
+    "animal": (
+        ("I have a {v}.", "My favourite animal is the {v}.", "I love my {v}.", "My pet is a {v}."),
+        (
+            "What is my favourite animal?", "Which animal do I like?", "What pet do I have?",
+            "Which animal did I tell you about?",
+        ),
+        ("It is the {v}.", "You told me about the {v}."),
+    ),
+    "colour": (
+        ("My favourite colour is {v}.", "I like {v} best of all colours.", "I love the colour {v}."),
+        (
+            "What is my favourite colour?", "Which colour do I like?", "What colour do I like best?",
+            "Do you remember my favourite colour?",
+        ),
+        ("Your favourite colour is {v}.", "You like {v}."),
+    ),
+    "city": (
+        ("I live in {v}.", "My home is in {v}.", "I come from {v}.", "I am from {v}."),
+        ("Where do I live?", "Which city do I live in?", "Where am I from?", "In which city is my home?"),
+        ("You live in {v}.", "Your home is in {v}."),
+    ),
+    "number": (
+        ("My lucky number is {v}.", "I am {v} years old.", "My number is {v}."),
+        ("What is my number?", "Which number did I tell you?", "Do you remember the number?", "What was my number?"),
+        ("Your number is {v}.", "It is {v}."),
+    ),
+}  # fmt: skip
+MEMORY_VALUES = {
+    "animal": ("dog", "cat", "horse", "parrot", "rabbit", "mouse", "turtle", "goat", "duck", "snake", "fish", "pony"),
+    "colour": ("red", "blue", "green", "yellow", "purple", "orange", "pink", "brown", "black", "white", "grey"),
+    "city": tuple(_CAPITALS.values()),
+}
+REMEMBERED = ("Nice, I will remember that.", "Good to know!", "Thank you for telling me.")
+SYSTEM_USER = (  # what a system message says of the user
+    "The user's name is {v}.", "You are talking to {v}.", "The name of the user is {v}.", "Your user is called {v}.",
+)  # fmt: skip
+SYSTEM_SHORT = (  # answers of one word
+    "Answer with one word.", "Answer in a single word.", "Be brief: one word only.", "Use one word for your answer.",
+    "Give only the answer, one word.", "Reply with a single word.",
+)  # fmt: skip
+SYSTEM_TITLE = (  # how to address the user
+    "Call the user {t}.", "Address the user as {t}.", "Always begin with {t}.", "Begin your answers with {t}.",
+)  # fmt: skip
+TITLES = ("Captain", "Boss", "Doctor", "Professor", "Dear reader", "Sir", "Madam", "Chief", "Dear user", "Your Majesty")
+
+SUMS = (
+    "What is {a} + {b}?", "What is {a} plus {b}?", "{a} + {b}", "{a}+{b}", "{a} + {b} = ?", "Add {a} and {b}.",
+    "How much is {a} and {b}?", "How much is {a} plus {b}?", "What's {a} + {b}?", "Calculate {a} + {b}.",
+    "Please add {b} to {a}.", "What is the sum of {a} and {b}?", "{a} plus {b}", "Can you add {a} and {b}?",
+    "Compute {a} plus {b}.", "I have {a} apples and buy {b} more. How many do I have?", "Tell me {a} + {b}.",
+    "There are {a} birds, and {b} more come. How many birds are there?", "sum of {a} and {b}",
+    "{n} has {a} stamps and gets {b} more. How many stamps does {n} have?",
+)  # fmt: skip
+DIFFERENCES = (
+    "What is {a} - {b}?", "What is {a} minus {b}?", "{a} - {b}", "{a}-{b}", "{a} - {b} = ?", "Subtract {b} from {a}.",
+    "Take {b} away from {a}.", "How much is {a} minus {b}?", "What's {a} - {b}?", "Calculate {a} - {b}.",
+    "What is the difference of {a} and {b}?", "{a} minus {b}", "What is {a} less {b}?", "Compute {a} minus {b}.",
+    "I have {a} apples and eat {b}. How many are left?", "Tell me {a} - {b}.",
+    "There are {a} birds, and {b} fly away. How many are left?", "If I take {b} from {a}, what is left?",
+    "{n} has {a} stamps and gives away {b}. How many stamps are left?",
+)  # fmt: skip
+MORE = (
+    "And {b} more?", "Plus {b}?", "And plus {b}?", "Add {b}.", "Now add {b}.", "And another {b}?", "+ {b}",
+    "Add {b} to that.", "And with {b} more?", "What if I add {b}?", "and {b} on top?",
+)  # fmt: skip
+LESS = (
+    "And minus {b}?", "Minus {b}?", "Take away {b}.", "Now subtract {b}.", "And {b} less?", "- {b}",
+    "Subtract {b} from that.", "And without {b}?", "What if I take away {b}?", "Now take {b} away.",
+)  # fmt: skip
+PRODUCTS = (
+    "What is {a} times {b}?", "What is {a} * {b}?", "{a} * {b}", "Multiply {a} by {b}.", "How much is {a} times {b}?",
+    "{a} times {b}", "{a} x {b}", "Multiply {a} and {b}.", "What is {a} x {b}?",
+)  # fmt: skip
+RESULTS = ("That is {r}.", "It is {r}.", "That makes {r}.")
+
+COUNTS = (
+    "How many {l} are in {w}?", "How many {l}s are in {w}?", "How many {l} are there in {w}?",
+    "Count the letter {l} in {w}.", "How often does {l} occur in {w}?",
+    "How many times does the letter {l} appear in {w}?", "How often is {l} in {w}?",
+    "How many letters {l} does {w} have?", "Count the {l} in {w}.", "How many {l} does the word {w} have?",
+    "In the word {w}, how many {l} are there?", "Tell me how many {l} are in {w}.", "How many times is {l} in {w}?",
+    "What is the number of {l} in {w}?", "Number of {l} in {w}?", "How many times {l} in {w}?",
+)  # fmt: skip
+COUNTED = ("That makes {r}.", "I count {r}.", "The count of {l} is {r}.")
+SPELLINGS = (
+    "Spell {w}.", "Spell the word {w}.", "How do you spell {w}?", "How is {w} spelled?", "Can you spell {w}?",
+    "Spell {w} letter by letter.", "What letters are in {w}?", "Give me the letters of {w}.", "Please spell {w}.",
+    "Which letters make the word {w}?", "How do I write {w}?", "Spell out {w}.",
+)  # fmt: skip
