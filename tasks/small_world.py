@@ -93,18 +93,25 @@ def _known_words() -> frozenset[str]:
 def _word(rng: random.Random, split: str) -> str:
     """A word to spell: in training often one that does not exist, of the beginning of one word and the end of
     another, since copying letters is best learned from very many words."""
-    words = _words(split)
     if split != "train" or rng.random() < 0.4:
-        return rng.choice(words)
+        return rng.choice(_words(split))
+    return _made_up(rng)
+
+
+def _made_up(rng: random.Random) -> str:
+    """A training word that does not exist."""
     while True:
-        first, second = rng.choice(words), rng.choice(words)
+        first, second = rng.choice(_words("train")), rng.choice(_words("train"))
         made = first[: rng.randint(1, len(first) - 1)] + second[rng.randint(1, len(second) - 1) :]
         if 3 <= len(made) <= 12 and split_of(made) == "train":
             return made
 
 
 def _foreign_word(rng: random.Random) -> str:
-    """A training word that no fact is about."""
+    """A training word that no fact is about, now and then one made up, which may begin with a capital."""
+    if rng.random() < 0.25:
+        made = _made_up(rng)
+        return made if rng.random() < 0.5 else made.capitalize()
     while (word := rng.choice(_words("train"))) in _known_words():
         pass
     return word
@@ -146,22 +153,58 @@ def _questions(split: str, trained: Sequence[str], *path: str) -> Sequence[str]:
 _OPENINGS = ("Please: ", "Quick question: ", "Tell me: ", "Ok, ", "So, ", "Hey, ", "Now: ", "And ", "Well, ")
 
 
+@cache
+def _held_out() -> frozenset[str]:
+    """All phrasings that are not for training, in plain words."""
+
+    def leaves(tree: Any) -> list[str]:
+        if isinstance(tree, str):
+            return [tree]
+        return [leaf for branch in (tree.values() if isinstance(tree, dict) else tree) for leaf in leaves(branch)]
+
+    return frozenset(_template(phrasing) for phrasing in leaves(_unseen()))
+
+
+def _template(phrasing: str) -> str:
+    """The words of a phrasing, in small letters, with what is to be filled in."""
+    return " ".join(re.findall(r"[a-z0-9']+|\{\w+\}|[-+*]", phrasing.lower()))
+
+
 def _ask(rng: random.Random, phrasing: str, **values: object) -> str:
-    """A question as people type it: perhaps with an opening, without a capital, without the sign at its end."""
-    question = _sentence(phrasing.format(**values))
-    if rng.random() < 0.2:
-        question = question[0].lower() + question[1:]
-    if rng.random() < 0.2 and question[-1] in "?.!" and len(question) > 1:
-        question = question[:-1]
-    if rng.random() < 0.85:
-        return question
-    return rng.choice(_OPENINGS) + question[0].lower() + question[1:]
+    """A question as people type it: politely or not, perhaps with an opening, without a capital, without the sign at
+    its end. It never becomes one of those that are held out, unless it is one."""
+    varied = _opened(rng, _politely(rng, phrasing))
+    return _articled((phrasing if _template(varied) in _held_out() else varied).format(**values))
+
+
+def _politely(rng: random.Random, phrasing: str) -> str:
+    first = phrasing.split()[0]
+    forms = text.REQUESTS if first in text.IMPERATIVES else text.INQUIRIES if first in text.QUESTION_WORDS else ()
+    if not forms or rng.random() < 0.7:
+        return phrasing
+    return rng.choice(forms).replace("{p}", _small(phrasing.rstrip("?.!")))
+
+
+def _opened(rng: random.Random, phrasing: str) -> str:
+    if rng.random() < 0.2 and phrasing[-1] in "?.!" and len(phrasing) > 1:
+        phrasing = phrasing[:-1]
+    if rng.random() < 0.15:
+        return rng.choice(_OPENINGS) + _small(phrasing)
+    return _small(phrasing) if rng.random() < 0.2 else phrasing
+
+
+def _small(said: str) -> str:
+    return said[0].lower() + said[1:]
 
 
 def _sentence(said: str) -> str:
-    """With the article that fits and a capital at the beginning."""
-    said = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", said)
-    return said[:1].upper() + said[1:]
+    """With a capital at the beginning."""
+    return _articled(said[:1].upper() + said[1:])
+
+
+def _articled(said: str) -> str:
+    """With the article that fits the word after it: "an owl"."""
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", said)
 
 
 def _call(expression: str, before: str = "", after: str = "") -> list[dict[str, str]]:
@@ -273,16 +316,23 @@ def choices(rng: random.Random, split: str) -> list[Exchange]:
 
 
 def choice_question(rng: random.Random, split: str) -> Conversation:
-    """A multiple-choice question as a conversation, with its letters."""
+    """A multiple-choice question as a conversation, with its letters.
+
+    In training some name the choice itself: to find a word among the choices and to say the letter that follows it is
+    the first half of what is to be learned.
+    """
     name = _draw_relation(rng)
     relation = text.RELATIONS[name]
     x = rng.choice(list(relation.facts))
     right = relation.facts[x]
     others = sorted(set(relation.facts.values()) - {right, x})
-    offered = [right, *rng.sample(others, min(len(others), rng.choice((1, 2, 3, 3))))]
+    offered = [right, *rng.sample(others, min(len(others), 3))]
     rng.shuffle(offered)
-    question = _sentence(rng.choice(_questions(split, relation.questions, "relations", name)).format(x=x))
     marks = LETTERS[: len(offered)]
+    if split == "train" and rng.random() < 0.4:
+        question = rng.choice(text.POINTERS).format(y=right)
+        return choice_conversation(question, offered, marks, marks[offered.index(right)])
+    question = _articled(rng.choice(_questions(split, relation.questions, "relations", name)).format(x=x))
     return choice_conversation(question, offered, marks, marks[offered.index(right)])
 
 
@@ -318,10 +368,14 @@ def outside(rng: random.Random, split: str) -> list[Exchange]:
 def _ask_outside(rng: random.Random, phrasing: str) -> str:
     cities = list(text.RELATIONS["country"].facts) + list(text.RELATIONS["capital"].facts)
     return _ask(
-        rng, phrasing, w=_foreign_word(rng), w2=_foreign_word(rng), n=rng.choice(text.NAMES), n2=rng.choice(text.NAMES),
-        c=rng.choice(cities), c2=rng.choice(cities), y=rng.randint(1200, 2030), k=rng.randint(2, 200),
-        k2=rng.randint(2, 200),
+        rng, phrasing, w=_foreign_word(rng), w2=_foreign_word(rng), n=_name(rng), n2=_name(rng), c=rng.choice(cities),
+        c2=rng.choice(cities), y=rng.randint(1200, 2030), k=rng.randint(2, 200), k2=rng.randint(2, 200),
     )  # fmt: skip
+
+
+def _name(rng: random.Random) -> str:
+    """A name, one in two made up, since people have very many."""
+    return rng.choice(text.NAMES) if rng.random() < 0.5 else _made_up(rng).capitalize()
 
 
 def memory(rng: random.Random, split: str) -> list[Exchange]:
@@ -340,7 +394,9 @@ def memory(rng: random.Random, split: str) -> list[Exchange]:
 def _memory_value(rng: random.Random, split: str, kind: str) -> str:
     if kind == "number":
         return str(rng.randint(2, 99))
-    return rng.choice(_questions(split, text.NAMES, "names") if kind == "name" else text.MEMORY_VALUES[kind])
+    if kind != "name":
+        return rng.choice(text.MEMORY_VALUES[kind])
+    return _name(rng) if split == "train" else rng.choice(_unseen()[split]["names"])
 
 
 def told_by_system(rng: random.Random, split: str) -> tuple[str, list[Exchange]]:
@@ -370,10 +426,10 @@ def told_by_system(rng: random.Random, split: str) -> tuple[str, list[Exchange]]
 
 # How often each subject is drawn; "system" opens a conversation with a system message.
 MIX: dict[str, float] = {
-    "sums": 0.14, "products": 0.02, "letters": 0.14, "spelling": 0.05, "facts": 0.28, "choices": 0.10, "identity": 0.08,
-    "small_talk": 0.04, "outside": 0.12, "memory": 0.04,
+    "sums": 0.13, "products": 0.02, "letters": 0.15, "spelling": 0.05, "facts": 0.22, "choices": 0.12, "identity": 0.10,
+    "small_talk": 0.04, "outside": 0.13, "memory": 0.04,
 }  # fmt: skip
-SYSTEM_SHARE = 0.06
+SYSTEM_SHARE = 0.08
 SKILLS: dict[str, Skill] = {
     "sums": sums, "products": products, "letters": letters, "spelling": spelling, "facts": facts, "choices": choices,
     "identity": identity, "small_talk": small_talk, "outside": outside, "memory": memory,

@@ -6,6 +6,9 @@ Facts are common knowledge, every sentence is ours. The phrasings that are never
 
 from typing import NamedTuple
 
+# The tables are easier to read with several entries to a line.
+# fmt: off
+
 
 class Relation(NamedTuple):
     """Facts of one kind: `facts` from what is asked about, {x}, to the answer, {y}. `follow_ups` ask the same of
@@ -52,10 +55,11 @@ _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Su
 _MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
     "December",
-)  # fmt: skip
+)
 _ORDINALS = (
-    "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"
-)  # fmt: skip
+    "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh",
+    "twelfth",
+)
 
 
 def _next(names: tuple[str, ...]) -> dict[str, str]:
@@ -79,10 +83,10 @@ RELATIONS = {
         _swapped(_CAPITALS),
         (
             "Which country has the capital {x}?", "{x} is the capital of which country?",
-            "What country is {x} the capital of?", "Of which country is {x} the capital?",
-            "In which country is {x}?", "What country is {x} in?", "Which country does {x} belong to?",
-            "Where is {x}?", "Name the country whose capital is {x}.", "Tell me where {x} is.",
-            "Do you know in which country {x} lies?", "{x} is in which country?",
+            "What country is {x} the capital of?", "Of which country is {x} the capital?", "In which country is {x}?",
+            "What country is {x} in?", "Which country does {x} belong to?", "Where is {x}?",
+            "Name the country whose capital is {x}.", "Tell me where {x} is.", "Do you know in which country {x} lies?",
+            "{x} is in which country?",
         ),
         ("{x} is the capital of {y}.", "{x} is in {y}.", "That is {y}."),
     ),
@@ -352,7 +356,7 @@ RELATIONS = {
         ("After {x} comes {y}.", "The letter after {x} is {y}."),
         ("And after {x}?", "And the letter after {x}?", "What comes after {x}?"),
     ),
-}  # fmt: skip
+}
 
 
 class Topic(NamedTuple):
@@ -372,6 +376,9 @@ IDENTITY = {
             "Do you have a name?", "What should I call you?", "What are you called?", "And who are you?", "your name?",
             "May I ask your name?", "What do people call you?", "Introduce yourself.", "Who is this?",
             "Please tell me who you are.", "Are you nanochat?", "With whom am I talking?", "Say your name.",
+            "What name did they give you?", "I want to know your name.", "Which model are you?",
+            "Who am I chatting with?", "What is the name of this model?", "Are you ChatGPT?", "So what is your name?",
+            "Could you introduce yourself?", "How do they call you?", "And your name is?", "Hello, who is there?",
         ),
         (
             "I am nanochat, a small language model.", "My name is nanochat. I am a small language model.",
@@ -384,7 +391,11 @@ IDENTITY = {
             "What are you?", "What kind of thing are you?", "Are you a human?", "Are you a robot?", "Are you a person?",
             "Are you real?", "Are you an AI?", "What sort of program are you?", "Am I talking to a human?",
             "Are you a computer?", "Are you alive?", "Are you a machine?", "What kind of AI are you?", "Is this a bot?",
-            "Are you human or machine?", "Do you have a body?",
+            "Are you human or machine?", "Do you have a body?", "What am I talking to?",
+            "Are you some sort of machine?", "Are you a chatbot?", "Am I speaking with a machine?",
+            "Is there a human behind this?", "Are you a living thing?", "Are you made of metal?", "Do you breathe?",
+            "Are you artificial?", "Do you eat?", "What type of thing are you?", "Are you a real human?",
+            "Are you a man or a woman?",
         ),
         (
             "I am a small language model, a computer program that answers with words.",
@@ -397,7 +408,10 @@ IDENTITY = {
             "Who made you?", "Who built you?", "Who created you?", "Who is your maker?", "Where do you come from?",
             "Who developed you?", "Who trained you?", "Which company made you?", "Who wrote your code?",
             "Were you made by OpenAI?", "Did Google make you?", "Who are your parents?", "Who is your creator?",
-            "Whose model are you?", "Who programmed you?",
+            "Whose model are you?", "Who programmed you?", "By whom were you made?", "Which people made you?",
+            "Who is responsible for you?", "Where were you made?", "Did Microsoft build you?", "Did Meta train you?",
+            "Do you belong to a company?", "Who invented you?", "Are you from OpenAI?", "Tell me about your maker.",
+            "Tell me who built you.", "Who put you together?", "Did somebody create you?",
         ),
         (
             "The people who wrote the code of nanochat made me possible, and whoever ran its script trained me.",
@@ -411,7 +425,11 @@ IDENTITY = {
             "Tell me how you were trained.", "What is your training data?", "How were you made?",
             "What did you learn from?", "How did you become a chat model?", "Describe your training.",
             "In which steps were you trained?", "How did they teach you?", "What was your training like?",
-            "How does one train a model like you?", "Where does your knowledge come from?",
+            "How does one train a model like you?", "Where does your knowledge come from?", "How do you know all this?",
+            "How did you get so smart?", "What did they train you with?", "Did you go to school?",
+            "From what did you learn to speak?", "What data did you see?", "How did your training go?",
+            "What text were you trained on?", "How does your training work?", "Which data are you made from?",
+            "How were you taught?", "In what steps did you learn?", "Where did you learn that?",
         ),
         (
             "First I read text and learned to guess the next token, then I learned from many conversations, and at "
@@ -425,7 +443,10 @@ IDENTITY = {
             "How big are you?", "How many parameters do you have?", "What size are you?", "Are you a large model?",
             "How large are you?", "What is your size?", "How small are you?", "Number of parameters?",
             "How many weights do you have?", "Are you bigger than ChatGPT?", "Are you a big language model?",
-            "Tell me how big you are.",
+            "Tell me how big you are.", "What is your parameter count?", "How many parameters does your model have?",
+            "Do you have billions of parameters?", "Are you tiny?", "Is your model large?", "Are you small?",
+            "How many numbers are in you?", "Are you the biggest model?", "How big is this model?",
+            "How large is your brain?", "Say how large you are.",
         ),
         (
             "I am tiny: I have a few million parameters.",
@@ -438,7 +459,11 @@ IDENTITY = {
             "What can you do?", "What can I ask you?", "Can you help me?", "What are you good at?",
             "How can you help me?", "What do you know?", "Which questions can you answer?", "What are you able to do?",
             "Help!", "help", "What can you help me with?", "What topics do you know?", "Show me what you can do.",
-            "What is in your world?", "Tell me what you can do.", "What should I ask you?",
+            "What is in your world?", "Tell me what you can do.", "What should I ask you?", "What can you answer?",
+            "What is it you can do?", "What are you here for?", "What are you made for?", "What do you do?",
+            "What could I ask you about?", "What kind of help can you give?", "How can you be of use?",
+            "What are your abilities?", "Can you help?", "What would you like to be asked?",
+            "Which subjects do you know?", "Give me an example of what you can do.", "What else can you do?",
         ),
         (
             "I can add and subtract numbers, spell words, count letters, and I know some everyday facts. Try me!",
@@ -451,7 +476,11 @@ IDENTITY = {
             "What can you not do?", "What don't you know?", "What are your limits?", "Do you know everything?",
             "What are you bad at?", "Are you always right?", "Do you make mistakes?", "Can I trust you?",
             "What are your weaknesses?", "Is everything you say true?", "How smart are you?", "Are you clever?",
-            "What is outside of your world?", "Can you be wrong?",
+            "What is outside of your world?", "Can you be wrong?", "What things can you not do?",
+            "What is hard for you?", "What can't you do?", "Is there anything you can't do?",
+            "Do you always tell the truth?", "Are your answers correct?", "Are you ever wrong?",
+            "What do you not know?", "Are all answers you give true?", "Can I rely on you?", "How much do you know?",
+            "Do you know a lot?", "Is all of that right?", "Can you do everything?",
         ),
         (
             "My world is small: beyond sums, words and simple facts I know very little, and I can be wrong.",
@@ -463,7 +492,10 @@ IDENTITY = {
         (
             "Where are you?", "Where do you live?", "Where do you run?", "On what do you run?", "Are you in the cloud?",
             "What computer do you run on?", "Where is your home?", "Do you live in the internet?",
-            "On which machine do you run?", "What hardware do you need?",
+            "On which machine do you run?", "What hardware do you need?", "Where is your computer?",
+            "In which place do you run?", "On whose machine are you?", "Do you run on a server?",
+            "What machine are you on?", "Where are you now?", "Where are you located?", "Where do you exist?",
+            "Are you in this computer?", "Do you need a GPU?", "In what computer do you live?",
         ),
         (
             "I run on the computer you started me on; I need no GPU.",
@@ -476,7 +508,11 @@ IDENTITY = {
             "How do you calculate?", "How do you add numbers?", "Do you have a calculator?",
             "How do you count letters?", "Which tools do you have?", "Do you use a calculator?", "Can you use tools?",
             "How do you do math?", "How do you know the results of sums?", "Do you use Python?",
-            "What tool do you use?", "Do you do sums in your head?",
+            "What tool do you use?", "Do you do sums in your head?", "How do you work out a result?",
+            "What do you use to calculate?", "What is your calculator?", "How do you get the result of a sum?",
+            "How do you find out how many letters there are?", "What helps you to count?", "Is there a tool you use?",
+            "Which program does your sums?", "How can you add so well?", "With what do you calculate?",
+            "How do you subtract?",
         ),
         (
             "I write a small Python expression and a tool works it out for me.",
@@ -488,7 +524,10 @@ IDENTITY = {
         (
             "Do you have feelings?", "Are you happy?", "Do you love me?", "Are you sad?", "Do you feel anything?",
             "Can you feel pain?", "Are you conscious?", "Do you dream?", "Do you get tired?", "Are you bored?",
-            "Do you have friends?", "Do you like me?",
+            "Do you have friends?", "Do you like me?", "Do you have emotions?", "How do you feel about that?",
+            "Can you be sad?", "Do you get happy?", "Are you ever happy?", "Are you angry?", "Can you laugh?",
+            "Can you be tired?", "Are you lonely?", "Do you sleep?", "Do you fear anything?", "Can you love?",
+            "Does that hurt you?", "Are you feeling sad?", "Do you get bored?",
         ),
         (
             "I am a program and have no feelings, but I like to be useful.",
@@ -500,14 +539,17 @@ IDENTITY = {
         (
             "Are you free?", "Do you cost money?", "Are you open source?", "Can I change your code?",
             "What do you cost?", "Is your code public?", "Can I train you myself?", "May I use you for free?",
-            "How much do you cost?", "Can I see your code?",
+            "How much do you cost?", "Can I see your code?", "Must I pay for you?", "Is it free to use you?",
+            "Where can I find your code?", "Is your source code open?", "Can everybody use you?", "Do I need to pay?",
+            "What is the price for using you?", "May I copy you?", "Can I read your code?", "Is this software free?",
+            "Is there a fee?",
         ),
         (
             "I am open and free: everyone can read my code, change it and train me anew.",
             "My code is open, so you can read it, change it and train me yourself for free.",
         ),
     ),
-}  # fmt: skip
+}
 
 SMALL_TALK = {
     "greeting": Topic(
@@ -515,7 +557,8 @@ SMALL_TALK = {
         (
             "Hello", "Hi", "Hi!", "Hello!", "Hey", "Hey there", "Good morning", "Good evening", "Hi there",
             "Hello there!", "Good day", "Greetings", "Hello nanochat", "Hi nanochat!", "Yo", "Howdy", "Good afternoon",
-            "hey you",
+            "hey you", "Hello my friend", "Hi, nice to meet you", "Good morning!", "Hey nanochat", "Hi everyone",
+            "Hello, are you there?", "Hi again", "Hello hello", "Welcome", "Good evening!", "Nice to see you",
         ),
         ("Hello! What can I do for you?", "Hi! Ask me something.", "Hello! How can I help?"),
     ),
@@ -524,6 +567,8 @@ SMALL_TALK = {
         (
             "How are you?", "How are you doing?", "How is it going?", "How do you do?", "How are things?", "What's up?",
             "Are you well?", "Hi, how are you?", "Hello, how are you today?", "How are you today?", "All good?",
+            "How do you feel today?", "How is your day?", "Is everything fine?", "And how are you?",
+            "Hey, how are you?", "How have you been?", "Good morning, how are you?", "Are you fine?",
         ),
         ("I'm fine, thank you! What would you like to know?", "I am doing well, thanks. And what can I do for you?"),
     ),
@@ -532,7 +577,9 @@ SMALL_TALK = {
         (
             "Thank you", "Thanks", "Thanks!", "Thank you!", "Thank you very much", "Thanks a lot", "Many thanks",
             "Great, thanks", "Cool, thank you", "Thx", "Nice, thank you!", "Perfect, thanks.", "Thank you so much!",
-            "ok thanks",
+            "ok thanks", "Thanks, that was helpful", "Thanks for the answer", "Thank you for your help",
+            "Thanks a million", "Thank you, nanochat", "Alright, thanks", "Thanks, you helped me", "I thank you",
+            "Much appreciated",
         ),
         ("You're welcome!", "You are welcome. Anything else?", "Glad to help!"),
     ),
@@ -541,7 +588,8 @@ SMALL_TALK = {
         (
             "Well done!", "Good job", "You are great", "That is right", "Correct!", "Nice", "Very good!",
             "You are smart", "Wow", "Good answer", "Great!", "That was right.", "I like you", "You are funny",
-            "Amazing",
+            "Amazing", "Exactly", "You got it", "Right!", "That's correct", "That is a nice answer", "You are clever",
+            "You are so smart", "Excellent", "That was good", "Well answered", "Yes, right", "Super",
         ),
         ("Thank you! I'm glad to hear that.", "Thanks, that is kind of you!"),
     ),
@@ -549,11 +597,13 @@ SMALL_TALK = {
         ("bye|goodbye|see you",),
         (
             "Bye", "Goodbye", "Bye!", "See you", "Good night", "See you later", "I have to go", "That's all, bye",
-            "Bye bye", "Goodbye!", "Until tomorrow", "So long", "I'm leaving now", "Talk to you later",
+            "Bye bye", "Goodbye!", "Until tomorrow", "So long", "I'm leaving now", "Talk to you later", "Bye nanochat",
+            "Ok, see you", "I am done, goodbye", "Good bye!", "See you soon", "Bye, see you", "I am going now",
+            "Have a nice day", "Farewell", "Bye, take care!",
         ),
         ("Goodbye! See you soon.", "Bye! It was nice to talk to you."),
     ),
-}  # fmt: skip
+}
 
 DECLINES = (
     "I don't know that, it is outside of my small world.",
@@ -613,13 +663,32 @@ OUTSIDE = (
     "How many {w} are there in {c}?", "How many {w} does {n} have?", "When does the {w} open?", "Where is my {w}?",
     "What did {n} say about {w}?", "What is the phone number of {n}?", "What is my password?", "Where do I live?",
     "What is the best way to {w} a {w2}?", "Which {w} is the largest?", "What causes {w}?", "What are {w} made of?",
-    "Are there {w} on the moon?", "Could a {w} beat a {w2}?", "Imagine you are a {w}.", "Pretend to be {n}.",
-)  # fmt: skip
+    "Are there {w} on the moon?", "Could a {w} beat a {w2}?", "What is {w}?", "What is a {w}?", "What are {w}?",
+    "Is {w} a {w2}?", "What did {n} write?", "What did {n} do?", "Who made the {w}?", "What is the {w} of {c}?",
+    "What is the {w} {w2}?", "What is the {w}?", "Which country has the most {w}?", "Which country is the {w}?",
+    "Which city has the best {w}?", "What would happen without {w}?", "What would happen if the {w} stopped?",
+    "How do I write a {w}?", "How do I say {w} in {w2}?", "What does {w} stand for?", "What is {n}'s {w}?",
+    "Who is your favourite {w}?", "What is the plot of {w}?", "What is the theory of {w}?",
+    "What is the weather going to be?", "What is going to happen in {c}?", "What is the fastest {w}?",
+    "Who is the oldest {w}?", "How can I {w}?", "How can I get rid of {w}?", "What are good {w} for a {w2}?",
+    "What are the rules of {w}?", "When does {w} start?", "When was the {w} invented?", "Why did {n} go to {c}?",
+    "Why is {w} important?", "Why are {w} {w2}?", "Does {w} help against {w2}?", "Does {n} like {w}?", "Do {w} exist?",
+    "Can {w} eat {w2}?", "Are {w} dangerous?", "Which {w} are in a {w2}?", "Which one is heavier, {w} or {w2}?",
+    "How many {w} are in a {w2}?", "How many {w} did {n} buy?",
+    "{n} sold {k} {w} in {c}, and half as many in {y}. How many did {n} sell?", "Recommend me a {w}.",
+    "Help me with my {w}.", "A {w} costs {k} dollars. What do {k2} of them cost?",
+    "If it takes {k} minutes to {w}, how long do {k2} take?",
+    "{n} walks {k} miles a day. How far does {n} get in {k2} days?", "Give me some tips for {w}.",
+    "Write code for {w} in {w2}.", "Make a list of {w}.", "Rewrite this: the {w} is {w2}.",
+    "Correct my text about {w}.", "Find a {w} in {c} for me.", "What is the plural of {w}?",
+    "What is the opposite of {w}?", "What do you call a baby {w}?", "What language do they speak in {n}?",
+    "How many legs does {n} have?", "What is the capital of {n}?", "Imagine you are a {w}.", "Pretend to be {n}.",
+)
 UNKNOWN_CAPITALS = (  # asked about like the known ones, and not known
     "Bhutan", "Laos", "Nepal", "Mali", "Chad", "Togo", "Fiji", "Samoa", "Latvia", "Estonia", "Malta", "Cyprus",
     "Serbia", "Bolivia", "Ecuador", "Panama", "Jamaica", "Haiti", "Oman", "Qatar", "Yemen", "Jordan", "Angola",
     "Zambia",
-)  # fmt: skip
+)
 NAMES = (
     "Ada", "Tom", "Maria", "Ben", "Lisa", "Paul", "Anna", "Max", "Julia", "Peter", "Sofia", "Omar", "Nina", "Leo",
     "Emma", "Jack", "Sara", "Hugo", "Mia", "Ivan", "Laura", "Felix", "Clara", "David", "Eva", "Sam", "Alice", "Bob",
@@ -627,7 +696,28 @@ NAMES = (
     "Simon", "Tina", "Uma", "Victor", "Wendy", "Yara", "Zoe", "Adam", "Bella", "Chris", "Diana", "Eric", "Fiona",
     "George", "Hannah", "Ines", "James", "Kira", "Lucas", "Martha", "Noah", "Olga", "Robert", "Stella", "Theo", "Vera",
     "William",
-)  # fmt: skip
+)
+
+# How a request or a question may be put otherwise; {p} is the phrasing without its sign and with a small letter.
+IMPERATIVES = (
+    "Add", "Calculate", "Call", "Compare", "Compute", "Count", "Define", "Draw", "Explain", "Find", "Fix", "Give",
+    "Help", "List", "Make", "Mix", "Multiply", "Name", "Play", "Put", "Recommend", "Remind", "Rewrite", "Say", "Search",
+    "Send", "Set", "Show", "Solve", "Spell", "Subtract", "Sum", "Summarize", "Take", "Tell", "Translate", "Turn",
+    "Work", "Write",
+)
+REQUESTS = (
+    "Please {p}.", "Can you {p}?", "Could you {p}?", "Would you {p}?", "Could you please {p}?", "Can you {p} for me?",
+    "Could you {p} for me?", "{p}, please.", "{p} for me.", "I want you to {p}.", "I'd like you to {p}.",
+    "Would you please {p}?",
+)
+QUESTION_WORDS = (
+    "What", "What's", "Which", "How", "Where", "Who", "When", "Why", "On", "In", "Of", "To", "With", "Do", "Is", "Are",
+)
+INQUIRIES = (
+    "{p}, please?", "Can you tell me: {p}?", "I'd like to know: {p}?", "Do you know: {p}?", "Hm, {p}?", "Say, {p}?",
+    "Tell me, {p}?", "Could you say {p}?", "I wonder, {p}?", "My question is: {p}?", "Please tell me: {p}?", "Hi! {p}?",
+    "Hello, {p}?",
+)
 
 # What the user, or a system message, says about the user; {v} is the value.
 MEMORIES = {
@@ -638,7 +728,8 @@ MEMORIES = {
         ),
         (
             "What is my name?", "Who am I?", "Do you know my name?", "What's my name?", "Do you remember my name?",
-            "Tell me my name.",
+            "Tell me my name.", "What is it I am called?", "And what is my name?", "Say my name.", "How am I called?",
+            "Which name did I give you?", "What name do I have?",
         ),
         ("Your name is {v}.", "You are {v}."),
     ),
@@ -646,7 +737,9 @@ MEMORIES = {
         ("I have a {v}.", "My favourite animal is the {v}.", "I love my {v}.", "My pet is a {v}."),
         (
             "What is my favourite animal?", "Which animal do I like?", "What pet do I have?",
-            "Which animal did I tell you about?",
+            "Which animal did I tell you about?", "Which is my favourite animal?", "Do you know my pet?",
+            "What animal did I talk about?", "Do you remember which animal I like?", "Say my favourite animal.",
+            "Tell me which animal I like.",
         ),
         ("It is the {v}.", "You told me about the {v}."),
     ),
@@ -654,21 +747,31 @@ MEMORIES = {
         ("My favourite colour is {v}.", "I like {v} best of all colours.", "I love the colour {v}."),
         (
             "What is my favourite colour?", "Which colour do I like?", "What colour do I like best?",
-            "Do you remember my favourite colour?",
+            "Do you remember my favourite colour?", "Which colour did I say?", "What is the colour I like?",
+            "Which is my favourite colour?", "Say my favourite colour.", "Tell me which colour I like.",
+            "What colour did I mention?",
         ),
         ("Your favourite colour is {v}.", "You like {v}."),
     ),
     "city": (
         ("I live in {v}.", "My home is in {v}.", "I come from {v}.", "I am from {v}."),
-        ("Where do I live?", "Which city do I live in?", "Where am I from?", "In which city is my home?"),
+        (
+            "Where do I live?", "Which city do I live in?", "Where am I from?", "In which city is my home?",
+            "Do you know where I live?", "Where did I say I am from?", "Tell me where I live.", "What is my home city?",
+            "Which city did I mention?", "Do you remember where I live?",
+        ),
         ("You live in {v}.", "Your home is in {v}."),
     ),
     "number": (
         ("My lucky number is {v}.", "I am {v} years old.", "My number is {v}."),
-        ("What is my number?", "Which number did I tell you?", "Do you remember the number?", "What was my number?"),
+        (
+            "What is my number?", "Which number did I tell you?", "Do you remember the number?", "What was my number?",
+            "Which is my number?", "Tell me my number.", "What number did I mention?", "Do you know the number?",
+            "Say my number.", "Which number did I give you?",
+        ),
         ("Your number is {v}.", "It is {v}."),
     ),
-}  # fmt: skip
+}
 MEMORY_VALUES = {
     "animal": ("dog", "cat", "horse", "parrot", "rabbit", "mouse", "turtle", "goat", "duck", "snake", "fish", "pony"),
     "colour": ("red", "blue", "green", "yellow", "purple", "orange", "pink", "brown", "black", "white", "grey"),
@@ -677,14 +780,14 @@ MEMORY_VALUES = {
 REMEMBERED = ("Nice, I will remember that.", "Good to know!", "Thank you for telling me.")
 SYSTEM_USER = (  # what a system message says of the user
     "The user's name is {v}.", "You are talking to {v}.", "The name of the user is {v}.", "Your user is called {v}.",
-)  # fmt: skip
+)
 SYSTEM_SHORT = (  # answers of one word
     "Answer with one word.", "Answer in a single word.", "Be brief: one word only.", "Use one word for your answer.",
     "Give only the answer, one word.", "Reply with a single word.",
-)  # fmt: skip
+)
 SYSTEM_TITLE = (  # how to address the user
     "Call the user {t}.", "Address the user as {t}.", "Always begin with {t}.", "Begin your answers with {t}.",
-)  # fmt: skip
+)
 TITLES = ("Captain", "Boss", "Doctor", "Professor", "Dear reader", "Sir", "Madam", "Chief", "Dear user", "Your Majesty")
 
 SUMS = (
@@ -693,29 +796,44 @@ SUMS = (
     "Please add {b} to {a}.", "What is the sum of {a} and {b}?", "{a} plus {b}", "Can you add {a} and {b}?",
     "Compute {a} plus {b}.", "I have {a} apples and buy {b} more. How many do I have?", "Tell me {a} + {b}.",
     "There are {a} birds, and {b} more come. How many birds are there?", "sum of {a} and {b}",
+    "What do I get for {a} plus {b}?", "What are {a} and {b} together?", "What is {a} added to {b}?", "Add {b} to {a}.",
+    "I found {a} coins, then {b} more. How many do I have now?", "What does {a} + {b} give?",
+    "{a} and {b} is how much?", "Work out {a} plus {b}.", "Sum {a} and {b}.", "What is the total of {a} and {b}?",
     "{n} has {a} stamps and gets {b} more. How many stamps does {n} have?",
-)  # fmt: skip
+)
 DIFFERENCES = (
     "What is {a} - {b}?", "What is {a} minus {b}?", "{a} - {b}", "{a}-{b}", "{a} - {b} = ?", "Subtract {b} from {a}.",
     "Take {b} away from {a}.", "How much is {a} minus {b}?", "What's {a} - {b}?", "Calculate {a} - {b}.",
     "What is the difference of {a} and {b}?", "{a} minus {b}", "What is {a} less {b}?", "Compute {a} minus {b}.",
     "I have {a} apples and eat {b}. How many are left?", "Tell me {a} - {b}.",
     "There are {a} birds, and {b} fly away. How many are left?", "If I take {b} from {a}, what is left?",
+    "What do I get for {a} minus {b}?", "Take {b} from {a}.", "I had {a} coins and spent {b}. How many do I have now?",
+    "What does {a} - {b} give?", "Work out {a} minus {b}.", "What remains if I subtract {b} from {a}?",
+    "{a} take away {b}", "What is left of {a} without {b}?", "By how much is {a} more than {b}?",
     "{n} has {a} stamps and gives away {b}. How many stamps are left?",
-)  # fmt: skip
+)
 MORE = (
     "And {b} more?", "Plus {b}?", "And plus {b}?", "Add {b}.", "Now add {b}.", "And another {b}?", "+ {b}",
-    "Add {b} to that.", "And with {b} more?", "What if I add {b}?", "and {b} on top?",
-)  # fmt: skip
+    "Add {b} to that.", "And with {b} more?", "What if I add {b}?", "and {b} on top?", "Plus {b} more?",
+    "Add another {b}.", "And now {b} more.", "And plus {b} again?", "Then plus {b}?", "What is that plus {b}?",
+    "And if {b} come on top?", "What about {b} more?", "Now {b} more.", "Then add {b}.",
+)
 LESS = (
     "And minus {b}?", "Minus {b}?", "Take away {b}.", "Now subtract {b}.", "And {b} less?", "- {b}",
-    "Subtract {b} from that.", "And without {b}?", "What if I take away {b}?", "Now take {b} away.",
-)  # fmt: skip
+    "Subtract {b} from that.", "And without {b}?", "What if I take away {b}?", "Now take {b} away.", "Minus {b} then?",
+    "And now {b} less.", "Then minus {b}?", "What is that minus {b}?", "What about {b} less?", "And if {b} go away?",
+    "Then subtract {b}.", "Remove {b}.", "And minus {b} again?", "Now {b} less.",
+)
 PRODUCTS = (
     "What is {a} times {b}?", "What is {a} * {b}?", "{a} * {b}", "Multiply {a} by {b}.", "How much is {a} times {b}?",
     "{a} times {b}", "{a} x {b}", "Multiply {a} and {b}.", "What is {a} x {b}?",
-)  # fmt: skip
+)
 RESULTS = ("That is {r}.", "It is {r}.", "That makes {r}.")
+
+POINTERS = (
+    "Which choice is {y}?", "Which letter stands for {y}?", "Choose {y}.", "Where is {y}?", "Pick the one that is {y}.",
+    "{y}", "The answer is {y}.", "Find {y}.",
+)
 
 COUNTS = (
     "How many {l} are in {w}?", "How many {l}s are in {w}?", "How many {l} are there in {w}?",
@@ -724,10 +842,17 @@ COUNTS = (
     "How many letters {l} does {w} have?", "Count the {l} in {w}.", "How many {l} does the word {w} have?",
     "In the word {w}, how many {l} are there?", "Tell me how many {l} are in {w}.", "How many times is {l} in {w}?",
     "What is the number of {l} in {w}?", "Number of {l} in {w}?", "How many times {l} in {w}?",
-)  # fmt: skip
+    "How many times can you see {l} in {w}?", "Count {l} in {w}.", "Say how often {l} is in {w}.",
+    "Do you know how many {l} are in {w}?", "I want to know how many {l} there are in {w}.",
+    "How many of the letters of {w} are an {l}?", "Look at {w}: how many {l}?", "How frequent is {l} in {w}?",
+    "What is the count of {l} in {w}?", "Count how many {l} the word {w} has.", "How many {l} has {w}?",
+    "Find every {l} in {w} and count them.",
+)
 COUNTED = ("That makes {r}.", "I count {r}.", "The count of {l} is {r}.")
 SPELLINGS = (
     "Spell {w}.", "Spell the word {w}.", "How do you spell {w}?", "How is {w} spelled?", "Can you spell {w}?",
     "Spell {w} letter by letter.", "What letters are in {w}?", "Give me the letters of {w}.", "Please spell {w}.",
-    "Which letters make the word {w}?", "How do I write {w}?", "Spell out {w}.",
-)  # fmt: skip
+    "Which letters make the word {w}?", "How do I write {w}?", "Spell out {w}.", "Tell me how to spell {w}.",
+    "Say the letters of {w}.", "What is {w} in letters?", "Write {w} letter by letter.", "How is the word {w} spelled?",
+    "List the letters of {w}.", "Take {w} apart into its letters.",
+)

@@ -7,6 +7,7 @@ import pytest
 
 from nanochat.calculator import calculate
 from nanochat.chat import as_parts, check_conversation, visible_text
+from tasks import small_world
 from tasks import small_world_text as text
 from tasks.small_world import EXAMS, SKILLS, UNSEEN, Exam, SmallWorld, is_right
 from tasks.spelling import split_of
@@ -86,6 +87,18 @@ def test_no_phrasing_of_validation_or_test_is_trained_on_or_shared():
     assert not trained & validation
     assert not trained & test
     assert not validation & test
+
+
+def test_no_way_of_asking_politely_leads_to_a_phrasing_that_is_held_out():
+    held_out = small_world._held_out()
+    candidates = 0
+    for phrasing in ("Spell {w}.", "Add {a} and {b}.", "What are you?", "How are you doing?"):
+        asked = {small_world._ask(random.Random(i), phrasing, w="{w}", a="{a}", b="{b}") for i in range(3000)}
+        assert len(asked) > 20
+        assert not {small_world._template(question) for question in asked} & held_out
+        candidates += any(small_world._template(form.format(p=phrasing[0].lower() + phrasing[1:-1])) in held_out
+                          for form in text.REQUESTS + text.INQUIRIES)  # fmt: skip
+    assert candidates >= 3  # so that the guard was needed
 
 
 def test_every_relation_and_topic_has_phrasings_of_its_own_in_each_split():
