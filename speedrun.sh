@@ -3,27 +3,49 @@
 # perhaps without a network, it ends with the pretrained, evaluated base model of a miniature.
 #
 #   bash speedrun.sh                                     # 8 GPUs: depth 20; fewer: the same, longer; none: a miniature
-#   DEPTH=26 WANDB_RUN=d26 bash speedrun.sh              # a larger model, logged to wandb
+#   bash speedrun.sh --dry-run                           # what it takes on GPUs: tokens, disk, memory, hours, dollars
+#   DEPTH=22 WANDB_RUN=d22 bash speedrun.sh              # a larger model, logged to wandb
+#   bash runs/d26.sh                                     # runs/: recipes for other budgets, with the same options
 #
 # Safe to run again: finished stages are kept, an interrupted one goes on from its last checkpoint. To start anew, move
 # the work folder away or set NANOCHAT_BASE_DIR. May be set beforehand:
 #   NANOCHAT_BASE_DIR  work folder (default: ~/.cache/nanochat)
 #   DATASET            hub repository, local folder, or "local" for the documentation texts found on this machine
-#   DEPTH NPROC        layers of the model; processes, one per GPU
+#   DEPTH NPROC        layers of the model; processes, one per GPU (a dry run without GPUs reckons with 8)
+#   GPU                a dry run's kind of GPU (default: this machine's, or H100)
 #   VOCAB_SIZE         tokens of the vocabulary
-#   MINUTES NUM_STEPS  horizon of pretraining (default: GPUs 10 tokens per parameter, a CPU 6 minutes)
+#   NUM_STEPS          steps of every training stage, to try it out; or the horizon of pretraining alone:
+#   TOKEN_RATIO        training tokens per parameter (default on GPUs: see scripts.base_train --help)
+#   MINUTES            minutes of pretraining, without a GPU only (default: 6)
+#   PRETRAIN_FLAGS     further flags of scripts.base_train, which win over those here
 #   SAVE_EVERY         steps between checkpoints
 #   CHAT               1: mid-training, finetuning and chat evaluation too, whose data come from the hub; 0: not
 #                      (default: 1 with a GPU)
+#   RL                 1: reinforcement learning on GSM8K after that (default: 0)
 #   WANDB_RUN          name of the run on wandb (default: no wandb)
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")"
+
+dry_run=0
+for argument in "$@"; do
+    case "$argument" in
+    --dry-run) dry_run=1 ;;
+    -h | --help)
+        sed -n '2,/^[^#]/ s/^# \{0,1\}//p' speedrun.sh
+        exit
+        ;;
+    *)
+        echo "unknown argument $argument: there are --dry-run and --help, the rest is set by variables (see --help)" >&2
+        exit 2
+        ;;
+    esac
+done
+
 source runs/setup.sh
 
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 export PYTHONUNBUFFERED=1
-mkdir -p "$NANOCHAT_BASE_DIR/speedrun"
 
 # Runs a stage, `stage NAME COMMAND...`, unless it was finished with the same command before.
 stage() {
@@ -54,39 +76,56 @@ train() {
     fi
 }
 
+# --- sizes ---
 num_gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
-if [ "$num_gpus" -gt 0 ]; then
-    NPROC="${NPROC:-$num_gpus}"
+read -ra pretrain_flags <<<"${PRETRAIN_FLAGS:-}"
+horizon=()
+if [ -n "${NUM_STEPS:-}" ]; then
+    horizon=(--num-steps "$NUM_STEPS")
+elif [ -n "${TOKEN_RATIO:-}" ]; then
+    horizon=(--token-ratio "$TOKEN_RATIO")
+fi
+if [ "$num_gpus" -gt 0 ] || [ "$dry_run" = 1 ]; then
+    NPROC="${NPROC:-$((num_gpus > 0 ? num_gpus : 8))}"
     DATASET="${DATASET:-karpathy/climbmix-400b-shuffle}"
     DEPTH="${DEPTH:-20}"
     VOCAB_SIZE="${VOCAB_SIZE:-32768}"
-    size=(--save-every "${SAVE_EVERY:-1000}")
+    size=()
+    SAVE_EVERY="${SAVE_EVERY:-1000}"
     core=()
     CHAT="${CHAT:-1}"
     # the shards that the model will read, from the arithmetic that also plans its training
-    dry_run=(python -m scripts.base_train --dry-run --depth "$DEPTH" --vocab-size "$VOCAB_SIZE" --num-gpus "$NPROC")
-    plan="$("${dry_run[@]}")"
-    echo "$plan"
+    plan="$(python -m scripts.base_train --dry-run --depth "$DEPTH" --vocab-size "$VOCAB_SIZE" --num-gpus "$NPROC" \
+        ${GPU:+--gpu "$GPU"} ${horizon[@]+"${horizon[@]}"} ${pretrain_flags[@]+"${pretrain_flags[@]}"})"
+    echo "${plan%$'\n'*}"
+    if [ "$dry_run" = 1 ]; then exit; fi
     num_shards="$(tail -n 1 <<<"$plan" | python -c 'import json, sys; print(json.load(sys.stdin)["num_shards"])')"
+elif [ -n "${RECIPE:-}" ]; then
+    echo "$RECIPE needs GPUs, and this machine has none; --dry-run says what it takes" >&2
+    exit 2
 else
     NPROC="${NPROC:-1}"
     DATASET="${DATASET:-local}"
     DEPTH="${DEPTH:-4}"
     VOCAB_SIZE="${VOCAB_SIZE:-4096}" # a larger head would be most of so small a model
-    size=(--sequence-len 256 --head-dim 64 --eval-every 100 --save-every "${SAVE_EVERY:-100}")
-    if [ -z "${NUM_STEPS:-}" ]; then size+=(--minutes "${MINUTES:-6}"); fi
+    size=(--sequence-len 256 --head-dim 64 --eval-every 100)
+    SAVE_EVERY="${SAVE_EVERY:-100}"
+    if [ "${#horizon[@]}" -eq 0 ]; then horizon=(--minutes "${MINUTES:-6}"); fi
     core=(--max-per-task 20)
     CHAT="${CHAT:-0}"
     num_shards=8
 fi
 chat_size=()
 chat_problems=()
+rl_size=()
 if [ -n "${NUM_STEPS:-}" ]; then
-    size+=(--num-steps "$NUM_STEPS")
     chat_size=(--num-steps "$NUM_STEPS" --max-conversations 200 --eval-tokens 4096)
     chat_problems=(--max-problems "$NUM_STEPS" --max-tokens 32)
+    rl_size=(--num-steps "$NUM_STEPS" --questions-per-step 2 --num-samples 2 --max-tokens 32 --eval-questions 2)
 fi
 tokenizer_shards=$((num_shards < 8 ? num_shards : 8)) # 2 billion characters, what tok_train reads
+
+mkdir -p "$NANOCHAT_BASE_DIR/speedrun"
 
 # --- report: notes the machine and the time ---
 stage report_reset python -m nanochat.report reset
@@ -106,27 +145,36 @@ if [ -n "$download" ]; then wait "$download"; fi
 
 # --- pretraining: an hour for depth 20 on 8 H100 by the dry run's estimate, 6 minutes for the miniature ---
 tag="d$DEPTH"
-stage base_train train scripts.base_train --data "$DATASET" --depth "$DEPTH" "${size[@]}" --run "${WANDB_RUN:-}" --resume
+stage base_train train scripts.base_train --data "$DATASET" --depth "$DEPTH" ${size[@]+"${size[@]}"} \
+    ${horizon[@]+"${horizon[@]}"} --save-every "$SAVE_EVERY" --run "${WANDB_RUN:-}" --resume \
+    ${pretrain_flags[@]+"${pretrain_flags[@]}"}
 
 # --- evaluation of the base model: bits per byte, samples, CORE; minutes ---
 stage base_loss train scripts.base_loss --model-tag "$tag"
 optional_stage base_eval train scripts.base_eval --model-tag "$tag" ${core[@]+"${core[@]}"}
 
-# --- chat: conversations, finetuning, six tasks; not yet timed on GPUs, 1 GB of data ---
+# --- chat: conversations, finetuning, six tasks, reinforcement learning; not yet timed on GPUs, 1 GB of data ---
 chat() {
-    local common=(--model-tag "$tag" --run "${WANDB_RUN:-}" --resume ${chat_size[@]+"${chat_size[@]}"})
-    stage mid_train train scripts.mid_train "${common[@]}" || return
-    stage chat_sft train scripts.chat_sft "${common[@]}" ${NUM_STEPS:+--chat-every 0} || return
+    local common=(--model-tag "$tag" --run "${WANDB_RUN:-}" --resume)
+    stage mid_train train scripts.mid_train "${common[@]}" ${chat_size[@]+"${chat_size[@]}"} || return
+    stage chat_sft train scripts.chat_sft "${common[@]}" ${chat_size[@]+"${chat_size[@]}"} \
+        ${NUM_STEPS:+--chat-every 0} || return
     if ! python -c 'import sys; from nanochat.execution import isolation; sys.exit(isolation().method == "none")'; then
         echo "this system cannot isolate the code that HumanEval runs: it is left out"
         chat_problems+=(--tasks "ARC-Easy|ARC-Challenge|MMLU|GSM8K|SpellingBee")
     fi
-    stage chat_eval train scripts.chat_eval -i sft --model-tag "$tag" --resume ${chat_problems[@]+"${chat_problems[@]}"}
+    local evaluation=(--model-tag "$tag" --resume ${chat_problems[@]+"${chat_problems[@]}"})
+    stage chat_eval train scripts.chat_eval -i sft "${evaluation[@]}" || return
+    if [ "${RL:-0}" = 1 ]; then
+        stage chat_rl train scripts.chat_rl "${common[@]}" ${rl_size[@]+"${rl_size[@]}"} || return
+        stage rl_eval train scripts.chat_eval -i rl "${evaluation[@]}" --tasks GSM8K || return
+    fi
 }
 source="base"
 if [ "$CHAT" = 1 ]; then
     chat || [ "$?" -eq 2 ] # without the data, the base model remains
     if [ -d "$NANOCHAT_BASE_DIR/sft_checkpoints/$tag" ]; then source="sft"; fi
+    if [ "${RL:-0}" = 1 ] && [ -d "$NANOCHAT_BASE_DIR/rl_checkpoints/$tag" ]; then source="rl"; fi
 fi
 
 python -m nanochat.report generate
