@@ -25,6 +25,7 @@ from nanochat.tokenizer import Tokenizer
 INTERRUPTED = "interrupted"  # how an answer ended, beside the engine's "stop" and "length"
 REPLY_FRAC = 0.25  # at most this share of the context is kept free for a reply; older turns go first
 HISTORY_LINES = 1000
+INTERRUPT_POLL_SECONDS = 0.05  # how often the prompt looks whether Ctrl-C was pressed
 PROMPT, CONTINUATION_PROMPT = "> ", ". "
 DIM, CYAN, RED, PLAIN = "\x1b[2m", "\x1b[36m", "\x1b[31m", "\x1b[0m"
 
@@ -134,9 +135,10 @@ class LineReader:
 
         Raises `EOFError` at the end of input and `KeyboardInterrupt` on Ctrl-C.
         """
-        text = input(PROMPT)
-        while text.endswith("\\"):
-            text = text[:-1] + "\n" + input(CONTINUATION_PROMPT)
+        with polled_interrupt():
+            text = input(PROMPT)
+            while text.endswith("\\"):
+                text = text[:-1] + "\n" + input(CONTINUATION_PROMPT)
         return text
 
     def close(self) -> None:
@@ -197,6 +199,36 @@ def held_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def polled_interrupt() -> Iterator[None]:
+    """Inside, Ctrl-C raises `KeyboardInterrupt` within `INTERRUPT_POLL_SECONDS`. Main thread only.
+
+    `input` alone misses some: it looks for signals only when one cuts its wait short, so a Ctrl-C just before the wait
+    stays unseen until the next (https://github.com/python/cpython/issues/112585). Hence an alarm. Only the alarm
+    raises: where Ctrl-C did, the alarm's handler, due at the same time, could make a `SystemError` of it
+    (https://github.com/python/cpython/issues/134644). Without alarms (Windows) Ctrl-C is what `input` makes of it.
+    """
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    with held_interrupt() as is_interrupted:
+
+        def look(signum: int, frame: Any) -> None:
+            if is_interrupted():
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, INTERRUPT_POLL_SECONDS, INTERRUPT_POLL_SECONDS)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        if is_interrupted():
+            raise KeyboardInterrupt
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -40,6 +41,25 @@ CONVERSATION = {
 }
 TIMEOUT_SECONDS = 120  # a start takes 5 seconds on an idle machine, many times that on a crowded one
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
+# Runs a command on a terminal that controls it, so that Ctrl-C reaches it. A program and not `preexec_fn`, which is not
+# safe in a process with threads, as this one is.
+ON_OWN_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+# Another thread takes the signal, so the wait for a line goes on: as with a Ctrl-C that comes just before the wait.
+UNSEEN_CTRL_C = """
+import signal, threading
+from pathlib import Path
+from nanochat.terminal import LineReader
+reader = LineReader(Path("no history"), [])
+try:
+    threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+    reader.read()
+except KeyboardInterrupt:
+    print("line given up")
+"""
 
 
 def train_on(model: GPT, tokenizer, conversation: dict, num_steps: int = 80) -> None:
@@ -89,7 +109,6 @@ def command(base, base_folder, monkeypatch):
 
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     return build
 
@@ -99,8 +118,9 @@ class Terminal:
 
     def __init__(self, command: list[str]):
         self._descriptor, child = pty.openpty()
+        command = [sys.executable, "-c", ON_OWN_TERMINAL, *command]
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=child, stdout=child, stderr=child, start_new_session=True, preexec_fn=_own_terminal
+            command, cwd=ROOT, stdin=child, stdout=child, stderr=child, start_new_session=True
         )
         os.close(child)
         self.raw = b""
@@ -112,51 +132,82 @@ class Terminal:
     def expect(self, text: str) -> None:
         """Wait for `text` after what was awaited before."""
         while (at := self.text.find(text, self._seen)) < 0:
-            self._read(repr(text))
+            if not self._read(TIMEOUT_SECONDS):
+                self._fail(repr(text))
         self._seen = at + len(text)
 
     def expect_more(self, num_characters: int) -> None:
         """Wait for that many characters of any kind."""
         while len(self.text) < self._seen + num_characters:
-            self._read(f"{num_characters} characters")
+            if not self._read(TIMEOUT_SECONDS):
+                self._fail(f"{num_characters} characters")
         self._seen += num_characters
 
-    def _read(self, wanted: str) -> None:
-        ready, _, _ = select.select([self._descriptor], [], [], TIMEOUT_SECONDS)
-        assert ready, f"no {wanted} in {self.text[self._seen :]!r}"
+    def _read(self, timeout: float) -> bool:
+        """Take what the program writes next; False when that is nothing for `timeout` seconds, or its end is closed."""
+        if not select.select([self._descriptor], [], [], timeout)[0]:
+            return False
         try:
-            self.raw += os.read(self._descriptor, 65536)
-        except OSError:  # the other end is closed
-            pytest.fail(f"ended without {wanted}: {self.text[self._seen :]!r}")
+            data = os.read(self._descriptor, 65536)
+        except OSError:  # how Linux says that the other end is closed
+            return False
+        self.raw += data
+        return bool(data)
+
+    def _fail(self, wanted: str) -> None:
+        """Fail with what is known of the program; one that still runs is ended and writes where it stood."""
+        unseen = self.text[self._seen :]
+        try:
+            state = f"it ended with status {self.process.wait(2)}"
+        except subprocess.TimeoutExpired:
+            state = "it ran, and stood where its last lines say"
+            self.process.send_signal(signal.SIGABRT)  # answered by faulthandler
+            while self._read(2):
+                pass
+        pytest.fail(f"no {wanted} in {unseen!r}; {state}. All it wrote:\n{self.text}")
 
     @property
     def text(self) -> str:
         text = self.raw.decode("utf-8", errors="ignore")
         return re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", text).replace("\r\n", "\n")
 
-    def close(self) -> int:
+    def wait(self) -> int:
         """Wait for the end; the exit status."""
+        while self._read(TIMEOUT_SECONDS):
+            pass
         try:
             return self.process.wait(TIMEOUT_SECONDS)
-        finally:
-            self.process.kill()
-            os.close(self._descriptor)
+        except subprocess.TimeoutExpired:
+            self._fail("end")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._descriptor)
 
 
-def _own_terminal() -> None:
-    """Make standard input the terminal that controls this process, so that Ctrl-C there reaches it."""
-    import fcntl
-    import termios
+@pytest.fixture
+def open_terminal(monkeypatch):
+    """Opens terminals, and ends what still runs on them."""
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    opened = []
 
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    def start(command: list[str]) -> Terminal:
+        opened.append(Terminal(command))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        each.close()
 
 
 def run_piped(command: list[str], text: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, input=text.encode(), capture_output=True, timeout=TIMEOUT_SECONDS)
 
 
-def test_a_session_answers_in_turns_and_obeys_its_commands(command, base, tmp_path):
-    terminal = Terminal(command("parrot", "--seed", "1"))
+def test_a_session_answers_in_turns_and_obeys_its_commands(command, open_terminal, base, tmp_path):
+    terminal = open_terminal(command("parrot", "--seed", "1"))
     terminal.expect("sft parrot step 7")
     terminal.expect("context of 256 tokens, float32 on cpu")
     terminal.expect("> ")
@@ -194,15 +245,15 @@ def test_a_session_answers_in_turns_and_obeys_its_commands(command, base, tmp_pa
     terminal.expect("a new conversation")
     terminal.expect("> ")
     terminal.send(CTRL_D)
-    assert terminal.close() == 0
+    assert terminal.wait() == 0
 
     history = base / "chat_history"
     assert history.stat().st_mode & 0o777 == 0o600
     assert QUESTION in history.read_text().splitlines()
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_the_session(command, tmp_path):
-    terminal = Terminal(command("endless", "--max-tokens", "16000"))
+def test_ctrl_c_stops_the_answer_and_keeps_the_session(command, open_terminal, tmp_path):
+    terminal = open_terminal(command("endless", "--max-tokens", "16000"))
     terminal.expect("> ")
     terminal.send("river\r")
     terminal.expect("river\n")
@@ -222,7 +273,13 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(command, tmp_path):
     terminal.send("stone\r")
     terminal.expect("the answer is cut at the limit of tokens")
     terminal.send("/quit\r")
-    assert terminal.close() == 0
+    assert terminal.wait() == 0
+
+
+def test_a_ctrl_c_that_the_wait_for_a_line_does_not_see_is_obeyed(open_terminal):
+    terminal = open_terminal([sys.executable, "-c", UNSEEN_CTRL_C])
+    terminal.expect("line given up\n")
+    assert terminal.wait() == 0
 
 
 def test_a_piped_prompt_gets_the_answer_and_nothing_else(command):
