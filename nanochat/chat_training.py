@@ -56,16 +56,40 @@ class Defaults:
     eval_every: int
 
 
-def add_chat_training_flags(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
-    """The flags of every stage that trains on conversations; those that pretraining has too mean the same there."""
+def add_run_flags(parser: argparse.ArgumentParser, *, source: str) -> None:
+    """The flags of every stage that goes on from a checkpoint of `source`: runtime, model, output."""
     add_runtime_flags(parser)
     add = parser.add_argument
     # runtime
     add("--run", default="", help="name of the run on wandb (default: no wandb)")
-    add("--no-compile", action="store_true", help="run the model eagerly on a GPU too")
     add("--seed", type=int, default=42, help="of the order of conversations")
     # model
-    add_checkpoint_flags(parser, source=defaults.source)
+    add_checkpoint_flags(parser, source=source)
+    # output
+    add("--output-tag", default="", help="name of the checkpoint folder (default: that of the source)")
+    add("--save-every", type=int, default=0, help="checkpoint period in steps; the last step is always saved")
+    add("--resume", action="store_true", help="go on from the newest checkpoint of this tag, if there is one")
+
+
+def add_rate_flags(
+    parser: argparse.ArgumentParser, *, lr_mult: float, warmdown_frac: float, final_lr_frac: float
+) -> None:
+    """The flags of the optimizer's rates, and of the micro-steps, with a stage's defaults."""
+    add = parser.add_argument
+    add("--device-batch-size", type=int, default=0, help="rows per micro-step on each device (default: what fits)")
+    add("--lr-mult", type=float, default=lr_mult, help="multiplies every learning rate")
+    add("--weight-decay", type=float, default=0.0, help="of the matrices")
+    add("--warmup-steps", type=int, default=40, help="steps of linear warm-up, at most 5 %% of all")
+    add("--warmdown-frac", type=float, default=warmdown_frac, help="share of the steps over which rates fall")
+    add("--final-lr-frac", type=float, default=final_lr_frac, help="share of the rates left at the end")
+
+
+def add_chat_training_flags(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
+    """The flags of the stages that train on given conversations; those that pretraining has too mean the same there."""
+    add_run_flags(parser, source=defaults.source)
+    add = parser.add_argument
+    # runtime
+    add("--no-compile", action="store_true", help="run the model eagerly on a GPU too")
     # data
     add(
         "--data", nargs="+", default=["mixture"], metavar="FILE",
@@ -81,19 +105,12 @@ def add_chat_training_flags(parser: argparse.ArgumentParser, defaults: Defaults)
         "--total-batch-size", type=int, default=0,
         help=f"tokens per optimizer step (default: {batch}, less for few conversations)",
     )  # fmt: skip
-    add("--device-batch-size", type=int, default=0, help="rows per micro-step on each device (default: what fits)")
-    add("--lr-mult", type=float, default=defaults.lr_mult, help="multiplies every learning rate")
-    add("--weight-decay", type=float, default=0.0, help="of the matrices")
-    add("--warmup-steps", type=int, default=40, help="steps of linear warm-up, at most 5 %% of all")
-    add("--warmdown-frac", type=float, default=defaults.warmdown_frac, help="share of the steps over which rates fall")
-    add("--final-lr-frac", type=float, default=defaults.final_lr_frac, help="share of the rates left at the end")
+    add_rate_flags(
+        parser, lr_mult=defaults.lr_mult, warmdown_frac=defaults.warmdown_frac, final_lr_frac=defaults.final_lr_frac
+    )
     # evaluation, in steps; 0 is off
     add("--eval-every", type=int, default=defaults.eval_every, help="bits per byte on held-out conversations")
     add("--eval-tokens", type=int, help="validation tokens, 0 for all (default: what suits the device)")
-    # output
-    add("--output-tag", default="", help="name of the checkpoint folder (default: that of the source)")
-    add("--save-every", type=int, default=0, help="checkpoint period in steps; the last step is always saved")
-    add("--resume", action="store_true", help="go on from the newest checkpoint of this tag, if there is one")
 
 
 def check_chat_args(args: argparse.Namespace, *, zero_or_more: Collection[str] = ()) -> None:
@@ -144,9 +161,12 @@ class Start:
     resumed: Resumable | None
 
 
-def load_start(stage: str, args: argparse.Namespace, free_on_resume: Collection[str]) -> Start:
+def load_start(
+    stage: str, args: argparse.Namespace, *, free_on_resume: Collection[str], compile_trunk: bool = False
+) -> Start:
     """Set up this process, and load the checkpoint that `args` lead to: the last of the stage's own run with
-    `--resume`, else that of the source. Flags but `free_on_resume` must be those of the run that is resumed."""
+    `--resume`, else that of the source. Flags but `free_on_resume` must be those of the run that is resumed.
+    `compile_trunk` is for a GPU, where all micro-steps have one shape."""
     source = None if args.output_tag or args.model_tag else find_checkpoint(args.source, step=args.step)
     folder = run_dir(stage, args.output_tag or args.model_tag or source.parent.name)
     resumed = resumable(folder, args, free_on_resume)
@@ -158,7 +178,7 @@ def load_start(stage: str, args: argparse.Namespace, free_on_resume: Collection[
         start = from_rank0(start)  # a new one may appear meanwhile
         meta = read_meta(start)
     model, tokenizer = load_weights(start, meta, runtime), load_tokenizer(start, meta)
-    if runtime.is_cuda and not args.no_compile:
+    if runtime.is_cuda and compile_trunk:
         model.compile_trunk()
     dtype_name = str(runtime.dtype).removeprefix("torch.")
     print0(
@@ -183,7 +203,9 @@ def start_run(
     the user can put right: no source, flags of another run, conversations that do not fit.
     """
     # runtime, model and tokenizer
-    start = load_start(stage, args, FREE_ON_RESUME | set(free_on_resume))
+    start = load_start(
+        stage, args, free_on_resume=FREE_ON_RESUME | set(free_on_resume), compile_trunk=not args.no_compile
+    )
     runtime, model, tokenizer = start.runtime, start.model, start.tokenizer
 
     # conversations

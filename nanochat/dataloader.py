@@ -60,12 +60,14 @@ class Place(NamedTuple):
 @dataclass(frozen=True)
 class Batch:
     """idx, targets: (B, T) int64 on the device, `IGNORE_INDEX` where a row is padded; `num_targets` is the number of
-    targets that count; `epoch` is the pass over the documents that its last row was read in, from 0."""
+    targets that count; `epoch` is the pass over the documents that its last row was read in, from 0. `weights`, (B,)
+    float32, multiply the loss of each row's targets; None is 1 everywhere."""
 
     idx: Tensor
     targets: Tensor
     num_targets: int
     epoch: int
+    weights: Tensor | None = None
 
 
 class Packer:

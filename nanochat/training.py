@@ -26,6 +26,7 @@ from nanochat.checkpoint import Resumable, load_rank_states, save_checkpoint
 from nanochat.common import Runtime, UserError, disk_errors, print0, write_atomic
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
+from nanochat.loss import IGNORE_INDEX, softcap_cross_entropy
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.recipe import MATRIX_LR, Plan
 from nanochat.report import append_record
@@ -62,9 +63,10 @@ def accumulate_gradients(
 ) -> Tensor:
     """Forward and backward over one step's micro-batches; gradients add up in the parameters.
 
-    The loss is the mean over the supervised tokens of the whole step, on all ranks together, however they are split;
-    summed over ranks, the gradients are its gradients, times `loss_scale`. Returns that loss, a 0-d float32 tensor
-    on the device, without waiting for it.
+    The loss is the mean over the supervised tokens of the whole step, on all ranks together, however they are split,
+    each times the weight of its row where batches have weights, which do not enter the divisor; summed over ranks, the
+    gradients are its gradients, times `loss_scale`. Returns that loss, a 0-d float32 tensor on the device, without
+    waiting for it.
     """
     step_batches = list(islice(batches, num_micro_steps))
     count = torch.full((), float(sum(batch.num_targets for batch in step_batches)), device=device)
@@ -73,11 +75,38 @@ def accumulate_gradients(
     divisor = count.clamp(min=1.0)
     total = torch.zeros((), device=device)
     for batch in step_batches:
-        loss = model(batch.idx, batch.targets, reduction="sum") / divisor
-        (loss * loss_scale).backward()
-        total += loss.detach()
+        if batch.weights is None:
+            loss = model(batch.idx, batch.targets, reduction="sum") / divisor
+            (loss * loss_scale).backward()
+            total += loss.detach()
+        else:
+            total += _backward_weighted(model, batch, loss_scale / divisor) / divisor
     if world_size > 1:
         dist.all_reduce(total)
+    return total
+
+
+def _backward_weighted(model: GPT, batch: Batch, scale: Tensor) -> Tensor:
+    """Backward of the summed loss of `batch`, each row's times its weight, times `scale`; returns the sum, 0-d float32.
+
+    Rows go through the head one by one, as it keeps a gradient of the size of the vocabulary for each, and only where
+    they have targets: a prompt costs no product with the vocabulary.
+    """
+    hidden = model.hidden(batch.idx)
+    head = model.lm_head.weight[: model.config.vocab_size]
+    total = torch.zeros((), device=hidden.device)
+    gradients = []
+    for row, targets, weight in zip(hidden.detach(), batch.targets, batch.weights, strict=True):
+        row = row.requires_grad_()
+        counts = targets != IGNORE_INDEX
+        losses = softcap_cross_entropy(
+            row[counts], head, targets[counts], softcap=model.config.softcap, reduction="sum"
+        )
+        loss = losses * weight
+        (loss * scale).backward()
+        total += loss.detach()
+        gradients.append(row.grad)
+    hidden.backward(torch.stack(gradients))
     return total
 
 
@@ -541,23 +570,28 @@ class TrainingRun:
         print0(f"step {step:>5} | saved {folder.name}")
 
     def take_step(self, step: int) -> None:
-        """One optimizer step, at the rates of the schedule, and its line in the log."""
+        """One optimizer step on the next batches of the loader, and its line in the log."""
         self.log.start()
+        loss_t = self.update(step, self.loader, self.num_micro_steps)
+        self.log.end(step + 1, loss_t, lr_mult=self.rates(step))
+
+    def update(self, step: int, batches: Iterator[Batch], num_micro_steps: int) -> Tensor:
+        """One optimizer step, at the rates of the schedule, on so many of `batches`; its loss, 0-d on the device."""
         lr_mult = self.rates(step)
         momentum = schedule.muon_momentum(step, self.rates)
         decay_mult = schedule.decay_mult(step, self.plan.num_steps)
         apply_schedule(self.optimizer, lr_mult=lr_mult, momentum=momentum, decay_mult=decay_mult)
         loss_t = accumulate_gradients(
-            self.model, self.loader, self.num_micro_steps, device=self.runtime.device,
+            self.model, batches, num_micro_steps, device=self.runtime.device,
             world_size=self.runtime.world_size, loss_scale=self.scaler.scale,
         )  # fmt: skip
         if self.scaler.unscale_(self.optimizer):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.log.end(step + 1, loss_t, lr_mult=lr_mult)
+        return loss_t
 
-    def finish(self, stage: str) -> None:
-        """End the metrics, and add the stage's record to the report."""
+    def finish(self, stage: str, **own: float | None) -> None:
+        """End the metrics, and add the stage's record to the report; `own` results replace those of that name."""
         self.metrics.finish()
         plan, stats, runtime = self.plan, self.stats, self.runtime
         results = self.results | {
@@ -565,7 +599,7 @@ class TrainingRun:
             "num_steps": plan.num_steps, "train_tokens": plan.train_tokens,
             "train_flops": plan.train_tokens * self.model.flops_per_token(),
             "tokens_per_second": stats.tokens_per_second, "mfu": stats.mfu, "train_seconds": stats.seconds,
-            "peak_memory_bytes": peak_memory_bytes(runtime),
+            "peak_memory_bytes": peak_memory_bytes(runtime), **own,
         }  # fmt: skip
         samples = results.pop("samples", None)
         if runtime.is_main:

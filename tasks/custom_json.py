@@ -7,6 +7,9 @@ Each line is `{"messages": [...]}` or just the list of messages, in the format o
         {"type": "python_output", "text": "5"}, {"type": "text", "text": "That is 5."}]}]           (in one line)
 
 Every line is checked before the first conversation is given out. Blank lines are skipped.
+
+For reinforcement learning the last answer of each is the reference, and the reward 1 for an answer that agrees with it:
+where the reference ends with a line `#### 42`, by value in that form, else by text, letter case and spacing aside.
 """
 
 import json
@@ -14,9 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nanochat.chat import check_conversation
+from nanochat.chat import check_conversation, visible_text
 from nanochat.common import UserError
-from tasks.common import Conversation, Task
+from tasks.common import Completion, Conversation, Task, marked_number
 
 
 class CustomJSON(Task):
@@ -24,6 +27,8 @@ class CustomJSON(Task):
 
     Raises then `UserError`, with file and line, for what is not a conversation with an answer.
     """
+
+    has_reward = True
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
@@ -40,6 +45,13 @@ class CustomJSON(Task):
 
     def conversation(self, index: int) -> Conversation:
         return {"messages": _messages(json.loads(self._lines[index]))}
+
+    def reward(self, conversation: Conversation, completion: Completion) -> float:
+        said, reference = visible_text(completion), visible_text(conversation["messages"][-1]["content"])
+        number = marked_number(reference)
+        if number is not None:
+            return float(marked_number(said) == number)
+        return float(said.casefold().split() == reference.casefold().split())
 
 
 def read_conversation_lines(path: Path) -> list[str]:

@@ -1,0 +1,297 @@
+"""Policy gradients: advantages, gradients however a step is split, skipped groups, tool tokens, pass@k."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from conftest import fill_randomly
+from ranks import run_ranks
+
+from nanochat import rl
+from nanochat.chat import render_for_completion
+from nanochat.common import UserError
+from nanochat.engine import Engine
+from nanochat.gpt import GPTConfig, build_model
+from nanochat.loss import IGNORE_INDEX
+from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.sampling import Sampling
+from nanochat.tokenizer import Tokenizer
+from nanochat.training import accumulate_gradients
+from tasks.common import Task, TaskMixture
+
+CPU = torch.device("cpu")
+T = 48
+
+
+class FirstToken(Task):
+    """Pays for replies that begin with a token of the first half of the vocabulary."""
+
+    name, kind, has_reward = "FirstToken", "generative", True
+
+    def __init__(self, tokenizer, size=40):
+        self.tokenizer, self.size = tokenizer, size
+
+    def __len__(self):
+        return self.size
+
+    def conversation(self, index):
+        content = f"river stone {index}"
+        return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "seven"}]}
+
+    def reward(self, conversation, completion):
+        ids = self.tokenizer.encode("".join(part["text"] for part in completion))
+        return float(bool(ids) and ids[0] < self.tokenizer.vocab_size // 2)
+
+
+class NotFinite(FirstToken):
+    name = "NotFinite"
+
+    def reward(self, conversation, completion):
+        return math.nan
+
+
+def make_model(tokenizer):
+    config = GPTConfig.from_depth(2, vocab_size=tokenizer.vocab_size, sequence_len=T, head_dim=32)
+    model = build_model(config, generator=torch.Generator().manual_seed(0))
+    fill_randomly(model)
+    return model
+
+
+def make_rollouts(vocab_size: int, num_groups: int = 6, num_samples: int = 4) -> list[list[rl.Rollout]]:
+    """Groups with random tokens, lengths, tool answers and rewards."""
+    rng, groups = random.Random(0), []
+    for _ in range(num_groups):
+        prompt = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 9))]
+        rewards = [float(rng.random() < 0.5) for _ in range(num_samples)]
+        rewards[0], rewards[1] = 0.0, 1.0
+        group = []
+        for reward, advantage in zip(rewards, rl.advantages(rewards), strict=True):
+            length = rng.randint(1, 20)
+            reply = [rng.randrange(vocab_size) for _ in range(length)]
+            is_sampled = [rng.random() < 0.8 for _ in range(length)]
+            group.append(rl.Rollout(prompt, reply, is_sampled, "", reward, advantage, True))
+        groups.append(group)
+    return groups
+
+
+# --- advantages and gradients --------------------------------------------------------------------
+
+
+def test_advantages_of_a_group_sum_to_zero():
+    rng = random.Random(0)
+    for size in range(1, 40):
+        values = rl.advantages([rng.random() for _ in range(size)])
+        assert abs(math.fsum(values)) < 1e-12
+    assert rl.advantages([1.0, 0.0, 0.0, 1.0]) == [0.5, -0.5, -0.5, 0.5]
+
+
+def reference_gradients(model, rollouts) -> tuple[float, dict]:
+    """Each rollout alone, through plain log probabilities."""
+    num_tokens = sum(sum(r.is_sampled) for r in rollouts)
+    total = 0.0
+    for r in rollouts:
+        tokens = torch.tensor([[*r.prompt, *r.reply]])
+        logprobs = torch.log_softmax(model(tokens[:, :-1])[0], dim=-1)
+        for place, (token, is_sampled) in enumerate(zip(r.reply, r.is_sampled, strict=True)):
+            if is_sampled:
+                total = total - r.advantage * logprobs[len(r.prompt) - 1 + place, token]
+    loss = total / num_tokens
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step_gradients(rank: int, world_size: int, folder, batch_size: int):
+    tokenizer = Tokenizer.load(folder)
+    groups = make_rollouts(tokenizer.vocab_size)[rank::world_size]
+    batches = rl.make_batches([r for group in rl.differing(groups) for r in group], batch_size)
+    model = make_model(tokenizer)
+    loss = accumulate_gradients(model, iter(batches), len(batches), device=CPU, world_size=world_size)
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def folder(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 1), (1, 2), (1, 4), (1, 100), (2, 1), (2, 2), (2, 4)])
+def test_the_gradient_is_that_of_each_reply_alone_however_a_step_is_split(
+    tokenizer, folder, tmp_path, world_size, batch_size
+):
+    rollouts = [r for group in make_rollouts(tokenizer.vocab_size) for r in group]
+    loss, expected = reference_gradients(make_model(tokenizer), rollouts)
+    if world_size == 1:
+        ranks = [step_gradients(0, 1, folder, batch_size)]
+    else:
+        ranks = run_ranks(step_gradients, world_size, tmp_path / "ranks", folder, batch_size)
+    for rank_loss, _ in ranks:
+        assert rank_loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
+    for name, gradient in expected.items():
+        total = sum(gradients[name] for _, gradients in ranks)
+        torch.testing.assert_close(total, gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item() + 1e-8)
+
+
+def test_a_rank_without_replies_has_gradients_of_zero(tokenizer):
+    (batch,) = rl.make_batches([], 4)
+    model = make_model(tokenizer)
+    assert accumulate_gradients(model, iter([batch]), 1, device=CPU).item() == 0
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_targets_are_the_sampled_tokens_only():
+    rollout = rl.Rollout([7, 8], [1, 2, 3, 4], [True, False, False, True], "", 1.0, 0.5, True)
+    longer = rl.Rollout([7, 8, 9], [1, 2, 3, 4, 5], [True] * 5, "", 0.0, -0.5, True)
+    (batch,) = rl.make_batches([rollout, longer], 2)
+    ignored = IGNORE_INDEX
+    assert batch.idx.tolist() == [[7, 8, 9, 1, 2, 3, 4], [7, 8, 1, 2, 3, 0, 0]]
+    assert batch.targets.tolist() == [
+        [ignored, ignored, 1, 2, 3, 4, 5],
+        [ignored, 1, ignored, ignored, 4, ignored, ignored],
+    ]
+    assert batch.weights.tolist() == [-0.5, 0.5]
+    assert batch.num_targets == 7
+
+
+def test_groups_of_equal_rewards_are_left_out(tokenizer):
+    groups = make_rollouts(tokenizer.vocab_size)
+    same = [rl.Rollout([1], [2], [True], "", 1.0, 0.0, True)] * 3
+    assert rl.differing([same, *groups, same]) == groups
+
+
+# --- rollouts ------------------------------------------------------------------------------------
+
+
+def questions_of(tokenizer, **options) -> rl.Questions:
+    return rl.Questions(TaskMixture([FirstToken(tokenizer)]), tokenizer, T - 8, **options)
+
+
+def test_rollouts_are_what_the_engine_samples_with_the_end_added(tokenizer):
+    model = make_model(tokenizer)
+    engine = Engine(model, tokenizer, max_rows=8)
+    asked = questions_of(tokenizer).take(0, 5)
+    groups = rl.roll_out(engine, asked, Sampling(max_tokens=12), num_samples=4, seed="s")
+    end = tokenizer.special_ids["<|assistant_end|>"]
+    assert [len(group) for group in groups] == [4] * 5
+    for question, group in zip(asked, groups, strict=True):
+        assert abs(sum(r.advantage for r in group)) < 1e-9
+        for r in group:
+            assert r.prompt == question.prompt
+            assert len(r.reply) == len(r.is_sampled)
+            assert (r.reply[-1] == end) == r.is_whole
+    again = rl.roll_out(engine, asked[3:], Sampling(max_tokens=12), num_samples=4, seed="s")
+    assert [r.reply for group in again for r in group] == [r.reply for group in groups[3:] for r in group]
+    other = rl.roll_out(engine, asked, Sampling(max_tokens=12), num_samples=4, seed="t")
+    assert [r.reply for group in other for r in group] != [r.reply for group in groups for r in group]
+
+
+def test_tool_answers_are_not_sampled(tokenizer):
+    special, model = tokenizer.special_ids, make_model(tokenizer)
+    names = ("<|python_start|>", "<|python_end|>")
+    with torch.no_grad():
+        model.lm_head.weight[[special[name] for name in names]] *= 10  # calls are likely
+    engine = Engine(model, tokenizer, max_rows=32)
+    groups = rl.roll_out(
+        engine, questions_of(tokenizer).take(0, 4), Sampling(max_tokens=20), num_samples=32, seed="calls"
+    )
+    num_forced = 0
+    for r in (r for group in groups for r in group):
+        inside = False
+        for token, is_sampled in zip(r.reply, r.is_sampled, strict=True):
+            inside = inside or token == special["<|output_start|>"]
+            assert is_sampled != inside
+            num_forced += inside
+            inside = inside and token != special["<|output_end|>"]
+    assert num_forced > 20
+
+
+def test_a_reward_that_is_no_number_is_an_error_that_names_the_task(tokenizer):
+    task = NotFinite(tokenizer)
+    asked = rl.Questions(TaskMixture([task]), tokenizer, T - 8).take(0, 1)
+    with pytest.raises(UserError, match="NotFinite gave the reward nan"):
+        rl.roll_out(Engine(make_model(tokenizer), tokenizer), asked, Sampling(max_tokens=2), num_samples=2, seed="")
+
+
+# --- questions -----------------------------------------------------------------------------------
+
+
+def test_every_question_is_asked_once_an_epoch_by_one_rank(tokenizer):
+    one = questions_of(tokenizer, seed=3)
+    numbers = [q.conversation["messages"][0]["content"] for q in one.take(0, 80)]
+    assert len(set(numbers[:40])) == len(set(numbers[40:])) == 40
+    assert numbers[:40] != numbers[40:]
+    parts = [questions_of(tokenizer, seed=3).take(32, 16, rank=rank, world_size=3) for rank in range(3)]
+    merged = sorted((q.index, q.conversation["messages"][0]["content"]) for part in parts for q in part)
+    assert merged == [(i, numbers[i]) for i in range(32, 48)]
+
+
+def test_what_is_too_long_is_left_out_and_none_left_is_an_error(tokenizer):
+    task = FirstToken(tokenizer)
+    lengths = [
+        len(render_for_completion(tokenizer, {"messages": task[i]["messages"][:-1]}).ids) for i in range(len(task))
+    ]
+    longest = sorted(lengths)[10]
+    questions = rl.Questions(TaskMixture([task]), tokenizer, longest)
+    assert len(questions) == sum(length <= longest for length in lengths)
+    assert questions.num_left_out == 40 - len(questions)
+    with pytest.raises(UserError, match="none of 40 questions fits into 1 tokens"):
+        rl.Questions(TaskMixture([task]), tokenizer, 1)
+
+
+def test_a_run_with_other_questions_is_not_resumed(tokenizer):
+    one = questions_of(tokenizer)
+    one.load_state_dict([questions_of(tokenizer).state_dict()] * 2)
+    with pytest.raises(UserError, match="not those of the run being resumed"):
+        one.load_state_dict([questions_of(tokenizer, seed=1).state_dict()])
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+def test_pass_at_k_is_the_share_of_choices_with_a_right_sample():
+    for n in range(1, 7):
+        for right in range(n + 1):
+            for k in range(1, n + 1):
+                choices = list(itertools.combinations([True] * right + [False] * (n - right), k))
+                assert rl.pass_at_k(n, right, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+def test_evaluation_agrees_with_the_rollouts_it_is_made_of(tokenizer):
+    engine = Engine(make_model(tokenizer), tokenizer, max_rows=8)
+    asked = questions_of(tokenizer).take(0, 12)
+    found = rl.evaluate(engine, asked, Sampling(max_tokens=6), num_samples=4, seed="e")
+    groups = rl.roll_out(engine, asked, Sampling(max_tokens=6), num_samples=4, seed="e")
+    rewards = [[r.reward for r in group] for group in groups]
+    assert found["val_reward"] == pytest.approx(sum(map(sum, rewards)) / 48)
+    assert found["val_pass_at_1"] == pytest.approx(found["val_reward"])
+    assert found["val_pass_at_4"] == pytest.approx(sum(map(any, rewards)) / 12)
+    assert found["val_pass_at_1"] <= found["val_pass_at_2"] <= found["val_pass_at_4"]
+    means = torch.tensor(rewards).mean(dim=1)
+    assert found["val_reward_se"] == pytest.approx((means.std() / 12**0.5).item())
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+
+def test_the_reward_rises(tokenizer):
+    model = make_model(tokenizer)
+    optimizer = MuonAdamW(parameter_groups(model, matrix_lr=0.02), rank=0, world_size=1, muon_dtype=torch.float32)
+    for group in optimizer.groups:
+        group.lr = group.initial_lr * 0.5
+    engine = Engine(model, tokenizer, max_rows=32)
+    questions = questions_of(tokenizer)
+    means = []
+    for step in range(12):
+        groups = rl.roll_out(engine, questions.take(step * 8, 8), Sampling(max_tokens=2), num_samples=8, seed=f"{step}")
+        means.append(rl.step_numbers(groups)["reward"])
+        batches = rl.make_batches([r for group in rl.differing(groups) for r in group], 16)
+        accumulate_gradients(model, iter(batches), len(batches), device=CPU)
+        optimizer.step()
+        optimizer.zero_grad()
+        engine.refresh(model)
+    assert max(means[:2]) < 0.75
+    assert min(means[-3:]) > 0.9
