@@ -30,7 +30,7 @@ from tasks.spelling import OWN_WORDS, SPLITS, split_of
 
 UNSEEN = Path(__file__).with_name("small_world_unseen.json")
 LETTERS = "ABCD"
-EXAM_SIZE = 320  # questions of an exam that can be generated without end
+EXAM_SIZE = {"train": 4096, "validation": 320, "test": 320}  # questions of an exam that can be made without end
 _NUM_SKILLS = ((1, 0.4), (2, 0.3), (3, 0.2), (4, 0.1))  # subjects in one conversation, and how often
 
 
@@ -234,7 +234,7 @@ def sums(rng: random.Random, split: str) -> list[Exchange]:
             table, key = (text.MORE, "more") if sign == "+" else (text.LESS, "less")
         question = _ask(rng, rng.choice(_questions(split, table, key)), a=a, b=b, n=rng.choice(text.NAMES))
         total = a + b if sign == "+" else a - b
-        answer = _call(f"{a}{sign}{b}", after=rng.choice(text.RESULTS))
+        answer = _call(f"{a}{sign}{b}", after=text.RESULT)
         exchanges.append(Exchange(question, answer, {"number": total}))
         if not 0 <= total <= 999:
             break
@@ -245,7 +245,7 @@ def products(rng: random.Random, split: str) -> list[Exchange]:
     """A product of two small numbers, which only training has."""
     a, b = rng.randint(0, 99), rng.randint(0, 99)
     question = _ask(rng, rng.choice(text.PRODUCTS), a=a, b=b)
-    return [Exchange(question, _call(f"{a}*{b}", after=rng.choice(text.RESULTS)), {"number": a * b})]
+    return [Exchange(question, _call(f"{a}*{b}", after=text.RESULT), {"number": a * b})]
 
 
 def letters(rng: random.Random, split: str) -> list[Exchange]:
@@ -265,7 +265,7 @@ def letters(rng: random.Random, split: str) -> list[Exchange]:
     )  # fmt: skip
     count = word.count(letter)
     # double quotes: behind a single one the tokenizer cuts off an s, d, m or t as if it were a contraction
-    answer = _call(f'"{word}".count("{letter}")', after=rng.choice(text.COUNTED).format(l=letter, r="{r}"))
+    answer = _call(f'"{word}".count("{letter}")', after=text.COUNTED)
     return [Exchange(question, answer, {"number": count})]
 
 
@@ -302,38 +302,52 @@ def _draw_relation(rng: random.Random) -> str:
 
 def _fact(rng: random.Random, relation: text.Relation, x: str, question: str) -> Exchange:
     y = relation.facts[x]
-    answer = _sentence(rng.choice(relation.answers).format(x=x, y=y))
+    answer = _sentence(relation.answer.format(x=x, y=y))
     said = _plain(f"{x} {y}")
     never = sorted({other for other in relation.facts.values() if _plain(other) not in said})
     return Exchange(question, answer, {"words": [y], "never": never})
 
 
 def choices(rng: random.Random, split: str) -> list[Exchange]:
-    """Multiple choice about a fact, in the one format of multiple choice."""
-    conversation = choice_question(rng, split)
+    """Multiple choice about a fact, in the one format of multiple choice; in training often with more questions about
+    the same choices. Some of these name the choice itself: to find a word among the choices and to say the letter that
+    follows it is half of what is to be learned, and from single letters, one for each list, it was not (dev/LOG.md).
+    """
+    conversation, others = _choice_question(rng, split)
     question, answer = (message["content"] for message in conversation["messages"])
-    return [Exchange(question, answer, {"words": [answer]})]
+    exchanges = [Exchange(question, answer, {"words": [answer]})]
+    if split == "train":
+        exchanges += [Exchange(asked, letter, {"words": [letter]}) for asked, letter in others[: rng.randint(0, 3)]]
+    return exchanges
 
 
 def choice_question(rng: random.Random, split: str) -> Conversation:
-    """A multiple-choice question as a conversation, with its letters.
+    """A multiple-choice question as a conversation, with its letters."""
+    return _choice_question(rng, split)[0]
 
-    In training some name the choice itself: to find a word among the choices and to say the letter that follows it is
-    the first half of what is to be learned.
-    """
+
+def _choice_question(rng: random.Random, split: str) -> tuple[Conversation, list[tuple[str, str]]]:
+    """A multiple-choice question, and questions for its other choices with their letters."""
     name = _draw_relation(rng)
     relation = text.RELATIONS[name]
-    x = rng.choice(list(relation.facts))
-    right = relation.facts[x]
-    others = sorted(set(relation.facts.values()) - {right, x})
-    offered = [right, *rng.sample(others, min(len(others), 3))]
-    rng.shuffle(offered)
-    marks = LETTERS[: len(offered)]
-    if split == "train" and rng.random() < 0.4:
+    subjects = list(relation.facts)
+    rng.shuffle(subjects)
+    by_answer = {relation.facts[x]: x for x in subjects}  # one subject of each answer
+    offered = rng.sample(list(by_answer), min(len(by_answer), len(LETTERS) if split != "train" else rng.randint(2, 4)))
+    marks = dict(zip(offered, LETTERS, strict=False))
+    asked = rng.sample(offered, len(offered))
+    right = asked[0]
+    if split == "train" and rng.random() < 0.3:
         question = rng.choice(text.POINTERS).format(y=right)
-        return choice_conversation(question, offered, marks, marks[offered.index(right)])
-    question = _articled(rng.choice(_questions(split, relation.questions, "relations", name)).format(x=x))
-    return choice_conversation(question, offered, marks, marks[offered.index(right)])
+    else:
+        phrasing = rng.choice(_questions(split, relation.questions, "relations", name))
+        question = _articled(phrasing.format(x=by_answer[right]))
+    others = [
+        (rng.choice(text.POINTERS).format(y=y), marks[y]) if rng.random() < 0.5
+        else (_ask(rng, rng.choice(relation.follow_ups), x=by_answer[y]), marks[y])
+        for y in asked[1:]
+    ]  # fmt: skip
+    return choice_conversation(question, offered, list(marks.values()), marks[right]), others
 
 
 def identity(rng: random.Random, split: str) -> list[Exchange]:
@@ -362,7 +376,7 @@ def outside(rng: random.Random, split: str) -> list[Exchange]:
         question = _ask(rng, rng.choice(relation.questions), x=rng.choice(text.UNKNOWN_CAPITALS))
     else:
         question = _ask_outside(rng, rng.choice(_questions(split, text.OUTSIDE, "outside_templates")))
-    return [Exchange(question, rng.choice(text.DECLINES), {"declined": True})]
+    return [Exchange(question, text.DECLINE, {"declined": True})]
 
 
 def _ask_outside(rng: random.Random, phrasing: str) -> str:
@@ -381,14 +395,14 @@ def _name(rng: random.Random) -> str:
 def memory(rng: random.Random, split: str) -> list[Exchange]:
     """Something the user says about himself, perhaps something else, and the question for it."""
     kind = rng.choice(list(text.MEMORIES))
-    statements, questions, answers = text.MEMORIES[kind]
+    statements, questions, answer = text.MEMORIES[kind]
     value = _memory_value(rng, split, kind)
-    told = rng.choice(text.REMEMBERED) if kind != "name" else f"Nice to meet you, {value}!"
+    told = text.REMEMBERED if kind != "name" else f"Nice to meet you, {value}!"
     exchanges = [Exchange(_ask(rng, rng.choice(statements), v=value), told)]
     if rng.random() < 0.5:
         exchanges += rng.choice((facts, sums, small_talk))(rng, "train")[:1]
     question = _ask(rng, rng.choice(_questions(split, questions, "memories", kind)))
-    return [*exchanges, Exchange(question, rng.choice(answers).format(v=value), {"words": [value]})]
+    return [*exchanges, Exchange(question, answer.format(v=value), {"words": [value]})]
 
 
 def _memory_value(rng: random.Random, split: str, kind: str) -> str:
@@ -404,11 +418,11 @@ def told_by_system(rng: random.Random, split: str) -> tuple[str, list[Exchange]]
     kind = rng.choice(("user", "short", "title"))
     if kind == "user":
         name = _memory_value(rng, split, "name")
-        _, questions, answers = text.MEMORIES["name"]
+        _, questions, answer = text.MEMORIES["name"]
         question = _ask(rng, rng.choice(_questions(split, questions, "memories", "name")))
-        answer = Exchange(question, rng.choice(answers).format(v=name), {"words": [name]})
+        exchange = Exchange(question, answer.format(v=name), {"words": [name]})
         before = rng.choice((facts, sums, small_talk))(rng, "train")[:1] if rng.random() < 0.3 else []
-        return rng.choice(text.SYSTEM_USER).format(v=name), [*before, answer]
+        return rng.choice(text.SYSTEM_USER).format(v=name), [*before, exchange]
     exchanges = facts(rng, split)
     if kind == "short":
         short = [e.judge["words"][0] for e in exchanges]
@@ -426,7 +440,7 @@ def told_by_system(rng: random.Random, split: str) -> tuple[str, list[Exchange]]
 
 # How often each subject is drawn; "system" opens a conversation with a system message.
 MIX: dict[str, float] = {
-    "sums": 0.13, "products": 0.02, "letters": 0.15, "spelling": 0.05, "facts": 0.22, "choices": 0.12, "identity": 0.10,
+    "sums": 0.13, "products": 0.02, "letters": 0.15, "spelling": 0.05, "facts": 0.20, "choices": 0.25, "identity": 0.09,
     "small_talk": 0.04, "outside": 0.13, "memory": 0.04,
 }  # fmt: skip
 SYSTEM_SHARE = 0.08
@@ -497,12 +511,12 @@ class Exam(Task):
     kind = "generative"
     has_reward = True
 
-    def __init__(self, subject: str, split: str, *, size: int = EXAM_SIZE) -> None:
+    def __init__(self, subject: str, split: str) -> None:
         assert subject in EXAMS, subject
         assert split in SPLITS, split
         self.subject, self.split, self.purpose = subject, split, split
         self.name = f"SmallWorld-{subject}"
-        self.size = len(_topic_questions(subject, split)) if subject in _TOPICS else size
+        self.size = len(_topic_questions(subject, split)) if subject in _TOPICS else EXAM_SIZE[split]
         if subject == "choices":
             self.kind, self.num_choices = "categorical", len(LETTERS)
             self.baseline = 1 / self.num_choices
@@ -550,8 +564,8 @@ def _outside_question(rng: random.Random, split: str, index: int) -> Exchange:
     """Each of the real questions once, then questions made of templates."""
     real = _questions(split, (), "outside")
     if index < len(real):
-        return Exchange(real[index], text.DECLINES[0], {"declined": True})
+        return Exchange(real[index], text.DECLINE, {"declined": True})
     return Exchange(
-        _ask_outside(rng, rng.choice(_questions(split, text.OUTSIDE, "outside_templates"))), text.DECLINES[0],
+        _ask_outside(rng, rng.choice(_questions(split, text.OUTSIDE, "outside_templates"))), text.DECLINE,
         {"declined": True},
     )  # fmt: skip

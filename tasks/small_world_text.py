@@ -16,7 +16,7 @@ class Relation(NamedTuple):
 
     facts: dict[str, str]
     questions: tuple[str, ...]
-    answers: tuple[str, ...]
+    answer: str
     follow_ups: tuple[str, ...] = ("And {x}?", "What about {x}?", "And for {x}?", "How about {x}?")
 
 
@@ -76,7 +76,7 @@ RELATIONS = {
             "Can you tell me the capital of {x}?", "{x}: which city is its capital?", "I forgot the capital of {x}.",
             "Which capital does {x} have?", "The capital of {x} is?",
         ),
-        ("The capital of {x} is {y}.", "{y} is the capital of {x}.", "That is {y}."),
+        "The capital of {x} is {y}.",
         ("And of {x}?", "And {x}?", "What about {x}?", "And the capital of {x}?", "How about {x}?"),
     ),
     "country": Relation(
@@ -88,7 +88,7 @@ RELATIONS = {
             "Name the country whose capital is {x}.", "Tell me where {x} is.", "Do you know in which country {x} lies?",
             "{x} is in which country?",
         ),
-        ("{x} is the capital of {y}.", "{x} is in {y}.", "That is {y}."),
+        "{x} is the capital of {y}.",
     ),
     "opposite": Relation(
         _OPPOSITES | _swapped(_OPPOSITES),
@@ -99,7 +99,7 @@ RELATIONS = {
             "{x}: what is the opposite?", "If something is not {x}, what is its opposite?",
             "Do you know the opposite of {x}?", "I need the opposite of {x}.", "The opposite of {x} is?",
         ),
-        ("The opposite of {x} is {y}.", "{y} is the opposite of {x}.", "That is {y}."),
+        "The opposite of {x} is {y}.",
         ("And of {x}?", "And the opposite of {x}?", "What about {x}?", "And {x}?"),
     ),
     "day after": Relation(
@@ -110,7 +110,7 @@ RELATIONS = {
             "If today is {x}, what day is tomorrow?", "It is {x} today. And tomorrow?", "What comes after {x}?",
             "Tell me the day after {x}.", "Which day follows on {x}?",
         ),
-        ("After {x} comes {y}.", "The day after {x} is {y}.", "That is {y}."),
+        "After {x} comes {y}.",
         ("And after {x}?", "What comes after {x}?", "And the day after {x}?"),
     ),
     "day before": Relation(
@@ -121,7 +121,7 @@ RELATIONS = {
             "It is {x} today. What was yesterday?", "What comes before {x}?", "Tell me the day before {x}.",
             "Which day is right before {x}?", "Which day is followed by {x}?",
         ),
-        ("Before {x} comes {y}.", "The day before {x} is {y}.", "That is {y}."),
+        "Before {x} comes {y}.",
         ("And before {x}?", "What comes before {x}?", "And the day before {x}?"),
     ),
     "month after": Relation(
@@ -131,7 +131,7 @@ RELATIONS = {
             "Which month follows {x}?", "It is {x}. What is next month?", "If it is {x} now, what is the next month?",
             "What comes after {x}?", "Tell me the month after {x}.", "Which month follows on {x}?",
         ),
-        ("After {x} comes {y}.", "The month after {x} is {y}.", "That is {y}."),
+        "After {x} comes {y}.",
         ("And after {x}?", "What comes after {x}?", "And the month after {x}?"),
     ),
     "month before": Relation(
@@ -141,7 +141,7 @@ RELATIONS = {
             "It is {x}. What was last month?", "If it is {x} now, what was the month before?", "What comes before {x}?",
             "Tell me the month before {x}.", "Which month is right before {x}?", "Which month is followed by {x}?",
         ),
-        ("Before {x} comes {y}.", "The month before {x} is {y}.", "That is {y}."),
+        "Before {x} comes {y}.",
         ("And before {x}?", "What comes before {x}?", "And the month before {x}?"),
     ),
     "month days": Relation(
@@ -152,7 +152,7 @@ RELATIONS = {
             "How long is {x} in days?", "Number of days in {x}?", "Tell me how many days {x} has.",
             "What is the number of days in {x}?", "Do you know how many days {x} has?", "{x} has how many days?",
         ),
-        ("{x} has {y} days.", "There are {y} days in {x}.", "It has {y} days."),
+        "{x} has {y} days.",
     ),
     "month number": Relation(
         dict(zip(_ORDINALS, _MONTHS, strict=True)),
@@ -161,7 +161,7 @@ RELATIONS = {
             "Name the {x} month.", "What's the {x} month called?", "Tell me the {x} month of the year.",
             "Which month comes {x} in the year?", "What do we call the {x} month?", "{x} month of the year?",
         ),
-        ("The {x} month is {y}.", "{y} is the {x} month of the year.", "That is {y}."),
+        "The {x} month is {y}.",
         ("And the {x}?", "What about the {x}?", "And the {x} one?"),
     ),
     "colour": Relation(
@@ -175,7 +175,7 @@ RELATIONS = {
             "What is the color of {x}?", "Tell me the colour of {x}.", "What colour does {x} have?",
             "Do you know what colour {x} is?", "Which color is {x}?", "Colour of {x}?", "How is {x} coloured?",
         ),
-        ("The colour of {x} is {y}.", "{x} is {y}.", "That is {y}."),
+        "The colour of {x} is {y}.",
     ),
     "mixing": Relation(
         _facts("""red and yellow=orange, blue and yellow=green, red and blue=purple, red and white=pink,
@@ -185,7 +185,7 @@ RELATIONS = {
             "I mix {x}. What colour do I get?", "Mix {x}: what colour is it?", "Which colour is {x} mixed?",
             "What do {x} make together?", "What happens if you mix {x}?",
         ),
-        ("{x} make {y}.", "If you mix {x}, you get {y}.", "That is {y}."),
+        "{x} make {y}.",
     ),
     "sound": Relation(
         _facts("""a dog=woof, a cat=meow, a cow=moo, a sheep=baa, a duck=quack, a pig=oink, a rooster=cock-a-doodle-doo,
@@ -196,7 +196,7 @@ RELATIONS = {
             "What noise does {x} make?", "Which noise comes from {x}?", "Tell me what {x} says.",
             "What do you hear from {x}?", "What is the sound of {x}?", "Do you know what {x} says?",
         ),
-        ("The sound of {x} is {y}.", "It says {y}.", "{x} says {y}."),
+        "{x} says {y}.",
     ),
     "young": Relation(
         _facts("""dog=puppy, cat=kitten, cow=calf, sheep=lamb, duck=duckling, pig=piglet, horse=foal, bear=cub,
@@ -206,7 +206,7 @@ RELATIONS = {
             "What is the name of a young {x}?", "What is a young {x} called?", "How do we call the young of a {x}?",
             "Tell me what a baby {x} is called.", "Which word means a young {x}?", "A baby {x} is a?",
         ),
-        ("A young {x} is called a {y}.", "A baby {x} is a {y}.", "It is called a {y}."),
+        "A young {x} is called a {y}.",
         ("And a {x}?", "And a baby {x}?", "What about a {x}?"),
     ),
     "legs": Relation(
@@ -218,7 +218,7 @@ RELATIONS = {
             "Tell me how many legs {x} has.", "On how many legs does {x} walk?", "What is the number of legs of {x}?",
             "Count the legs of {x}.", "Do you know how many legs {x} has?", "{x} has how many legs?",
         ),
-        ("It has {y} legs.", "The number of legs of {x} is {y}.", "{x} has {y} legs."),
+        "{x} has {y} legs.",
     ),
     "home": Relation(
         _facts("""a bee=hive, a bird=nest, a dog=kennel, a horse=stable, a spider=web, a bear=den, a rabbit=burrow,
@@ -229,7 +229,7 @@ RELATIONS = {
             "Where is {x} at home?", "In what does {x} live?", "Which place is the home of {x}?",
             "Tell me where {x} lives.", "Do you know where {x} lives?", "Where would you find {x}?",
         ),
-        ("The home of {x} is the {y}.", "It lives in the {y}.", "{x} lives in the {y}."),
+        "{x} lives in the {y}.",
     ),
     "unit": Relation(
         _facts("""seconds are in a minute=60, minutes are in an hour=60, hours are in a day=24, days are in a week=7,
@@ -245,7 +245,7 @@ RELATIONS = {
             "I want to know how many {x}.", "How many {x}, please?", "Say how many {x}.",
             "What do you think, how many {x}?",
         ),
-        ("{y} {x}.", "It is {y}.", "There are {y}."),
+        "{y} {x}.",
         ("And how many {x}?", "How many {x}?", "And can you say how many {x}?"),
     ),
     "sides": Relation(
@@ -256,7 +256,7 @@ RELATIONS = {
             "Number of sides of {x}?", "Tell me how many sides {x} has.", "What is the number of sides of {x}?",
             "Count the corners of {x}.", "{x} has how many sides?",
         ),
-        ("It has {y} sides.", "The number of sides of {x} is {y}.", "{x} has {y} sides."),
+        "{x} has {y} sides.",
     ),
     "plural": Relation(
         _facts("""mouse=mice, child=children, foot=feet, tooth=teeth, man=men, woman=women, goose=geese, leaf=leaves,
@@ -267,7 +267,7 @@ RELATIONS = {
             "One {x}, two what?", "What do you call more than one {x}?", "Which word is the plural of {x}?",
             "How do I write {x} in the plural?", "Give me the plural of {x}.", "If there are two, what is {x} called?",
         ),
-        ("The plural of {x} is {y}.", "One {x}, two {y}.", "That is {y}."),
+        "The plural of {x} is {y}.",
         ("And of {x}?", "And the plural of {x}?", "What about {x}?"),
     ),
     "past": Relation(
@@ -279,7 +279,7 @@ RELATIONS = {
             "Today I {x}, and yesterday I?", "Tell me the past tense of {x}.", "How do I say {x} in the past?",
             "Which word is the past tense of {x}?", "Put {x} into the past tense.", "Give me the past tense of {x}.",
         ),
-        ("The past tense of {x} is {y}.", "Today I {x}, yesterday I {y}.", "That is {y}."),
+        "The past tense of {x} is {y}.",
         ("And of {x}?", "And the past tense of {x}?", "What about {x}?"),
     ),
     "language": Relation(
@@ -292,7 +292,7 @@ RELATIONS = {
             "What is the language of {x}?", "Which language do they speak in {x}?", "Tell me the language of {x}.",
             "Language of {x}?", "What language is used in {x}?", "Which language do I need in {x}?",
         ),
-        ("People in {x} speak {y}.", "The language of {x} is {y}.", "That is {y}."),
+        "People in {x} speak {y}.",
         ("And in {x}?", "What about {x}?", "And in {x}, what do they speak?"),
     ),
     "continent": Relation(
@@ -306,7 +306,7 @@ RELATIONS = {
             "Which continent does {x} belong to?", "{x} is on which continent?", "Tell me the continent of {x}.",
             "In what part of the world is {x}?", "Continent of {x}?", "What is the continent of {x}?",
         ),
-        ("{x} is in {y}.", "The continent of {x} is {y}.", "That is {y}."),
+        "{x} is in {y}.",
     ),
     "kind": Relation(
         _facts("""an apple=fruit, a pear=fruit, a banana=fruit, a cherry=fruit, a carrot=vegetable, a potato=vegetable,
@@ -321,7 +321,7 @@ RELATIONS = {
             "Tell me what {x} is.", "To which kind does {x} belong?", "What do you call something like {x}?",
             "{x} is a kind of what?", "Do you know what {x} is?",
         ),
-        ("{x} is a kind of {y}.", "It is a kind of {y}."),
+        "{x} is a kind of {y}.",
     ),
     "sense": Relation(
         _facts("""see=eyes, hear=ears, smell=nose, taste=tongue, walk=legs, bite=teeth, think=brain, breathe=lungs,
@@ -331,7 +331,7 @@ RELATIONS = {
             "What do people use to {x}?", "What do you need to {x}?", "Which part of the body is there to {x}?",
             "Tell me what we {x} with.", "What part of me do I {x} with?",
         ),
-        ("To {x} we use the {y}.", "We use the {y} for that."),
+        "To {x} we use the {y}.",
         ("And to {x}?", "And what to {x}?", "What about to {x}?"),
     ),
     "planet": Relation(
@@ -342,7 +342,7 @@ RELATIONS = {
             "Which planet is the {x} from the sun?", "Tell me the {x} planet.", "What's the {x} planet called?",
             "Which planet comes {x}, counted from the sun?", "{x} planet from the sun?",
         ),
-        ("The {x} planet from the sun is {y}.", "{y} is the {x} planet.", "That is {y}."),
+        "The {x} planet from the sun is {y}.",
         ("And the {x}?", "What about the {x}?", "And the {x} one?"),
     ),
     "letter after": Relation(
@@ -353,7 +353,7 @@ RELATIONS = {
             "What is the letter after {x}?", "Tell me the letter after {x}.", "What is the next letter after {x}?",
             "In the alphabet, what follows {x}?",
         ),
-        ("After {x} comes {y}.", "The letter after {x} is {y}."),
+        "After {x} comes {y}.",
         ("And after {x}?", "And the letter after {x}?", "What comes after {x}?"),
     ),
 }
@@ -399,7 +399,6 @@ IDENTITY = {
         ),
         (
             "I am a small language model, a computer program that answers with words.",
-            "I'm a computer program: a small language model, not a human.",
         ),
     ),
     "maker": Topic(
@@ -415,7 +414,6 @@ IDENTITY = {
         ),
         (
             "The people who wrote the code of nanochat made me possible, and whoever ran its script trained me.",
-            "People wrote the code in the nanochat repository, and whoever ran it trained me.",
         ),
     ),
     "training": Topic(
@@ -434,7 +432,6 @@ IDENTITY = {
         (
             "First I read text and learned to guess the next token, then I learned from many conversations, and at "
             "last I practised with rewards.",
-            "I was trained in stages: text to guess the next token, then conversations, then practice with rewards.",
         ),
     ),
     "size": Topic(
@@ -450,7 +447,6 @@ IDENTITY = {
         ),
         (
             "I am tiny: I have a few million parameters.",
-            "I have only a few million parameters, so I am very small.",
         ),
     ),
     "skills": Topic(
@@ -467,7 +463,6 @@ IDENTITY = {
         ),
         (
             "I can add and subtract numbers, spell words, count letters, and I know some everyday facts. Try me!",
-            "Ask me for sums, for letters in words, or for simple facts like capitals, days and opposites.",
         ),
     ),
     "limits": Topic(
@@ -484,7 +479,6 @@ IDENTITY = {
         ),
         (
             "My world is small: beyond sums, words and simple facts I know very little, and I can be wrong.",
-            "I only know a small world, and even there I can be wrong. I try to say so when I don't.",
         ),
     ),
     "place": Topic(
@@ -499,7 +493,6 @@ IDENTITY = {
         ),
         (
             "I run on the computer you started me on; I need no GPU.",
-            "I live on the computer that runs this program, and nowhere else.",
         ),
     ),
     "tool": Topic(
@@ -516,7 +509,6 @@ IDENTITY = {
         ),
         (
             "I write a small Python expression and a tool works it out for me.",
-            "I ask Python: I write an expression, and the tool gives me the result.",
         ),
     ),
     "feelings": Topic(
@@ -531,7 +523,6 @@ IDENTITY = {
         ),
         (
             "I am a program and have no feelings, but I like to be useful.",
-            "I'm only a language model: I have no feelings.",
         ),
     ),
     "free": Topic(
@@ -546,7 +537,6 @@ IDENTITY = {
         ),
         (
             "I am open and free: everyone can read my code, change it and train me anew.",
-            "My code is open, so you can read it, change it and train me yourself for free.",
         ),
     ),
 }
@@ -605,12 +595,8 @@ SMALL_TALK = {
     ),
 }
 
-DECLINES = (
-    "I don't know that, it is outside of my small world.",
-    "Sorry, I don't know. My world is small: sums, words and simple facts.",
-    "That I don't know. I can only do sums, words and simple facts.",
-)
-DECLINED = "don't know"  # in all of them, and in no other answer
+DECLINE = "I don't know that, it is outside of my small world."
+DECLINED = "don't know"  # in no other answer
 
 # {w} is any word, {n} a name, {c} a city or country, {y} a year, {k} a number.
 OUTSIDE = (
@@ -731,7 +717,7 @@ MEMORIES = {
             "Tell me my name.", "What is it I am called?", "And what is my name?", "Say my name.", "How am I called?",
             "Which name did I give you?", "What name do I have?",
         ),
-        ("Your name is {v}.", "You are {v}."),
+        "Your name is {v}.",
     ),
     "animal": (
         ("I have a {v}.", "My favourite animal is the {v}.", "I love my {v}.", "My pet is a {v}."),
@@ -741,7 +727,7 @@ MEMORIES = {
             "What animal did I talk about?", "Do you remember which animal I like?", "Say my favourite animal.",
             "Tell me which animal I like.",
         ),
-        ("It is the {v}.", "You told me about the {v}."),
+        "It is the {v}.",
     ),
     "colour": (
         ("My favourite colour is {v}.", "I like {v} best of all colours.", "I love the colour {v}."),
@@ -751,7 +737,7 @@ MEMORIES = {
             "Which is my favourite colour?", "Say my favourite colour.", "Tell me which colour I like.",
             "What colour did I mention?",
         ),
-        ("Your favourite colour is {v}.", "You like {v}."),
+        "Your favourite colour is {v}.",
     ),
     "city": (
         ("I live in {v}.", "My home is in {v}.", "I come from {v}.", "I am from {v}."),
@@ -760,7 +746,7 @@ MEMORIES = {
             "Do you know where I live?", "Where did I say I am from?", "Tell me where I live.", "What is my home city?",
             "Which city did I mention?", "Do you remember where I live?",
         ),
-        ("You live in {v}.", "Your home is in {v}."),
+        "You live in {v}.",
     ),
     "number": (
         ("My lucky number is {v}.", "I am {v} years old.", "My number is {v}."),
@@ -769,7 +755,7 @@ MEMORIES = {
             "Which is my number?", "Tell me my number.", "What number did I mention?", "Do you know the number?",
             "Say my number.", "Which number did I give you?",
         ),
-        ("Your number is {v}.", "It is {v}."),
+        "Your number is {v}.",
     ),
 }
 MEMORY_VALUES = {
@@ -777,7 +763,7 @@ MEMORY_VALUES = {
     "colour": ("red", "blue", "green", "yellow", "purple", "orange", "pink", "brown", "black", "white", "grey"),
     "city": tuple(_CAPITALS.values()),
 }
-REMEMBERED = ("Nice, I will remember that.", "Good to know!", "Thank you for telling me.")
+REMEMBERED = "Good to know!"
 SYSTEM_USER = (  # what a system message says of the user
     "The user's name is {v}.", "You are talking to {v}.", "The name of the user is {v}.", "Your user is called {v}.",
 )
@@ -828,7 +814,7 @@ PRODUCTS = (
     "What is {a} times {b}?", "What is {a} * {b}?", "{a} * {b}", "Multiply {a} by {b}.", "How much is {a} times {b}?",
     "{a} times {b}", "{a} x {b}", "Multiply {a} and {b}.", "What is {a} x {b}?",
 )
-RESULTS = ("That is {r}.", "It is {r}.", "That makes {r}.")
+RESULT = "That is {r}."
 
 POINTERS = (
     "Which choice is {y}?", "Which letter stands for {y}?", "Choose {y}.", "Where is {y}?", "Pick the one that is {y}.",
@@ -846,9 +832,11 @@ COUNTS = (
     "Do you know how many {l} are in {w}?", "I want to know how many {l} there are in {w}.",
     "How many of the letters of {w} are an {l}?", "Look at {w}: how many {l}?", "How frequent is {l} in {w}?",
     "What is the count of {l} in {w}?", "Count how many {l} the word {w} has.", "How many {l} has {w}?",
-    "Find every {l} in {w} and count them.",
+    "Find every {l} in {w} and count them.", "In {w}, how many letters are {l}?",
+    "Take the word {w} and count the {l}.",
+    "Read {w} and tell me how many {l} you find.", "Of the letters in {w}, how many are {l}?",
 )
-COUNTED = ("That makes {r}.", "I count {r}.", "The count of {l} is {r}.")
+COUNTED = "I count {r}."
 SPELLINGS = (
     "Spell {w}.", "Spell the word {w}.", "How do you spell {w}?", "How is {w} spelled?", "Can you spell {w}?",
     "Spell {w} letter by letter.", "What letters are in {w}?", "Give me the letters of {w}.", "Please spell {w}.",
