@@ -10,18 +10,28 @@ from nanochat import schedule
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig, build_model
 
-TOKEN_RATIO = 10.0  # training tokens per matrix and head parameter; 8 to 12 are about equally good for the money
+TOKEN_RATIO = 10.0  # training tokens per parameter that counts; 8 to 12 are about equally good for the money
+OCTOBER_TOKEN_RATIO = 20.0  # of the first release, which counted every parameter
 REFERENCE_DEPTH = 12  # where learning rates, batch size and weight decay were tuned
 MIN_STEPS = 400  # a short run takes a smaller batch rather than fewer steps than this
 MATRIX_WEIGHT_DECAY = 0.28
 MATRIX_LR = 0.02
 
-CHARS_PER_TOKEN = 4.5  # of English web text with a vocabulary of 32,768, somewhat low to be on the safe side
+CHARS_PER_TOKEN = 4.8  # the first release's figure for FineWeb-Edu and 65,536 tokens; smaller vocabularies pack less
 SHARD_CHARS = 250_000_000  # text in one shard of the default data sets
 SHARD_BYTES = 100_000_000  # and what it takes on the disk
-EXPECTED_MFU = 0.45  # for the estimate of hours; the run prints what it really reaches
-ACTIVATION_BYTES_PER_CHANNEL = 34  # per token and layer, kept for backward: 17 bfloat16 values (counted by hand)
+SPARE_SHARDS_FRAC = 0.1  # a run that lacks text reads some of it twice
+EXPECTED_MFU = 0.45  # counted as here, 8 H100 reached 0.44 with the first release's d20 and 0.475 with its d32
+MID_TOKENS = 809 * 2**19  # of mid-training: the first release's steps on the mixture that is also ours, once it spelled
+STAGES_AFTER = 2  # mid-training and finetuning, each of which leaves a checkpoint of the same size
+
+# Bytes a token and channel that autograd keeps of the compiled trunk (dev/LOG.md, memory of a training step)
+LAYER_BYTES = 36.2  # in each layer: 18 values of bfloat16, and norms
+WINDOW_BYTES = 11.3  # more in a layer with a window: its blocks of keys and values, which FlashAttention does not copy
+VALUE_EMBED_BYTES = 4  # more in a layer with a value embedding: this and its gradient
+TRUNK_BYTES = 4.1 + 20.0  # once: before and after the layers; and what backward has at hand of one of them
 LOGIT_BYTES = 1 << 30  # the pieces of the vocabulary head at work
+USABLE_MEMORY_FRAC = 0.92  # of the data sheet's memory, for tensors: drivers, kernels and fragments take the rest
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,17 @@ def count_model(config: GPTConfig) -> GPT:
 
 
 def scaling_parameters(config: GPTConfig) -> int:
-    """Matrix and head parameters: what the token ratio multiplies."""
+    """What the token ratio multiplies: matrix and head parameters, as those of tables cost no time.
+
+    Without value embeddings, in the architecture of October 2025, it is every parameter, as that release counted.
+    """
     counts = count_model(config).parameter_counts()
-    return counts["matrices"] + config.vocab_size * config.n_embd
+    return counts["matrices"] + config.vocab_size * config.n_embd if config.value_embeds else counts["total"]
+
+
+def usual_token_ratio(config: GPTConfig) -> float:
+    """Training tokens per parameter of `scaling_parameters` where nothing else is asked for."""
+    return TOKEN_RATIO if config.value_embeds else OCTOBER_TOKEN_RATIO
 
 
 def horizon_tokens(
@@ -63,7 +81,7 @@ def horizon_tokens(
     if minutes is not None:
         assert tokens_per_second is not None
         return tokens_per_second * 60.0 * minutes
-    return (TOKEN_RATIO if token_ratio is None else token_ratio) * scaling_parameters(config)
+    return (usual_token_ratio(config) if token_ratio is None else token_ratio) * scaling_parameters(config)
 
 
 def make_plan(
@@ -80,13 +98,16 @@ def make_plan(
     """Batch size, steps and scaled rates of a run of `train_tokens`, or of `num_steps`.
 
     They are scaled from d12 trained on `token_ratio` tokens per parameter: give the run's own where that fixed
-    `train_tokens`. None is `TOKEN_RATIO`, so that a budget short for the model counts as short.
+    `train_tokens`. None is the usual one, so that a budget short for the model counts as short.
 
     `total_batch_tokens` 0 takes the best power of two, at least `batch_multiple` tokens (one row on every rank) and
     small enough for `MIN_STEPS`; else it is taken as it is. Raises `UserError` when the budget is not one step.
     """
-    d12 = GPTConfig.from_depth(REFERENCE_DEPTH, vocab_size=config.vocab_size, sequence_len=config.sequence_len)
-    token_ratio = TOKEN_RATIO if token_ratio is None else token_ratio
+    d12 = GPTConfig.from_depth(
+        REFERENCE_DEPTH, vocab_size=config.vocab_size, sequence_len=config.sequence_len,
+        value_embeds=config.value_embeds,
+    )  # fmt: skip
+    token_ratio = usual_token_ratio(config) if token_ratio is None else token_ratio
     d12_tokens = token_ratio * scaling_parameters(d12)
     assert train_tokens is not None or num_steps is not None
     if not total_batch_tokens:
@@ -115,15 +136,58 @@ def make_plan(
 class Estimate:
     """What a plan needs on `num_gpus` GPUs: shards of text, disk and memory in bytes, hours, dollars.
 
-    Hours and dollars are None where the GPU's peak or price is not known. Memory is per GPU, at a device batch of
-    `device_batch_size` rows.
+    The disk holds the shards and checkpoints, mid-training's and finetuning's too. Memory is per GPU, at a device batch
+    of `device_batch_size` rows. Hours and dollars are those of pretraining, `mid_hours` those of mid-training; None
+    where the GPU's peak or price is not known.
     """
 
     num_shards: int
+    num_checkpoints: int
     disk_bytes: int
     gpu_bytes: int
     hours: float | None
     dollars: float | None
+    mid_hours: float | None
+
+
+def shards_for(train_tokens: float) -> int:
+    """Training shards of the default data sets with text for so many tokens, a tenth to spare, and round: at most two
+    digits that are not zero. For the first release's runs these are the 240 and 800 shards that it took."""
+    exact = math.ceil(train_tokens * CHARS_PER_TOKEN / SHARD_CHARS * (1 + SPARE_SHARDS_FRAC))
+    unit = 10 ** max(0, len(str(exact)) - 2)
+    return math.ceil(exact / unit) * unit
+
+
+def training_bytes(config: GPTConfig, *, num_gpus: int, device_batch_size: int) -> int:
+    """Memory of one GPU while it trains, in bfloat16: float32 matrices, head and states, bfloat16 tables, activations.
+
+    The optimizer's state is sharded over the GPUs (`optim.py`); weights and gradients are not. A bfloat16 copy of the
+    matrices and the head is made in forward and kept for backward. Taken as if FlashAttention were not installed.
+    """
+    counts = count_model(config).parameter_counts()
+    tables, matrices, head = counts["wte"] + counts["value_embeds"], counts["matrices"], counts["head"]
+    weights = 2 * tables + 4 * (matrices + head)
+    copies = 2 * (matrices + head)
+    states = (8 * (tables + head) + 4 * matrices) / num_gpus  # two AdamW moments, one of Muon
+    num_windows = sum(config.window(layer) not in (None, config.sequence_len) for layer in range(config.n_layer))
+    channel_bytes = (
+        LAYER_BYTES * config.n_layer + WINDOW_BYTES * num_windows + VALUE_EMBED_BYTES * config.num_value_embeds
+        + TRUNK_BYTES
+    )  # fmt: skip
+    activations = device_batch_size * config.sequence_len * config.n_embd * channel_bytes
+    return int(2 * weights + copies + states + activations + LOGIT_BYTES)
+
+
+def fitting_rows(config: GPTConfig, *, num_gpus: int, memory_bytes: int, wanted: int) -> int:
+    """The first of `wanted`, half of it, ... rows that train in a GPU's usable memory; 0 where not even one does."""
+    while wanted and training_bytes(config, num_gpus=num_gpus, device_batch_size=wanted) > usable_bytes(memory_bytes):
+        wanted //= 2
+    return wanted
+
+
+def usable_bytes(memory_bytes: int) -> int:
+    """What tensors can take of a GPU's memory by its data sheet."""
+    return int(USABLE_MEMORY_FRAC * memory_bytes)
 
 
 def estimate(
@@ -134,26 +198,26 @@ def estimate(
     device_batch_size: int,
     peak_flops: float | None,
     gpu_hour_dollars: float | None,
+    save_every: int = 0,
 ) -> Estimate:
-    """Arithmetic from counts and the constants above, bfloat16 activations and tables, float32 matrices and states."""
+    """Arithmetic from counts and the constants above; `save_every` steps there is a checkpoint, 0: only at the end."""
     model = count_model(config)
     counts = model.parameter_counts()
-    num_shards = math.ceil(plan.train_tokens * CHARS_PER_TOKEN / SHARD_CHARS)
-    tables, matrices = counts["wte"] + counts["value_embeds"], counts["matrices"] + counts["head"]
-    weights = 2 * tables + 4 * matrices
-    states = (8 * (tables + counts["head"]) + 4 * counts["matrices"]) / num_gpus  # two AdamW moments, one of Muon
-    rows = device_batch_size * config.sequence_len
-    activations = rows * config.n_layer * config.n_embd * ACTIVATION_BYTES_PER_CHANNEL
-    checkpoint = weights + 8 * (tables + counts["head"]) + 4 * counts["matrices"]
-    hours = dollars = None
+    num_shards = shards_for(plan.train_tokens)
+    num_checkpoints = (math.ceil(plan.num_steps / save_every) if save_every else 1) + STAGES_AFTER
+    tables = counts["wte"] + counts["value_embeds"]
+    checkpoint = 10 * tables + 12 * counts["head"] + 8 * counts["matrices"]  # weights and optimizer state
+    hours = dollars = mid_hours = None
     if peak_flops:
-        flops = model.flops_per_token() * plan.train_tokens
-        hours = flops / (peak_flops * EXPECTED_MFU * num_gpus) / 3600
+        hours_per_token = model.flops_per_token() / (peak_flops * EXPECTED_MFU * num_gpus) / 3600
+        hours, mid_hours = hours_per_token * plan.train_tokens, hours_per_token * MID_TOKENS
         dollars = hours * num_gpus * gpu_hour_dollars if gpu_hour_dollars else None
     return Estimate(
         num_shards=num_shards,
-        disk_bytes=int((num_shards + 1) * SHARD_BYTES + 2 * checkpoint),
-        gpu_bytes=int(2 * weights + states + activations + LOGIT_BYTES),
+        num_checkpoints=num_checkpoints,
+        disk_bytes=(num_shards + 1) * SHARD_BYTES + num_checkpoints * checkpoint,
+        gpu_bytes=training_bytes(config, num_gpus=num_gpus, device_batch_size=device_batch_size),
         hours=hours,
         dollars=dollars,
+        mid_hours=mid_hours,
     )

@@ -16,7 +16,7 @@ import torch
 
 from nanochat import hardware, recipe
 from nanochat.checkpoint import check_tokenizer, load_weights, resumable, run_dir
-from nanochat.common import Runtime, UserError, add_runtime_flags, from_rank0, init_runtime, print0, run_main
+from nanochat.common import UserError, add_runtime_flags, from_rank0, init_runtime, print0, run_main
 from nanochat.core_bundle import fetch_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TextLoader
@@ -39,9 +39,11 @@ EVAL_TOKENS = {"cuda": 20 * 2**19}
 SMALL_EVAL_TOKENS = 2**17
 MINUTES_SHARE = 0.85  # of --minutes that forward and backward get; the rest is the optimizer's and the loader's
 SAMPLE_TOKENS = 16
+DRY_RUN_GPU, DRY_RUN_GPUS = "H100", 8  # where the machine has none
 FREE_ON_RESUME = {  # flags that may differ from those of the run being resumed
     "resume", "run", "device_type", "dtype", "device_batch_size", "no_compile", "eval_every", "eval_tokens",
-    "core_every", "core_max_per_task", "sample_every", "save_every", "bundle", "dry_run", "num_gpus", "vocab_size",
+    "core_every", "core_max_per_task", "sample_every", "save_every", "bundle", "dry_run", "gpu", "num_gpus",
+    "vocab_size",
 }  # fmt: skip
 
 
@@ -63,7 +65,11 @@ def parse_args() -> argparse.Namespace:
     # data
     add("--data", default=DEFAULT_DATA, help="data set: hub repository, local folder, or 'local'")
     # horizon: one of these, or the default ratio
-    add("--token-ratio", type=float, help=f"training tokens per parameter (default: {recipe.TOKEN_RATIO})")
+    add(
+        "--token-ratio", type=float,
+        help=f"training tokens per parameter of matrices and head (default: {recipe.TOKEN_RATIO:g}); for october-2025, "
+        f"of all parameters (default: {recipe.OCTOBER_TOKEN_RATIO:g})",
+    )  # fmt: skip
     add("--target-flops", type=float, help="total training FLOPs")
     add("--num-steps", type=int, help="optimizer steps")
     add("--minutes", type=float, help="minutes of training, at the speed measured at the start")
@@ -88,8 +94,9 @@ def parse_args() -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the newest checkpoint of this tag, if there is one")
     # planning
     add("--dry-run", action="store_true", help="print what the run would take, and stop")
-    add("--num-gpus", type=int, help="GPUs the dry run reckons with (default: the processes started)")
-    add("--vocab-size", type=int, default=0, help="for a dry run without a tokenizer")
+    add("--gpu", default="", help="kind of GPU the dry run reckons with (default: this machine's, else H100)")
+    add("--num-gpus", type=int, help=f"and how many (default: this machine's, else {DRY_RUN_GPUS})")
+    add("--vocab-size", type=int, default=0, help="for a dry run (default: the tokenizer's, else 32768)")
     return parser.parse_args()
 
 
@@ -134,40 +141,87 @@ def make_plan(args: argparse.Namespace, config: GPTConfig, num_ranks: int, speed
     )  # fmt: skip
 
 
-def dry_run(args: argparse.Namespace, runtime: Runtime) -> None:
-    """Print what a run with these flags takes, for people and as a JSON line for scripts."""
+def dry_run(args: argparse.Namespace) -> None:
+    """Print what a run with these flags takes, for people, and as a JSON line for scripts. Writes nothing."""
     if args.minutes:
         raise UserError("--dry-run cannot know the speed that --minutes measures; give another horizon")
-    has_tokenizer = tokenizer_dir().exists()
-    vocab_size = args.vocab_size or (Tokenizer.load(tokenizer_dir()).vocab_size if has_tokenizer else 32768)
+    vocab_size = args.vocab_size
+    if not vocab_size:
+        vocab_size = Tokenizer.load(tokenizer_dir()).vocab_size if tokenizer_dir().exists() else 32768
     config = model_config(args, vocab_size)
-    num_gpus = args.num_gpus or runtime.world_size
+    here = torch.cuda.is_available()
+    gpu = torch.cuda.get_device_name() if here and not args.gpu else hardware.full_name(args.gpu or DRY_RUN_GPU)
+    num_gpus = args.num_gpus or (torch.cuda.device_count() if here else DRY_RUN_GPUS)
+    peak_flops = hardware.peak_flops(gpu, "bfloat16") or hardware.peak_flops(gpu, "float16")
+    price, memory = hardware.gpu_hour_dollars(gpu), hardware.memory_bytes(gpu)
+
+    # the plan, and micro-batches that should fit
+    T = config.sequence_len
     plan = make_plan(args, config, num_gpus, None)
+    wanted = args.device_batch_size or DEVICE_BATCH_SIZE["cuda"]
+    fitting = recipe.fitting_rows(config, num_gpus=num_gpus, memory_bytes=memory, wanted=wanted) if memory else wanted
+    is_fixed = bool(args.device_batch_size)
+    num_rows, num_micro_steps = choose_device_batch(
+        plan.total_batch_tokens, wanted if is_fixed else max(1, fitting), T, num_gpus, is_fixed=is_fixed
+    )
     estimate = recipe.estimate(
-        config, plan, num_gpus=num_gpus, device_batch_size=args.device_batch_size or DEVICE_BATCH_SIZE["cuda"],
-        peak_flops=hardware.peak_flops("H100 80GB HBM3", "bfloat16"),
-        gpu_hour_dollars=hardware.gpu_hour_dollars("H100 80GB HBM3"),
+        config, plan, num_gpus=num_gpus, device_batch_size=num_rows, peak_flops=peak_flops, gpu_hour_dollars=price,
+        save_every=args.save_every,
     )  # fmt: skip
+    fits = None if memory is None else estimate.gpu_bytes <= recipe.usable_bytes(memory)
+
+    # in words, and for scripts
     counts = recipe.count_model(config).parameter_counts()
-    print0(f"depth {args.depth}, vocabulary {vocab_size:,}: {counts['total']:,} parameters")
-    print0(f"{plan.train_tokens:,} tokens in {plan.num_steps:,} steps of {plan.total_batch_tokens:,}")
-    print0(f"{estimate.num_shards} shards, {estimate.disk_bytes / 1e9:.1f} GB of disk, "
-           f"{estimate.gpu_bytes / 2**30:.1f} GiB per GPU")  # fmt: skip
-    print0(f"on {num_gpus} H100 at {recipe.EXPECTED_MFU:.0%} of peak: {estimate.hours:.2f} hours, "
-           f"about {estimate.dollars:.0f} dollars")  # fmt: skip
-    print0(json.dumps({**asdict(plan), **asdict(estimate), "parameters": counts["total"]}))
+    tables, counted = counts["wte"] + counts["value_embeds"], recipe.scaling_parameters(config)
+    hours, mid_hours = (cost_in_words(hours, num_gpus, price) for hours in (estimate.hours, estimate.mid_hours))
+    lines = {
+        "model": f"depth {args.depth}, {args.arch} architecture, vocabulary {vocab_size:,}",
+        "parameters": f"{counts['total']:,}: matrices {counts['matrices']:,}, head {counts['head']:,}, "
+        f"embeddings {tables:,}",
+        "tokens": f"{plan.train_tokens:,}, {plan.train_tokens / counted:.1f} for each of {counted:,} parameters",
+        "steps": f"{plan.num_steps:,} of {plan.total_batch_tokens:,} tokens = {num_micro_steps} x {num_rows} x {T} x "
+        f"{num_gpus} (micro-steps, rows, length, GPUs)",
+        "text": f"{estimate.num_shards} shards of {recipe.SHARD_BYTES / 1e6:.0f} MB",
+        "disk": f"{estimate.disk_bytes / 1e9:.0f} GB with {estimate.num_checkpoints} checkpoints",
+        "memory per GPU": memory_in_words(estimate.gpu_bytes, memory, fitting),
+        f"{num_gpus} x {gpu}": f"assumed: {recipe.EXPECTED_MFU:.0%} of peak, "
+        + ("price not known" if price is None else f"${price:.2f} per GPU hour ({hardware.PRICES_AS_OF})"),
+        "pretraining": hours,
+        "mid-training": f"{mid_hours}, about {recipe.MID_TOKENS / 1e6:.0f} million tokens",
+        "not estimated": "tokenizer, finetuning, evaluation",
+    }
+    print0("\n".join(f"{name:<20} {text}" for name, text in lines.items()))
+    facts = {"gpu": gpu, "num_gpus": num_gpus, "device_batch_size": num_rows, "num_micro_steps": num_micro_steps}
+    print0(json.dumps({**asdict(plan), **asdict(estimate), **facts, "fits": fits, "parameters": counts["total"]}))
+
+
+def memory_in_words(needed: int, memory: int | None, fitting: int) -> str:
+    """What training takes of a GPU's memory, and what to do where that is too much; all but `fitting` rows in bytes."""
+    if memory is None:
+        return f"{needed / 2**30:.1f} GiB, of a GPU whose memory is not known"
+    usable = recipe.usable_bytes(memory)
+    if needed <= usable:
+        return f"{needed / 2**30:.1f} GiB of {usable / 2**30:.1f} usable"
+    remedy = f"--device-batch-size {fitting} should" if fitting else "take a larger one, more of them, or less --depth"
+    return f"{needed / 2**30:.1f} GiB, but only {usable / 2**30:.1f} are usable: DOES NOT FIT; {remedy}"
+
+
+def cost_in_words(hours: float | None, num_gpus: int, price: float | None) -> str:
+    if hours is None:
+        return "no estimate: the speed of this GPU is not known"
+    return f"{hours:.2f} hours" + (f", ${hours * num_gpus * price:,.0f}" if price is not None else "")
 
 
 def main(args: argparse.Namespace) -> None:
     # runtime
     check_args(args)
+    if args.dry_run:
+        dry_run(args)
+        return
     folder = run_dir("base", args.model_tag or f"d{args.depth}")
-    resumed = None if args.dry_run else resumable(folder, args, FREE_ON_RESUME)
+    resumed = resumable(folder, args, FREE_ON_RESUME)
     stored = resumed.meta if resumed else {}
     runtime = init_runtime(args.device_type, args.dtype or stored.get("dtype", ""))
-    if args.dry_run:
-        dry_run(args, runtime)
-        return
     device, dtype_name = runtime.device, str(runtime.dtype).removeprefix("torch.")
     print0(f"{runtime.world_size} x {device.type}, {dtype_name}, {folder.name}")
 

@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from nanochat.hardware import DEVICES, find_device, gpu_hour_dollars, mbu, mfu, peak_bandwidth, peak_flops
+from nanochat.common import UserError
+from nanochat.hardware import (
+    DEVICES,
+    SHORT_NAMES,
+    find_device,
+    full_name,
+    gpu_hour_dollars,
+    mbu,
+    memory_bytes,
+    mfu,
+    peak_bandwidth,
+    peak_flops,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +61,7 @@ def test_a_device_that_is_not_listed_has_no_figures_and_no_utilisation(name):
     assert find_device(name) is None
     assert peak_flops(name, "bfloat16") is None
     assert peak_bandwidth(name) is None
+    assert memory_bytes(name) is None
     assert gpu_hour_dollars(name) is None
     assert mfu(1e9, 1e5, name, "bfloat16") is None
     assert mbu(1e9, 10, name) is None
@@ -74,6 +87,18 @@ def test_every_entry_orders_its_rates_and_every_name_matches_one_entry():
         assert device.bandwidth >= 300
     simple_names = [pattern for pattern in DEVICES if pattern.replace(" ", "").isalnum()]
     assert all(find_device(f"NVIDIA {name}") is DEVICES[name] for name in simple_names)
+
+
+def test_memory_is_that_of_the_data_sheet():
+    assert memory_bytes("NVIDIA H100 80GB HBM3") == 80 * 2**30
+    assert memory_bytes("Tesla V100-SXM2-16GB") == memory_bytes("Tesla V100-SXM2-32GB") / 2 == 16 * 2**30
+
+
+def test_gpus_are_known_by_short_names_too():
+    assert all(full_name(short) == name and find_device(name) for short, name in SHORT_NAMES.items())
+    assert full_name("RTX 4090") == "RTX 4090"
+    with pytest.raises(UserError, match=r"'H1' is not known.*H100"):
+        full_name("H1")
 
 
 def test_mfu_of_a_worked_example():
