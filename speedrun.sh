@@ -96,7 +96,7 @@ if [ "$num_gpus" -gt 0 ] || [ "$dry_run" = 1 ]; then
     CHAT="${CHAT:-1}"
     # the shards that the model will read, from the arithmetic that also plans its training
     plan="$(python -m scripts.base_train --dry-run --depth "$DEPTH" --vocab-size "$VOCAB_SIZE" --num-gpus "$NPROC" \
-        ${GPU:+--gpu "$GPU"} ${horizon[@]+"${horizon[@]}"} ${pretrain_flags[@]+"${pretrain_flags[@]}"})"
+        ${GPU:+--gpu "$GPU"} --save-every "$SAVE_EVERY" ${horizon[@]+"${horizon[@]}"} ${pretrain_flags[@]+"${pretrain_flags[@]}"})"
     echo "${plan%$'\n'*}"
     if [ "$dry_run" = 1 ]; then exit; fi
     num_shards="$(tail -n 1 <<<"$plan" | python -c 'import json, sys; print(json.load(sys.stdin)["num_shards"])')"
