@@ -1,0 +1,246 @@
+"""speedrun.sh and its recipes: what they plan, and which stages they run, with stand-ins for set-up and Python."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochat import hardware, recipe
+from nanochat.gpt import GPTConfig
+
+ROOT = Path(__file__).parent.parent
+H100 = "H100 80GB HBM3"
+MODELS = {  # of each recipe: configuration, tokens per parameter, batch where it is given
+    "speedrun.sh": (GPTConfig.from_depth(20, vocab_size=32768), 10, 0),
+    "runs/d26.sh": (GPTConfig.from_depth(26, vocab_size=32768), 20, 0),
+    "runs/d32.sh": (GPTConfig.from_depth(32, vocab_size=32768), 20, 0),
+    "runs/october2025.sh": (GPTConfig.october_2025(20), 20, 2**19),
+}
+
+# Answers what speedrun.sh asks about the machine, plans for real, and writes down the stages instead of running them.
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+*device_count*) echo "$FAKE_GPUS" ;;
+*isolation*) ;;
+*--dry-run*) if [ -n "${FAKE_PLAN:-}" ]; then echo "$FAKE_PLAN"; else exec "$REAL_PYTHON" "$@"; fi ;;
+*json.load*) exec "$REAL_PYTHON" "$@" ;;
+*)
+    echo "$(basename "$0") $*" >>"$FAKE_LOG"
+    if [[ -n ${FAKE_FAILURE:-} && $* == *"$FAKE_FAILURE"* ]]; then exit 2; fi
+    ;;
+esac
+"""
+
+
+class Checkout:
+    """The scripts, with a set-up that puts stand-ins for `python` and `torchrun` on PATH."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.base, self.log = folder, folder / "base", folder / "log"
+        (folder / "runs").mkdir()
+        for name in MODELS:
+            shutil.copy(ROOT / name, folder / name)
+        for name in ("nanochat", "scripts", "tasks"):
+            (folder / name).symlink_to(ROOT / name)
+        for name in ("python", "torchrun"):
+            path = folder / "bin" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(PYTHON)
+            path.chmod(0o755)
+        (folder / "runs" / "setup.sh").write_text(f'PATH="{folder / "bin"}:$PATH"\n')
+
+    def start(self, name: str, *args: str, **variables: str) -> subprocess.Popen:
+        inherited = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
+        own = {
+            "NANOCHAT_BASE_DIR": str(self.base), "FAKE_LOG": str(self.log), "FAKE_GPUS": "0",
+            "REAL_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        return subprocess.Popen(
+            ["bash", str(self.folder / name), *args], env=inherited | own | variables, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, name: str, *args: str, **variables: str) -> subprocess.CompletedProcess:
+        process = self.start(name, *args, **variables)
+        out, err = process.communicate()
+        return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+    def stages(self, name: str = "speedrun.sh", **variables: str) -> list[str]:
+        """The commands of a run on 8 GPUs, or as `variables` say."""
+        self.log.unlink(missing_ok=True)
+        plan = 'what it takes\n{"num_shards": 92}'
+        ended = self.run(name, **{"FAKE_GPUS": "8", "FAKE_PLAN": plan, **variables})
+        assert ended.returncode == 0, ended.stderr
+        return self.log.read_text().splitlines()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return Checkout(tmp_path)
+
+
+# --- plans ---
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    """The lines of each recipe's dry run by their names, on a machine without a GPU."""
+    checkout = Checkout(tmp_path_factory.mktemp("plans"))
+    started = {name: checkout.start(name, "--dry-run") for name in MODELS}
+    started["too small"] = checkout.start("runs/d32.sh", "--dry-run", GPU="RTX 4090", NPROC="2")
+    lines = {}
+    for name, process in started.items():
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        lines[name] = dict(re.split(r" {2,}", line, maxsplit=1) for line in out.splitlines())
+    assert not checkout.base.exists()
+    assert not checkout.log.exists()
+    return lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_dry_run_says_what_the_arithmetic_says(plans, name):
+    config, token_ratio, batch = MODELS[name]
+    tokens = recipe.horizon_tokens(config, token_ratio=token_ratio)
+    plan = recipe.make_plan(
+        config, train_tokens=tokens, token_ratio=token_ratio, total_batch_tokens=batch, batch_multiple=8 * 2048
+    )
+    rows = recipe.fitting_rows(config, num_gpus=8, memory_bytes=hardware.memory_bytes(H100), wanted=32)
+    needs = recipe.estimate(
+        config, plan, num_gpus=8, device_batch_size=rows, peak_flops=989e12, gpu_hour_dollars=3.0,
+        save_every={"speedrun.sh": 1000, "runs/october2025.sh": 4000}.get(name, 2000),
+    )  # fmt: skip
+    said = plans[name]
+    assert said["parameters"].startswith(f"{recipe.count_model(config).parameter_counts()['total']:,}: ")
+    assert said["tokens"].startswith(f"{plan.train_tokens:,}, {token_ratio}.0 for each of ")
+    micro_steps = plan.total_batch_tokens // (rows * 2048 * 8)
+    assert f"{plan.num_steps:,} of {plan.total_batch_tokens:,} tokens = {micro_steps} x {rows} x " in said["steps"]
+    assert said["text"] == f"{needs.num_shards} shards of 100 MB"
+    assert said["disk"] == f"{needs.disk_bytes / 1e9:.0f} GB with {needs.num_checkpoints} checkpoints"
+    assert said["memory per GPU"].startswith(f"{needs.gpu_bytes / 2**30:.1f} GiB of 73.6 usable")
+    assert said[f"8 x {H100}"] == f"assumed: 45% of peak, $3.00 per GPU hour ({hardware.PRICES_AS_OF})"
+    assert said["pretraining"] == f"{needs.hours:.2f} hours, ${needs.dollars:,.0f}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("runs/")])
+def test_the_header_of_a_recipe_says_what_its_dry_run_says(plans, name):
+    header = " ".join(line.removeprefix("# ") for line in (ROOT / name).read_text().splitlines()[1:6])
+    hours, dollars, disk = re.search(r"takes ([\d.]+ hours) and (\$\d+) .* needs (\d+ GB) of disk", header).groups()
+    assert plans[name]["pretraining"] == f"{hours}, {dollars}"
+    assert plans[name]["disk"].startswith(disk)
+
+
+@pytest.mark.slow
+def test_the_run_of_october_2025_is_the_first_releases(plans):
+    said = plans["runs/october2025.sh"]
+    assert said["model"] == "depth 20, october-2025 architecture, vocabulary 65,536"
+    assert said["tokens"].startswith("11,219,763,200, 20.0 for each of 560,988,160 parameters")
+    assert said["steps"].startswith("21,400 of 524,288 tokens")
+    assert said["text"] == "240 shards of 100 MB"
+
+
+@pytest.mark.slow
+def test_a_plan_that_does_not_fit_says_so(plans):
+    assert "but only 22.1 are usable: DOES NOT FIT" in plans["too small"]["memory per GPU"]
+
+
+# --- arguments ---
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unknown_arguments_are_refused_in_one_line(checkout, name):
+    ended = checkout.run(name, "--dry-run", "--depth")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert re.fullmatch(r"unknown argument --depth: .*--dry-run.*--help.*\n", ended.stderr)
+
+
+def test_help_is_the_header(checkout):
+    ended = checkout.run("speedrun.sh", "--help")
+    assert ended.returncode == 0
+    names = set(re.findall(r"\$\{([A-Z_]+)[:}-]", (ROOT / "speedrun.sh").read_text()))
+    assert {"DEPTH", "RL", "TOKEN_RATIO"} < names
+    for name in names - {"HOME", "BASH_SOURCE", "RECIPE"}:
+        assert name in ended.stdout
+    assert "set -euo" not in ended.stdout
+
+
+def test_a_recipe_is_not_trained_without_gpus(checkout):
+    ended = checkout.run("runs/d26.sh")
+    assert ended.returncode == 2
+    assert ended.stderr == "runs/d26.sh needs GPUs, and this machine has none; --dry-run says what it takes\n"
+    assert not checkout.log.exists()
+
+
+# --- stages ---
+
+
+def test_all_stages_run_on_all_gpus(checkout):
+    stages = checkout.stages()
+    scripts = [re.search(r"-m ([\w.]+)", stage).group(1) for stage in stages]
+    downloads = [stage.split()[-1] for stage in stages if "nanochat.dataset" in stage]
+    assert sorted(downloads) == ["8", "92"]
+    assert [script for script in scripts if script != "nanochat.dataset"] == [
+        "nanochat.report", "scripts.tok_train", "scripts.tok_eval", "scripts.base_train", "scripts.base_loss",
+        "scripts.base_eval", "scripts.mid_train", "scripts.chat_sft", "scripts.chat_eval", "nanochat.report",
+    ]  # fmt: skip
+    train = next(stage for stage in stages if "scripts.base_train" in stage)
+    assert train == (
+        "torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --data karpathy/climbmix-400b-shuffle "
+        "--depth 20 --save-every 1000 --run  --resume"
+    )
+
+
+def test_reinforcement_learning_comes_last_when_asked_for(checkout):
+    stages = [stage.partition(" -m ")[2] for stage in checkout.stages(RL="1", WANDB_RUN="mine")]
+    assert stages[-3:-1] == [
+        "scripts.chat_rl -- --model-tag d20 --run mine --resume",
+        "scripts.chat_eval -- -i rl --model-tag d20 --resume --tasks GSM8K",
+    ]
+
+
+def test_the_recipe_of_october_2025_trains_as_it_plans(checkout):
+    stages = checkout.stages("runs/october2025.sh", PRETRAIN_FLAGS="--eval-every 0")
+    (train,) = (stage for stage in stages if "scripts.base_train" in stage)
+    assert train.endswith(
+        "--data karpathy/fineweb-edu-100b-shuffle --depth 20 --token-ratio 20 --save-every 4000 --run  --resume "
+        "--arch october-2025 --total-batch-size 524288 --warmup-steps 0 --warmdown-frac 0.2 --final-lr-frac 0 "
+        "--weight-decay 0 --eval-every 0"
+    )
+    assert any("scripts.tok_train" in stage and stage.endswith("--vocab-size 65536") for stage in stages)
+
+
+def test_stages_are_not_repeated_unless_their_command_changed(checkout):
+    everything = checkout.stages()
+    assert checkout.stages() == everything[-1:]  # the report
+    changed = checkout.stages(SAVE_EVERY="500", RL="1")
+    assert [re.search(r"scripts\.(\w+)", stage).group(1) for stage in changed[:-1]] == [
+        "base_train", "chat_rl", "chat_eval",
+    ]  # fmt: skip
+
+
+def test_without_the_chat_stages_data_the_base_model_remains(checkout):
+    stages = checkout.stages(FAKE_FAILURE="mid_train")
+    assert "mid_train" in stages[-2]
+    assert "nanochat.report generate" in stages[-1]
+    assert "mid_train" in checkout.stages()[0]  # tried again
+
+
+def test_without_a_gpu_it_is_a_miniature(checkout):
+    stages = checkout.stages(FAKE_GPUS="0")
+    (train,) = (stage for stage in stages if "scripts.base_train" in stage)
+    assert train.startswith("python -m scripts.base_train --data local --depth 4 --sequence-len 256")
+    assert "--minutes 6" in train
+    assert not any("mid_train" in stage for stage in stages)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scripts_are_sound_bash(name):
+    subprocess.run(["bash", "-n", ROOT / name], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", "-x", "-e", "SC1091", ROOT / name], check=True)
