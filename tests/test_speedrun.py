@@ -137,6 +137,23 @@ def test_the_header_of_a_recipe_says_what_its_dry_run_says(plans, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_the_readmes_table_says_what_the_dry_runs_say(plans, name):
+    readme = (ROOT / "README.md").read_text()
+    (row,) = (line for line in readme.splitlines() if line.startswith(f"| `{name}`"))
+    said = plans[name]
+    parameters, tokens = (
+        int(said[key].split(":")[0].split(", ")[0].replace(",", "")) for key in ("parameters", "tokens")
+    )
+    hours, dollars = re.fullmatch(r"([\d.]+) hours, \$([\d,]+)", said["pretraining"]).groups()
+    cells = [f"{parameters / 1e6:,.0f}M", f"{tokens / 1e9:.1f}B", said["text"].removesuffix(" of 100 MB"),
+             said["disk"].partition(" with")[0], said["memory per GPU"].partition(" ")[0], hours, dollars]  # fmt: skip
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == cells
+    if name == "runs/d26.sh":
+        assert "".join(f"{key:<20} {text}\n" for key, text in said.items()) in readme
+
+
+@pytest.mark.slow
 def test_the_run_of_october_2025_is_the_first_releases(plans):
     said = plans["runs/october2025.sh"]
     assert said["model"] == "depth 20, october-2025 architecture, vocabulary 65,536"
