@@ -62,7 +62,7 @@ def add_run_flags(parser: argparse.ArgumentParser, *, source: str) -> None:
     add = parser.add_argument
     # runtime
     add("--run", default="", help="name of the run on wandb (default: no wandb)")
-    add("--seed", type=int, default=42, help="of the order of conversations")
+    add("--seed", type=int, default=42, help="of the order of conversations, and of what is drawn")
     # model
     add_checkpoint_flags(parser, source=source)
     # output
@@ -74,9 +74,8 @@ def add_run_flags(parser: argparse.ArgumentParser, *, source: str) -> None:
 def add_rate_flags(
     parser: argparse.ArgumentParser, *, lr_mult: float, warmdown_frac: float, final_lr_frac: float
 ) -> None:
-    """The flags of the optimizer's rates, and of the micro-steps, with a stage's defaults."""
+    """The flags of the optimizer's rates, with a stage's defaults."""
     add = parser.add_argument
-    add("--device-batch-size", type=int, default=0, help="rows per micro-step on each device (default: what fits)")
     add("--lr-mult", type=float, default=lr_mult, help="multiplies every learning rate")
     add("--weight-decay", type=float, default=0.0, help="of the matrices")
     add("--warmup-steps", type=int, default=40, help="steps of linear warm-up, at most 5 %% of all")
@@ -105,6 +104,7 @@ def add_chat_training_flags(parser: argparse.ArgumentParser, defaults: Defaults)
         "--total-batch-size", type=int, default=0,
         help=f"tokens per optimizer step (default: {batch}, less for few conversations)",
     )  # fmt: skip
+    add("--device-batch-size", type=int, default=0, help="rows per micro-step on each device (default: what fits)")
     add_rate_flags(
         parser, lr_mult=defaults.lr_mult, warmdown_frac=defaults.warmdown_frac, final_lr_frac=defaults.final_lr_frac
     )

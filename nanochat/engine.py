@@ -219,11 +219,12 @@ class Engine:
         return len(self._waiting)
 
     def refresh(self, model: GPT) -> None:
-        """Take over the present weights of `model`; what the cache holds of earlier ones is forgotten."""
+        """Take over the present weights of `model`; what the cache holds of earlier ones is forgotten. From here on all
+        is to the last bit as with a new engine."""
         assert not self.has_work, "weights can only change between requests"
         self.model.refresh(model)
-        for slot in self._slots:
-            slot.left, slot.earlier = [], 0
+        self._slots = [_Slot() for _ in self._slots]
+        self._clock = 0
 
     def generate(
         self,

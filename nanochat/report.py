@@ -53,6 +53,8 @@ CURVES = {  # key in metrics.jsonl: (title, label of the axis with its unit, whe
     "train_loss": ("training loss", "nats per token", False),
     "val_bpb": ("validation", "bits per byte", False),
     "core": ("CORE", "centred accuracy", False),
+    "reward": ("reward in training", "mean of a step's replies", True),
+    "val_reward": ("reward on held-out questions", "mean", True),
     "tokens_per_second": ("throughput", "tokens per second", True),
 }
 MAX_CURVE_POINTS = 300  # of more steps, means are drawn: all that can be seen at this width, in about 20 KB

@@ -12,6 +12,8 @@ reference model to stay near. Groups whose rewards are all equal teach nothing a
 Not here: the loop (`scripts/chat_rl.py`), rewards (the tasks), how replies come about (`engine.py`).
 """
 
+import hashlib
+import json
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -26,11 +28,13 @@ from nanochat.chat import render_for_completion
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
 from nanochat.engine import Engine
+from nanochat.gpt import GPT
 from nanochat.loss import IGNORE_INDEX
 from nanochat.sampling import Sampling
 from nanochat.tokenizer import Tokenizer
 
 FULL_REWARD = 1.0  # what counts as solved in pass@k
+NUM_SAMPLES_SHOWN = 2
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,6 @@ class Rollout:
     prompt: list[int]
     reply: list[int]
     is_sampled: list[bool]
-    text: str
     reward: float
     advantage: float
     is_whole: bool
@@ -74,7 +77,13 @@ class Questions:
 
     def __init__(self, mixture: Any, tokenizer: Tokenizer, max_prompt: int, *, seed: int = 0):
         self.mixture, self.tokenizer, self.seed = mixture, tokenizer, seed
-        self.indices = [i for i in range(len(mixture)) if len(self._prompt(mixture[i])) <= max_prompt]
+        self.indices, digest = [], hashlib.sha256()
+        for index in range(len(mixture)):
+            conversation = mixture[index]
+            if len(self._prompt(conversation)) <= max_prompt:
+                self.indices.append(index)
+                digest.update(json.dumps(conversation["messages"]).encode())
+        self.digest = digest.digest()
         self.num_left_out = len(mixture) - len(self.indices)
         if not self.indices:
             raise UserError(
@@ -104,11 +113,10 @@ class Questions:
     def _prompt(self, conversation: Mapping[str, Any]) -> list[int]:
         return render_for_completion(self.tokenizer, {"messages": conversation["messages"][:-1]}).ids
 
-    # the order is a function of the seed and of what fits; a checkpoint keeps what shows that they are the same
+    # where a run stands follows from its step; a checkpoint keeps what shows that the questions are the same
 
     def state_dict(self) -> dict[str, Tensor]:
-        numbers = {"num_questions": len(self), "num_left_out": self.num_left_out, "seed": self.seed}
-        return {name: torch.tensor(number) for name, number in numbers.items()}
+        return {"digest": torch.tensor(list(self.digest), dtype=torch.uint8), "seed": torch.tensor(self.seed)}
 
     def load_state_dict(self, shards: Sequence[Mapping[str, Tensor]]) -> None:
         """Raises `UserError` where the run that saved `shards` had other questions."""
@@ -124,13 +132,14 @@ class Questions:
 
 
 def roll_out(
-    engine: Engine, questions: Sequence[Question], sampling: Sampling, *, num_samples: int, seed: str
+    engine: Engine, model: GPT, questions: Sequence[Question], sampling: Sampling, *, num_samples: int, seed: str
 ) -> list[list[Rollout]]:
-    """A group of `num_samples` replies to each question, all of them in one batch of the engine.
+    """A group of `num_samples` replies of `model` to each question, all of them in one batch of its engine.
 
     What is drawn depends on `seed` and the question's number only, so not on who else is answered at the time. Raises
     `UserError` for a reward that is not finite.
     """
+    engine.refresh(model)  # the weights have changed, and what the cache holds must not depend on what came before
     end = engine.tokenizer.special_ids["<|assistant_end|>"]
     requests = [
         engine.submit(
@@ -153,7 +162,7 @@ def roll_out(
             reply = completion.ids + [end] * is_whole
             is_sampled = [not token.is_forced for token in completion.tokens] + [True] * is_whole
             group.append(
-                Rollout(question.prompt, reply, is_sampled, completion.text, reward, advantage, is_whole)
+                Rollout(question.prompt, reply, is_sampled, reward, advantage, is_whole)
             )  # fmt: skip
         groups.append(group)
     return groups
@@ -211,32 +220,40 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found: numbers by name, and some greedy replies as texts, prompt and special tokens included."""
+
+    numbers: dict[str, float]
+    samples: list[str]
+
+
 def evaluate(
-    engine: Engine, questions: Sequence[Question], sampling: Sampling, *, num_samples: int, seed: str
-) -> dict[str, float]:
+    engine: Engine, model: GPT, questions: Sequence[Question], sampling: Sampling, *, num_samples: int, seed: str
+) -> Evaluation:
     """Of this rank's `questions` and those of all others: the mean reward of `num_samples` replies with its standard
     error over questions, that of a greedy reply, pass@k for powers of two, mean length in tokens, share cut off."""
-    groups = roll_out(engine, questions, sampling, num_samples=num_samples, seed=seed)
-    greedy = roll_out(engine, questions, replace(sampling, temperature=0.0), num_samples=1, seed=seed)
-    rows = [
-        ([r.reward for r in group], one[0].reward, sum(len(r.reply) for r in group), sum(not r.is_whole for r in group))
-        for group, one in zip(groups, greedy, strict=True)
+    groups = roll_out(engine, model, questions, sampling, num_samples=num_samples, seed=seed)
+    greedy = roll_out(engine, model, questions, replace(sampling, temperature=0.0), num_samples=1, seed=seed)
+    own = [
+        ([r.reward for r in group], one.reward, sum(len(r.reply) for r in group), sum(not r.is_whole for r in group))
+        for group, (one,) in zip(groups, greedy, strict=True)
     ]
-    rows = [row for part in gathered(rows) for row in part]
-    means = [math.fsum(rewards) / len(rewards) for rewards, *_ in rows]
-    num_questions, num_replies = len(rows), len(rows) * num_samples
+    rewards, greedy_rewards, lengths, cut = zip(*(row for part in gathered(own) for row in part), strict=True)
+    means = [math.fsum(group) / num_samples for group in rewards]
+    num_questions, num_replies = len(means), len(means) * num_samples
     mean = math.fsum(means) / num_questions
     variance = math.fsum((m - mean) ** 2 for m in means) / max(1, num_questions - 1)
     numbers = {
         "val_reward": mean, "val_reward_se": math.sqrt(variance / num_questions),
-        "val_greedy_reward": math.fsum(row[1] for row in rows) / num_questions,
-        "val_reply_tokens": sum(row[2] for row in rows) / num_replies,
-        "val_cut_frac": sum(row[3] for row in rows) / num_replies,
+        "val_greedy_reward": math.fsum(greedy_rewards) / num_questions,
+        "val_reply_tokens": sum(lengths) / num_replies, "val_cut_frac": sum(cut) / num_replies,
     }  # fmt: skip
-    num_right = [sum(reward >= FULL_REWARD for reward in rewards) for rewards, *_ in rows]
+    num_right = [sum(reward >= FULL_REWARD for reward in group) for group in rewards]
     for k in (2**i for i in range(num_samples.bit_length())):
         numbers[f"val_pass_at_{k}"] = math.fsum(pass_at_k(num_samples, right, k) for right in num_right) / num_questions
-    return numbers
+    shown = [one for (one,) in greedy[:NUM_SAMPLES_SHOWN]]
+    return Evaluation(numbers, [f"{engine.tokenizer.decode(r.prompt + r.reply)}\nreward {r.reward:g}" for r in shown])
 
 
 def gathered(own: Any) -> list[Any]:
@@ -250,14 +267,20 @@ def gathered(own: Any) -> list[Any]:
 
 def step_numbers(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     """Of all ranks' replies of a step: mean reward, share of groups that differ, mean length in tokens, share cut off,
-    and `num_tokens` altogether."""
-    own = [[(r.reward, len(r.reply), r.is_whole) for r in group] for group in groups]
-    everyones = [group for part in gathered(own) for group in part]
-    rewards, lengths, whole = zip(*(reply for group in everyones for reply in group), strict=True)
+    `rollout_tokens` of all of them, and `trained_tokens`, those sampled in groups that differ."""
+    learned = {id(group) for group in differing(groups)}
+    own = [
+        ([r.reward for r in group], [len(r.reply) for r in group], sum(not r.is_whole for r in group),
+         sum(r.num_sampled for r in group) if id(group) in learned else 0)
+        for group in groups
+    ]  # fmt: skip
+    rewards, lengths, cut, trained = zip(*(row for part in gathered(own) for row in part), strict=True)
+    num_replies = sum(map(len, rewards))
     return {
-        "reward": math.fsum(rewards) / len(rewards),
-        "groups_frac": sum(len({reward for reward, *_ in group}) > 1 for group in everyones) / len(everyones),
-        "reply_tokens": sum(lengths) / len(lengths),
-        "cut_frac": 1.0 - sum(whole) / len(whole),
-        "num_tokens": sum(lengths),
+        "reward": math.fsum(map(math.fsum, rewards)) / num_replies,
+        "groups_frac": sum(count > 0 for count in trained) / len(trained),
+        "reply_tokens": sum(map(sum, lengths)) / num_replies,
+        "cut_frac": sum(cut) / num_replies,
+        "rollout_tokens": sum(map(sum, lengths)),
+        "trained_tokens": sum(trained),
     }

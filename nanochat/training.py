@@ -436,11 +436,7 @@ class StepLog:
         now, loss, stats = time.perf_counter(), loss_t.item(), self.stats
         stats.update(loss, now - self._mark)
         self._mark = now
-        if not math.isfinite(loss) and stats.dtype != torch.float16:  # float16 skips such steps
-            raise UserError(
-                f"the loss at step {step} is {loss}; resume from a checkpoint before it with a lower "
-                f"--lr-mult, or another --dtype"
-            )
+        check_loss(step, loss, stats.dtype)
         self.metrics.log(
             step=step, train_loss=loss, **numbers, tokens=step * stats.tokens_per_step,
             tokens_per_second=stats.tokens_per_second, mfu=stats.mfu, elapsed_seconds=stats.seconds,
@@ -457,6 +453,15 @@ class StepLog:
         left = stats.seconds_left(total - step)
         parts.append(f"{_clock(stats.seconds)}" + (f", {_clock(left)} left" if left is not None else ""))
         return " | ".join(parts)
+
+
+def check_loss(step: int, loss: float, dtype: torch.dtype) -> None:
+    """Raise `UserError` when the loss of a step is not finite, unless in float16, which skips such steps."""
+    if not math.isfinite(loss) and dtype != torch.float16:
+        raise UserError(
+            f"the loss at step {step} is {loss}; resume from a checkpoint before it with a lower --lr-mult, or another "
+            f"--dtype"
+        )
 
 
 def peak_memory_bytes(runtime: Runtime) -> int:

@@ -23,12 +23,12 @@ from nanochat.engine import Engine
 from nanochat.inference import WEIGHTS
 from nanochat.recipe import Plan
 from nanochat.sampling import Sampling
-from nanochat.training import TrainingRun, check_ranges, make_optimizer, wanted_device_batch
+from nanochat.training import TrainingRun, check_loss, check_ranges, make_optimizer
 from tasks.common import TaskMixture, TaskSlice
 from tasks.custom_json import CustomJSON
 from tasks.registry import SMALL_WORLD_NAMES, TASK_NAMES, get_task, task_names
 
-ENGINE_ROWS = {"cuda": 256}  # replies written at a time, by device
+ENGINE_ROWS = {"cuda": 128}  # replies written at a time, by device
 SMALL_ENGINE_ROWS = 32
 FREE_ON_RESUME = frozenset({  # flags that may differ from those of the run being resumed
     "resume", "run", "device_type", "dtype", "device_batch_size", "engine_rows", "eval_every", "eval_questions",
@@ -55,6 +55,7 @@ def parse_args() -> argparse.Namespace:
     add("--engine-rows", type=int, default=0, help="replies written at a time, 0 for what suits the device")
     add("--weights", default="", choices=["", *WEIGHTS], help="of the model that replies (default: --dtype)")
     # optimization
+    add("--device-batch-size", type=int, default=8, help="replies per micro-step on each device")
     add_rate_flags(parser, lr_mult=0.05, warmdown_frac=1.0, final_lr_frac=0.0)
     # evaluation, in steps; 0 is off
     add("--eval-every", type=int, default=60, help="reward and pass@k on held-out questions")
@@ -67,9 +68,12 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise `UserError` for flags out of range."""
     check_ranges(
         args,
-        positive=("epochs", "num_steps", "questions_per_step", "max_tokens", "temperature", "eval_samples"),
+        positive=(
+            "epochs", "num_steps", "questions_per_step", "max_tokens", "temperature", "device_batch_size",
+            "eval_samples",
+        ),
         zero_or_more=(
-            "top_k", "engine_rows", "device_batch_size", "lr_mult", "weight_decay", "warmup_steps", "eval_every",
+            "top_k", "engine_rows", "lr_mult", "weight_decay", "warmup_steps", "eval_every",
             "eval_questions", "save_every",
         ),
         shares=("warmdown_frac", "final_lr_frac"),
@@ -105,6 +109,45 @@ def rewarding_names() -> list[str]:
     return names
 
 
+def note(run: TrainingRun, step: int, found: rl.Evaluation) -> None:
+    """Log, print and keep an evaluation; the first one is kept as the start too, and shows what replies look like."""
+    numbers = found.numbers
+    if step == 0:
+        kept = ("val_reward", "val_reward_se", "val_greedy_reward")
+        numbers = {f"start_{name}": numbers[name] for name in kept} | numbers
+        for sample in found.samples:
+            print0(sample)
+    run.note(step, **numbers)
+    run.results = {**run.results, "samples": found.samples}
+    at_k = "".join(f", {k.removeprefix('val_')} {v:.4f}" for k, v in numbers.items() if k.startswith("val_pass"))
+    print0(
+        f"step {step:>5} | held out: reward {numbers['val_reward']:.4f} +- {numbers['val_reward_se']:.4f}, greedy "
+        f"{numbers['val_greedy_reward']:.4f}{at_k}"
+    )
+
+
+def log(
+    run: TrainingRun, step: int, loss: float, numbers: dict[str, float], rollout_seconds: float, update_seconds: float
+) -> None:
+    """Log and print step `step`, counted from 1, and add it to the sums; `loss` is nan where nothing was learned."""
+    rollout_tokens = numbers["rollout_tokens"]
+    speed = rollout_tokens / rollout_seconds
+    run.stats.update(loss, rollout_seconds + update_seconds)
+    own = {"rollout_tokens": rollout_tokens, "trained_tokens": numbers["trained_tokens"]}
+    own["rollout_seconds"] = rollout_seconds
+    run.results = {**run.results, **{name: run.results.get(name, 0) + value for name, value in own.items()}}
+    run.metrics.log(
+        step=step, train_loss=loss if math.isfinite(loss) else None, **numbers, lr_mult=run.rates(step - 1),
+        rollout_seconds=rollout_seconds, update_seconds=update_seconds, rollout_tokens_per_second=speed,
+        elapsed_seconds=run.stats.seconds,
+    )  # fmt: skip
+    print0(
+        f"step {step:>5}/{run.plan.num_steps} | reward {numbers['reward']:.4f}, {numbers['groups_frac']:.0%} of groups "
+        f"differ | {numbers['reply_tokens']:.1f} tokens a reply, {numbers['cut_frac']:.1%} cut | replies "
+        f"{rollout_seconds:.1f} s ({speed:,.0f} tokens/s), update {update_seconds:.1f} s"
+    )
+
+
 def main(args: argparse.Namespace) -> None:
     # data
     check_args(args)
@@ -119,13 +162,13 @@ def main(args: argparse.Namespace) -> None:
     # questions
     max_prompt = prompt_budget("generative", model.config.sequence_len, args.max_tokens)
     questions = rl.Questions(train, tokenizer, max_prompt, seed=args.seed)
-    held_out = rl.Questions(val, tokenizer, max_prompt) if args.eval_every else None
     print0(f"{len(questions):,} questions, {questions.num_left_out:,} left out as too long for the context")
-    val_questions = []
-    if held_out is not None:
+    num_val, val_questions = 0, []
+    if args.eval_every and len(val):
+        held_out = rl.Questions(val, tokenizer, max_prompt)
         num_val = min(len(held_out), args.eval_questions or len(held_out))
         val_questions = held_out.take(0, num_val, **ranks)
-        print0(f"held out: {num_val:,} questions")
+    print0(f"{num_val:,} held-out questions")
 
     # engine
     sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k)
@@ -133,32 +176,22 @@ def main(args: argparse.Namespace) -> None:
     engine = Engine(model, tokenizer, max_rows=rows, weights=args.weights)
 
     # optimizer, schedule
-    per_step, num_samples = args.questions_per_step, args.num_samples
+    per_step = args.questions_per_step
     num_steps = args.num_steps or -(-args.epochs * len(questions) // per_step)
-    most_tokens = per_step * num_samples * args.max_tokens
+    most_tokens = per_step * args.num_samples * args.max_tokens
     plan = Plan(num_steps, most_tokens, args.lr_mult * schedule.batch_lr_scale(most_tokens), args.weight_decay)
-    device_batch_size = wanted_device_batch(runtime.device, args.device_batch_size, 0, 0)
     run = TrainingRun(
         start.folder, args, runtime, model, tokenizer, make_optimizer(model, runtime), questions, plan,
-        device_batch_size, 1, start.resumed,
+        args.device_batch_size, 1, start.resumed,
     )  # fmt: skip
-    print0(f"{num_steps:,} steps of {per_step} questions x {num_samples} replies, rates x {plan.lr_scale:.4f}")
+    print0(f"{num_steps:,} steps of {per_step} questions x {args.num_samples} replies, rates x {plan.lr_scale:.4f}")
 
     # the loop
     for step in run.steps():
         # evaluate
-        if val_questions and (step == 0 or run.is_due(step, args.eval_every)):
-            found = rl.evaluate(engine, val_questions, sampling, num_samples=args.eval_samples, seed="held out")
-            if step == 0:
-                found |= {f"start_{name}": found[name] for name in ("val_reward", "val_reward_se", "val_greedy_reward")}
-            run.note(step, **found)
-            print0(
-                f"step {step:>5} | held out: reward {found['val_reward']:.4f} +- {found['val_reward_se']:.4f}, greedy "
-                f"{found['val_greedy_reward']:.4f}, " + ", ".join(
-                    f"pass@{name.removeprefix('val_pass_at_')} {value:.4f}"
-                    for name, value in found.items() if name.startswith("val_pass_at_")
-                )
-            )  # fmt: skip
+        if num_val and (step == 0 or run.is_due(step, args.eval_every)):
+            found = rl.evaluate(engine, model, val_questions, sampling, num_samples=args.eval_samples, seed="held out")
+            note(run, step, found)
 
         # save
         if run.is_due(step, args.save_every or num_steps):
@@ -171,36 +204,29 @@ def main(args: argparse.Namespace) -> None:
         # replies
         begin = time.perf_counter()
         asked = questions.take(step * per_step, per_step, **ranks)
-        groups = rl.roll_out(engine, asked, sampling, num_samples=num_samples, seed=f"{args.seed}/{step}")
+        seed = f"{args.seed}/{step}"
+        groups = rl.roll_out(engine, model, asked, sampling, num_samples=args.num_samples, seed=seed)
         numbers = rl.step_numbers(groups)
         middle = time.perf_counter()
 
         # step
-        loss = None
+        loss = math.nan
         if numbers["groups_frac"] > 0:
             chosen = [rollout for group in rl.differing(groups) for rollout in group]
-            batches = rl.make_batches(chosen, device_batch_size, runtime.device)
+            batches = rl.make_batches(chosen, args.device_batch_size, runtime.device)
             loss = run.update(step, iter(batches), len(batches)).item()
-            engine.refresh(model)
+            check_loss(step + 1, loss, runtime.dtype)
         end = time.perf_counter()
 
         # log
-        num_tokens = numbers.pop("num_tokens")
-        seconds = {"rollout_seconds": middle - begin, "update_seconds": end - middle}
-        speed = num_tokens / (middle - begin)
-        run.stats.update(math.nan if loss is None else loss, end - begin)
-        run.metrics.log(
-            step=step + 1, train_loss=loss, **numbers, **seconds, lr_mult=run.rates(step),
-            rollout_tokens_per_second=speed, elapsed_seconds=run.stats.seconds,
-        )  # fmt: skip
-        print0(
-            f"step {step + 1:>5}/{num_steps} | reward {numbers['reward']:.4f} | {numbers['groups_frac']:.0%} of groups "
-            f"differ | {numbers['reply_tokens']:.1f} tokens a reply, {numbers['cut_frac']:.1%} cut | replies "
-            f"{middle - begin:.1f} s ({speed:,.0f} tokens/s), update {end - middle:.1f} s"
-        )
+        log(run, step + 1, loss, numbers, middle - begin, end - middle)
 
     # summary to the report
-    run.finish("chat_rl", train_loss=None, train_tokens=None, train_flops=None, tokens_per_second=None, mfu=None)
+    trained_tokens = run.results["trained_tokens"]
+    run.finish(
+        "chat_rl", train_tokens=trained_tokens, train_flops=trained_tokens * model.flops_per_token(),
+        tokens_per_second=run.results["rollout_tokens"] / run.results["rollout_seconds"], mfu=None,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def make_rollouts(vocab_size: int, num_groups: int = 6, num_samples: int = 4) ->
             length = rng.randint(1, 20)
             reply = [rng.randrange(vocab_size) for _ in range(length)]
             is_sampled = [rng.random() < 0.8 for _ in range(length)]
-            group.append(rl.Rollout(prompt, reply, is_sampled, "", reward, advantage, True))
+            group.append(rl.Rollout(prompt, reply, is_sampled, reward, advantage, True))
         groups.append(group)
     return groups
 
@@ -144,8 +144,8 @@ def test_a_rank_without_replies_has_gradients_of_zero(tokenizer):
 
 
 def test_targets_are_the_sampled_tokens_only():
-    rollout = rl.Rollout([7, 8], [1, 2, 3, 4], [True, False, False, True], "", 1.0, 0.5, True)
-    longer = rl.Rollout([7, 8, 9], [1, 2, 3, 4, 5], [True] * 5, "", 0.0, -0.5, True)
+    rollout = rl.Rollout([7, 8], [1, 2, 3, 4], [True, False, False, True], 1.0, 0.5, True)
+    longer = rl.Rollout([7, 8, 9], [1, 2, 3, 4, 5], [True] * 5, 0.0, -0.5, True)
     (batch,) = rl.make_batches([rollout, longer], 2)
     ignored = IGNORE_INDEX
     assert batch.idx.tolist() == [[7, 8, 9, 1, 2, 3, 4], [7, 8, 1, 2, 3, 0, 0]]
@@ -159,7 +159,7 @@ def test_targets_are_the_sampled_tokens_only():
 
 def test_groups_of_equal_rewards_are_left_out(tokenizer):
     groups = make_rollouts(tokenizer.vocab_size)
-    same = [rl.Rollout([1], [2], [True], "", 1.0, 0.0, True)] * 3
+    same = [rl.Rollout([1], [2], [True], 1.0, 0.0, True)] * 3
     assert rl.differing([same, *groups, same]) == groups
 
 
@@ -174,7 +174,7 @@ def test_rollouts_are_what_the_engine_samples_with_the_end_added(tokenizer):
     model = make_model(tokenizer)
     engine = Engine(model, tokenizer, max_rows=8)
     asked = questions_of(tokenizer).take(0, 5)
-    groups = rl.roll_out(engine, asked, Sampling(max_tokens=12), num_samples=4, seed="s")
+    groups = rl.roll_out(engine, model, asked, Sampling(max_tokens=12), num_samples=4, seed="s")
     end = tokenizer.special_ids["<|assistant_end|>"]
     assert [len(group) for group in groups] == [4] * 5
     for question, group in zip(asked, groups, strict=True):
@@ -183,9 +183,9 @@ def test_rollouts_are_what_the_engine_samples_with_the_end_added(tokenizer):
             assert r.prompt == question.prompt
             assert len(r.reply) == len(r.is_sampled)
             assert (r.reply[-1] == end) == r.is_whole
-    again = rl.roll_out(engine, asked[3:], Sampling(max_tokens=12), num_samples=4, seed="s")
+    again = rl.roll_out(engine, model, asked[3:], Sampling(max_tokens=12), num_samples=4, seed="s")
     assert [r.reply for group in again for r in group] == [r.reply for group in groups[3:] for r in group]
-    other = rl.roll_out(engine, asked, Sampling(max_tokens=12), num_samples=4, seed="t")
+    other = rl.roll_out(engine, model, asked, Sampling(max_tokens=12), num_samples=4, seed="t")
     assert [r.reply for group in other for r in group] != [r.reply for group in groups for r in group]
 
 
@@ -196,7 +196,7 @@ def test_tool_answers_are_not_sampled(tokenizer):
         model.lm_head.weight[[special[name] for name in names]] *= 10  # calls are likely
     engine = Engine(model, tokenizer, max_rows=32)
     groups = rl.roll_out(
-        engine, questions_of(tokenizer).take(0, 4), Sampling(max_tokens=20), num_samples=32, seed="calls"
+        engine, model, questions_of(tokenizer).take(0, 4), Sampling(max_tokens=20), num_samples=32, seed="calls"
     )
     num_forced = 0
     for r in (r for group in groups for r in group):
@@ -210,10 +210,10 @@ def test_tool_answers_are_not_sampled(tokenizer):
 
 
 def test_a_reward_that_is_no_number_is_an_error_that_names_the_task(tokenizer):
-    task = NotFinite(tokenizer)
+    task, model = NotFinite(tokenizer), make_model(tokenizer)
     asked = rl.Questions(TaskMixture([task]), tokenizer, T - 8).take(0, 1)
     with pytest.raises(UserError, match="NotFinite gave the reward nan"):
-        rl.roll_out(Engine(make_model(tokenizer), tokenizer), asked, Sampling(max_tokens=2), num_samples=2, seed="")
+        rl.roll_out(Engine(model, tokenizer), model, asked, Sampling(max_tokens=2), num_samples=2, seed="")
 
 
 # --- questions -----------------------------------------------------------------------------------
@@ -261,10 +261,11 @@ def test_pass_at_k_is_the_share_of_choices_with_a_right_sample():
 
 
 def test_evaluation_agrees_with_the_rollouts_it_is_made_of(tokenizer):
-    engine = Engine(make_model(tokenizer), tokenizer, max_rows=8)
+    model = make_model(tokenizer)
+    engine = Engine(model, tokenizer, max_rows=8)
     asked = questions_of(tokenizer).take(0, 12)
-    found = rl.evaluate(engine, asked, Sampling(max_tokens=6), num_samples=4, seed="e")
-    groups = rl.roll_out(engine, asked, Sampling(max_tokens=6), num_samples=4, seed="e")
+    found = rl.evaluate(engine, model, asked, Sampling(max_tokens=6), num_samples=4, seed="e").numbers
+    groups = rl.roll_out(engine, model, asked, Sampling(max_tokens=6), num_samples=4, seed="e")
     rewards = [[r.reward for r in group] for group in groups]
     assert found["val_reward"] == pytest.approx(sum(map(sum, rewards)) / 48)
     assert found["val_pass_at_1"] == pytest.approx(found["val_reward"])
@@ -286,12 +287,13 @@ def test_the_reward_rises(tokenizer):
     questions = questions_of(tokenizer)
     means = []
     for step in range(12):
-        groups = rl.roll_out(engine, questions.take(step * 8, 8), Sampling(max_tokens=2), num_samples=8, seed=f"{step}")
+        groups = rl.roll_out(
+            engine, model, questions.take(step * 8, 8), Sampling(max_tokens=2), num_samples=8, seed=f"{step}"
+        )
         means.append(rl.step_numbers(groups)["reward"])
         batches = rl.make_batches([r for group in rl.differing(groups) for r in group], 16)
         accumulate_gradients(model, iter(batches), len(batches), device=CPU)
         optimizer.step()
         optimizer.zero_grad()
-        engine.refresh(model)
     assert max(means[:2]) < 0.75
     assert min(means[-3:]) > 0.9

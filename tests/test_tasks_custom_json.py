@@ -79,3 +79,27 @@ def test_files_that_cannot_be_read_are_named(write, tmp_path):
         len(CustomJSON(tmp_path))
     with pytest.raises(UserError, match="not UTF-8"):
         len(write(json.dumps("é", ensure_ascii=False), encoding="latin-1"))
+
+
+@pytest.mark.parametrize(
+    ("reference", "said", "reward"),
+    [
+        ("It is 1,000.\n#### 1,000", "#### 1000.0", 1.0),
+        ("It is 1,000.\n#### 1,000", "1000", 0.0),  # the mark is part of what is asked for
+        ("It is 1,000.\n#### 1,000", "#### 1001", 0.0),
+        ("Paris", " paris\n", 1.0),
+        ("New  York", "new york", 1.0),
+        ("Paris", "Paris.", 0.0),
+        ("Paris", "", 0.0),
+    ],
+)
+def test_the_reward_is_for_agreeing_with_the_last_answer(write, reference, said, reward):
+    task = write(json.dumps([*TURNS, TURNS[0], {"role": "assistant", "content": reference}]))
+    assert task.has_reward
+    assert task.reward(task[0], said) == reward
+    assert task.reward(task[0], [{"type": "text", "text": said}]) == reward
+
+
+def test_tool_calls_count_neither_in_the_reply_nor_in_the_reference(write):
+    task = write(json.dumps([TURNS[0], {"role": "assistant", "content": PARTS}]))
+    assert task.reward(task[0], "2") == task.reward(task[0], PARTS) == 1.0

@@ -1,0 +1,196 @@
+"""`scripts.chat_rl` as processes: on own questions, resumed, with several processes, and users' mistakes."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import WORDS
+from test_chat_scripts import hashes, numbers
+from test_scripts import FORKER, Workplace, environment
+
+from nanochat.checkpoint import run_dir, save_checkpoint
+from nanochat.common import Runtime
+from nanochat.gpt import GPTConfig, build_model
+from nanochat.tokenizer import Tokenizer
+
+TINY = (
+    "--device-type cpu --dtype float32 --data own.jsonl --questions-per-step 3 --num-samples 4 --max-tokens 8 "
+    "--device-batch-size 2 --num-steps 4 --save-every 1 --eval-every 2 --eval-questions 3 --eval-samples 2"
+).split()
+LAST = 4
+NEW = ("start_val_reward", "start_val_reward_se", "start_val_greedy_reward")
+SECONDS = ("rollout_seconds", "update_seconds", "rollout_tokens_per_second")
+
+# in the child: a reward that replies of a random model differ in
+ODD = """
+import tasks.custom_json
+tasks.custom_json.CustomJSON.reward = lambda self, conversation, completion: float(
+    len("".join(part["text"] for part in completion)) % 2
+)
+"""
+NOT_FINITE = "import tasks.custom_json; tasks.custom_json.CustomJSON.reward = lambda *_: float('inf')"
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A base folder with a random finetuned model, a file of questions, and a run of the stage on it."""
+    folder = tmp_path_factory.mktemp("chat_rl")
+    rng = random.Random(0)
+    lines = []
+    for _ in range(40):
+        question = {"role": "user", "content": " ".join(rng.choices(WORDS, k=4))}
+        lines.append(json.dumps([question, {"role": "assistant", "content": f"#### {rng.randrange(9)}"}]))
+    (folder / "own.jsonl").write_text("\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder / "base"))
+        save_finetuned_model()
+    command, pipe = [sys.executable, "-c", FORKER], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment(folder / "base")) as forker:
+        place = Workplace(folder, forker)
+        place.out = place.run_well("scripts.chat_rl", *TINY, before=ODD)
+        yield place
+        forker.stdin.close()
+
+
+def save_finetuned_model():
+    rng = random.Random(0)
+    tokenizer = Tokenizer.train([" ".join(rng.choices(WORDS, k=100)) for _ in range(100)], 400)
+    config = GPTConfig.from_depth(2, vocab_size=400, sequence_len=64, head_dim=32)
+    model = build_model(config, generator=torch.Generator().manual_seed(0))
+    runtime = Runtime(0, 0, 1, model.device, model.compute_dtype)
+    save_checkpoint(run_dir("sft", "tiny"), 7, runtime=runtime, model=model, tokenizer=tokenizer, meta={})
+
+
+def found_in(base) -> dict:
+    return {key: value for key, value in numbers(base, "rl").items() if key[1] not in SECONDS}
+
+
+def copy_of_inputs(workplace, name):
+    base = workplace.folder / name
+    shutil.copytree(workplace.base / "sft_checkpoints", base / "sft_checkpoints")
+    return base
+
+
+def test_the_stage_leaves_checkpoints_metrics_and_a_record(workplace):
+    run = workplace.base / "rl_checkpoints" / "tiny"
+    assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", *(f"step_{i:06d}" for i in range(1, 5))]
+    names = {path.name for path in (run / "step_000004").iterdir()}
+    assert names == {
+        "meta.json", "model.safetensors", "tokenizer", "optimizer_rank0.safetensors", "loader_rank0.safetensors",
+    }  # fmt: skip
+    found = found_in(workplace.base)
+    for step in range(1, LAST + 1):
+        for name in ("reward", "groups_frac", "reply_tokens", "cut_frac", "rollout_tokens", "trained_tokens"):
+            assert (step, name) in found
+    assert sum((step, "train_loss") in found for step in range(1, LAST + 1)) >= 2
+    for step in (0, 2, 4):
+        for name in ("val_reward", "val_reward_se", "val_greedy_reward", "val_pass_at_1", "val_pass_at_2"):
+            assert (step, name) in found
+    records = [json.loads(line) for line in (workplace.base / "report" / "records.jsonl").read_text().splitlines()]
+    (record,) = [one for one in records if one["stage"] == "chat_rl"]
+    results = record["results"]
+    assert results["val_reward"] == found[LAST, "val_reward"]
+    assert all(results[name] == found[0, name] for name in NEW)
+    for name in ("rollout_tokens", "trained_tokens"):
+        assert results[name] == sum(found[step, name] for step in range(1, LAST + 1))
+    assert len(record["samples"]) == 2
+
+
+def test_what_is_asked_and_what_is_held_out_are_said(workplace):
+    assert "tiny from sft_checkpoints/tiny/step_000007" in workplace.out
+    assert "38 questions, 0 left out" in workplace.out
+    assert "2 held-out questions" in workplace.out
+    assert workplace.out.count("<|assistant_start|>") == 2  # replies of the first evaluation only
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_resumed_run_is_bit_equal_to_never_having_stopped(workplace, step):
+    base = workplace.folder / f"resumed_{step}"
+    shutil.copytree(workplace.base, base)
+    for later in range(step + 1, LAST + 1):
+        shutil.rmtree(base / "rl_checkpoints" / "tiny" / f"step_{later:06d}")
+    out = workplace.run_well("scripts.chat_rl", *TINY, "--resume", base=base, before=ODD)
+    assert f"resumed at step {step}" in out
+    assert found_in(base) == found_in(workplace.base)
+    assert hashes(base, "rl", LAST) == hashes(workplace.base, "rl", LAST)
+    last = json.loads((base / "report" / "records.jsonl").read_text().splitlines()[-1])
+    first = json.loads((base / "report" / "records.jsonl").read_text().splitlines()[0])
+    assert last["results"]["trained_tokens"] == first["results"]["trained_tokens"]
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])  # with 4 there are ranks without a question
+def test_several_processes_train_like_one(workplace, num_processes):
+    base = copy_of_inputs(workplace, f"processes_{num_processes}")
+    workplace.run_well("scripts.chat_rl", *TINY, base=base, before=ODD, num_processes=num_processes)
+    found, expected = found_in(base), found_in(workplace.base)
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    exact = [key for key in expected if key[1] in ("reward", "rollout_tokens", "trained_tokens")]
+    assert [found[key] for key in exact] == [expected[key] for key in exact]
+
+
+def test_without_a_difference_in_reward_nothing_changes(workplace):
+    base = copy_of_inputs(workplace, "equal")
+    workplace.run_well("scripts.chat_rl", *TINY, base=base)  # a random model never writes the right number
+    found = found_in(base)
+    assert all(found[step, "groups_frac"] == found[step, "trained_tokens"] == 0 for step in range(1, LAST + 1))
+    assert not any(name == "train_loss" for _, name in found)
+    before = hashes(base, "sft", 7)["model.safetensors"]
+    assert [hashes(base, "rl", step)["model.safetensors"] for step in (1, LAST)] == [before, before]
+
+
+def test_the_model_can_be_chatted_with(workplace):
+    flags = ["--source", "rl", "--device-type", "cpu", "--dtype", "float32", "--max-tokens", "4"]
+    assert workplace.run("scripts.chat_cli", *flags, "-p", "river").status == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--tasks ARC-Easy", ["ARC-Easy has no reward", "GSM8K, SpellingBee, SmallWorld"]),
+        ("--tasks HumanEval", ["HumanEval is only for the purpose 'test'"]),
+        ("--tasks Chess", ["no task 'Chess'"]),
+        ("--data missing.jsonl", ["cannot read the conversations in missing.jsonl"]),
+        ("--num-samples 1", ["--num-samples must be at least 2, not 1"]),
+        ("--temperature 0", ["--temperature must be a number above 0"]),
+        ("--device-batch-size 0", ["--device-batch-size must be a number above 0"]),
+        ("--source mid", ["no mid checkpoint"]),
+        ("", ["holds checkpoints of an earlier run", "--resume"]),
+        ("--resume --num-samples 8", ["--num-samples is 8 here but 4"]),
+        ("--data long.jsonl --output-tag new", ["none of", "questions fits into 56 tokens"]),
+    ],
+)
+def test_a_mistake_is_named(workplace, flags, words):
+    turns = [{"role": "user", "content": "river " * 500}, {"role": "assistant", "content": "Yes."}]
+    (workplace.folder / "long.jsonl").write_text("\n".join([json.dumps(turns)] * 2))
+    check_mistake(workplace.run("scripts.chat_rl", *TINY, *flags.split()), words)
+
+
+def test_a_reward_that_is_not_finite_is_named(workplace):
+    flags = [*TINY, "--output-tag", "infinite"]
+    check_mistake(workplace.run("scripts.chat_rl", *flags, before=NOT_FINITE), ["own gave the reward inf"])
+
+
+def test_questions_changed_since_are_refused_on_resuming(workplace):
+    base = workplace.folder / "changed"
+    shutil.copytree(workplace.base, base)
+    own = workplace.folder / "own.jsonl"
+    before = own.read_text()
+    own.write_text(before.replace("river", "stone"))
+    try:
+        ended = workplace.run("scripts.chat_rl", *TINY, "--resume", base=base, before=ODD)
+    finally:
+        own.write_text(before)
+    check_mistake(ended, ["not those of the run being resumed"])
+
+
+def check_mistake(ended, words):
+    assert ended.status == 2, ended
+    assert ended.stderr.startswith("error: ")
+    assert ended.stderr.count("\n") == 1
+    for word in words:
+        assert word in ended.stderr
