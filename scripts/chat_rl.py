@@ -50,10 +50,10 @@ def parse_args() -> argparse.Namespace:
     add("--questions-per-step", type=int, default=16, help="questions answered for each optimizer step")
     add("--num-samples", type=int, default=16, help="replies to each question")
     add("--max-tokens", type=int, default=256, help="length of a reply at most, in tokens")
-    add("--temperature", type=float, default=1.0, help="of the replies; with 1 they are the model's own distribution")
+    add("--temperature", type=float, default=1.0, help="of the replies; learning is only on-policy at 1 with --top-k 0")
     add("--top-k", type=int, default=0, help="draw from the likeliest tokens only, so many, 0 for all")
     add("--engine-rows", type=int, default=0, help="replies written at a time, 0 for what suits the device")
-    add("--weights", default="", choices=["", *WEIGHTS], help="of the model that replies (default: --dtype)")
+    add("--weights", default="", choices=WEIGHTS, help="of the model that replies (default: --dtype)")
     # optimization
     add("--device-batch-size", type=int, default=8, help="replies per micro-step on each device")
     add_rate_flags(parser, lr_mult=0.05, warmdown_frac=1.0, final_lr_frac=0.0)
