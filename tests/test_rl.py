@@ -143,6 +143,13 @@ def test_a_rank_without_replies_has_gradients_of_zero(tokenizer):
     assert not any(gradient.any() for gradient in gradients)
 
 
+def test_tokens_that_were_not_sampled_have_no_gradient(tokenizer):
+    forced = rl.Rollout([7, 8], [1, 2, 3], [False] * 3, 1.0, 0.5, True)
+    model = make_model(tokenizer)
+    assert accumulate_gradients(model, iter(rl.make_batches([forced], 4)), 1, device=CPU).item() == 0
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
 def test_targets_are_the_sampled_tokens_only():
     rollout = rl.Rollout([7, 8], [1, 2, 3, 4], [True, False, False, True], 1.0, 0.5, True)
     longer = rl.Rollout([7, 8, 9], [1, 2, 3, 4, 5], [True] * 5, 0.0, -0.5, True)
