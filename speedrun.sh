@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The main run: from raw text to a chat model and its report, sized to the machine it runs on. Without a GPU, and so
-# perhaps without a network, it ends with the pretrained, evaluated base model of a miniature.
+# perhaps without a network, it is a miniature: the same stages in less than 20 minutes, pretrained on documentation
+# found on this machine, and a model that chats about a small world (tasks/small_world.py).
 #
 #   bash speedrun.sh                                     # 8 GPUs: depth 20; fewer: the same, longer; none: a miniature
 #   bash speedrun.sh --dry-run                           # what it takes on GPUs: tokens, disk, memory, hours, dollars
@@ -16,12 +17,12 @@
 #   VOCAB_SIZE         tokens of the vocabulary
 #   NUM_STEPS          steps of every training stage, to try it out; or the horizon of pretraining alone:
 #   TOKEN_RATIO        training tokens per parameter (default on GPUs: see scripts.base_train --help)
-#   MINUTES            minutes of pretraining, without a GPU only (default: 6)
+#   MINUTES            minutes of pretraining, without a GPU only (default: 1.5)
 #   PRETRAIN_FLAGS     further flags of scripts.base_train, which win over those here
 #   SAVE_EVERY         steps between checkpoints
-#   CHAT               1: mid-training, finetuning and chat evaluation too, whose data come from the hub; 0: not
-#                      (default: 1 with a GPU)
-#   RL                 1: reinforcement learning on GSM8K after that (default: 0)
+#   CHAT               0: only the base model (default: 1, mid-training, finetuning and chat evaluation too)
+#   CHAT_DATA          "mixture" of data sets from the hub (default with a GPU), or "small_world", generated
+#   RL                 1: reinforcement learning after that, on GSM8K or in the small world (default: 1 without a GPU)
 #   WANDB_RUN          name of the run on wandb (default: no wandb)
 set -euo pipefail
 
@@ -93,7 +94,8 @@ if [ "$num_gpus" -gt 0 ] || [ "$dry_run" = 1 ]; then
     size=()
     SAVE_EVERY="${SAVE_EVERY:-1000}"
     core=()
-    CHAT="${CHAT:-1}"
+    CHAT_DATA="${CHAT_DATA:-mixture}"
+    RL="${RL:-0}"
     # the shards that the model will read, from the arithmetic that also plans its training
     plan="$(python -m scripts.base_train --dry-run --depth "$DEPTH" --vocab-size "$VOCAB_SIZE" --num-gpus "$NPROC" \
         ${GPU:+--gpu "$GPU"} --save-every "$SAVE_EVERY" ${horizon[@]+"${horizon[@]}"} ${pretrain_flags[@]+"${pretrain_flags[@]}"})"
@@ -107,12 +109,13 @@ else
     NPROC="${NPROC:-1}"
     DATASET="${DATASET:-local}"
     DEPTH="${DEPTH:-4}"
-    VOCAB_SIZE="${VOCAB_SIZE:-4096}" # a larger head would be most of so small a model
-    size=(--sequence-len 256 --head-dim 64 --eval-every 100)
+    VOCAB_SIZE="${VOCAB_SIZE:-1024}" # words of few letters to a token, whose letters can be learned
+    size=(--sequence-len 256 --head-dim 64 --window-pattern L --eval-every 100)
     SAVE_EVERY="${SAVE_EVERY:-100}"
-    if [ "${#horizon[@]}" -eq 0 ]; then horizon=(--minutes "${MINUTES:-6}"); fi
+    if [ "${#horizon[@]}" -eq 0 ]; then horizon=(--minutes "${MINUTES:-1.5}"); fi
     core=(--max-per-task 20)
-    CHAT="${CHAT:-0}"
+    CHAT_DATA="${CHAT_DATA:-small_world}"
+    RL="${RL:-1}"
     num_shards=8
 fi
 chat_size=()
@@ -143,7 +146,7 @@ stage tok_train python -m scripts.tok_train --data "$DATASET" --vocab-size "$VOC
 stage tok_eval python -m scripts.tok_eval --data "$DATASET"
 if [ -n "$download" ]; then wait "$download"; fi
 
-# --- pretraining: an hour for depth 20 on 8 H100 by the dry run's estimate, 6 minutes for the miniature ---
+# --- pretraining: an hour for depth 20 on 8 H100 by the dry run's estimate, 2 minutes for the miniature ---
 tag="d$DEPTH"
 stage base_train train scripts.base_train --data "$DATASET" --depth "$DEPTH" ${size[@]+"${size[@]}"} \
     ${horizon[@]+"${horizon[@]}"} --save-every "$SAVE_EVERY" --run "${WANDB_RUN:-}" --resume \
@@ -165,16 +168,40 @@ chat() {
     fi
     local evaluation=(--model-tag "$tag" --resume ${chat_problems[@]+"${chat_problems[@]}"})
     stage chat_eval train scripts.chat_eval -i sft "${evaluation[@]}" || return
-    if [ "${RL:-0}" = 1 ]; then
+    if [ "$RL" = 1 ]; then
         stage chat_rl train scripts.chat_rl "${common[@]}" ${rl_size[@]+"${rl_size[@]}"} || return
         stage rl_eval train scripts.chat_eval -i rl "${evaluation[@]}" --tasks GSM8K || return
     fi
 }
+
+# --- the same for the miniature, on generated conversations; 15 minutes ---
+chat_small_world() {
+    local common=(--model-tag "$tag" --run "${WANDB_RUN:-}" --resume)
+    local training=(--data small_world --total-batch-size 2048 --eval-every 500)
+    stage mid_train train scripts.mid_train "${common[@]}" "${training[@]}" --lr-mult 1.2 --final-lr-frac 0.3 \
+        ${chat_size[@]+"${chat_size[@]}"}
+    stage chat_sft train scripts.chat_sft "${common[@]}" "${training[@]}" --lr-mult 0.36 \
+        ${chat_size[@]+"${chat_size[@]}"}
+    local evaluation=(--model-tag "$tag" --tasks small_world --batch-rows 32 --max-tokens 64 --resume)
+    evaluation+=(${NUM_STEPS:+--max-problems "$NUM_STEPS"})
+    stage chat_eval train scripts.chat_eval -i sft "${evaluation[@]}"
+    if [ "$RL" = 1 ]; then
+        stage chat_rl train scripts.chat_rl "${common[@]}" --tasks SmallWorld-spelling --num-steps 40 --num-samples 16 \
+            --questions-per-step 16 --max-tokens 32 --lr-mult 0.3 --eval-every 40 --eval-questions 160 --eval-samples 4 \
+            ${rl_size[@]+"${rl_size[@]}"}
+        stage rl_eval train scripts.chat_eval -i rl "${evaluation[@]}"
+    fi
+}
+
 source="base"
-if [ "$CHAT" = 1 ]; then
-    chat || [ "$?" -eq 2 ] # without the data, the base model remains
+if [ "${CHAT:-1}" = 1 ]; then
+    if [ "$CHAT_DATA" = small_world ]; then
+        chat_small_world
+    else
+        chat || [ "$?" -eq 2 ] # without the data, the base model remains
+    fi
     if [ -d "$NANOCHAT_BASE_DIR/sft_checkpoints/$tag" ]; then source="sft"; fi
-    if [ "${RL:-0}" = 1 ] && [ -d "$NANOCHAT_BASE_DIR/rl_checkpoints/$tag" ]; then source="rl"; fi
+    if [ "$RL" = 1 ] && [ -d "$NANOCHAT_BASE_DIR/rl_checkpoints/$tag" ]; then source="rl"; fi
 fi
 
 python -m nanochat.report generate

@@ -44,6 +44,7 @@ STAGES = {
 }
 MODELS = ("base", "mid", "sft", "rl")
 CHAT_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee", "ChatCORE")
+SMALL_WORLD = "SmallWorld-"  # what the names of the miniature's exams begin with
 SUMMARY = {  # metric: (stages that measure it, the surest first; models it is measured on)
     "CORE": (("base_eval", "base_train"), ("base",)),
     **{task: (("chat_eval",), ("mid", "sft", "rl")) for task in CHAT_TASKS},
@@ -301,14 +302,19 @@ def wall_clock_seconds(records: list[Record]) -> float:
 
 
 def _summary(latest: Mapping[tuple[str, str], Record]) -> str:
-    """The table of the main metrics, one column a model."""
-    rows = [{"Metric": f"**{metric}**", **{m.upper(): _cell(latest, metric, m) for m in MODELS}} for metric in SUMMARY]
+    """The table of the main metrics, one column a model; exams of the small world only where one was taken."""
+    results = [latest[stage, model].results for stage, model in latest if stage == "chat_eval"]
+    exams = dict.fromkeys(name for numbers in results for name in numbers if name.startswith(SMALL_WORLD))
+    rows = [
+        {"Metric": f"**{metric}**", **{m.upper(): _cell(latest, metric, m) for m in MODELS}}
+        for metric in (*SUMMARY, *exams)
+    ]
     return _markdown_table(rows) + "\n\nA dash: not measured at that stage."
 
 
 def _cell(latest: Mapping[tuple[str, str], Record], metric: str, model: str) -> str:
     """What the summary says of a metric of a model: its value, or that and why there is none."""
-    stages, measured_on = SUMMARY[metric]
+    stages, measured_on = SUMMARY.get(metric, (("chat_eval",), ()))
     found = [latest[stage, model].results for stage in stages if (stage, model) in latest]
     value = next((value for results in found if (value := _lookup(results, metric)) is not None), None)
     if value is not None:

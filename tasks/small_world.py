@@ -17,6 +17,7 @@ Facts are the same in all splits: what was never told cannot be known. Not here:
 import json
 import random
 import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ from tasks.spelling import OWN_WORDS, SPLITS, split_of
 
 UNSEEN = Path(__file__).with_name("small_world_unseen.json")
 LETTERS = "ABCD"
+LETTER_ONLY_SHARE = 0.3  # of the choices in training; more of them did not help (dev/LOG.md)
 EXAM_SIZE = {"train": 4096, "validation": 320, "test": 320}  # questions of an exam that can be made without end
 _NUM_SKILLS = ((1, 0.4), (2, 0.3), (3, 0.2), (4, 0.1))  # subjects in one conversation, and how often
 
@@ -232,7 +234,9 @@ def sums(rng: random.Random, split: str) -> list[Exchange]:
             table, key = (text.SUMS, "sums") if sign == "+" else (text.DIFFERENCES, "differences")
         else:
             table, key = (text.MORE, "more") if sign == "+" else (text.LESS, "less")
-        question = _ask(rng, rng.choice(_questions(split, table, key)), a=a, b=b, n=rng.choice(text.NAMES))
+        question = _ask(
+            rng, rng.choice(_questions(split, table, key)), a=a, b=b, n=_name(rng), t=rng.choice(text.THINGS)
+        )
         total = a + b if sign == "+" else a - b
         answer = _call(f"{a}{sign}{b}", after=text.RESULT)
         exchanges.append(Exchange(question, answer, {"number": total}))
@@ -309,45 +313,51 @@ def _fact(rng: random.Random, relation: text.Relation, x: str, question: str) ->
 
 
 def choices(rng: random.Random, split: str) -> list[Exchange]:
-    """Multiple choice about a fact, in the one format of multiple choice; in training often with more questions about
-    the same choices. Some of these name the choice itself: to find a word among the choices and to say the letter that
-    follows it is half of what is to be learned, and from single letters, one for each list, it was not (dev/LOG.md).
+    """Multiple choice about a fact: the right choice and its letter are asked for, in training at times the letter
+    alone, as in the common format."""
+    conversation, right = choice_letter(rng, split)
+    question, letter = (message["content"] for message in conversation["messages"])
+    if split == "train" and rng.random() < LETTER_ONLY_SHARE:
+        return [Exchange(question, letter, {"only": letter})]
+    question = question.rpartition("\n")[0] + "\n" + text.CHOICE_AND_LETTER
+    answer = f"It is {right} [{letter}]."
+    return [Exchange(question, answer, {"only": answer})]
+
+
+def choice_letter(rng: random.Random, split: str) -> tuple[Conversation, str]:
+    """A multiple-choice question about a fact in the common format, whose answer is a letter, and the right choice.
+
+    In training some name the choice itself: to find a word among the choices is half of what is to be learned.
     """
-    conversation, others = _choice_question(rng, split)
-    question, answer = (message["content"] for message in conversation["messages"])
-    exchanges = [Exchange(question, answer, {"words": [answer]})]
-    if split == "train":
-        exchanges += [Exchange(asked, letter, {"words": [letter]}) for asked, letter in others[: rng.randint(0, 3)]]
-    return exchanges
-
-
-def choice_question(rng: random.Random, split: str) -> Conversation:
-    """A multiple-choice question as a conversation, with its letters."""
-    return _choice_question(rng, split)[0]
-
-
-def _choice_question(rng: random.Random, split: str) -> tuple[Conversation, list[tuple[str, str]]]:
-    """A multiple-choice question, and questions for its other choices with their letters."""
     name = _draw_relation(rng)
     relation = text.RELATIONS[name]
-    subjects = list(relation.facts)
-    rng.shuffle(subjects)
-    by_answer = {relation.facts[x]: x for x in subjects}  # one subject of each answer
-    offered = rng.sample(list(by_answer), min(len(by_answer), len(LETTERS) if split != "train" else rng.randint(2, 4)))
-    marks = dict(zip(offered, LETTERS, strict=False))
-    asked = rng.sample(offered, len(offered))
-    right = asked[0]
+    x = rng.choice(list(relation.facts))
+    right = relation.facts[x]
+    others = sorted(set(relation.facts.values()) - {right, x})
+    offered = [right, *rng.sample(others, min(len(others), 3 if split != "train" else rng.randint(1, 3)))]
+    rng.shuffle(offered)
     if split == "train" and rng.random() < 0.3:
         question = rng.choice(text.POINTERS).format(y=right)
     else:
         phrasing = rng.choice(_questions(split, relation.questions, "relations", name))
-        question = _articled(phrasing.format(x=by_answer[right]))
-    others = [
-        (rng.choice(text.POINTERS).format(y=y), marks[y]) if rng.random() < 0.5
-        else (_ask(rng, rng.choice(relation.follow_ups), x=by_answer[y]), marks[y])
-        for y in asked[1:]
-    ]  # fmt: skip
-    return choice_conversation(question, offered, list(marks.values()), marks[right]), others
+        question = _articled(phrasing.format(x=x))
+    marks = LETTERS[: len(offered)]
+    return choice_conversation(question, offered, marks, marks[offered.index(right)]), right
+
+
+def marks(rng: random.Random, split: str) -> list[Exchange]:
+    """Which letters stand behind words in a list: what multiple choice needs besides knowledge, with many letters to
+    learn it from in each list. Only training has it."""
+    words = [_word(rng, split) for _ in range(rng.randint(2, 5))]
+    letter_of = dict(zip(words, rng.sample(string.ascii_uppercase, len(words)), strict=True))
+    lines = "\n".join(f"- {word} [{letter}]" for word, letter in letter_of.items())
+    asked = [rng.choice(words) for _ in range(rng.randint(2, 5))]
+    question = rng.choice(text.MARKS).format(lines=lines, words=", ".join(asked))
+    exchanges = [Exchange(question, f"That is {', '.join(f'{word} [{letter_of[word]}]' for word in asked)}.")]
+    for _ in range(rng.randint(0, 2)):
+        word = rng.choice(words)
+        exchanges.append(Exchange(rng.choice(text.POINTERS).format(y=word), letter_of[word]))
+    return exchanges
 
 
 def identity(rng: random.Random, split: str) -> list[Exchange]:
@@ -426,7 +436,7 @@ def told_by_system(rng: random.Random, split: str) -> tuple[str, list[Exchange]]
     exchanges = facts(rng, split)
     if kind == "short":
         short = [e.judge["words"][0] for e in exchanges]
-        answers = [Exchange(e.question, _sentence(y), {"only": y}) for e, y in zip(exchanges, short, strict=True)]
+        answers = [Exchange(e.question, y, {"only": y}) for e, y in zip(exchanges, short, strict=True)]
         return rng.choice(text.SYSTEM_SHORT), answers
     title = rng.choice(text.TITLES)
     answers = [
@@ -440,13 +450,13 @@ def told_by_system(rng: random.Random, split: str) -> tuple[str, list[Exchange]]
 
 # How often each subject is drawn; "system" opens a conversation with a system message.
 MIX: dict[str, float] = {
-    "sums": 0.13, "products": 0.02, "letters": 0.15, "spelling": 0.05, "facts": 0.20, "choices": 0.25, "identity": 0.09,
-    "small_talk": 0.04, "outside": 0.13, "memory": 0.04,
+    "sums": 0.13, "products": 0.02, "letters": 0.15, "spelling": 0.05, "facts": 0.17, "choices": 0.15, "marks": 0.10,
+    "identity": 0.12, "small_talk": 0.04, "outside": 0.12, "memory": 0.04,
 }  # fmt: skip
-SYSTEM_SHARE = 0.08
+SYSTEM_SHARE = 0.12
 SKILLS: dict[str, Skill] = {
     "sums": sums, "products": products, "letters": letters, "spelling": spelling, "facts": facts, "choices": choices,
-    "identity": identity, "small_talk": small_talk, "outside": outside, "memory": memory,
+    "marks": marks, "identity": identity, "small_talk": small_talk, "outside": outside, "memory": memory,
 }  # fmt: skip
 
 
@@ -485,18 +495,9 @@ def _conversation(exchanges: Sequence[Exchange], system: str = "") -> Conversati
 # --- exams ---------------------------------------------------------------------------------------
 
 EXAMS = (
-    "sums",
-    "letters",
-    "spelling",
-    "facts",
-    "choices",
-    "identity",
-    "small_talk",
-    "memory",
-    "system",
-    "outside",
-    "inside",
-)
+    "sums", "letters", "spelling", "facts", "choices", "choice_letters", "identity", "small_talk", "memory", "system",
+    "outside", "inside",
+)  # fmt: skip
 _INSIDE = ("sums", "letters", "spelling", "facts", "identity", "small_talk", "memory")
 _TOPICS = {"identity": text.IDENTITY, "small_talk": text.SMALL_TALK}
 
@@ -504,8 +505,9 @@ _TOPICS = {"identity": text.IDENTITY, "small_talk": text.SMALL_TALK}
 class Exam(Task):
     """Questions of `split` about one of `EXAMS`; of a conversation the last answer is asked for.
 
-    "choices" is categorical. "inside" asks a bit of everything, and only whether it is not declined. Of "identity",
-    "small_talk" and "outside" there are as many questions as phrasings, of the last also some made of templates.
+    "choices" wants the right choice and its letter; "choice_letters" is categorical, the letter alone. "inside" asks a
+    bit of everything, and only whether it is not declined. Of "identity" and "small_talk" there are as many questions
+    as phrasings; "outside" has real questions, then some made of templates.
     """
 
     kind = "generative"
@@ -517,7 +519,7 @@ class Exam(Task):
         self.subject, self.split, self.purpose = subject, split, split
         self.name = f"SmallWorld-{subject}"
         self.size = len(_topic_questions(subject, split)) if subject in _TOPICS else EXAM_SIZE[split]
-        if subject == "choices":
+        if subject == "choice_letters":
             self.kind, self.num_choices = "categorical", len(LETTERS)
             self.baseline = 1 / self.num_choices
 
@@ -526,8 +528,8 @@ class Exam(Task):
 
     def conversation(self, index: int) -> Conversation:
         rng, subject = random.Random(f"exam {self.subject} {self.split} {index}"), self.subject
-        if subject == "choices":
-            return choice_question(rng, self.split)
+        if subject == "choice_letters":
+            return choice_letter(rng, self.split)[0]
         if subject == "system":
             system, exchanges = told_by_system(rng, self.split)
             return {**_conversation(exchanges, system), "judge": exchanges[-1].judge}
@@ -545,7 +547,7 @@ class Exam(Task):
         return {**_conversation(exchanges), "judge": exchanges[-1].judge}
 
     def evaluate(self, conversation: Conversation, completion: Completion) -> bool:
-        if self.subject == "choices":
+        if self.subject == "choice_letters":
             return super().evaluate(conversation, completion)
         return is_right(conversation["judge"], completion)
 

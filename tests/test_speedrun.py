@@ -252,8 +252,21 @@ def test_without_a_gpu_it_is_a_miniature(checkout):
     stages = checkout.stages(FAKE_GPUS="0")
     (train,) = (stage for stage in stages if "scripts.base_train" in stage)
     assert train.startswith("python -m scripts.base_train --data local --depth 4 --sequence-len 256")
-    assert "--minutes 6" in train
-    assert not any("mid_train" in stage for stage in stages)
+    assert "--minutes 1.5" in train
+    scripts = [re.search(r"-m ([\w.]+)", stage).group(1) for stage in stages]
+    assert scripts[-6:] == [
+        "scripts.mid_train", "scripts.chat_sft", "scripts.chat_eval", "scripts.chat_rl", "scripts.chat_eval",
+        "nanochat.report",
+    ]  # fmt: skip
+    assert all("--data small_world" in stage for stage in stages if "mid_train" in stage or "chat_sft" in stage)
+
+
+def test_the_miniature_can_learn_from_the_hubs_conversations(checkout):
+    stages = checkout.stages(FAKE_GPUS="0", CHAT_DATA="mixture", RL="0")
+    (sft,) = (stage for stage in stages if "chat_sft" in stage)
+    assert "small_world" not in sft
+    assert not any("chat_rl" in stage for stage in stages)
+    assert not any("mid_train" in stage for stage in checkout.stages(FAKE_GPUS="0", CHAT="0", VOCAB_SIZE="512"))
 
 
 @pytest.mark.parametrize("name", MODELS)

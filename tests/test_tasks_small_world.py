@@ -141,12 +141,12 @@ def test_exams_accept_their_own_answers_and_no_others(subject, split):
     for conversation in exam:
         check_conversation(conversation)
         assert exam.evaluate(conversation, conversation["messages"][-1]["content"])
-        assert not exam.evaluate(conversation, "E" if subject == "choices" else wrong)
+        assert not exam.evaluate(conversation, "E" if subject == "choice_letters" else wrong)
         assert exam.reward(conversation, wrong) == 0
 
 
 def test_choices_offer_the_right_answer_once():
-    exam = Exam("choices", "test")
+    exam = Exam("choice_letters", "test")
     assert exam.kind == "categorical"
     rights = [conversation["messages"][-1]["content"] for conversation in exam]
     assert all(right in exam.letters(conversation) for right, conversation in zip(rights, exam, strict=True))
