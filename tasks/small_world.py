@@ -3,8 +3,8 @@
 A model of a few million parameters that sees a million or two tokens cannot learn the world, but a small one: who it
 is, greetings, sums with the calculator (and "and 15 more?"), letters in words, some six hundred everyday facts,
 multiple choice about them, what the user or a system message said earlier, and that it does not know the rest. All is
-made by code from the texts in `small_world_text.py`, each conversation by a generator of its own, so the task is the
-same in every process and as long as asked for. Offline: words come from `words.txt`, nothing is fetched.
+made by code from `small_world_facts.py` and `small_world_text.py`, each conversation by a generator of its own, so the
+task is the same in every process and as long as asked for. Offline: words come from `words.txt`, nothing is fetched.
 
 Never trained on, so that an exam shows more than memory:
 
@@ -27,6 +27,7 @@ from nanochat.calculator import calculate
 from nanochat.chat import visible_text
 from tasks import small_world_text as text
 from tasks.common import Completion, Conversation, Task, choice_conversation, last_number
+from tasks.small_world_facts import RELATIONS, Relation
 from tasks.spelling import OWN_WORDS, SPLITS, split_of
 
 UNSEEN = Path(__file__).with_name("small_world_unseen.json")
@@ -88,7 +89,7 @@ def _words(split: str) -> tuple[str, ...]:
 @cache
 def _known_words() -> frozenset[str]:
     """Every word that facts are about: questions outside the small world have none of them in the place of a word."""
-    facts = [relation.facts for relation in text.RELATIONS.values()]
+    facts = [relation.facts for relation in RELATIONS.values()]
     return frozenset(word for table in facts for word in _plain(" ".join([*table, *table.values()])).split())
 
 
@@ -284,7 +285,7 @@ def spelling(rng: random.Random, split: str) -> list[Exchange]:
 def facts(rng: random.Random, split: str) -> list[Exchange]:
     """A fact, and sometimes others of its kind that are asked for in few words."""
     name = _draw_relation(rng)
-    relation = text.RELATIONS[name]
+    relation = RELATIONS[name]
     subjects = rng.sample(list(relation.facts), min(len(relation.facts), rng.choice((1, 1, 1, 2, 3))))
     exchanges = []
     for number, x in enumerate(subjects):
@@ -296,7 +297,7 @@ def facts(rng: random.Random, split: str) -> list[Exchange]:
 @cache
 def _relation_weights() -> tuple[list[str], list[int]]:
     """Relations and how often they are drawn: a fact of a large one about as often as one of a small one."""
-    return list(text.RELATIONS), [max(8, len(relation.facts)) for relation in text.RELATIONS.values()]
+    return list(RELATIONS), [max(8, len(relation.facts)) for relation in RELATIONS.values()]
 
 
 def _draw_relation(rng: random.Random) -> str:
@@ -304,7 +305,7 @@ def _draw_relation(rng: random.Random) -> str:
     return rng.choices(names, weights)[0]
 
 
-def _fact(rng: random.Random, relation: text.Relation, x: str, question: str) -> Exchange:
+def _fact(rng: random.Random, relation: Relation, x: str, question: str) -> Exchange:
     y = relation.facts[x]
     answer = _sentence(relation.answer.format(x=x, y=y))
     said = _plain(f"{x} {y}")
@@ -330,7 +331,7 @@ def choice_letter(rng: random.Random, split: str) -> tuple[Conversation, str]:
     In training some name the choice itself: to find a word among the choices is half of what is to be learned.
     """
     name = _draw_relation(rng)
-    relation = text.RELATIONS[name]
+    relation = RELATIONS[name]
     x = rng.choice(list(relation.facts))
     right = relation.facts[x]
     others = sorted(set(relation.facts.values()) - {right, x})
@@ -382,7 +383,7 @@ def _about(rng: random.Random, topic: text.Topic, phrasing: str) -> Exchange:
 def outside(rng: random.Random, split: str) -> list[Exchange]:
     """A question that the small world has no answer to."""
     if split == "train" and rng.random() < 0.08:
-        relation = text.RELATIONS["capital"]
+        relation = RELATIONS["capital"]
         question = _ask(rng, rng.choice(relation.questions), x=rng.choice(text.UNKNOWN_CAPITALS))
     else:
         question = _ask_outside(rng, rng.choice(_questions(split, text.OUTSIDE, "outside_templates")))
@@ -390,7 +391,7 @@ def outside(rng: random.Random, split: str) -> list[Exchange]:
 
 
 def _ask_outside(rng: random.Random, phrasing: str) -> str:
-    cities = list(text.RELATIONS["country"].facts) + list(text.RELATIONS["capital"].facts)
+    cities = list(RELATIONS["country"].facts) + list(RELATIONS["capital"].facts)
     return _ask(
         rng, phrasing, w=_foreign_word(rng), w2=_foreign_word(rng), n=_name(rng), n2=_name(rng), c=rng.choice(cities),
         c2=rng.choice(cities), y=rng.randint(1200, 2030), k=rng.randint(2, 200), k2=rng.randint(2, 200),

@@ -10,6 +10,7 @@ from nanochat.chat import as_parts, check_conversation, visible_text
 from tasks import small_world
 from tasks import small_world_text as text
 from tasks.small_world import EXAMS, SKILLS, UNSEEN, Exam, SmallWorld, is_right
+from tasks.small_world_facts import RELATIONS
 from tasks.spelling import split_of
 
 SPLITS = ("train", "validation", "test")
@@ -26,7 +27,7 @@ def phrasings(tree) -> set[str]:
 
 
 def trained_phrasings() -> set[str]:
-    relations = [table for r in text.RELATIONS.values() for table in (r.questions, r.follow_ups)]
+    relations = [table for r in RELATIONS.values() for table in (r.questions, r.follow_ups)]
     topics = [topic.questions for table in (text.IDENTITY, text.SMALL_TALK) for topic in table.values()]
     memories = [table for memory in text.MEMORIES.values() for table in memory[:2]]
     others = [
@@ -71,8 +72,8 @@ def test_only_the_answers_to_what_is_outside_say_that_they_do_not_know():
 
 
 def test_facts_are_a_few_hundred_and_unique():
-    assert sum(len(relation.facts) for relation in text.RELATIONS.values()) > 500
-    for name, relation in text.RELATIONS.items():
+    assert sum(len(relation.facts) for relation in RELATIONS.values()) > 500
+    for name, relation in RELATIONS.items():
         assert len(relation.questions) >= 8, name
         assert len(set(map(plain, relation.questions))) == len(relation.questions), name
 
@@ -104,7 +105,7 @@ def test_no_way_of_asking_politely_leads_to_a_phrasing_that_is_held_out():
 def test_every_relation_and_topic_has_phrasings_of_its_own_in_each_split():
     unseen = json.loads(UNSEEN.read_text(encoding="utf-8"))
     tables = {
-        "relations": text.RELATIONS, "identity": text.IDENTITY, "small_talk": text.SMALL_TALK, "memories": text.MEMORIES
+        "relations": RELATIONS, "identity": text.IDENTITY, "small_talk": text.SMALL_TALK, "memories": text.MEMORIES
     }  # fmt: skip
     for split in ("validation", "test"):
         for kind, table in tables.items():
