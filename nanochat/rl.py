@@ -267,7 +267,7 @@ def gathered(own: Any) -> list[Any]:
 
 def step_numbers(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     """Of all ranks' replies of a step: mean reward, share of groups that differ, mean length in tokens, share cut off,
-    `rollout_tokens` of all of them, and `trained_tokens`, those sampled in groups that differ."""
+    `rollout_tokens` of all of them, and `train_tokens`, those sampled in groups that differ."""
     learned = {id(group) for group in differing(groups)}
     own = [
         ([r.reward for r in group], [len(r.reply) for r in group], sum(not r.is_whole for r in group),
@@ -282,5 +282,5 @@ def step_numbers(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         "reply_tokens": sum(map(sum, lengths)) / num_replies,
         "cut_frac": sum(cut) / num_replies,
         "rollout_tokens": sum(map(sum, lengths)),
-        "trained_tokens": sum(trained),
+        "train_tokens": sum(trained),
     }

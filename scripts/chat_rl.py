@@ -30,6 +30,7 @@ from tasks.registry import SMALL_WORLD_NAMES, TASK_NAMES, get_task, task_names
 
 ENGINE_ROWS = {"cuda": 128}  # replies written at a time, by device
 SMALL_ENGINE_ROWS = 32
+LR_MULT = 0.15  # three times as much learned no more, a third of it less (dev/LOG.md)
 FREE_ON_RESUME = frozenset({  # flags that may differ from those of the run being resumed
     "resume", "run", "device_type", "dtype", "device_batch_size", "engine_rows", "eval_every", "eval_questions",
     "eval_samples", "save_every",
@@ -56,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     add("--weights", default="", choices=WEIGHTS, help="of the model that replies (default: --dtype)")
     # optimization
     add("--device-batch-size", type=int, default=8, help="replies per micro-step on each device")
-    add_rate_flags(parser, lr_mult=0.05, warmdown_frac=1.0, final_lr_frac=0.0)
+    add_rate_flags(parser, lr_mult=LR_MULT, warmdown_frac=1.0, final_lr_frac=0.0)
     # evaluation, in steps; 0 is off
     add("--eval-every", type=int, default=60, help="reward and pass@k on held-out questions")
     add("--eval-questions", type=int, default=400, help="held-out questions, 0 for all")
@@ -133,7 +134,7 @@ def log(
     rollout_tokens = numbers["rollout_tokens"]
     speed = rollout_tokens / rollout_seconds
     run.stats.update(loss, rollout_seconds + update_seconds)
-    own = {"rollout_tokens": rollout_tokens, "trained_tokens": numbers["trained_tokens"]}
+    own = {"rollout_tokens": rollout_tokens, "train_tokens": numbers["train_tokens"]}
     own["rollout_seconds"] = rollout_seconds
     run.results = {**run.results, **{name: run.results.get(name, 0) + value for name, value in own.items()}}
     run.metrics.log(
@@ -222,9 +223,9 @@ def main(args: argparse.Namespace) -> None:
         log(run, step + 1, loss, numbers, middle - begin, end - middle)
 
     # summary to the report
-    trained_tokens = run.results["trained_tokens"]
+    train_tokens = run.results["train_tokens"]
     run.finish(
-        "chat_rl", train_tokens=trained_tokens, train_flops=trained_tokens * model.flops_per_token(),
+        "chat_rl", train_tokens=train_tokens, train_flops=train_tokens * model.flops_per_token(),
         tokens_per_second=run.results["rollout_tokens"] / run.results["rollout_seconds"], mfu=None,
     )  # fmt: skip
 

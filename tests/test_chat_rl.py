@@ -84,7 +84,7 @@ def test_the_stage_leaves_checkpoints_metrics_and_a_record(workplace):
     }  # fmt: skip
     found = found_in(workplace.base)
     for step in range(1, LAST + 1):
-        for name in ("reward", "groups_frac", "reply_tokens", "cut_frac", "rollout_tokens", "trained_tokens"):
+        for name in ("reward", "groups_frac", "reply_tokens", "cut_frac", "rollout_tokens", "train_tokens"):
             assert (step, name) in found
     assert sum((step, "train_loss") in found for step in range(1, LAST + 1)) >= 2
     for step in (0, 2, 4):
@@ -95,7 +95,7 @@ def test_the_stage_leaves_checkpoints_metrics_and_a_record(workplace):
     results = record["results"]
     assert results["val_reward"] == found[LAST, "val_reward"]
     assert all(results[name] == found[0, name] for name in NEW)
-    for name in ("rollout_tokens", "trained_tokens"):
+    for name in ("rollout_tokens", "train_tokens"):
         assert results[name] == sum(found[step, name] for step in range(1, LAST + 1))
     assert len(record["samples"]) == 2
 
@@ -119,7 +119,7 @@ def test_a_resumed_run_is_bit_equal_to_never_having_stopped(workplace, step):
     assert hashes(base, "rl", LAST) == hashes(workplace.base, "rl", LAST)
     last = json.loads((base / "report" / "records.jsonl").read_text().splitlines()[-1])
     first = json.loads((base / "report" / "records.jsonl").read_text().splitlines()[0])
-    assert last["results"]["trained_tokens"] == first["results"]["trained_tokens"]
+    assert last["results"]["train_tokens"] == first["results"]["train_tokens"]
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])  # with 4 there are ranks without a question
@@ -129,7 +129,7 @@ def test_several_processes_train_like_one(workplace, num_processes):
     found, expected = found_in(base), found_in(workplace.base)
     assert found.keys() == expected.keys()
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    exact = [key for key in expected if key[1] in ("reward", "rollout_tokens", "trained_tokens")]
+    exact = [key for key in expected if key[1] in ("reward", "rollout_tokens", "train_tokens")]
     assert [found[key] for key in exact] == [expected[key] for key in exact]
 
 
@@ -137,7 +137,7 @@ def test_without_a_difference_in_reward_nothing_changes(workplace):
     base = copy_of_inputs(workplace, "equal")
     workplace.run_well("scripts.chat_rl", *TINY, base=base)  # a random model never writes the right number
     found = found_in(base)
-    assert all(found[step, "groups_frac"] == found[step, "trained_tokens"] == 0 for step in range(1, LAST + 1))
+    assert all(found[step, "groups_frac"] == found[step, "train_tokens"] == 0 for step in range(1, LAST + 1))
     assert not any(name == "train_loss" for _, name in found)
     before = hashes(base, "sft", 7)["model.safetensors"]
     assert [hashes(base, "rl", step)["model.safetensors"] for step in (1, LAST)] == [before, before]
