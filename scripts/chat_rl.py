@@ -30,7 +30,7 @@ from tasks.registry import SMALL_WORLD_NAMES, TASK_NAMES, get_task, task_names
 
 ENGINE_ROWS = {"cuda": 128}  # replies written at a time, by device
 SMALL_ENGINE_ROWS = 32
-LR_MULT = 0.15  # three times as much learned no more, a third of it less (dev/LOG.md)
+LR_MULT = 0.15  # 0.05 and 0.5 did as well within the noise (dev/LOG.md)
 FREE_ON_RESUME = frozenset({  # flags that may differ from those of the run being resumed
     "resume", "run", "device_type", "dtype", "device_batch_size", "engine_rows", "eval_every", "eval_questions",
     "eval_samples", "save_every",
