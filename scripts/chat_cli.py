@@ -16,7 +16,7 @@ import sys
 from nanochat.checkpoint import LoadedModel, add_checkpoint_flags, load_model
 from nanochat.common import Runtime, add_runtime_flags, base_dir, init_runtime, run_main
 from nanochat.engine import Engine
-from nanochat.inference import WEIGHTS
+from nanochat.inference import add_weights_flag
 from nanochat.sampling import Sampling
 from nanochat.terminal import COMMANDS, INTERRUPTED, LineReader, Screen, TerminalChat, single_prompt
 
@@ -27,13 +27,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     # model
     add_checkpoint_flags(parser, source="sft")
-    add(
-        "--weights",
-        default="",
-        choices=["", *WEIGHTS],
-        help="in what form the weights are kept (default: --dtype). Smaller is faster, a little less exact: bfloat16 "
-        "and int8 added less than 0.001 nats a token to the loss where that was measured (dev/LOG.md)",
-    )
+    add_weights_flag(parser)
     # conversation
     add("-p", "--prompt", help="ask this, print the answer and leave")
     add("--system", default="", help="system message: what the model is told before the conversation")

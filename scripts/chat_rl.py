@@ -20,7 +20,7 @@ from nanochat.chat_loader import hold_out
 from nanochat.chat_training import add_rate_flags, add_run_flags, load_start
 from nanochat.common import UserError, print0, run_main
 from nanochat.engine import Engine
-from nanochat.inference import WEIGHTS
+from nanochat.inference import add_weights_flag
 from nanochat.recipe import Plan
 from nanochat.sampling import Sampling
 from nanochat.training import TrainingRun, check_loss, check_ranges, make_optimizer
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     add("--temperature", type=float, default=1.0, help="of the replies; learning is only on-policy at 1 with --top-k 0")
     add("--top-k", type=int, default=0, help="draw from the likeliest tokens only, so many, 0 for all")
     add("--engine-rows", type=int, default=0, help="replies written at a time, 0 for what suits the device")
-    add("--weights", default="", choices=WEIGHTS, help="of the model that replies (default: --dtype)")
+    add_weights_flag(parser)
     # optimization
     add("--device-batch-size", type=int, default=8, help="replies per micro-step on each device")
     add_rate_flags(parser, lr_mult=LR_MULT, warmdown_frac=1.0, final_lr_frac=0.0)

@@ -26,7 +26,7 @@ import uvicorn
 
 from nanochat.checkpoint import add_checkpoint_flags, find_checkpoint, load_tokenizer, read_meta
 from nanochat.common import UserError, add_runtime_flags, choose_device, disk_errors, run_main
-from nanochat.inference import WEIGHTS
+from nanochat.inference import add_weights_flag
 from nanochat.server import Settings, create_app
 from nanochat.server_http import LOOPBACK_HOSTS, access_logger, is_loopback
 from nanochat.server_worker import Pool, load_engine
@@ -43,13 +43,7 @@ def parse_args() -> argparse.Namespace:
     add("--num-gpus", type=int, default=1, help="GPUs, each with a copy of the model")
     # model
     add_checkpoint_flags(parser, source="sft")
-    add(
-        "--weights",
-        default="",
-        choices=["", *WEIGHTS],
-        help="in what form the weights are kept (default: --dtype). Smaller is faster, a little less exact: bfloat16 "
-        "and int8 added less than 0.001 nats a token to the loss where that was measured (dev/LOG.md)",
-    )
+    add_weights_flag(parser)
     add("--model-name", default="", help="id that clients know the model by (default: nanochat-MODEL_TAG)")
     # network
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")

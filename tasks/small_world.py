@@ -210,12 +210,10 @@ def _articled(said: str) -> str:
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", said)
 
 
-def _call(expression: str, before: str = "", after: str = "") -> list[dict[str, str]]:
+def _call(expression: str, after: str) -> list[dict[str, str]]:
     """An answer with a tool call; {r} in the text after it is the tool's result."""
     result = calculate(expression)
-    parts = [{"type": "text", "text": before}] if before else []
     return [
-        *parts,
         {"type": "python", "text": expression},
         {"type": "python_output", "text": str(result)},
         {"type": "text", "text": after.format(r=result)},
@@ -239,7 +237,7 @@ def sums(rng: random.Random, split: str) -> list[Exchange]:
             rng, rng.choice(_questions(split, table, key)), a=a, b=b, n=_name(rng), t=rng.choice(text.THINGS)
         )
         total = a + b if sign == "+" else a - b
-        answer = _call(f"{a}{sign}{b}", after=text.RESULT)
+        answer = _call(f"{a}{sign}{b}", text.RESULT)
         exchanges.append(Exchange(question, answer, {"number": total}))
         if not 0 <= total <= 999:
             break
@@ -250,7 +248,7 @@ def products(rng: random.Random, split: str) -> list[Exchange]:
     """A product of two small numbers, which only training has."""
     a, b = rng.randint(0, 99), rng.randint(0, 99)
     question = _ask(rng, rng.choice(text.PRODUCTS), a=a, b=b)
-    return [Exchange(question, _call(f"{a}*{b}", after=text.RESULT), {"number": a * b})]
+    return [Exchange(question, _call(f"{a}*{b}", text.RESULT), {"number": a * b})]
 
 
 def letters(rng: random.Random, split: str) -> list[Exchange]:
@@ -270,7 +268,7 @@ def letters(rng: random.Random, split: str) -> list[Exchange]:
     )  # fmt: skip
     count = word.count(letter)
     # double quotes: behind a single one the tokenizer cuts off an s, d, m or t as if it were a contraction
-    answer = _call(f'"{word}".count("{letter}")', after=text.COUNTED)
+    answer = _call(f'"{word}".count("{letter}")', text.COUNTED)
     return [Exchange(question, answer, {"number": count})]
 
 
@@ -342,8 +340,8 @@ def choice_letter(rng: random.Random, split: str) -> tuple[Conversation, str]:
     else:
         phrasing = rng.choice(_questions(split, relation.questions, "relations", name))
         question = _articled(phrasing.format(x=x))
-    marks = LETTERS[: len(offered)]
-    return choice_conversation(question, offered, marks, marks[offered.index(right)]), right
+    labels = LETTERS[: len(offered)]
+    return choice_conversation(question, offered, labels, labels[offered.index(right)]), right
 
 
 def marks(rng: random.Random, split: str) -> list[Exchange]:
@@ -449,7 +447,7 @@ def told_by_system(rng: random.Random, split: str) -> tuple[str, list[Exchange]]
 
 # --- conversations to train on -------------------------------------------------------------------
 
-# How often each subject is drawn; "system" opens a conversation with a system message.
+# How often each subject is drawn, in conversations that do not begin with a system message.
 MIX: dict[str, float] = {
     "sums": 0.13, "products": 0.02, "letters": 0.15, "spelling": 0.05, "facts": 0.17, "choices": 0.15, "marks": 0.10,
     "identity": 0.12, "small_talk": 0.04, "outside": 0.12, "memory": 0.04,
@@ -568,7 +566,4 @@ def _outside_question(rng: random.Random, split: str, index: int) -> Exchange:
     real = _questions(split, (), "outside")
     if index < len(real):
         return Exchange(real[index], text.DECLINE, {"declined": True})
-    return Exchange(
-        _ask_outside(rng, rng.choice(_questions(split, text.OUTSIDE, "outside_templates"))), text.DECLINE,
-        {"declined": True},
-    )  # fmt: skip
+    return outside(rng, split)[0]
