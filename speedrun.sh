@@ -7,6 +7,7 @@
 #   bash speedrun.sh --dry-run                           # what it takes on GPUs: tokens, disk, memory, hours, dollars
 #   DEPTH=22 WANDB_RUN=d22 bash speedrun.sh              # a larger model, logged to wandb
 #   bash runs/d26.sh                                     # runs/: recipes for other budgets, with the same options
+#   bash runs/laptop.sh                                  # an hour without a GPU, on the data sets of the full run
 #
 # Safe to run again: finished stages are kept, an interrupted one goes on from its last checkpoint. To start anew, move
 # the work folder away or set NANOCHAT_BASE_DIR. May be set beforehand:
@@ -22,7 +23,8 @@
 #   SAVE_EVERY         steps between checkpoints
 #   CHAT               0: only the base model (default: 1, mid-training, finetuning and chat evaluation too)
 #   CHAT_DATA          "mixture" of data sets from the hub (default with a GPU), or "small_world", generated
-#   RL                 1: reinforcement learning after that, on GSM8K or in the small world (default: 1 without a GPU)
+#   RL                 1: reinforcement learning after that, on GSM8K; without a GPU, and 1 by default there, on
+#                      spelling
 #   WANDB_RUN          name of the run on wandb (default: no wandb)
 set -euo pipefail
 
@@ -118,13 +120,31 @@ else
     RL="${RL:-1}"
     num_shards=8
 fi
-chat_size=()
+chat_tasks="ARC-Easy|ARC-Challenge|MMLU|GSM8K|HumanEval|SpellingBee"
 chat_problems=()
-rl_size=()
-if [ -n "${NUM_STEPS:-}" ]; then
-    chat_size=(--num-steps "$NUM_STEPS" --max-conversations 200 --eval-tokens 4096)
-    chat_problems=(--max-problems "$NUM_STEPS" --max-tokens 32)
-    rl_size=(--num-steps "$NUM_STEPS" --questions-per-step 2 --num-samples 2 --max-tokens 32 --eval-questions 2)
+mid_size=()
+sft_size=()
+rl_size=(--tasks GSM8K)
+if [ "$CHAT_DATA" = small_world ]; then
+    chat_tasks="small_world"
+    chat_problems=(--batch-rows 32 --max-tokens 64)
+    mid_size=(--data small_world --total-batch-size 2048 --eval-every 500 --lr-mult 1.2 --final-lr-frac 0.3)
+    sft_size=(--data small_world --total-batch-size 2048 --eval-every 500 --lr-mult 0.36)
+    rl_size=(--tasks SmallWorld-spelling --num-steps 40 --max-tokens 32 --lr-mult 0.3)
+    rl_size+=(--eval-every 40 --eval-questions 160 --eval-samples 4)
+elif [ "$num_gpus" -eq 0 ]; then # a part of the conversations, and words to spell, as it gets no problem of GSM8K right
+    chat_tasks+="|Spelling"
+    chat_problems=(--max-problems 500 --max-tokens 256)
+    mid_size=(--total-batch-size 4096 --max-conversations 16000)
+    sft_size=(--total-batch-size 4096 --max-conversations 8000 --lr-mult 0.3 --chat-max-problems 64)
+    rl_size=(--tasks Spelling --num-steps 60 --max-tokens 32 --lr-mult 0.3 --eval-questions 0 --eval-samples 4)
+fi
+if [ -n "${NUM_STEPS:-}" ]; then # these win over those before
+    trial=(--num-steps "$NUM_STEPS" --max-conversations 200 --eval-tokens 4096)
+    mid_size+=("${trial[@]}")
+    sft_size+=("${trial[@]}")
+    rl_size+=(--num-steps "$NUM_STEPS" --questions-per-step 2 --num-samples 2 --max-tokens 32 --eval-questions 2)
+    chat_problems+=(--max-problems "$NUM_STEPS" --max-tokens 32)
 fi
 tokenizer_shards=$((num_shards < 8 ? num_shards : 8)) # 2 billion characters, what tok_train reads
 
@@ -156,50 +176,27 @@ stage base_train train scripts.base_train --data "$DATASET" --depth "$DEPTH" ${s
 stage base_loss train scripts.base_loss --model-tag "$tag"
 optional_stage base_eval train scripts.base_eval --model-tag "$tag" ${core[@]+"${core[@]}"}
 
-# --- chat: conversations, finetuning, six tasks, reinforcement learning; not yet timed on GPUs, 1 GB of data ---
+# --- chat: conversations, finetuning, tasks, reinforcement learning; 15 minutes for the miniature ---
 chat() {
     local common=(--model-tag "$tag" --run "${WANDB_RUN:-}" --resume)
-    stage mid_train train scripts.mid_train "${common[@]}" ${chat_size[@]+"${chat_size[@]}"} || return
-    stage chat_sft train scripts.chat_sft "${common[@]}" ${chat_size[@]+"${chat_size[@]}"} \
+    stage mid_train train scripts.mid_train "${common[@]}" ${mid_size[@]+"${mid_size[@]}"} || return
+    stage chat_sft train scripts.chat_sft "${common[@]}" ${sft_size[@]+"${sft_size[@]}"} \
         ${NUM_STEPS:+--chat-every 0} || return
     if ! python -c 'import sys; from nanochat.execution import isolation; sys.exit(isolation().method == "none")'; then
         echo "this system cannot isolate the code that HumanEval runs: it is left out"
-        chat_problems+=(--tasks "ARC-Easy|ARC-Challenge|MMLU|GSM8K|SpellingBee")
+        chat_tasks="${chat_tasks/|HumanEval/}"
     fi
-    local evaluation=(--model-tag "$tag" --resume ${chat_problems[@]+"${chat_problems[@]}"})
+    local evaluation=(--model-tag "$tag" --tasks "$chat_tasks" --resume ${chat_problems[@]+"${chat_problems[@]}"})
     stage chat_eval train scripts.chat_eval -i sft "${evaluation[@]}" || return
     if [ "$RL" = 1 ]; then
-        stage chat_rl train scripts.chat_rl "${common[@]}" ${rl_size[@]+"${rl_size[@]}"} || return
-        stage rl_eval train scripts.chat_eval -i rl "${evaluation[@]}" --tasks GSM8K || return
-    fi
-}
-
-# --- the same for the miniature, on generated conversations; 15 minutes ---
-chat_small_world() {
-    local common=(--model-tag "$tag" --run "${WANDB_RUN:-}" --resume)
-    local training=(--data small_world --total-batch-size 2048 --eval-every 500)
-    stage mid_train train scripts.mid_train "${common[@]}" "${training[@]}" --lr-mult 1.2 --final-lr-frac 0.3 \
-        ${chat_size[@]+"${chat_size[@]}"}
-    stage chat_sft train scripts.chat_sft "${common[@]}" "${training[@]}" --lr-mult 0.36 \
-        ${chat_size[@]+"${chat_size[@]}"}
-    local evaluation=(--model-tag "$tag" --tasks small_world --batch-rows 32 --max-tokens 64 --resume)
-    evaluation+=(${NUM_STEPS:+--max-problems "$NUM_STEPS"})
-    stage chat_eval train scripts.chat_eval -i sft "${evaluation[@]}"
-    if [ "$RL" = 1 ]; then
-        stage chat_rl train scripts.chat_rl "${common[@]}" --tasks SmallWorld-spelling --num-steps 40 --num-samples 16 \
-            --questions-per-step 16 --max-tokens 32 --lr-mult 0.3 --eval-every 40 --eval-questions 160 --eval-samples 4 \
-            ${rl_size[@]+"${rl_size[@]}"}
-        stage rl_eval train scripts.chat_eval -i rl "${evaluation[@]}"
+        stage chat_rl train scripts.chat_rl "${common[@]}" "${rl_size[@]}" || return
+        stage rl_eval train scripts.chat_eval -i rl "${evaluation[@]}" || return
     fi
 }
 
 source="base"
 if [ "${CHAT:-1}" = 1 ]; then
-    if [ "$CHAT_DATA" = small_world ]; then
-        chat_small_world
-    else
-        chat || [ "$?" -eq 2 ] # without the data, the base model remains
-    fi
+    chat || [ "$?" -eq 2 ] # without the data, the base model remains
     if [ -d "$NANOCHAT_BASE_DIR/sft_checkpoints/$tag" ]; then source="sft"; fi
     if [ "$RL" = 1 ] && [ -d "$NANOCHAT_BASE_DIR/rl_checkpoints/$tag" ]; then source="rl"; fi
 fi

@@ -44,7 +44,7 @@ STAGES = {
 }
 MODELS = ("base", "mid", "sft", "rl")
 CHAT_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee", "ChatCORE")
-SMALL_WORLD = "SmallWorld-"  # what the names of the miniature's exams begin with
+EXAMS = ("Spelling", "SmallWorld-")  # what the names of further exams begin with
 SUMMARY = {  # metric: (stages that measure it, the surest first; models it is measured on)
     "CORE": (("base_eval", "base_train"), ("base",)),
     **{task: (("chat_eval",), ("mid", "sft", "rl")) for task in CHAT_TASKS},
@@ -302,9 +302,11 @@ def wall_clock_seconds(records: list[Record]) -> float:
 
 
 def _summary(latest: Mapping[tuple[str, str], Record]) -> str:
-    """The table of the main metrics, one column a model; exams of the small world only where one was taken."""
+    """The table of the main metrics, one column a model; further exams only where one was taken."""
     results = [latest[stage, model].results for stage, model in latest if stage == "chat_eval"]
-    exams = dict.fromkeys(name for numbers in results for name in numbers if name.startswith(SMALL_WORLD))
+    exams = dict.fromkeys(
+        name for numbers in results for name in numbers if name.startswith(EXAMS) and name not in SUMMARY
+    )
     rows = [
         {"Metric": f"**{metric}**", **{m.upper(): _cell(latest, metric, m) for m in MODELS}}
         for metric in (*SUMMARY, *exams)

@@ -121,10 +121,11 @@ def main(args: argparse.Namespace) -> None:
             )
         print_task(result)
         results.append(result)
-    core = chat_core(results)
-    is_whole = {result.task for result in results} == set(TASK_NAMES)
+    is_whole = {result.task for result in results} >= set(TASK_NAMES)
+    averaged = [result for result in results if result.task in TASK_NAMES] if is_whole else results
+    core = chat_core(averaged)
     title = "ChatCORE" if is_whole else "mean centred accuracy"
-    print0(f"{title} {core.value:.4f} ({interval(core)}) over {len(results)} tasks")
+    print0(f"{title} {core.value:.4f} ({interval(core)}) over {len(averaged)} tasks")
     print0(
         "intervals: 95 % confidence, Wilson's for a task; cut: prompts shortened to fit; long: answers without an end"
     )

@@ -4,7 +4,7 @@ Reads a finetuned checkpoint and the tasks' data, which are fetched once, or fil
 are the references; writes checkpoints and metrics.jsonl under <base>/rl_checkpoints/<model tag>, and a record for the
 report. What is learned, and how, says `nanochat/rl.py`. Held-out questions are those of validation splits.
 
-    python -m scripts.chat_rl --tasks SpellingBee --num-steps 20 --device-type cpu                 # a CPU
+    python -m scripts.chat_rl --tasks Spelling --num-steps 20 --device-type cpu                    # a CPU
     python -m scripts.chat_rl                                                                      # one GPU, GSM8K
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl -- --model-tag d20 --run rl        # eight GPUs
 """
@@ -26,7 +26,7 @@ from nanochat.sampling import Sampling
 from nanochat.training import TrainingRun, check_loss, check_ranges, make_optimizer
 from tasks.common import TaskMixture, TaskSlice
 from tasks.custom_json import CustomJSON
-from tasks.registry import SMALL_WORLD_NAMES, TASK_NAMES, get_task, task_names
+from tasks.registry import ALL_NAMES, get_task, task_names
 
 ENGINE_ROWS = {"cuda": 128}  # replies written at a time, by device
 SMALL_ENGINE_ROWS = 32
@@ -101,7 +101,7 @@ def load_questions(tasks: str, files: Sequence[str]) -> tuple[TaskMixture, TaskM
 
 def rewarding_names() -> list[str]:
     names = []
-    for name in (*TASK_NAMES, *SMALL_WORLD_NAMES):
+    for name in ALL_NAMES:
         try:
             has_reward = get_task(name, purpose="train").has_reward
         except UserError:  # it has no split to train on

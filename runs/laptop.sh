@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The stages of the full run on its own data sets, small enough for two cores of a CPU and an hour: depth 4, ten minutes
+# of pretraining on web text, parts of the conversations, and reinforcement learning on spelling words. Needs the hub, and
+# 1 GB of disk. What comes out writes English and spells; speedrun.sh without a GPU makes a better companion.
+#
+#   bash runs/laptop.sh
+#   MINUTES=60 DEPTH=6 bash runs/laptop.sh     # longer and larger, on a faster machine
+#
+# Everything else is as in speedrun.sh, whose other variables may be set beforehand.
+set -euo pipefail
+
+if [ "${1:-}" = --dry-run ]; then
+    echo "nothing to plan: this run is sized by minutes (MINUTES=10 of pretraining, an hour in all), and uses no GPU" >&2
+    exit 2
+fi
+export CUDA_VISIBLE_DEVICES="" # a small model, by the clock, on any machine
+export DATASET="${DATASET:-karpathy/climbmix-400b-shuffle}" CHAT_DATA=mixture
+export VOCAB_SIZE="${VOCAB_SIZE:-4096}" MINUTES="${MINUTES:-10}"
+export PRETRAIN_FLAGS="--sequence-len 512 ${PRETRAIN_FLAGS:-}"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../speedrun.sh" "$@"
