@@ -3,7 +3,7 @@
 A model of a few million parameters that sees a million or two tokens cannot learn the world, but a small one: who it
 is, greetings, sums with the calculator (and "and 15 more?"), letters in words, some six hundred everyday facts,
 multiple choice about them, what the user or a system message said earlier, and that it does not know the rest. All is
-made by code from `small_world_facts.py` and `small_world_text.py`, each conversation by a generator of its own, so the
+made by code from the tables of `small_world_*.py`, each conversation by a generator of its own, so the
 task is the same in every process and as long as asked for. Offline: words come from `words.txt`, nothing is fetched.
 
 Never trained on, so that an exam shows more than memory:
@@ -14,13 +14,11 @@ Never trained on, so that an exam shows more than memory:
 Facts are the same in all splits: what was never told cannot be known. Not here: what the stages mix (`mixtures.py`).
 """
 
-import json
 import random
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat.calculator import calculate
@@ -28,9 +26,20 @@ from nanochat.chat import visible_text
 from tasks import small_world_text as text
 from tasks.common import Completion, Conversation, Task, choice_conversation, last_number
 from tasks.small_world_facts import RELATIONS, Relation
-from tasks.spelling import OWN_WORDS, SPLITS, split_of
+from tasks.small_world_outside import DECLINE, DECLINED, ask_outside
+from tasks.small_world_words import (
+    articled,
+    ask,
+    draw_name,
+    draw_numbers,
+    draw_word,
+    phrasings,
+    plain_words,
+    sentence,
+    unseen,
+)  # fmt: skip
+from tasks.spelling import SPLITS
 
-UNSEEN = Path(__file__).with_name("small_world_unseen.json")
 LETTERS = "ABCD"
 LETTER_ONLY_SHARE = 0.3  # of the choices in training; more of them did not help (dev/LOG.md)
 EXAM_SIZE = {"train": 4096, "validation": 320, "test": 320}  # questions of an exam that can be made without end
@@ -62,152 +71,17 @@ def is_right(judge: Mapping[str, Any], completion: Completion) -> bool:
     if "number" in judge:
         return last_number(said) == judge["number"]
     if "declined" in judge:
-        return (text.DECLINED in said.lower()) == judge["declined"]
+        return (DECLINED in said.lower()) == judge["declined"]
     if "spelled" in judge:
         return re.search(rf"(?<!\b\w ){' '.join(judge['spelled'])}(?! ?\w)", said.lower()) is not None
-    plain = _plain(said)
+    plain = plain_words(said)
     if "only" in judge:
-        return plain == _plain(judge["only"])
-    found = all(any(_plain(word) in plain for word in group.split("|")) for group in judge["words"])
-    return found and not any(_plain(word) in plain for word in judge.get("never", ()))
+        return plain == plain_words(judge["only"])
+    found = all(any(plain_words(word) in plain for word in group.split("|")) for group in judge["words"])
+    return found and not any(plain_words(word) in plain for word in judge.get("never", ()))
 
 
-def _plain(said: str) -> str:
-    """The words of a text, in small letters with one blank around each."""
-    return f" {' '.join(re.findall(r'[a-z0-9]+', said.lower()))} "
-
-
-# --- words and numbers ---------------------------------------------------------------------------
-
-
-@cache
-def _words(split: str) -> tuple[str, ...]:
-    words = OWN_WORDS.read_text(encoding="utf-8").split()
-    return tuple(word for word in dict.fromkeys(words) if split_of(word) == split)
-
-
-@cache
-def _known_words() -> frozenset[str]:
-    """Every word that facts are about: questions outside the small world have none of them in the place of a word."""
-    facts = [relation.facts for relation in RELATIONS.values()]
-    return frozenset(word for table in facts for word in _plain(" ".join([*table, *table.values()])).split())
-
-
-def _word(rng: random.Random, split: str) -> str:
-    """A word to spell: in training often one that does not exist, of the beginning of one word and the end of
-    another, since copying letters is best learned from very many words."""
-    if split != "train" or rng.random() < 0.4:
-        return rng.choice(_words(split))
-    return _made_up(rng)
-
-
-def _made_up(rng: random.Random) -> str:
-    """A training word that does not exist."""
-    while True:
-        first, second = rng.choice(_words("train")), rng.choice(_words("train"))
-        made = first[: rng.randint(1, len(first) - 1)] + second[rng.randint(1, len(second) - 1) :]
-        if 3 <= len(made) <= 12 and split_of(made) == "train":
-            return made
-
-
-def _foreign_word(rng: random.Random) -> str:
-    """A training word that no fact is about, now and then one made up, which may begin with a capital."""
-    if rng.random() < 0.25:
-        made = _made_up(rng)
-        return made if rng.random() < 0.5 else made.capitalize()
-    while (word := rng.choice(_words("train"))) in _known_words():
-        pass
-    return word
-
-
-def _number(rng: random.Random) -> int:
-    """Up to three digits, short ones as often as long ones."""
-    return rng.randint(0, 10 ** rng.randint(1, 3) - 1)
-
-
-def _numbers(rng: random.Random, split: str, sign: str, first: int | None = None) -> tuple[int, int]:
-    """Two numbers whose sum or difference belongs to `split`; the first may be given."""
-    while True:
-        a, b = _number(rng) if first is None else first, _number(rng)
-        if sign == "-" and a < b and rng.random() < 0.8:  # mostly not below zero
-            continue
-        if split_of(f"{a}{sign}{b}") == split:
-            return a, b
-
-
-# --- phrasing ------------------------------------------------------------------------------------
-
-
-@cache
-def _unseen() -> dict[str, Any]:
-    return json.loads(UNSEEN.read_text(encoding="utf-8"))
-
-
-def _questions(split: str, trained: Sequence[str], *path: str) -> Sequence[str]:
-    """The phrasings of `split`: those that are trained on, or those at `path` in the file of the unseen."""
-    if split == "train":
-        return trained
-    found = _unseen()[split]
-    for key in path:
-        found = found[key]
-    return found
-
-
-_OPENINGS = ("Please: ", "Quick question: ", "Tell me: ", "Ok, ", "So, ", "Hey, ", "Now: ", "And ", "Well, ")
-
-
-@cache
-def _held_out() -> frozenset[str]:
-    """All phrasings that are not for training, in plain words."""
-
-    def leaves(tree: Any) -> list[str]:
-        if isinstance(tree, str):
-            return [tree]
-        return [leaf for branch in (tree.values() if isinstance(tree, dict) else tree) for leaf in leaves(branch)]
-
-    return frozenset(_template(phrasing) for phrasing in leaves(_unseen()))
-
-
-def _template(phrasing: str) -> str:
-    """The words of a phrasing, in small letters, with what is to be filled in."""
-    return " ".join(re.findall(r"[a-z0-9']+|\{\w+\}|[-+*]", phrasing.lower()))
-
-
-def _ask(rng: random.Random, phrasing: str, **values: object) -> str:
-    """A question as people type it: politely or not, perhaps with an opening, without a capital, without the sign at
-    its end. It never becomes one of those that are held out, unless it is one."""
-    varied = _opened(rng, _politely(rng, phrasing))
-    return _articled((phrasing if _template(varied) in _held_out() else varied).format(**values))
-
-
-def _politely(rng: random.Random, phrasing: str) -> str:
-    first = phrasing.split()[0]
-    forms = text.REQUESTS if first in text.IMPERATIVES else text.INQUIRIES if first in text.QUESTION_WORDS else ()
-    if not forms or rng.random() < 0.7:
-        return phrasing
-    return rng.choice(forms).replace("{p}", _small(phrasing.rstrip("?.!")))
-
-
-def _opened(rng: random.Random, phrasing: str) -> str:
-    if rng.random() < 0.2 and phrasing[-1] in "?.!" and len(phrasing) > 1:
-        phrasing = phrasing[:-1]
-    if rng.random() < 0.15:
-        return rng.choice(_OPENINGS) + _small(phrasing)
-    return _small(phrasing) if rng.random() < 0.2 else phrasing
-
-
-def _small(said: str) -> str:
-    return said[0].lower() + said[1:]
-
-
-def _sentence(said: str) -> str:
-    """With a capital at the beginning."""
-    return _articled(said[:1].upper() + said[1:])
-
-
-def _articled(said: str) -> str:
-    """With the article that fits the word after it: "an owl"."""
-    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", said)
+# --- skills --------------------------------------------------------------------------------------
 
 
 def _call(expression: str, after: str) -> list[dict[str, str]]:
@@ -220,21 +94,18 @@ def _call(expression: str, after: str) -> list[dict[str, str]]:
     ]
 
 
-# --- skills --------------------------------------------------------------------------------------
-
-
 def sums(rng: random.Random, split: str) -> list[Exchange]:
     """A sum or difference of numbers of up to three digits, and often one or two that go on from its result."""
     exchanges, total = [], None
     for turn in range(rng.choice((1, 1, 2, 3))):
         sign = rng.choice("+-")
-        a, b = _numbers(rng, split, sign, total)
+        a, b = draw_numbers(rng, split, sign, total)
         if not turn:
             table, key = (text.SUMS, "sums") if sign == "+" else (text.DIFFERENCES, "differences")
         else:
             table, key = (text.MORE, "more") if sign == "+" else (text.LESS, "less")
-        question = _ask(
-            rng, rng.choice(_questions(split, table, key)), a=a, b=b, n=_name(rng), t=rng.choice(text.THINGS)
+        question = ask(
+            rng, rng.choice(phrasings(split, table, key)), a=a, b=b, n=draw_name(rng), t=rng.choice(text.THINGS)
         )
         total = a + b if sign == "+" else a - b
         answer = _call(f"{a}{sign}{b}", text.RESULT)
@@ -247,13 +118,13 @@ def sums(rng: random.Random, split: str) -> list[Exchange]:
 def products(rng: random.Random, split: str) -> list[Exchange]:
     """A product of two small numbers, which only training has."""
     a, b = rng.randint(0, 99), rng.randint(0, 99)
-    question = _ask(rng, rng.choice(text.PRODUCTS), a=a, b=b)
+    question = ask(rng, rng.choice(text.PRODUCTS), a=a, b=b)
     return [Exchange(question, _call(f"{a}*{b}", text.RESULT), {"number": a * b})]
 
 
 def letters(rng: random.Random, split: str) -> list[Exchange]:
     """How often a letter is in a word, counted by the tool."""
-    word = _word(rng, split)
+    word = draw_word(rng, split)
     share = rng.random()
     most = max(map(word.count, word))
     letter = rng.choice(
@@ -262,8 +133,8 @@ def letters(rng: random.Random, split: str) -> list[Exchange]:
         else [letter for letter in word if word.count(letter) == most]
     )  # fmt: skip
     mark = rng.choice(("{}", "{}", "{}", '"{}"', '"{}"', "'{}'"))
-    question = _ask(
-        rng, rng.choice(_questions(split, text.COUNTS, "counts")), w=mark.format(word),
+    question = ask(
+        rng, rng.choice(phrasings(split, text.COUNTS, "counts")), w=mark.format(word),
         l=rng.choice(("{}", mark)).format(letter),
     )  # fmt: skip
     count = word.count(letter)
@@ -274,9 +145,9 @@ def letters(rng: random.Random, split: str) -> list[Exchange]:
 
 def spelling(rng: random.Random, split: str) -> list[Exchange]:
     """The letters of a word."""
-    word = _word(rng, split)
+    word = draw_word(rng, split)
     mark = rng.choice(("{}", "{}", "{}", '"{}"', '"{}"', "'{}'"))
-    question = _ask(rng, rng.choice(_questions(split, text.SPELLINGS, "spellings")), w=mark.format(word))
+    question = ask(rng, rng.choice(phrasings(split, text.SPELLINGS, "spellings")), w=mark.format(word))
     return [Exchange(question, f"It is spelled {' '.join(word)}.", {"spelled": word})]
 
 
@@ -287,8 +158,8 @@ def facts(rng: random.Random, split: str) -> list[Exchange]:
     subjects = rng.sample(list(relation.facts), min(len(relation.facts), rng.choice((1, 1, 1, 2, 3))))
     exchanges = []
     for number, x in enumerate(subjects):
-        phrasings = relation.follow_ups if number else _questions(split, relation.questions, "relations", name)
-        exchanges.append(_fact(rng, relation, x, _ask(rng, rng.choice(phrasings), x=x)))
+        known = relation.follow_ups if number else phrasings(split, relation.questions, "relations", name)
+        exchanges.append(_fact(rng, relation, x, ask(rng, rng.choice(known), x=x)))
     return exchanges
 
 
@@ -305,9 +176,9 @@ def _draw_relation(rng: random.Random) -> str:
 
 def _fact(rng: random.Random, relation: Relation, x: str, question: str) -> Exchange:
     y = relation.facts[x]
-    answer = _sentence(relation.answer.format(x=x, y=y))
-    said = _plain(f"{x} {y}")
-    never = sorted({other for other in relation.facts.values() if _plain(other) not in said})
+    answer = sentence(relation.answer.format(x=x, y=y))
+    said = plain_words(f"{x} {y}")
+    never = sorted({other for other in relation.facts.values() if plain_words(other) not in said})
     return Exchange(question, answer, {"words": [y], "never": never})
 
 
@@ -338,8 +209,8 @@ def choice_letter(rng: random.Random, split: str) -> tuple[Conversation, str]:
     if split == "train" and rng.random() < 0.3:
         question = rng.choice(text.POINTERS).format(y=right)
     else:
-        phrasing = rng.choice(_questions(split, relation.questions, "relations", name))
-        question = _articled(phrasing.format(x=x))
+        phrasing = rng.choice(phrasings(split, relation.questions, "relations", name))
+        question = articled(phrasing.format(x=x))
     labels = LETTERS[: len(offered)]
     return choice_conversation(question, offered, labels, labels[offered.index(right)]), right
 
@@ -347,7 +218,7 @@ def choice_letter(rng: random.Random, split: str) -> tuple[Conversation, str]:
 def marks(rng: random.Random, split: str) -> list[Exchange]:
     """Which letters stand behind words in a list: what multiple choice needs besides knowledge, with many letters to
     learn it from in each list. Only training has it."""
-    words = [_word(rng, split) for _ in range(rng.randint(2, 5))]
+    words = [draw_word(rng, split) for _ in range(rng.randint(2, 5))]
     letter_of = dict(zip(words, rng.sample(string.ascii_uppercase, len(words)), strict=True))
     lines = "\n".join(f"- {word} [{letter}]" for word, letter in letter_of.items())
     asked = [rng.choice(words) for _ in range(rng.randint(2, 5))]
@@ -371,34 +242,16 @@ def small_talk(rng: random.Random, split: str) -> list[Exchange]:
 
 def _topic(rng: random.Random, split: str, kind: str, topics: Mapping[str, text.Topic]) -> Exchange:
     name = rng.choice(list(topics))
-    return _about(rng, topics[name], rng.choice(_questions(split, topics[name].questions, kind, name)))
+    return _about(rng, topics[name], rng.choice(phrasings(split, topics[name].questions, kind, name)))
 
 
 def _about(rng: random.Random, topic: text.Topic, phrasing: str) -> Exchange:
-    return Exchange(_ask(rng, phrasing), rng.choice(topic.answers), {"words": list(topic.needed)})
+    return Exchange(ask(rng, phrasing), rng.choice(topic.answers), {"words": list(topic.needed)})
 
 
 def outside(rng: random.Random, split: str) -> list[Exchange]:
     """A question that the small world has no answer to."""
-    if split == "train" and rng.random() < 0.08:
-        relation = RELATIONS["capital"]
-        question = _ask(rng, rng.choice(relation.questions), x=rng.choice(text.UNKNOWN_CAPITALS))
-    else:
-        question = _ask_outside(rng, rng.choice(_questions(split, text.OUTSIDE, "outside_templates")))
-    return [Exchange(question, text.DECLINE, {"declined": True})]
-
-
-def _ask_outside(rng: random.Random, phrasing: str) -> str:
-    cities = list(RELATIONS["country"].facts) + list(RELATIONS["capital"].facts)
-    return _ask(
-        rng, phrasing, w=_foreign_word(rng), w2=_foreign_word(rng), n=_name(rng), n2=_name(rng), c=rng.choice(cities),
-        c2=rng.choice(cities), y=rng.randint(1200, 2030), k=rng.randint(2, 200), k2=rng.randint(2, 200),
-    )  # fmt: skip
-
-
-def _name(rng: random.Random) -> str:
-    """A name, one in two made up, since people have very many."""
-    return rng.choice(text.NAMES) if rng.random() < 0.5 else _made_up(rng).capitalize()
+    return [Exchange(ask_outside(rng, split), DECLINE, {"declined": True})]
 
 
 def memory(rng: random.Random, split: str) -> list[Exchange]:
@@ -407,10 +260,10 @@ def memory(rng: random.Random, split: str) -> list[Exchange]:
     statements, questions, answer = text.MEMORIES[kind]
     value = _memory_value(rng, split, kind)
     told = text.REMEMBERED if kind != "name" else f"Nice to meet you, {value}!"
-    exchanges = [Exchange(_ask(rng, rng.choice(statements), v=value), told)]
+    exchanges = [Exchange(ask(rng, rng.choice(statements), v=value), told)]
     if rng.random() < 0.5:
-        exchanges += rng.choice((facts, sums, small_talk))(rng, "train")[:1]
-    question = _ask(rng, rng.choice(_questions(split, questions, "memories", kind)))
+        exchanges += rng.choice((facts, sums, small_talk, letters, spelling))(rng, "train")[:1]
+    question = ask(rng, rng.choice(phrasings(split, questions, "memories", kind)))
     return [*exchanges, Exchange(question, answer.format(v=value), {"words": [value]})]
 
 
@@ -419,16 +272,16 @@ def _memory_value(rng: random.Random, split: str, kind: str) -> str:
         return str(rng.randint(2, 99))
     if kind != "name":
         return rng.choice(text.MEMORY_VALUES[kind])
-    return _name(rng) if split == "train" else rng.choice(_unseen()[split]["names"])
+    return draw_name(rng) if split == "train" else rng.choice(unseen()[split]["names"])
 
 
 def told_by_system(rng: random.Random, split: str) -> tuple[str, list[Exchange]]:
     """A system message, and what is said after it that it has a bearing on."""
-    kind = rng.choice(("user", "short", "title"))
+    kind = rng.choice(("user", "short", "title") if split != "train" else ("user", "short", "short", "title"))
     if kind == "user":
         name = _memory_value(rng, split, "name")
         _, questions, answer = text.MEMORIES["name"]
-        question = _ask(rng, rng.choice(_questions(split, questions, "memories", "name")))
+        question = ask(rng, rng.choice(phrasings(split, questions, "memories", "name")))
         exchange = Exchange(question, answer.format(v=name), {"words": [name]})
         before = rng.choice((facts, sums, small_talk))(rng, "train")[:1] if rng.random() < 0.3 else []
         return rng.choice(text.SYSTEM_USER).format(v=name), [*before, exchange]
@@ -450,7 +303,7 @@ def told_by_system(rng: random.Random, split: str) -> tuple[str, list[Exchange]]
 # How often each subject is drawn, in conversations that do not begin with a system message.
 MIX: dict[str, float] = {
     "sums": 0.13, "products": 0.02, "letters": 0.15, "spelling": 0.05, "facts": 0.17, "choices": 0.15, "marks": 0.10,
-    "identity": 0.12, "small_talk": 0.04, "outside": 0.12, "memory": 0.04,
+    "identity": 0.12, "small_talk": 0.04, "outside": 0.15, "memory": 0.04,
 }  # fmt: skip
 SYSTEM_SHARE = 0.12
 SKILLS: dict[str, Skill] = {
@@ -557,13 +410,13 @@ class Exam(Task):
 def _topic_questions(subject: str, split: str) -> list[tuple[text.Topic, str]]:
     topics = _TOPICS[subject]
     return [
-        (topics[name], asked) for name in topics for asked in _questions(split, topics[name].questions, subject, name)
+        (topics[name], asked) for name in topics for asked in phrasings(split, topics[name].questions, subject, name)
     ]
 
 
 def _outside_question(rng: random.Random, split: str, index: int) -> Exchange:
     """Each of the real questions once, then questions made of templates."""
-    real = _questions(split, (), "outside")
+    real = phrasings(split, (), "outside")
     if index < len(real):
-        return Exchange(real[index], text.DECLINE, {"declined": True})
+        return Exchange(real[index], DECLINE, {"declined": True})
     return outside(rng, split)[0]

@@ -7,13 +7,17 @@ import pytest
 
 from nanochat.calculator import calculate
 from nanochat.chat import as_parts, check_conversation, visible_text
-from tasks import small_world
+from tasks import small_world_outside, small_world_words
 from tasks import small_world_text as text
-from tasks.small_world import EXAMS, SKILLS, UNSEEN, Exam, SmallWorld, is_right
+from tasks.small_world import EXAMS, SKILLS, Exam, SmallWorld, is_right
 from tasks.small_world_facts import RELATIONS
+from tasks.small_world_words import UNSEEN, sum_key
 from tasks.spelling import split_of
 
 SPLITS = ("train", "validation", "test")
+LONG_TABLES = tuple(
+    getattr(small_world_outside, name) for name in ("STORY", "STORY_QUESTIONS", "STUDY", "TEXT_WORK", "ERRANDS")
+)
 
 
 def plain(phrasing: str) -> str:
@@ -31,8 +35,8 @@ def trained_phrasings() -> set[str]:
     topics = [topic.questions for table in (text.IDENTITY, text.SMALL_TALK) for topic in table.values()]
     memories = [table for memory in text.MEMORIES.values() for table in memory[:2]]
     others = [
-        text.SUMS, text.DIFFERENCES, text.MORE, text.LESS, text.PRODUCTS, text.COUNTS, text.SPELLINGS, text.OUTSIDE,
-        text.NAMES,
+        text.SUMS, text.DIFFERENCES, text.MORE, text.LESS, text.PRODUCTS, text.COUNTS, text.SPELLINGS, text.NAMES,
+        small_world_outside.OUTSIDE, *LONG_TABLES,
     ]  # fmt: skip
     return set().union(*map(phrasings, [*relations, *topics, *memories, *others]))
 
@@ -68,7 +72,19 @@ def test_only_the_answers_to_what_is_outside_say_that_they_do_not_know():
     for name, skill in SKILLS.items():
         for i in range(200):
             for exchange in skill(random.Random(i), "train"):
-                assert (text.DECLINED in visible_text(exchange.answer)) == (name == "outside"), exchange
+                assert (small_world_outside.DECLINED in visible_text(exchange.answer)) == (name == "outside"), exchange
+
+
+def test_outside_questions_are_long_in_training_only_and_of_every_form():
+    asked = {split: [small_world_outside.ask_outside(random.Random(i), split) for i in range(3000)] for split in SPLITS}
+    assert not [question for questions in asked.values() for question in questions if re.search(r"[{}]", question)]
+    assert len(set(asked["train"])) > 2900
+    long = {split: sum(len(question) > 120 for question in questions) / 3000 for split, questions in asked.items()}
+    assert 0.15 < long["train"] < 0.4
+    assert long["validation"] < 0.01 > long["test"]
+    beginnings = [re.split(r"\{\w+\}", phrasing)[0].strip() for table in LONG_TABLES for phrasing in table]
+    plain_asked = "\n".join(asked["train"]).lower()
+    assert all(beginning.lower() in plain_asked for beginning in beginnings if len(beginning) > 2)
 
 
 def test_facts_are_a_few_hundred_and_unique():
@@ -91,13 +107,13 @@ def test_no_phrasing_of_validation_or_test_is_trained_on_or_shared():
 
 
 def test_no_way_of_asking_politely_leads_to_a_phrasing_that_is_held_out():
-    held_out = small_world._held_out()
+    held_out = small_world_words._held_out()
     candidates = 0
     for phrasing in ("Spell {w}.", "Add {a} and {b}.", "What are you?", "How are you doing?"):
-        asked = {small_world._ask(random.Random(i), phrasing, w="{w}", a="{a}", b="{b}") for i in range(3000)}
+        asked = {small_world_words.ask(random.Random(i), phrasing, w="{w}", a="{a}", b="{b}") for i in range(3000)}
         assert len(asked) > 20
-        assert not {small_world._template(question) for question in asked} & held_out
-        candidates += any(small_world._template(form.format(p=phrasing[0].lower() + phrasing[1:-1])) in held_out
+        assert not {small_world_words._template(question) for question in asked} & held_out
+        candidates += any(small_world_words._template(form.format(p=phrasing[0].lower() + phrasing[1:-1])) in held_out
                           for form in text.REQUESTS + text.INQUIRIES)  # fmt: skip
     assert candidates >= 3  # so that the guard was needed
 
@@ -119,7 +135,15 @@ def test_sums_and_words_belong_to_their_split(split):
             for exchange in SKILLS[subject](random.Random(i), split):
                 [call] = [part["text"] for part in exchange.answer if part["type"] == "python"]
                 [key] = re.findall(pattern, call)
+                if subject == "sums":
+                    a, sign, b = re.fullmatch(r"(\d+)([+-])(\d+)", key).groups()
+                    key = sum_key(int(a), int(b), sign)
                 assert split_of(key) == split
+
+
+def test_a_sum_belongs_with_the_one_of_the_other_order():
+    assert sum_key(5, 3, "+") == sum_key(3, 5, "+")
+    assert sum_key(5, 3, "-") != sum_key(3, 5, "-")
 
 
 def test_exams_of_the_test_split_ask_nothing_that_is_trained_on():
