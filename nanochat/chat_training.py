@@ -142,10 +142,10 @@ class ChatRun:
         if num_tokens is None:
             num_tokens = EVAL_TOKENS.get(run.runtime.device.type, SMALL_EVAL_TOKENS)
         batches = validation_batches(self.val, run.runtime, run.device_batch_size, num_tokens)
-        bpb = evaluate_bpb(run.model, batches, run.tokenizer.token_bytes()).bpb
+        found = evaluate_bpb(run.model, batches, run.tokenizer.token_bytes())
         if step == 0:
-            run.note(step, start_val_bpb=bpb)
-        run.note_bpb(step, bpb)
+            run.note(step, start_val_bpb=found.bpb, start_val_bpb_se=found.se)
+        run.note_bpb(step, found)
 
 
 @dataclass(frozen=True)

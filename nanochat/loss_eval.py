@@ -34,10 +34,11 @@ SAMPLE_PROMPTS = (
 
 @dataclass(frozen=True)
 class BpbResult:
-    """What a text cost: `bpb` in bits per byte (inf when there were no bytes), the sum of `nats`, and how many
-    bytes and tokens of text that was; special and ignored tokens are in none of them."""
+    """What a text cost: `bpb` in bits per byte (inf when there were no bytes) and `se`, its standard error; the sum of
+    `nats`, and how many bytes and tokens of text that was; special and ignored tokens are in none of them."""
 
     bpb: float
+    se: float
     nats: float
     bytes: int
     tokens: int
@@ -51,7 +52,9 @@ def evaluate_bpb(model, batches: Iterable, token_bytes: np.ndarray | Tensor) -> 
     batches: each with `idx` and `targets`, (B, T) int64 on the model's device; ranks may have different numbers.
     token_bytes: (V,) int, the UTF-8 length of each token; 0 marks special tokens, which count neither nats nor bytes.
 
-    The result is never NaN for lack of text: without a single byte `bpb` is inf, worse than every model.
+    The result is never NaN for lack of text: without a single byte `bpb` is inf, worse than every model. The standard
+    error is that of a ratio of sums over rows, taken as independent draws (W. G. Cochran, Sampling Techniques, 1977,
+    section 6.3); inf for fewer than two rows with text.
     """
     lengths = torch.as_tensor(token_bytes, device=model.device).long()  # (V,)
     nats, counts = [], []
@@ -59,18 +62,27 @@ def evaluate_bpb(model, batches: Iterable, token_bytes: np.ndarray | Tensor) -> 
         losses = model(batch.idx, batch.targets, reduction="none")  # (B, T)
         num_bytes = lengths[batch.targets.clamp(min=0)].masked_fill(batch.targets == IGNORE_INDEX, 0)  # (B, T)
         counted = num_bytes > 0
-        nats.append(losses.float().masked_fill(~counted, 0).sum())
-        counts.append(torch.stack([num_bytes.sum(), counted.sum()]))
-    # One value a batch is kept on the device and read once at the end: the host never waits inside the loop.
-    total_nats = torch.stack(nats).cpu().double().sum() if nats else torch.zeros((), dtype=torch.float64)
-    total_counts = torch.stack(counts).cpu().sum(0) if counts else torch.zeros(2, dtype=torch.int64)
+        nats.append(losses.float().masked_fill(~counted, 0).sum(1))
+        counts.append(torch.stack([num_bytes.sum(1), counted.sum(1)]))
+    # One value a row is kept on the device and read once at the end: the host never waits inside the loop.
+    row_nats = torch.cat(nats).cpu().double() if nats else torch.zeros(0, dtype=torch.float64)
+    row_bytes, row_tokens = torch.cat(counts, 1).cpu().double() if counts else torch.zeros(2, 0, dtype=torch.float64)
+    sums = torch.stack(
+        [
+            row_nats.sum(), row_bytes.sum(), row_tokens.sum(), (row_bytes > 0).sum().double(),
+            row_nats @ row_nats, row_nats @ row_bytes, row_bytes @ row_bytes,
+        ]
+    )  # fmt: skip
     if dist.is_initialized():
-        total_nats, total_counts = total_nats.to(model.device), total_counts.to(model.device)
-        dist.all_reduce(total_nats)
-        dist.all_reduce(total_counts)
-    nats_sum, (bytes_sum, tokens_sum) = total_nats.item(), total_counts.tolist()
-    bpb = nats_sum / (math.log(2) * bytes_sum) if bytes_sum else math.inf
-    return BpbResult(bpb, nats_sum, bytes_sum, tokens_sum)
+        sums = sums.to(model.device)
+        dist.all_reduce(sums)
+    nats_sum, bytes_sum, tokens_sum, rows, nats_nats, nats_bytes, bytes_bytes = sums.tolist()
+    if not bytes_sum:
+        return BpbResult(math.inf, math.inf, nats_sum, 0, 0)
+    rate = nats_sum / bytes_sum
+    squares = max(0.0, nats_nats - 2 * rate * nats_bytes + rate**2 * bytes_bytes)  # of what rows are off that rate
+    se = math.sqrt(squares * rows / (rows - 1)) / bytes_sum if rows > 1 else math.inf
+    return BpbResult(rate / math.log(2), se / math.log(2), nats_sum, int(bytes_sum), int(tokens_sum))
 
 
 def evaluate_split(

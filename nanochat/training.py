@@ -27,6 +27,7 @@ from nanochat.common import Runtime, UserError, disk_errors, print0, write_atomi
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
 from nanochat.loss import IGNORE_INDEX, softcap_cross_entropy
+from nanochat.loss_eval import BpbResult
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.recipe import MATRIX_LR, Plan
 from nanochat.report import append_record
@@ -555,12 +556,13 @@ class TrainingRun:
         self.results = {**self.results, **numbers}
         self.metrics.log(step=step, **numbers)
 
-    def note_bpb(self, step: int, bpb: float) -> None:
-        """Log, print and keep the validation loss at `step`, and the lowest so far."""
-        self.metrics.log(step=step, val_bpb=bpb, tokens=step * self.plan.total_batch_tokens)
+    def note_bpb(self, step: int, found: BpbResult) -> None:
+        """Log, print and keep the validation loss at `step` with its standard error, and the lowest so far."""
+        bpb, se = found.bpb, found.se
+        self.metrics.log(step=step, val_bpb=bpb, val_bpb_se=se, tokens=step * self.plan.total_batch_tokens)
         lowest = min(bpb, self.results.get("min_val_bpb", math.inf))
-        self.results = {**self.results, "val_bpb": bpb, "min_val_bpb": lowest}
-        print0(f"step {step:>5} | validation {bpb:.4f} bits per byte")
+        self.results = {**self.results, "val_bpb": bpb, "val_bpb_se": se, "min_val_bpb": lowest}
+        print0(f"step {step:>5} | validation {bpb:.4f} +- {se:.4f} bits per byte")
 
     def save(self, step: int) -> None:
         """Write a checkpoint of everything the run needs to go on."""

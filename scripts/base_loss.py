@@ -88,7 +88,9 @@ def main(args: argparse.Namespace) -> None:
     if runtime.is_main:
         results = {
             "val_bpb": val.bpb,
+            "val_bpb_se": val.se,
             "train_bpb": train.bpb,
+            "train_bpb_se": train.se,
             "val_tokens": val.tokens,
             "train_tokens": train.tokens,
             "val_bytes": val.bytes,
@@ -100,7 +102,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def print_split(split: str, result: BpbResult) -> None:
-    print0(f"{split:<5} {result.bpb:.4f} bits per byte over {result.tokens:,} tokens, {result.bytes:,} bytes")
+    size = f"{result.tokens:,} tokens, {result.bytes:,} bytes"
+    print0(f"{split:<5} {result.bpb:.4f} +- {result.se:.4f} bits per byte over {size}")
 
 
 if __name__ == "__main__":

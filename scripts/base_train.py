@@ -286,7 +286,7 @@ def main(args: argparse.Namespace) -> None:
     for step in run.steps():
         # evaluate
         if run.is_due(step, args.eval_every):
-            run.note_bpb(step, evaluate_split(model, tokenizer, val_paths, runtime, device_batch_size, eval_tokens).bpb)
+            run.note_bpb(step, evaluate_split(model, tokenizer, val_paths, runtime, device_batch_size, eval_tokens))
         if run.is_due(step, args.core_every):
             core = evaluate_core(model, tokenizer, fetch_bundle(args.bundle), max_per_task=args.core_max_per_task).core
             run.note(step, core=core)

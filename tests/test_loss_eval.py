@@ -76,6 +76,23 @@ def test_bits_per_byte_match_a_sum_by_hand():
     assert result.bpb == pytest.approx(result.nats / math.log(2) / 12)
 
 
+def test_the_standard_error_is_the_spread_of_resampled_rows():
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 4, size=(400, 6))  # token 0 has no text
+    token_bytes = np.array([0, 1, 2, 3])
+    result = evaluate_bpb(FixedLosses(), [batch(*part.tolist()) for part in np.split(rows, 10)], token_bytes)
+    nats, sizes = (rows / 10).sum(1), token_bytes[rows].sum(1)
+    drawn = rng.integers(0, len(rows), size=(4000, len(rows)))
+    resampled = nats[drawn].sum(1) / sizes[drawn].sum(1) / math.log(2)
+    assert result.se == pytest.approx(resampled.std(), rel=0.05)
+
+
+def test_the_standard_error_of_one_row_is_not_known():
+    token_bytes = np.array([0, 1, 2, 3])
+    assert evaluate_bpb(FixedLosses(), [batch([1, 2]), batch([0, 0])], token_bytes).se == math.inf
+    assert evaluate_bpb(FixedLosses(), [batch([1, 2]), batch([2, 3])], token_bytes).se < math.inf
+
+
 def test_special_and_ignored_tokens_count_neither_nats_nor_bytes():
     token_bytes = torch.tensor([2, 1, 0, 0])  # ignored targets must not be read as token 0, nor as the last one
     result = evaluate_bpb(FixedLosses(), [batch([1, 2, IGNORE_INDEX, 3, 1])], token_bytes)
