@@ -137,7 +137,7 @@ elif [ "$num_gpus" -eq 0 ]; then # a part of the conversations, and words to spe
     chat_problems=(--max-problems 500 --max-tokens 256)
     mid_size=(--total-batch-size 4096 --max-conversations 16000)
     sft_size=(--total-batch-size 4096 --max-conversations 8000 --lr-mult 0.3 --chat-max-problems 64)
-    rl_size=(--tasks Spelling --num-steps 60 --max-tokens 32 --lr-mult 0.3 --eval-questions 0 --eval-samples 4)
+    rl_size=(--tasks "Spelling|SpellingBee" --num-steps 60 --max-tokens 128 --lr-mult 0.3 --eval-samples 4)
 fi
 if [ -n "${NUM_STEPS:-}" ]; then # these win over those before
     trial=(--num-steps "$NUM_STEPS" --max-conversations 200 --eval-tokens 4096)
