@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -121,11 +121,10 @@ def main(args: argparse.Namespace) -> None:
             )
         print_task(result)
         results.append(result)
-    is_whole = {result.task for result in results} >= set(TASK_NAMES)
-    averaged = [result for result in results if result.task in TASK_NAMES] if is_whole else results
-    core = chat_core(averaged)
-    title = "ChatCORE" if is_whole else "mean centred accuracy"
-    print0(f"{title} {core.value:.4f} ({interval(core)}) over {len(averaged)} tasks")
+    core_results = of_chat_core(results)
+    core = chat_core(core_results or results)
+    title = "ChatCORE" if core_results else "mean centred accuracy"
+    print0(f"{title} {core.value:.4f} ({interval(core)}) over {len(core_results or results)} tasks")
     print0(
         "intervals: 95 % confidence, Wilson's for a task; cut: prompts shortened to fit; long: answers without an end"
     )
@@ -134,11 +133,17 @@ def main(args: argparse.Namespace) -> None:
     if runtime.is_main:
         print0(f"prompts, answers and verdicts: {base_dir() / 'chat_eval' / name}/")
         numbers = {result.task: result.accuracy.value for result in results}
-        if is_whole:
+        if core_results:
             numbers |= {"ChatCORE": core.value, "ChatCORE_low": core.low, "ChatCORE_high": core.high}
         numbers |= {"elapsed_seconds": time.perf_counter() - begin}
         table = [row for result in results for row in table_rows(result)]
         append_record("chat_eval", settings={**vars(args), "model": name}, results=numbers, table=table)
+
+
+def of_chat_core(results: Sequence[TaskResult]) -> list[TaskResult]:
+    """Those of the tasks that ChatCORE is the mean of; none where one is missing."""
+    found = [result for result in results if result.task in TASK_NAMES]
+    return found if len(found) == len(TASK_NAMES) else []
 
 
 def model_name(source: str, loaded: LoadedModel) -> str:

@@ -14,6 +14,8 @@ from test_scripts import FORKER, Workplace, environment
 from nanochat.checkpoint import run_dir, save_checkpoint
 from nanochat.gpt import GPTConfig, build_model
 from nanochat.tokenizer import Tokenizer
+from scripts.chat_eval import of_chat_core
+from tasks.registry import TASK_NAMES
 
 TASKS = "ARC-Easy|SpellingBee"
 FLAGS = ["-i", "sft", "--device-type", "cpu", "--dtype", "float32", "--max-tokens", "8", "--batch-rows", "4"]
@@ -123,6 +125,12 @@ def test_the_table_has_accuracies_intervals_and_counts(finished):
     assert "strict" in out
     assert "mean centred accuracy" in out
     assert "ChatCORE" not in out
+
+
+def test_chat_core_is_the_mean_of_its_tasks_whatever_else_was_evaluated():
+    named = [SimpleNamespace(task=name) for name in ("Spelling", *TASK_NAMES)]
+    assert [result.task for result in of_chat_core(named)] == list(TASK_NAMES)
+    assert of_chat_core(named[:-1]) == []
 
 
 def test_every_prompt_answer_and_verdict_is_written_with_its_seed(finished):

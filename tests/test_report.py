@@ -183,9 +183,12 @@ def test_the_summary_puts_each_metric_under_the_model_it_was_measured_on():
     assert summary_row(markdown, "val bpb") == ["0.8119", "0.4", "not run", "-"]
 
 
-def test_the_summary_has_the_small_worlds_exams_only_where_they_were_taken():
+def test_the_summary_has_further_exams_only_where_they_were_taken():
     append_record("chat_eval", settings={"source": "sft"}, results={"SmallWorld-sums": 0.99})
+    append_record("chat_eval", settings={"source": "rl"}, results={"Spelling": 0.57, "SpellingBee": 0.8})
     assert summary_row(rendered(), "SmallWorld-sums") == ["-", "-", "0.99", "-"]
+    assert summary_row(rendered(), "Spelling") == ["-", "-", "-", "0.57"]
+    assert rendered().count("**SpellingBee**") == 1
     assert "SmallWorld-facts" not in rendered()
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from nanochat import hardware, recipe
 from nanochat.gpt import GPTConfig
+from tasks.registry import TASK_NAMES
 
 ROOT = Path(__file__).parent.parent
 H100 = "H100 80GB HBM3"
@@ -20,6 +21,7 @@ MODELS = {  # of each recipe: configuration, tokens per parameter, batch where i
     "runs/d32.sh": (GPTConfig.from_depth(32, vocab_size=32768), 20, 0),
     "runs/october2025.sh": (GPTConfig.october_2025(20), 20, 2**19),
 }
+RECIPES = [*MODELS, "runs/laptop.sh"]
 
 # Answers what speedrun.sh asks about the machine, plans for real, and writes down the stages instead of running them.
 PYTHON = """#!/usr/bin/env bash
@@ -42,7 +44,7 @@ class Checkout:
     def __init__(self, folder: Path):
         self.folder, self.base, self.log = folder, folder / "base", folder / "log"
         (folder / "runs").mkdir()
-        for name in MODELS:
+        for name in RECIPES:
             shutil.copy(ROOT / name, folder / name)
         for name in ("nanochat", "scripts", "tasks"):
             (folder / name).symlink_to(ROOT / name)
@@ -216,8 +218,8 @@ def test_all_stages_run_on_all_gpus(checkout):
 def test_reinforcement_learning_comes_last_when_asked_for(checkout):
     stages = [stage.partition(" -m ")[2] for stage in checkout.stages(RL="1", WANDB_RUN="mine")]
     assert stages[-3:-1] == [
-        "scripts.chat_rl -- --model-tag d20 --run mine --resume",
-        "scripts.chat_eval -- -i rl --model-tag d20 --resume --tasks GSM8K",
+        "scripts.chat_rl -- --model-tag d20 --run mine --resume --tasks GSM8K",
+        f"scripts.chat_eval -- -i rl --model-tag d20 --tasks {'|'.join(TASK_NAMES)} --resume",
     ]
 
 
@@ -269,7 +271,29 @@ def test_the_miniature_can_learn_from_the_hubs_conversations(checkout):
     assert not any("mid_train" in stage for stage in checkout.stages(FAKE_GPUS="0", CHAT="0", VOCAB_SIZE="512"))
 
 
-@pytest.mark.parametrize("name", MODELS)
+def test_the_laptops_run_is_small_and_on_real_data_whatever_the_machine(checkout):
+    stages = checkout.stages("runs/laptop.sh", FAKE_GPUS="0", PRETRAIN_FLAGS="--eval-every 0")
+    (train,) = (stage for stage in stages if "scripts.base_train" in stage)
+    assert train.startswith("python -m scripts.base_train --data karpathy/climbmix-400b-shuffle --depth 4")
+    assert train.endswith("--minutes 10 --save-every 100 --run  --resume --sequence-len 512 --eval-every 0")
+    for script, flags in {
+        "mid_train": "--max-conversations 16000", "chat_sft": "--max-conversations 8000",
+        "chat_rl": "--tasks Spelling|SpellingBee", "chat_eval -i rl": f"--tasks {'|'.join(TASK_NAMES)}|Spelling",
+    }.items():  # fmt: skip
+        (stage,) = (stage for stage in stages if f"scripts.{script}" in stage)
+        assert flags in stage
+        assert "small_world" not in stage
+    assert 'export CUDA_VISIBLE_DEVICES=""' in (ROOT / "runs/laptop.sh").read_text()
+
+
+def test_the_laptops_run_has_nothing_to_plan(checkout):
+    ended = checkout.run("runs/laptop.sh", "--dry-run")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "MINUTES=10" in ended.stderr
+    assert not checkout.log.exists()
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_scripts_are_sound_bash(name):
     subprocess.run(["bash", "-n", ROOT / name], check=True)
     if shutil.which("shellcheck"):

@@ -37,6 +37,13 @@ def test_code_runs_without_isolation_only_when_that_was_allowed():
     assert get_task("HumanEval", allow_unsafe_execution=True).allow_unsafe_execution
 
 
+def test_words_to_spell_are_a_task_of_their_own_with_more_to_train_on():
+    tasks = {purpose: get_task("Spelling", purpose=purpose) for purpose in ("train", "validation", "test")}
+    assert "Spelling" not in TASK_NAMES
+    assert all((task.name, task.has_reward) == ("Spelling", True) for task in tasks.values())
+    assert len(tasks["train"]) > len(tasks["validation"]) > len(tasks["test"]) == len(get_task("SpellingBee")) == 256
+
+
 def test_the_small_worlds_exams_have_rows_for_every_purpose():
     for name in SMALL_WORLD_NAMES:
         for purpose in ("train", "validation", "test"):
