@@ -232,28 +232,40 @@ def evaluate(
     engine: Engine, model: GPT, questions: Sequence[Question], sampling: Sampling, *, num_samples: int, seed: str
 ) -> Evaluation:
     """Of this rank's `questions` and those of all others: the mean reward of `num_samples` replies with its standard
-    error over questions, that of a greedy reply, pass@k for powers of two, mean length in tokens, share cut off."""
+    error over questions, where there are several tasks of each one too, that of a greedy reply, pass@k for powers of
+    two, mean length in tokens, share cut off."""
     groups = roll_out(engine, model, questions, sampling, num_samples=num_samples, seed=seed)
     greedy = roll_out(engine, model, questions, replace(sampling, temperature=0.0), num_samples=1, seed=seed)
     own = [
-        ([r.reward for r in group], one.reward, sum(len(r.reply) for r in group), sum(not r.is_whole for r in group))
-        for group, (one,) in zip(groups, greedy, strict=True)
-    ]
-    rewards, greedy_rewards, lengths, cut = zip(*(row for part in gathered(own) for row in part), strict=True)
+        (question.task.name, [r.reward for r in group], one.reward, sum(len(r.reply) for r in group),
+         sum(not r.is_whole for r in group))
+        for question, group, (one,) in zip(questions, groups, greedy, strict=True)
+    ]  # fmt: skip
+    names, rewards, greedy_rewards, lengths, cut = zip(*(row for part in gathered(own) for row in part), strict=True)
     means = [math.fsum(group) / num_samples for group in rewards]
     num_questions, num_replies = len(means), len(means) * num_samples
-    mean = math.fsum(means) / num_questions
-    variance = math.fsum((m - mean) ** 2 for m in means) / max(1, num_questions - 1)
+    mean, se = mean_and_error(means)
     numbers = {
-        "val_reward": mean, "val_reward_se": math.sqrt(variance / num_questions),
+        "val_reward": mean, "val_reward_se": se,
         "val_greedy_reward": math.fsum(greedy_rewards) / num_questions,
         "val_reply_tokens": sum(lengths) / num_replies, "val_cut_frac": sum(cut) / num_replies,
     }  # fmt: skip
     num_right = [sum(reward >= FULL_REWARD for reward in group) for group in rewards]
     for k in (2**i for i in range(num_samples.bit_length())):
         numbers[f"val_pass_at_{k}"] = math.fsum(pass_at_k(num_samples, right, k) for right in num_right) / num_questions
+    if len(set(names)) > 1:
+        for name in sorted(set(names)):
+            of_task = mean_and_error([m for m, its_name in zip(means, names, strict=True) if its_name == name])
+            numbers[f"val_reward_{name}"], numbers[f"val_reward_{name}_se"] = of_task
     shown = [one for (one,) in greedy[:NUM_SAMPLES_SHOWN]]
     return Evaluation(numbers, [f"{engine.tokenizer.decode(r.prompt + r.reply)}\nreward {r.reward:g}" for r in shown])
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of `values` and its standard error, 0 for a single one."""
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
 
 
 def gathered(own: Any) -> list[Any]:

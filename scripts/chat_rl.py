@@ -114,13 +114,16 @@ def note(run: TrainingRun, step: int, found: rl.Evaluation) -> None:
     """Log, print and keep an evaluation; the first one is kept as the start too, and shows what replies look like."""
     numbers = found.numbers
     if step == 0:
-        kept = ("val_reward", "val_reward_se", "val_greedy_reward")
+        kept = [name for name in numbers if name.startswith(("val_reward", "val_greedy_reward"))]
         numbers = {f"start_{name}": numbers[name] for name in kept} | numbers
         for sample in found.samples:
             print0(sample)
     run.note(step, **numbers)
     run.results = {**run.results, "samples": found.samples}
     at_k = "".join(f", {k.removeprefix('val_')} {v:.4f}" for k, v in numbers.items() if k.startswith("val_pass"))
+    for name, value in numbers.items():
+        if f"{name}_se" in numbers and name.startswith("val_reward_"):
+            at_k += f", {name.removeprefix('val_reward_')} {value:.4f} +- {numbers[name + '_se']:.4f}"
     print0(
         f"step {step:>5} | held out: reward {numbers['val_reward']:.4f} +- {numbers['val_reward_se']:.4f}, greedy "
         f"{numbers['val_greedy_reward']:.4f}{at_k}"

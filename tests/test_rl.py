@@ -282,6 +282,26 @@ def test_evaluation_agrees_with_the_rollouts_it_is_made_of(tokenizer):
     assert found["val_reward_se"] == pytest.approx((means.std() / 12**0.5).item())
 
 
+def test_evaluation_of_several_tasks_has_the_reward_of_each(tokenizer):
+    class Unpaid(FirstToken):
+        name = "Unpaid"
+
+        def reward(self, conversation, completion):
+            return 0.0
+
+    model = make_model(tokenizer)
+    engine = Engine(model, tokenizer, max_rows=8)
+    mixture = TaskMixture([FirstToken(tokenizer, 12), Unpaid(tokenizer, 6)])
+    asked = rl.Questions(mixture, tokenizer, 40).take(0, 18)
+    found = rl.evaluate(engine, model, asked, Sampling(max_tokens=6), num_samples=4, seed="e").numbers
+    assert (found["val_reward_Unpaid"], found["val_reward_Unpaid_se"]) == (0, 0)
+    assert found["val_reward_FirstToken"] * 12 == pytest.approx(found["val_reward"] * 18)
+    assert found["val_reward_FirstToken_se"] > 0
+    alone = [question for question in asked if question.task.name == "FirstToken"]
+    found = rl.evaluate(engine, model, alone, Sampling(max_tokens=6), num_samples=4, seed="e").numbers
+    assert not any("FirstToken" in name for name in found)
+
+
 # --- learning ------------------------------------------------------------------------------------
 
 
