@@ -151,7 +151,7 @@ def test_the_model_can_be_chatted_with(workplace):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--tasks ARC-Easy", ["ARC-Easy has no reward", "GSM8K, SpellingBee, SmallWorld"]),
+        ("--tasks ARC-Easy", ["ARC-Easy has no reward", "GSM8K, SpellingBee, Spelling, SmallWorld"]),
         ("--tasks HumanEval", ["HumanEval is only for the purpose 'test'"]),
         ("--tasks Chess", ["no task 'Chess'"]),
         ("--data missing.jsonl", ["cannot read the conversations in missing.jsonl"]),
