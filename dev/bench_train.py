@@ -25,8 +25,9 @@ from nanochat import attention, hardware
 from nanochat.common import add_runtime_flags, init_runtime, matmul_seconds, run_main
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPTConfig, build_model
+from nanochat.metrics import peak_memory_bytes
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.training import accumulate_gradients, fitting_batch, grad_accum_steps, peak_memory_bytes
+from nanochat.training import accumulate_gradients, fitting_batch, grad_accum_steps
 
 PRODUCT_SIZE = 1024
 

@@ -21,9 +21,10 @@ from nanochat.chat_training import add_rate_flags, add_run_flags, load_start
 from nanochat.common import UserError, print0, run_main
 from nanochat.engine import Engine
 from nanochat.inference import add_weights_flag
+from nanochat.metrics import check_loss
 from nanochat.recipe import Plan
 from nanochat.sampling import Sampling
-from nanochat.training import TrainingRun, check_loss, check_ranges, make_optimizer
+from nanochat.training import TrainingRun, check_ranges, make_optimizer
 from tasks.common import TaskMixture, TaskSlice
 from tasks.custom_json import CustomJSON
 from tasks.registry import ALL_NAMES, get_task, task_names

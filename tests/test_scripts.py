@@ -261,7 +261,7 @@ def test_a_dry_run_plans_for_the_vocabulary_at_hand(workplace):
 
 DIE_AFTER_LOGGING = """
 import signal
-from nanochat.training import MetricsLog
+from nanochat.metrics import MetricsLog
 log = MetricsLog.log
 def log_and_die(self, **numbers):
     log(self, **numbers)

@@ -1,0 +1,217 @@
+"""How a training run is measured and logged: its speed, its smoothed loss, `metrics.jsonl` and wandb, a line a step."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanochat import hardware
+from nanochat.common import Runtime, UserError, disk_errors, print0, write_atomic
+
+LOSS_EMA_DECAY = 0.9  # of the smoothed training loss that is printed
+WARMUP_STEPS_UNTIMED = 3  # of each process: compilation and first allocations are not its speed
+
+
+@dataclass
+class RunStats:
+    """Loss average, time and speed of a run.
+
+    `seconds` counts training steps only, not evaluation and saving, over all processes' lives of the run.
+    """
+
+    tokens_per_step: int
+    flops_per_token: float
+    device_name: str
+    dtype: torch.dtype
+    world_size: int
+    loss_ema: float = 0.0
+    ema_weight: float = 0.0
+    seconds: float = 0.0
+    num_seen: int = 0  # steps of this process
+    timed_seconds: float = 0.0  # of them without the warm-up
+
+    @classmethod
+    def for_runtime(cls, runtime: Runtime, tokens_per_step: int, flops_per_token: float) -> "RunStats":
+        name = torch.cuda.get_device_name(runtime.device) if runtime.is_cuda else runtime.device.type
+        return cls(tokens_per_step, flops_per_token, name, runtime.dtype, runtime.world_size)
+
+    def update(self, loss: float, seconds: float) -> None:
+        """Take in one step's loss (nats) and duration."""
+        if math.isfinite(loss):  # one overflow in float16 would stay in the average for good
+            self.loss_ema = LOSS_EMA_DECAY * self.loss_ema + (1 - LOSS_EMA_DECAY) * loss
+            self.ema_weight = LOSS_EMA_DECAY * self.ema_weight + (1 - LOSS_EMA_DECAY)
+        self.seconds += seconds
+        self.num_seen += 1
+        if self.num_seen > WARMUP_STEPS_UNTIMED:
+            self.timed_seconds += seconds
+
+    @property
+    def smooth_loss(self) -> float:
+        """Exponential average of the loss, debiased."""
+        return self.loss_ema / self.ema_weight if self.ema_weight else math.nan
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all ranks together; None until the warm-up is over."""
+        if not self.timed_seconds:
+            return None
+        return (self.num_seen - WARMUP_STEPS_UNTIMED) * self.tokens_per_step / self.timed_seconds
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs per second over the devices' peak, 0 to 1; None while unknown or on an unknown device."""
+        speed = self.tokens_per_second
+        if speed is None:
+            return None
+        return hardware.mfu(self.flops_per_token, speed, self.device_name, self.dtype, self.world_size)
+
+    def seconds_left(self, num_steps: int) -> float | None:
+        speed = self.tokens_per_second
+        return num_steps * self.tokens_per_step / speed if speed else None
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps; `restore` takes it back."""
+        return {"loss_ema": self.loss_ema, "ema_weight": self.ema_weight, "seconds": self.seconds}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        self.loss_ema, self.ema_weight, self.seconds = (state[k] for k in ("loss_ema", "ema_weight", "seconds"))
+
+
+class MetricsLog:
+    """Every number of a run as JSON lines in a file, and on wandb when the run has a name there. Rank 0 only."""
+
+    def __init__(self, path: Path, runtime: Runtime, *, run_name: str = "", settings: Mapping | None = None):
+        self.path = path
+        self._is_main = runtime.is_main
+        self._wandb = _start_wandb(run_name, settings or {}) if run_name and runtime.is_main else None
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of later steps, written after the checkpoint that is being resumed; 0 drops all."""
+        if self._is_main and self.path.exists():
+            lines = self.path.read_text(errors="replace").splitlines()
+            write_atomic(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step and step))
+
+    def log(self, **numbers) -> None:
+        """Append one line; `step` must be among the numbers. None values are left out."""
+        if not self._is_main:
+            return
+        record = {key: value for key, value in numbers.items() if value is not None}
+        with disk_errors("metrics", self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def finish(self) -> None:
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut off by a crash
+
+
+def _start_wandb(run_name: str, settings: Mapping):
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"--run {run_name} needs the package wandb; install it, or leave --run out") from error
+    try:
+        return wandb.init(project=os.environ.get("WANDB_PROJECT", "nanochat"), name=run_name, config=dict(settings))
+    except wandb.errors.Error as error:
+        raise UserError(f"wandb did not start ({error}); log in, set WANDB_MODE=offline, or leave --run out") from error
+
+
+class StepLog:
+    """Times, logs and prints each training step. On a GPU a step's loss is read only when the next step is queued,
+    so that the host never waits for the step it has just started."""
+
+    def __init__(self, stats: RunStats, metrics: MetricsLog, num_steps: int):
+        self.stats, self.metrics, self.num_steps = stats, metrics, num_steps
+        self._pending: tuple[int, Tensor, torch.cuda.Event | None, dict] | None = None
+        self._mark = 0.0
+
+    def start(self) -> None:
+        """A step begins now."""
+        if self._pending is None:
+            self._mark = time.perf_counter()
+
+    def end(self, step: int, loss: Tensor, **numbers) -> None:
+        """Step `step`, counted from 1, is queued; `loss` is 0-d on the device, `numbers` are logged as they are."""
+        previous, event = self._pending, None
+        if loss.is_cuda:
+            host = torch.empty_like(loss, device="cpu", pin_memory=True)
+            host.copy_(loss, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            loss = host
+        self._pending = (step, loss, event, numbers)
+        if previous is not None:
+            self._finish(*previous)
+        if event is None:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait for the step queued last and log it. Raises `UserError` when a loss is not finite."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._finish(*pending)
+
+    def _finish(self, step: int, loss_t: Tensor, event: torch.cuda.Event | None, numbers: dict) -> None:
+        if event is not None:
+            event.synchronize()
+        now, loss, stats = time.perf_counter(), loss_t.item(), self.stats
+        stats.update(loss, now - self._mark)
+        self._mark = now
+        check_loss(step, loss, stats.dtype)
+        self.metrics.log(
+            step=step, train_loss=loss, **numbers, tokens=step * stats.tokens_per_step,
+            tokens_per_second=stats.tokens_per_second, mfu=stats.mfu, elapsed_seconds=stats.seconds,
+        )  # fmt: skip
+        print0(self._line(step))
+
+    def _line(self, step: int) -> str:
+        stats, total = self.stats, self.num_steps
+        parts = [f"step {step:>5}/{total} ({step / total:.1%})", f"loss {stats.smooth_loss:.4f}"]
+        if stats.tokens_per_second is not None:
+            parts.append(f"{stats.tokens_per_second:,.0f} tokens/s")
+        if stats.mfu is not None:
+            parts.append(f"{stats.mfu:.1%} of peak")
+        left = stats.seconds_left(total - step)
+        parts.append(f"{_clock(stats.seconds)}" + (f", {_clock(left)} left" if left is not None else ""))
+        return " | ".join(parts)
+
+
+def check_loss(step: int, loss: float, dtype: torch.dtype) -> None:
+    """Raise `UserError` when the loss of a step is not finite, unless in float16, which skips such steps."""
+    if not math.isfinite(loss) and dtype != torch.float16:
+        raise UserError(
+            f"the loss at step {step} is {loss}; resume from a checkpoint before it with a lower --lr-mult, or another "
+            f"--dtype"
+        )
+
+
+def peak_memory_bytes(runtime: Runtime) -> int:
+    """Most memory this process has held so far: allocated on its GPU, or resident on the host."""
+    if runtime.is_cuda:
+        return torch.cuda.max_memory_allocated(runtime.device)
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, which is bytes on one and KiB on the other
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

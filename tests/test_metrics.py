@@ -1,0 +1,269 @@
+"""Measuring and logging a run: statistics, metrics.jsonl that survives crashes and resumes, the log of steps."""
+
+import errno
+import json
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nanochat import hardware
+from nanochat.common import Runtime, UserError
+from nanochat.metrics import WARMUP_STEPS_UNTIMED, MetricsLog, RunStats, StepLog, _clock, peak_memory_bytes
+
+CPU = torch.device("cpu")
+RUNTIME = Runtime(0, 0, 1, CPU, torch.float32)
+
+
+# --- statistics ---
+
+
+def make_stats(**other) -> RunStats:
+    known = {"tokens_per_step": 4096, "flops_per_token": 1e9, "device_name": "cpu", "dtype": torch.float32}
+    return RunStats(**{**known, "world_size": 1, **other})
+
+
+def test_speed_leaves_the_first_steps_out():
+    stats = make_stats()
+    for _ in range(WARMUP_STEPS_UNTIMED):
+        stats.update(1.0, 50.0)
+        assert stats.tokens_per_second is None
+        assert stats.mfu is None
+        assert stats.seconds_left(10) is None
+    for seconds in (1.0, 3.0):
+        stats.update(1.0, seconds)
+    assert stats.tokens_per_second == 2 * 4096 / 4.0
+    assert stats.seconds_left(10) == pytest.approx(20.0)
+    assert stats.seconds == 50.0 * WARMUP_STEPS_UNTIMED + 4.0
+
+
+def test_mfu_is_a_share_of_all_devices_peak_and_none_for_an_unknown_device():
+    known = make_stats(device_name="NVIDIA H100 80GB HBM3", dtype=torch.bfloat16, world_size=8)
+    unknown = make_stats()
+    for stats in (known, unknown):
+        for _ in range(WARMUP_STEPS_UNTIMED + 5):
+            stats.update(1.0, 0.25)
+    peak = hardware.peak_flops("NVIDIA H100 80GB HBM3", torch.bfloat16)
+    assert known.mfu == pytest.approx(1e9 * (4096 / 0.25) / (8 * peak))
+    assert unknown.tokens_per_second == 4096 / 0.25
+    assert unknown.mfu is None
+
+
+def test_the_smoothed_loss_is_debiased():
+    stats = make_stats()
+    assert math.isnan(stats.smooth_loss)
+    for _ in range(3):
+        stats.update(2.5, 1.0)
+        assert stats.smooth_loss == pytest.approx(2.5)
+    stats.update(1.0, 1.0)
+    assert 1.0 < stats.smooth_loss < 2.5
+
+
+def test_restored_statistics_go_on_and_time_this_process_alone():
+    whole, first = make_stats(), make_stats()
+    for loss in (3.0, 2.0, 1.0):
+        whole.update(loss, 1.0)
+        first.update(loss, 1.0)
+    resumed = make_stats()
+    resumed.restore(json.loads(json.dumps(first.state())))
+    for stats in (whole, resumed):
+        stats.update(0.5, 1.0)
+    assert resumed.smooth_loss == whole.smooth_loss
+    assert resumed.seconds == whole.seconds == 4.0
+    assert resumed.tokens_per_second is None
+
+
+def test_statistics_know_the_device_they_are_of():
+    stats = RunStats.for_runtime(replace(RUNTIME, world_size=3), 100, 2.0)
+    assert (stats.device_name, stats.dtype, stats.world_size) == ("cpu", torch.float32, 3)
+
+
+# --- metrics.jsonl ---
+
+
+def read_lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def metrics(tmp_path) -> MetricsLog:
+    return MetricsLog(tmp_path / "run" / "metrics.jsonl", RUNTIME)
+
+
+def test_every_number_but_none_is_a_json_line(metrics):
+    metrics.log(step=1, train_loss=2.5, mfu=None)
+    metrics.log(step=1, val_bpb=1.25)
+    assert read_lines(metrics.path) == [{"step": 1, "train_loss": 2.5}, {"step": 1, "val_bpb": 1.25}]
+
+
+def test_only_rank_0_writes(tmp_path):
+    metrics = MetricsLog(tmp_path / "metrics.jsonl", replace(RUNTIME, rank=1), run_name="never asked for")
+    metrics.rewind(0)
+    metrics.log(step=1, train_loss=2.5)
+    metrics.finish()
+    assert not metrics.path.exists()
+
+
+def test_a_resumed_run_drops_the_lines_after_its_checkpoint(metrics):
+    for step in range(1, 8):
+        metrics.log(step=step, train_loss=float(step))
+    metrics.log(step=5, val_bpb=1.0)
+    metrics.rewind(5)
+    assert [line["step"] for line in read_lines(metrics.path)] == [1, 2, 3, 4, 5, 5]
+    metrics.log(step=6, train_loss=0.0)
+    assert read_lines(metrics.path)[-1] == {"step": 6, "train_loss": 0.0}
+
+
+def test_a_new_run_drops_all_lines(metrics):
+    metrics.rewind(0)
+    metrics.log(step=0, val_bpb=3.0)
+    metrics.log(step=1, train_loss=1.0)
+    metrics.rewind(0)
+    assert metrics.path.read_text() == ""
+
+
+def test_a_last_line_that_lost_only_its_end_of_line_does_not_swallow_the_next(metrics):
+    metrics.log(step=1, train_loss=1.0)
+    metrics.path.write_text(metrics.path.read_text().rstrip("\n"))
+    metrics.rewind(1)
+    metrics.log(step=2, train_loss=1.0)
+    assert [line["step"] for line in read_lines(metrics.path)] == [1, 2]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "tr', '{"step": 3', "{", '"step"', "3", "[1]", '{"loss": 1}', "\0\0"])
+def test_a_line_cut_off_by_a_crash_is_dropped(torn, metrics):
+    for step in (1, 2):
+        metrics.log(step=step, train_loss=1.0)
+    with open(metrics.path, "a") as file:
+        file.write(torn)
+    metrics.rewind(9)
+    metrics.log(step=10, train_loss=1.0)
+    assert [line["step"] for line in read_lines(metrics.path)] == [1, 2, 10]
+
+
+def test_a_full_disk_is_a_clear_error(metrics, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    metrics.log(step=1, train_loss=1.0)
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(UserError, match=r"cannot write metrics to .*metrics.jsonl: No space left on device"):
+        metrics.log(step=2, train_loss=1.0)
+
+
+class FakeWandb:
+    """Records what a run would send."""
+
+    class errors:
+        Error = ConnectionError
+
+    def __init__(self):
+        self.logged, self.settings, self.is_finished = [], None, False
+
+    def init(self, *, project, name, config):
+        if name == "offline":
+            raise self.errors.Error("no network")
+        self.settings = (project, name, config)
+        return self
+
+    def log(self, numbers, step):
+        self.logged.append((step, numbers))
+
+    def finish(self):
+        self.is_finished = True
+
+
+def test_a_named_run_goes_to_wandb_as_well(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    metrics = MetricsLog(tmp_path / "metrics.jsonl", RUNTIME, run_name="d4", settings={"depth": 4})
+    metrics.log(step=3, train_loss=1.5, mfu=None)
+    metrics.finish()
+    assert wandb.settings == ("nanochat", "d4", {"depth": 4})
+    assert wandb.logged == [(3, {"train_loss": 1.5})]
+    assert wandb.is_finished
+    assert read_lines(metrics.path) == [{"step": 3, "train_loss": 1.5}]
+
+
+def test_wandb_that_is_missing_or_cannot_start_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
+    with pytest.raises(UserError, match=r"wandb did not start \(no network\).*WANDB_MODE=offline"):
+        MetricsLog(tmp_path / "metrics.jsonl", RUNTIME, run_name="offline")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--run d4 needs the package wandb"):
+        MetricsLog(tmp_path / "metrics.jsonl", RUNTIME, run_name="d4")
+
+
+# --- the log of steps ---
+
+
+def run_steps(metrics, losses, stats=None, num_steps=10) -> StepLog:
+    log = StepLog(stats or make_stats(), metrics, num_steps)
+    for step, loss in enumerate(losses, start=1):
+        log.start()
+        log.end(step, torch.tensor(loss), lr_mult=0.5)
+    log.flush()
+    return log
+
+
+def test_every_step_is_logged_once_in_order(metrics, capsys):
+    losses = [3.0, 2.5, 2.25, 2.0, 1.75]
+    log = run_steps(metrics, losses)
+    lines = read_lines(metrics.path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["train_loss"] for line in lines] == losses
+    assert [line["tokens"] for line in lines] == [4096 * step for step in range(1, 6)]
+    assert all(line["lr_mult"] == 0.5 for line in lines)
+    assert all("mfu" not in line for line in lines)
+    assert ["tokens_per_second" in line for line in lines] == [False] * WARMUP_STEPS_UNTIMED + [True] * 2
+    times = [line["elapsed_seconds"] for line in lines]
+    assert times == sorted(times)
+    assert times[-1] == log.stats.seconds > 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 5
+    assert printed[0].startswith("step     1/10 (10.0%) | loss 3.0000 | 0:00")
+    assert "tokens/s" in printed[4]
+    assert "of peak" not in printed[4]
+
+
+def test_time_between_steps_does_not_count(metrics, monkeypatch):
+    now = 0.0
+
+    def clock():
+        return now
+
+    monkeypatch.setattr("nanochat.metrics.time.perf_counter", clock)
+    log = StepLog(make_stats(), metrics, 3)
+    for step in (1, 2):
+        now += 1000.0  # an evaluation
+        log.start()
+        now += 2.0
+        log.end(step, torch.tensor(1.0))
+    log.flush()
+    assert log.stats.seconds == 4.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(bad, metrics):
+    with pytest.raises(UserError, match=f"the loss at step 2 is {bad}; resume from a checkpoint before it"):
+        run_steps(metrics, [1.0, bad, 1.0])
+    assert [line["step"] for line in read_lines(metrics.path)] == [1]
+
+
+def test_in_float16_a_loss_that_is_not_finite_does_not_end_the_run(metrics):
+    log = run_steps(metrics, [1.0, math.inf, math.nan, 1.0], make_stats(dtype=torch.float16))
+    assert [line["step"] for line in read_lines(metrics.path)] == [1, 2, 3, 4]
+    assert log.stats.smooth_loss == pytest.approx(1.0)
+
+
+def test_times_read_as_clocks():
+    assert [_clock(seconds) for seconds in (0, 59.4, 61, 3600, 36061.6)] == [
+        "0:00", "0:59", "1:01", "1:00:00", "10:01:02",
+    ]  # fmt: skip
+
+
+def test_peak_memory_is_that_of_this_process():
+    assert 1e7 < peak_memory_bytes(RUNTIME) < 1e12
