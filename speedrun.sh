@@ -7,7 +7,7 @@
 #   bash speedrun.sh --dry-run                           # what it takes on GPUs: tokens, disk, memory, hours, dollars
 #   DEPTH=22 WANDB_RUN=d22 bash speedrun.sh              # a larger model, logged to wandb
 #   bash runs/d26.sh                                     # runs/: recipes for other budgets, with the same options
-#   bash runs/laptop.sh                                  # an hour without a GPU, on the data sets of the full run
+#   bash runs/laptop.sh                                  # half an hour without a GPU, on the full run's data sets
 #
 # Safe to run again: finished stages are kept, an interrupted one goes on from its last checkpoint. To start anew, move
 # the work folder away or set NANOCHAT_BASE_DIR. May be set beforehand:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The stages of the full run on its own data sets, small enough for two cores of a CPU and an hour: depth 4, ten minutes
-# of pretraining on web text, parts of the conversations, and reinforcement learning on spelling words. Needs the hub, and
-# 1 GB of disk. What comes out writes English and spells; speedrun.sh without a GPU makes a better companion.
+# The stages of the full run on its own data sets, small enough for two cores of a CPU and half an hour: depth 4, ten
+# minutes of pretraining on web text, parts of the conversations, reinforcement learning on words to spell and letters to
+# count. Needs the hub, and 3 GB of disk. It writes English and knows letters, no more: for a chat, take speedrun.sh.
 #
 #   bash runs/laptop.sh
 #   MINUTES=60 DEPTH=6 bash runs/laptop.sh     # longer and larger, on a faster machine
@@ -10,7 +10,7 @@
 set -euo pipefail
 
 if [ "${1:-}" = --dry-run ]; then
-    echo "nothing to plan: this run is sized by minutes (MINUTES=10 of pretraining, an hour in all), and uses no GPU" >&2
+    echo "nothing to plan: this run is sized by minutes (MINUTES=10 of pretraining, half an hour in all), and uses no GPU" >&2
     exit 2
 fi
 export CUDA_VISIBLE_DEVICES="" # a small model, by the clock, on any machine
