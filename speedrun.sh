@@ -95,6 +95,7 @@ if [ "$num_gpus" -gt 0 ] || [ "$dry_run" = 1 ]; then
     VOCAB_SIZE="${VOCAB_SIZE:-32768}"
     size=()
     SAVE_EVERY="${SAVE_EVERY:-1000}"
+    bpb=()
     core=()
     CHAT_DATA="${CHAT_DATA:-mixture}"
     RL="${RL:-0}"
@@ -115,6 +116,7 @@ else
     size=(--sequence-len 256 --head-dim 64 --window-pattern L --eval-every 100)
     SAVE_EVERY="${SAVE_EVERY:-100}"
     if [ "${#horizon[@]}" -eq 0 ]; then horizon=(--minutes "${MINUTES:-1.5}"); fi
+    bpb=(--split-tokens 131072)
     core=(--max-per-task 20)
     CHAT_DATA="${CHAT_DATA:-small_world}"
     RL="${RL:-1}"
@@ -173,7 +175,7 @@ stage base_train train scripts.base_train --data "$DATASET" --depth "$DEPTH" ${s
     ${pretrain_flags[@]+"${pretrain_flags[@]}"}
 
 # --- evaluation of the base model: bits per byte, samples, CORE; minutes ---
-stage base_loss train scripts.base_loss --model-tag "$tag"
+stage base_loss train scripts.base_loss --model-tag "$tag" ${bpb[@]+"${bpb[@]}"}
 optional_stage base_eval train scripts.base_eval --model-tag "$tag" ${core[@]+"${core[@]}"}
 
 # --- chat: conversations, finetuning, tasks, reinforcement learning; 15 minutes for the miniature ---

@@ -22,7 +22,7 @@ from tasks.spelling import LetterCounting, Spelling
 MIXTURE = "mixture"  # the name of a stage's own mixture among data files
 SMALL_WORLD = "small_world"  # and of the generated conversations that the miniature learns to chat from
 VALIDATION_SMOLTALK = 1000  # conversations; of the small tasks, everything
-MID_SMALL_WORLD, SFT_SMALL_WORLD, VALIDATION_SMALL_WORLD = 17_000, 5_000, 400
+MID_SMALL_WORLD, SFT_SMALL_WORLD, VALIDATION_SMALL_WORLD = 18_500, 5_000, 400
 
 
 class Corpus(NamedTuple):

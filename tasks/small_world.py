@@ -148,7 +148,7 @@ def spelling(rng: random.Random, split: str) -> list[Exchange]:
     word = draw_word(rng, split)
     mark = rng.choice(("{}", "{}", "{}", '"{}"', '"{}"', "'{}'"))
     question = ask(rng, rng.choice(phrasings(split, text.SPELLINGS, "spellings")), w=mark.format(word))
-    return [Exchange(question, f"It is spelled {' '.join(word)}.", {"spelled": word})]
+    return [Exchange(question, text.SPELLED.format(w=word, letters=" ".join(word)), {"spelled": word})]
 
 
 def facts(rng: random.Random, split: str) -> list[Exchange]:
@@ -302,8 +302,8 @@ def told_by_system(rng: random.Random, split: str) -> tuple[str, list[Exchange]]
 
 # How often each subject is drawn, in conversations that do not begin with a system message.
 MIX: dict[str, float] = {
-    "sums": 0.13, "products": 0.02, "letters": 0.13, "spelling": 0.13, "facts": 0.17, "choices": 0.15, "marks": 0.10,
-    "identity": 0.11, "small_talk": 0.04, "outside": 0.15, "memory": 0.04,
+    "sums": 0.13, "products": 0.02, "letters": 0.13, "spelling": 0.17, "facts": 0.17, "choices": 0.16, "marks": 0.10,
+    "identity": 0.13, "small_talk": 0.04, "outside": 0.15, "memory": 0.04,
 }  # fmt: skip
 SYSTEM_SHARE = 0.12
 SKILLS: dict[str, Skill] = {

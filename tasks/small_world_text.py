@@ -444,6 +444,7 @@ COUNTS = (
     "Read {w} and tell me how many {l} you find.", "Of the letters in {w}, how many are {l}?",
 )
 COUNTED = "I count {r}."
+SPELLED = "The word {w} is spelled {letters}."  # the word again, in the same tokens however it was quoted
 SPELLINGS = (
     "Spell {w}.", "Spell the word {w}.", "How do you spell {w}?", "How is {w} spelled?", "Can you spell {w}?",
     "Spell {w} letter by letter.", "What letters are in {w}?", "Give me the letters of {w}.", "Please spell {w}.",
