@@ -132,8 +132,8 @@ if [ "$CHAT_DATA" = small_world ]; then
     chat_problems=(--batch-rows 32 --max-tokens 64)
     mid_size=(--data small_world --total-batch-size 2048 --eval-every 500 --lr-mult 1.2 --final-lr-frac 0.3)
     sft_size=(--data small_world --total-batch-size 2048 --eval-every 500 --lr-mult 0.36)
-    rl_size=(--tasks SmallWorld-spelling --num-steps 40 --max-tokens 32 --lr-mult 0.3)
-    rl_size+=(--eval-every 40 --eval-questions 160 --eval-samples 4)
+    rl_size=(--tasks SmallWorld-spelling --num-steps 40 --max-tokens 32 --lr-mult 0.1)
+    rl_size+=(--eval-every 40 --eval-questions 320 --eval-samples 4)
 elif [ "$num_gpus" -eq 0 ]; then # a part of the conversations, and words to spell, as it gets no problem of GSM8K right
     chat_tasks+="|Spelling"
     chat_problems=(--max-problems 500 --max-tokens 256)

@@ -222,9 +222,11 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found: numbers by name, and some greedy replies as texts, prompt and special tokens included."""
+    """What `evaluate` found: numbers by name, the mean reward of each question in their order, and some greedy replies
+    as texts, prompt and special tokens included."""
 
     numbers: dict[str, float]
+    means: list[float]
     samples: list[str]
 
 
@@ -237,11 +239,12 @@ def evaluate(
     groups = roll_out(engine, model, questions, sampling, num_samples=num_samples, seed=seed)
     greedy = roll_out(engine, model, questions, replace(sampling, temperature=0.0), num_samples=1, seed=seed)
     own = [
-        (question.task.name, [r.reward for r in group], one.reward, sum(len(r.reply) for r in group),
+        (question.index, question.task.name, [r.reward for r in group], one.reward, sum(len(r.reply) for r in group),
          sum(not r.is_whole for r in group))
         for question, group, (one,) in zip(questions, groups, greedy, strict=True)
     ]  # fmt: skip
-    names, rewards, greedy_rewards, lengths, cut = zip(*(row for part in gathered(own) for row in part), strict=True)
+    rows = sorted((row for part in gathered(own) for row in part), key=lambda row: row[0])
+    _, names, rewards, greedy_rewards, lengths, cut = zip(*rows, strict=True)
     means = [math.fsum(group) / num_samples for group in rewards]
     num_questions, num_replies = len(means), len(means) * num_samples
     mean, se = mean_and_error(means)
@@ -258,7 +261,9 @@ def evaluate(
             of_task = mean_and_error([m for m, its_name in zip(means, names, strict=True) if its_name == name])
             numbers[f"val_reward_{name}"], numbers[f"val_reward_{name}_se"] = of_task
     shown = [one for (one,) in greedy[:NUM_SAMPLES_SHOWN]]
-    return Evaluation(numbers, [f"{engine.tokenizer.decode(r.prompt + r.reply)}\nreward {r.reward:g}" for r in shown])
+    return Evaluation(
+        numbers, means, [f"{engine.tokenizer.decode(r.prompt + r.reply)}\nreward {r.reward:g}" for r in shown]
+    )
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

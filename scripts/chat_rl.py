@@ -32,6 +32,7 @@ from tasks.registry import ALL_NAMES, get_task, task_names
 ENGINE_ROWS = {"cuda": 128}  # replies written at a time, by device
 SMALL_ENGINE_ROWS = 32
 LR_MULT = 0.15  # 0.05 and 0.5 did as well within the noise (dev/LOG.md)
+START_MEANS = "start_means"  # of held-out questions, kept to compare each with itself; not for the report
 FREE_ON_RESUME = frozenset({  # flags that may differ from those of the run being resumed
     "resume", "run", "device_type", "dtype", "device_batch_size", "engine_rows", "eval_every", "eval_questions",
     "eval_samples", "save_every",
@@ -117,17 +118,21 @@ def note(run: TrainingRun, step: int, found: rl.Evaluation) -> None:
     if step == 0:
         kept = [name for name in numbers if name.startswith(("val_reward", "val_greedy_reward"))]
         numbers = {f"start_{name}": numbers[name] for name in kept} | numbers
+        run.results = {**run.results, START_MEANS: found.means}
         for sample in found.samples:
             print0(sample)
+    elif len(start := run.results.get(START_MEANS, [])) == len(found.means):  # the same questions as at the start
+        gain, se = rl.mean_and_error([now - before for now, before in zip(found.means, start, strict=True)])
+        numbers = numbers | {"val_reward_gain": gain, "val_reward_gain_se": se}
     run.note(step, **numbers)
     run.results = {**run.results, "samples": found.samples}
-    at_k = "".join(f", {k.removeprefix('val_')} {v:.4f}" for k, v in numbers.items() if k.startswith("val_pass"))
+    more = "".join(f", {k.removeprefix('val_')} {v:.4f}" for k, v in numbers.items() if k.startswith("val_pass"))
     for name, value in numbers.items():
         if f"{name}_se" in numbers and name.startswith("val_reward_"):
-            at_k += f", {name.removeprefix('val_reward_')} {value:.4f} +- {numbers[name + '_se']:.4f}"
+            more += f", {name.removeprefix('val_reward_')} {value:.4f} +- {numbers[name + '_se']:.4f}"
     print0(
         f"step {step:>5} | held out: reward {numbers['val_reward']:.4f} +- {numbers['val_reward_se']:.4f}, greedy "
-        f"{numbers['val_greedy_reward']:.4f}{at_k}"
+        f"{numbers['val_greedy_reward']:.4f}{more}"
     )
 
 
@@ -227,6 +232,7 @@ def main(args: argparse.Namespace) -> None:
         log(run, step + 1, loss, numbers, middle - begin, end - middle)
 
     # summary to the report
+    run.results.pop(START_MEANS, None)
     train_tokens = run.results["train_tokens"]
     run.finish(
         "chat_rl", train_tokens=train_tokens, train_flops=train_tokens * model.flops_per_token(),

@@ -98,6 +98,9 @@ def test_the_stage_leaves_checkpoints_metrics_and_a_record(workplace):
     for name in ("rollout_tokens", "train_tokens"):
         assert results[name] == sum(found[step, name] for step in range(1, LAST + 1))
     assert len(record["samples"]) == 2
+    assert results["val_reward_gain"] == pytest.approx(results["val_reward"] - results["start_val_reward"])
+    assert (0, "val_reward_gain") not in found
+    assert "start_means" not in results
 
 
 def test_what_is_asked_and_what_is_held_out_are_said(workplace):

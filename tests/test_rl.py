@@ -271,10 +271,12 @@ def test_evaluation_agrees_with_the_rollouts_it_is_made_of(tokenizer):
     model = make_model(tokenizer)
     engine = Engine(model, tokenizer, max_rows=8)
     asked = questions_of(tokenizer).take(0, 12)
-    found = rl.evaluate(engine, model, asked, Sampling(max_tokens=6), num_samples=4, seed="e").numbers
+    evaluation = rl.evaluate(engine, model, asked, Sampling(max_tokens=6), num_samples=4, seed="e")
+    found = evaluation.numbers
     groups = rl.roll_out(engine, model, asked, Sampling(max_tokens=6), num_samples=4, seed="e")
     rewards = [[r.reward for r in group] for group in groups]
     assert found["val_reward"] == pytest.approx(sum(map(sum, rewards)) / 48)
+    assert evaluation.means == pytest.approx([sum(group) / 4 for group in rewards])
     assert found["val_pass_at_1"] == pytest.approx(found["val_reward"])
     assert found["val_pass_at_4"] == pytest.approx(sum(map(any, rewards)) / 12)
     assert found["val_pass_at_1"] <= found["val_pass_at_2"] <= found["val_pass_at_4"]
