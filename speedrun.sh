@@ -50,11 +50,12 @@ source runs/setup.sh
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 export PYTHONUNBUFFERED=1
 
-# Runs a stage, `stage NAME COMMAND...`, unless it was finished with the same command before.
+# Runs a stage, `stage NAME COMMAND...`, unless it was finished with the same command before, and, where the variable
+# `after` names a stage, that one was not run again since: what is evaluated has to be the model that it left.
 stage() {
-    local stamp="$NANOCHAT_BASE_DIR/speedrun/$1.done"
+    local stamp="$NANOCHAT_BASE_DIR/speedrun/$1.done" before="$NANOCHAT_BASE_DIR/speedrun/${after:-}.done"
     shift
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$*" ]; then
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$*" ] && ! [ "$before" -nt "$stamp" ]; then
         echo "== finished before: $*"
         return
     fi
@@ -175,8 +176,8 @@ stage base_train train scripts.base_train --data "$DATASET" --depth "$DEPTH" ${s
     ${pretrain_flags[@]+"${pretrain_flags[@]}"}
 
 # --- evaluation of the base model: bits per byte, samples, CORE; minutes ---
-stage base_loss train scripts.base_loss --model-tag "$tag" ${bpb[@]+"${bpb[@]}"}
-optional_stage base_eval train scripts.base_eval --model-tag "$tag" ${core[@]+"${core[@]}"}
+after=base_train stage base_loss train scripts.base_loss --model-tag "$tag" ${bpb[@]+"${bpb[@]}"}
+after=base_train optional_stage base_eval train scripts.base_eval --model-tag "$tag" ${core[@]+"${core[@]}"}
 
 # --- chat: conversations, finetuning, tasks, reinforcement learning; 15 minutes for the miniature ---
 chat() {
@@ -189,10 +190,10 @@ chat() {
         chat_tasks="${chat_tasks/|HumanEval/}"
     fi
     local evaluation=(--model-tag "$tag" --tasks "$chat_tasks" --resume ${chat_problems[@]+"${chat_problems[@]}"})
-    stage chat_eval train scripts.chat_eval -i sft "${evaluation[@]}" || return
+    after=chat_sft stage chat_eval train scripts.chat_eval -i sft "${evaluation[@]}" || return
     if [ "$RL" = 1 ]; then
         stage chat_rl train scripts.chat_rl "${common[@]}" "${rl_size[@]}" || return
-        stage rl_eval train scripts.chat_eval -i rl "${evaluation[@]}" || return
+        after=chat_rl stage rl_eval train scripts.chat_eval -i rl "${evaluation[@]}" || return
     fi
 }
 
