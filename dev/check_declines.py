@@ -13,7 +13,7 @@ import argparse
 from nanochat.chat import render_for_completion, visible_text
 from nanochat.chat_results import wilson
 from nanochat.checkpoint import add_checkpoint_flags, load_model
-from nanochat.common import add_runtime_flags, init_runtime, print0, run_main
+from nanochat.common import UserError, add_runtime_flags, init_runtime, print0, run_main
 from nanochat.engine import Engine
 from nanochat.sampling import Sampling
 from tasks.common import Task
@@ -48,6 +48,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.max_problems < 1:
+        raise UserError(f"--max-problems must be at least 1, not {args.max_problems}")
     runtime = init_runtime(args.device_type, args.dtype)
     loaded = load_model(args.source, runtime, model_tag=args.model_tag, step=args.step)
     engine = Engine(loaded.model, loaded.tokenizer, max_rows=ROWS)

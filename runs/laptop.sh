@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The stages of the full run on its own data sets, small enough for two cores of a CPU and half an hour: depth 4, ten
 # minutes of pretraining on web text, parts of the conversations, reinforcement learning on words to spell and letters to
-# count. Needs the hub, and 3 GB of disk. It writes English and knows letters, no more: for a chat, take speedrun.sh.
+# count. Needs the hub: the text alone is 0.9 GB. It writes English and knows letters, no more: for a chat, take speedrun.sh.
 #
 #   bash runs/laptop.sh
 #   MINUTES=60 DEPTH=6 bash runs/laptop.sh     # longer and larger, on a faster machine

@@ -6,12 +6,12 @@ full of numbers, statements with a question behind them, texts to do something w
 
 import random
 from collections.abc import Callable
+from functools import cache
 
 from tasks.small_world_facts import RELATIONS
 from tasks.small_world_words import articled, ask, draw_name, foreign_word, known_words, phrasings, sentence
 
-_KNOWN = sorted(word for word in known_words() if len(word) > 2)
-_CITIES = [*RELATIONS["country"].facts, *RELATIONS["capital"].facts]
+_CITIES = (*RELATIONS["country"].facts, *RELATIONS["capital"].facts)
 
 # The tables are easier to read with several entries to a line.
 # fmt: off
@@ -224,7 +224,12 @@ def _sentence(rng: random.Random) -> str:
 
 def _any_word(rng: random.Random) -> str:
     """A word that may also be one that facts are about."""
-    return rng.choice(_KNOWN) if rng.random() < 0.4 else foreign_word(rng)
+    return rng.choice(_long_known_words()) if rng.random() < 0.4 else foreign_word(rng)
+
+
+@cache
+def _long_known_words() -> list[str]:
+    return sorted(word for word in known_words() if len(word) > 2)
 
 
 def _values(rng: random.Random, draw: Callable[[random.Random], str]) -> dict[str, object]:
