@@ -331,26 +331,32 @@ class MuonAdamW:
 
     def _update(self, bucket: _Bucket, grad: Tensor) -> None:
         group, values, state = bucket.group, bucket.values[bucket.own], bucket.state
-        as_input = self._scalar_input(values)
         if group.kind == "muon":
+            numbers = self._as_inputs(
+                values, lr=group.lr, momentum=group.momentum, beta2=group.beta2, weight_decay=group.weight_decay
+            )
             self._muon_update(
-                values, grad, state["momentum_buffer"], state["row_variance"],
-                lr=as_input(group.lr), momentum=as_input(group.momentum), beta2=as_input(group.beta2),
-                weight_decay=as_input(group.weight_decay), dtype=self.muon_dtype,
-            )  # fmt: skip
+                values, grad, state["momentum_buffer"], state["row_variance"], **numbers, dtype=self.muon_dtype
+            )
             return
         beta1, beta2 = group.betas
-        numbers = {
-            "step_size": as_input(group.lr / (1 - beta1**self.num_steps)),
-            "correction2": as_input(math.sqrt(1 - beta2**self.num_steps)),
-            "decay": as_input(group.lr * group.weight_decay),
-        }
+        numbers = self._as_inputs(
+            values, step_size=group.lr / (1 - beta1**self.num_steps),
+            correction2=math.sqrt(1 - beta2**self.num_steps), decay=group.lr * group.weight_decay,
+        )  # fmt: skip
         tensors = (values, grad, state["exp_avg"], state["exp_avg_sq"])
         chunk = max(1, values.numel()) if values.is_cuda else CPU_CHUNK
         for pieces in zip(*(t.split(chunk) for t in tensors), strict=True):
             self._adamw_update(*pieces, beta1=beta1, beta2=beta2, eps=group.eps, **numbers)
 
     @staticmethod
-    def _scalar_input(values: Tensor):
-        """Numbers that change from step to step go to compiled updates as 0-d tensors, or each would recompile."""
-        return torch.tensor if values.is_cuda else float
+    def _as_inputs(values: Tensor, **numbers: float) -> dict[str, Tensor | float]:
+        """Numbers that change from step to step, as the compiled updates take them: 0-d tensors on the GPU.
+
+        As Python numbers each would recompile; as CPU tensors, what is computed from them (1 - decay) would stay on the
+        CPU, and a Triton kernel would be given its address.
+        """
+        if not values.is_cuda:
+            return numbers
+        on_device = torch.tensor(list(numbers.values())).to(values.device, non_blocking=True)
+        return dict(zip(numbers, on_device.unbind(), strict=True))

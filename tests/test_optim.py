@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from fake_cuda import fake_cuda
 from ranks import run_ranks
 from torch import nn
 
@@ -446,3 +447,37 @@ def test_the_state_of_another_model_is_refused_and_nothing_taken_over(change, wo
     with pytest.raises(UserError, match="model"):
         optimizer.load_state_dict(saved)
     assert all(torch.equal(value, before[name]) for name, value in optimizer.state_dict().items())
+
+
+# --- on a GPU, without one ---
+
+
+@pytest.fixture
+def without_compiler(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
+def test_every_operation_of_an_update_stays_on_the_gpu(without_compiler, rank, world_size):
+    """The first run on a GPU ended here: 1 - decay was a CPU tensor, handed to a kernel as an address."""
+    with fake_cuda() as watch:
+        groups = make_groups()
+        for group in groups:
+            dtype = torch.bfloat16 if group.name == "tables" else torch.float32
+            group.params = {
+                name: nn.Parameter(torch.empty(p.shape, device="cuda", dtype=dtype)) for name, p in group.params.items()
+            }
+        optimizer = MuonAdamW(groups, rank=rank, world_size=world_size, muon_dtype=torch.bfloat16)
+        optimizer.num_steps, watch.num_operations = 1, 0
+        watch.off_device.clear()  # the CPU tensors that the groups were made of
+        for bucket in optimizer._buckets:
+            optimizer._update(bucket, torch.empty_like(bucket.values[bucket.own]))
+    assert watch.num_operations > 100
+    assert watch.off_device == []
+
+
+def test_the_watch_finds_arithmetic_left_on_the_cpu():
+    with fake_cuda() as watch:
+        x, decay = torch.empty(4, device="cuda"), torch.tensor(0.5)
+        x.mul_(1 - decay)
+    assert watch.off_device == ["aten.rsub.Scalar: ['cpu'] -> ['cpu']", "aten.mul_.Tensor: ['cpu', 'cuda'] -> ['cuda']"]

@@ -1,0 +1,47 @@
+"""What a GPU would refuse, found without one: code run on PyTorch's fake "cuda" device, its operations watched.
+
+A fake tensor has a shape, a dtype and a device, and no data. Every operation on it is checked as on the real device,
+and yields the device where its result would live.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+TRANSFERS = ("aten._to_copy.default", "aten.copy_.default")
+CREATIONS = ("aten.lift_fresh.default", "aten.detach.default", "aten._to_copy.default", "aten.empty.memory_format")
+
+
+class _Watch(TorchDispatchMode):
+    """Notes every operation that takes or gives a CPU tensor, but for making one and sending it to the GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.off_device: list[str] = []
+        self.num_operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.namespace == "prim":  # questions about a tensor, such as its device
+            return out
+        self.num_operations += 1
+        taken, given = (
+            {leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+            for tree in ((args, kwargs), out)
+        )
+        name = str(function)
+        is_transfer = name in TRANSFERS and given == {"cuda"}
+        is_creation = name in CREATIONS and taken <= {"cpu"}
+        if "cpu" in taken | given and not is_transfer and not is_creation:
+            self.off_device.append(f"{name}: {sorted(taken)} -> {sorted(given)}")
+        return out
+
+
+@contextmanager
+def fake_cuda():
+    """Within it tensors may be made on "cuda"; gives the watch, whose `off_device` lists what would not stay there."""
+    with FakeTensorMode(allow_non_fake_inputs=True), _Watch() as watch:
+        yield watch
