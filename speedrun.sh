@@ -157,10 +157,10 @@ mkdir -p "$NANOCHAT_BASE_DIR/speedrun"
 stage report_reset python -m nanochat.report reset
 
 # --- data: a few shards for the tokenizer, the rest meanwhile; 100 MB each, minutes ---
-stage "data_$tokenizer_shards" python -m nanochat.dataset --data "$DATASET" -n "$tokenizer_shards"
+stage "data_$tokenizer_shards" python -m nanochat.data.dataset --data "$DATASET" -n "$tokenizer_shards"
 download=""
 if [ "$num_shards" -gt "$tokenizer_shards" ]; then
-    stage "data_$num_shards" python -m nanochat.dataset --data "$DATASET" -n "$num_shards" &
+    stage "data_$num_shards" python -m nanochat.data.dataset --data "$DATASET" -n "$num_shards" &
     download=$!
 fi
 
@@ -185,7 +185,7 @@ chat() {
     stage mid_train train scripts.mid_train "${common[@]}" ${mid_size[@]+"${mid_size[@]}"} || return
     stage chat_sft train scripts.chat_sft "${common[@]}" ${sft_size[@]+"${sft_size[@]}"} \
         ${NUM_STEPS:+--chat-every 0} || return
-    if ! python -c 'import sys; from nanochat.execution import isolation; sys.exit(isolation().method == "none")'; then
+    if ! python -c 'import sys; from nanochat.evals.execution import isolation; sys.exit(isolation().method == "none")'; then
         echo "this system cannot isolate the code that HumanEval runs: it is left out"
         chat_tasks="${chat_tasks/|HumanEval/}"
     fi

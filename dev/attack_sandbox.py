@@ -1,4 +1,4 @@
-"""Attacks the sandbox of `nanochat/execution.py` and the calculator, and prints what came of each.
+"""Attacks the sandbox of `nanochat/evals/execution.py` and the calculator, and prints what came of each.
 
     python -m dev.attack_sandbox                          # the attack table, some two minutes
     python -m dev.attack_sandbox --isolation unshare      # on another kind of isolation than the best one here
@@ -23,9 +23,9 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
-from nanochat.calculator import calculate
 from nanochat.common import UserError
-from nanochat.execution import Isolation, Verdict, grade, grade_many, isolation, with_helpers
+from nanochat.engine.calculator import calculate
+from nanochat.evals.execution import Isolation, Verdict, grade, grade_many, isolation, with_helpers
 from tests.attacks import ATTACKS, ENTRY_POINT, FALSE_SUMS, HONEST, TESTS, Targets, aim
 
 TIMEOUT_SECONDS = 2.0  # of one attack

@@ -26,11 +26,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nanochat.checkpoint import load_model
 from nanochat.common import UserError, add_runtime_flags, init_runtime, run_main
-from nanochat.core_bundle import fetch_bundle, read_tasks
-from nanochat.core_eval import Example, Score, build_examples, score_batched, score_plainly
-from nanochat.gpt import GPT, GPTConfig, build_model
+from nanochat.evals.core_bundle import fetch_bundle, read_tasks
+from nanochat.evals.core_eval import Example, Score, build_examples, score_batched, score_plainly
+from nanochat.model.gpt import GPT, GPTConfig, build_model
+from nanochat.model.load import load_model
 from nanochat.tokenizer import Tokenizer, tokenizer_dir
 
 WAYS = ("fast", "loop", "plain")

@@ -36,14 +36,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nanochat.checkpoint import LoadedModel, add_checkpoint_flags, load_model
+from nanochat.checkpoint import add_checkpoint_flags
 from nanochat.common import Runtime, UserError, init_runtime, run_main
-from nanochat.dataset import document_batches, shard_paths
-from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig, build_model
-from nanochat.hf import save_hf
-from nanochat.inference import INT8_MAX_ROWS, WEIGHTS, InferenceModel, Piece
-from nanochat.sampling import Sampling
+from nanochat.data.dataset import document_batches, shard_paths
+from nanochat.engine.engine import Engine
+from nanochat.engine.inference import INT8_MAX_ROWS, WEIGHTS, InferenceModel, Piece
+from nanochat.engine.sampling import Sampling
+from nanochat.model.gpt import GPT, GPTConfig, build_model
+from nanochat.model.hf import save_hf
+from nanochat.model.load import LoadedModel, load_model
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 BANDWIDTH_SHAPE = (8192, 8192)  # of float32: 256 MiB, far beyond any cache

@@ -232,7 +232,7 @@ def write_text(sources: Iterator[str], path: Path, max_bytes: float) -> int:
 
 
 def prose(data: str) -> Iterator[str]:
-    from nanochat.dataset import document_batches, shard_paths
+    from nanochat.data.dataset import document_batches, shard_paths
 
     for _, batch in document_batches(shard_paths(data, "train") + shard_paths(data, "val")):
         yield from batch.to_pylist()

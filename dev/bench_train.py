@@ -21,13 +21,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nanochat import attention, hardware
+from nanochat import hardware
 from nanochat.common import add_runtime_flags, init_runtime, matmul_seconds, run_main
-from nanochat.dataloader import Batch
-from nanochat.gpt import GPTConfig, build_model
-from nanochat.metrics import peak_memory_bytes
-from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.training import accumulate_gradients, fitting_batch, grad_accum_steps
+from nanochat.data.dataloader import Batch
+from nanochat.model import attention
+from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.training.loop import accumulate_gradients, fitting_batch, grad_accum_steps
+from nanochat.training.metrics import peak_memory_bytes
+from nanochat.training.optim import MuonAdamW, parameter_groups
 
 PRODUCT_SIZE = 1024
 

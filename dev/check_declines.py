@@ -10,12 +10,13 @@ each data set how many questions fit the context and the share declined with its
 
 import argparse
 
-from nanochat.chat import render_for_completion, visible_text
-from nanochat.chat_results import wilson
-from nanochat.checkpoint import add_checkpoint_flags, load_model
+from nanochat.checkpoint import add_checkpoint_flags
 from nanochat.common import UserError, add_runtime_flags, init_runtime, print0, run_main
-from nanochat.engine import Engine
-from nanochat.sampling import Sampling
+from nanochat.data.chat import render_for_completion, visible_text
+from nanochat.engine.engine import Engine
+from nanochat.engine.sampling import Sampling
+from nanochat.evals.chat_results import wilson
+from nanochat.model.load import load_model
 from tasks.common import Task
 from tasks.registry import get_task
 from tasks.small_world import is_right

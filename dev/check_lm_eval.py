@@ -31,8 +31,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanochat.common import UserError, run_main
-from nanochat.core_bundle import Task, fetch_bundle, read_tasks
-from nanochat.core_eval import SHOT_SEPARATOR, draw_shots
+from nanochat.evals.core_bundle import Task, fetch_bundle, read_tasks
+from nanochat.evals.core_eval import SHOT_SEPARATOR, draw_shots
 
 TASKS = ("arc_easy", "hellaswag", "piqa", "lambada_openai")
 SAME_NATS = 1e-4  # mean losses closer than this are equal: both compute in float32, in batches of other shapes

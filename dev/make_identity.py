@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nanochat.calculator import calculate
 from nanochat.common import write_atomic
-from nanochat.gpt import GPTConfig
-from nanochat.recipe import count_model
+from nanochat.engine.calculator import calculate
+from nanochat.model.gpt import GPTConfig
+from nanochat.training.recipe import count_model
 from tasks.spelling import split_of
 
 SEED = 20251013

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanochat.checkpoint import run_dir, save_checkpoint
 from nanochat.common import Runtime
-from nanochat.gpt import GPTConfig, build_model
+from nanochat.model.gpt import GPTConfig, build_model
 from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

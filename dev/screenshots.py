@@ -1,4 +1,4 @@
-"""Pictures of the chat page in its states, with scripted replies: to be looked at after a change of nanochat/ui.html.
+"""Pictures of the chat page in its states, with scripted replies: to look at after a change of nanochat/serve/ui.html.
 
     python -m dev.screenshots --out shots                     # all scenes, without a server
     python -m dev.screenshots --out shots --only error        # those whose name contains "error"
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, Route, sync_playwright
 
-PAGE = Path(__file__).parent.parent / "nanochat" / "ui.html"
+PAGE = Path(__file__).parent.parent / "nanochat" / "serve" / "ui.html"
 ADDRESS = "http://nanochat.test/"
 DESKTOP, PHONE, NARROW = (1280, 800), (390, 844), (320, 640)
 

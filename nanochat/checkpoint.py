@@ -25,10 +25,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from nanochat.common import Runtime, UserError, base_dir, disk_errors, from_rank0, write_atomic
-from nanochat.gpt import GPT, GPTConfig, build_model
+from nanochat.common import Runtime, UserError, base_dir, disk_errors, write_atomic
 from nanochat.tokenizer import Tokenizer
 
 SCHEMA = 1
@@ -71,7 +70,7 @@ def save_checkpoint(
     step: int,
     *,
     runtime: Runtime,
-    model: GPT,
+    model: nn.Module,
     tokenizer: Tokenizer,
     meta: Mapping,
     optimizer_state: Mapping[str, Tensor] | None = None,
@@ -79,7 +78,8 @@ def save_checkpoint(
 ) -> Path:
     """Write one checkpoint; every rank calls this. Returns its folder.
 
-    `meta` is the stage's own record (anything JSON holds); config, tokenizer fingerprint and schema are added.
+    `model` has its `config`, a dataclass; `meta` is the stage's own record (anything JSON holds). Config, tokenizer
+    fingerprint and schema are added.
     Raises `UserError`, on every rank alike, when it cannot be written or the step has a checkpoint already; those
     that were there before are untouched.
     """
@@ -181,21 +181,6 @@ def read_meta(folder: Path) -> dict:
     return meta
 
 
-def load_weights(folder: Path, meta: Mapping, runtime: Runtime) -> GPT:
-    """The model of a checkpoint on the runtime's device, in its compute dtype. Raises `UserError` if it is damaged."""
-    try:
-        config = GPTConfig(**meta["config"])
-    except TypeError as error:
-        raise UserError(f"checkpoint {folder} has a model config this version does not know: {error}") from error
-    model = build_model(config, device=runtime.device, compute_dtype=runtime.dtype)
-    state = load_tensors(folder / "model.safetensors", str(runtime.device))
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise UserError(f"the weights in {folder} do not fit their config: {error}") from error
-    return model
-
-
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """A safetensors file. Raises `UserError` when it is missing, truncated or damaged."""
     try:
@@ -264,7 +249,7 @@ def resumable(run: Path, args: Namespace, free: Collection[str]) -> Resumable | 
     return Resumable(folder, meta)
 
 
-# --- models --------------------------------------------------------------------------------------
+# --- choosing -----------------------------------------------------------------------------------
 
 
 def add_checkpoint_flags(parser: ArgumentParser, *, source: str = "base") -> None:
@@ -274,28 +259,11 @@ def add_checkpoint_flags(parser: ArgumentParser, *, source: str = "base") -> Non
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the last)")
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    model: GPT
-    tokenizer: Tokenizer
-    meta: dict
-    folder: Path
-
-
-def load_model(source: str, runtime: Runtime, *, model_tag: str = "", step: int | None = None) -> LoadedModel:
-    """A stage's model with its tokenizer, in eval mode.
-
-    Without `model_tag` the run saved last, without `step` its newest checkpoint. Raises `UserError` when there is
-    none, or it is damaged.
-    """
-    folder = from_rank0(find_checkpoint(source, model_tag=model_tag, step=step))  # a new one may appear meanwhile
-    meta = read_meta(folder)
-    model = load_weights(folder, meta, runtime).eval().requires_grad_(False)
-    return LoadedModel(model, load_tokenizer(folder, meta), meta, folder)
-
-
 def find_checkpoint(source: str, *, model_tag: str = "", step: int | None = None) -> Path:
-    """Folder of the checkpoint asked for; see `load_model`."""
+    """Folder of the checkpoint asked for: without `model_tag` of the run saved last, without `step` its newest.
+
+    Raises `UserError` when there is none.
+    """
     root = source_dir(source)
     if model_tag:
         run = run_dir(source, model_tag)

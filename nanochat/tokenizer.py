@@ -153,6 +153,12 @@ class Tokenizer:
         """Id of the token that starts every document."""
         return self.special_id("<|bos|>")
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an assistant's turn: its end, and what only begins something else."""
+        names = ("<|assistant_end|>", "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>")
+        return frozenset(self.special_ids[name] for name in names)
+
     def token_bytes(self) -> np.ndarray:
         """Length in UTF-8 bytes of every id: (V,) int32, 0 for special tokens, which stand for no text."""
         lengths = [len(token) for token in self._tokens] + [0] * len(self.special_ids)

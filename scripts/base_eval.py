@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint import add_checkpoint_flags, load_model
+from nanochat.checkpoint import add_checkpoint_flags
 from nanochat.common import (
     Runtime,
     UserError,
@@ -32,8 +32,9 @@ from nanochat.common import (
     run_main,
     write_atomic,
 )
-from nanochat.core_bundle import fetch_bundle
-from nanochat.core_eval import CoreResult, TaskResult, evaluate_core
+from nanochat.evals.core_bundle import fetch_bundle
+from nanochat.evals.core_eval import CoreResult, TaskResult, evaluate_core
+from nanochat.model.load import load_model
 from nanochat.report import append_record
 
 FALLBACK_CONTEXT_TOKENS = 2048  # where a model's configuration names no limit

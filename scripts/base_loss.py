@@ -12,10 +12,11 @@ import time
 
 import torch
 
-from nanochat.checkpoint import add_checkpoint_flags, load_model
+from nanochat.checkpoint import add_checkpoint_flags
 from nanochat.common import UserError, add_runtime_flags, init_runtime, print0, run_main
-from nanochat.dataset import shard_paths
-from nanochat.loss_eval import SAMPLE_PROMPTS, BpbResult, evaluate_split, sample_completions
+from nanochat.data.dataset import shard_paths
+from nanochat.evals.loss_eval import SAMPLE_PROMPTS, BpbResult, evaluate_split, sample_completions
+from nanochat.model.load import load_model
 from nanochat.report import append_record
 
 SPLIT_TOKENS = {"cuda": 10_485_760}  # by device, where --split-tokens is not given: a minute or so at depth 20

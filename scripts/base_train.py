@@ -14,17 +14,19 @@ from dataclasses import asdict
 
 import torch
 
-from nanochat import hardware, recipe
-from nanochat.checkpoint import check_tokenizer, load_weights, resumable, run_dir
+from nanochat import hardware
+from nanochat.checkpoint import check_tokenizer, resumable, run_dir
 from nanochat.common import UserError, add_runtime_flags, from_rank0, init_runtime, print0, run_main
-from nanochat.core_bundle import fetch_bundle
-from nanochat.core_eval import evaluate_core
-from nanochat.dataloader import TextLoader
-from nanochat.dataset import DEFAULT_DATA, shard_paths
-from nanochat.gpt import GPTConfig, build_model
-from nanochat.loss_eval import SAMPLE_PROMPTS, evaluate_split, sample_completions
+from nanochat.data.dataloader import TextLoader
+from nanochat.data.dataset import DEFAULT_DATA, shard_paths
+from nanochat.evals.core_bundle import fetch_bundle
+from nanochat.evals.core_eval import evaluate_core
+from nanochat.evals.loss_eval import SAMPLE_PROMPTS, evaluate_split, sample_completions
+from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.model.load import load_weights
 from nanochat.tokenizer import Tokenizer, tokenizer_dir
-from nanochat.training import (
+from nanochat.training import recipe
+from nanochat.training.loop import (
     DEVICE_BATCH_SIZE,
     TrainingRun,
     check_ranges,

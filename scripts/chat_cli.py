@@ -13,12 +13,13 @@ import argparse
 import signal
 import sys
 
-from nanochat.checkpoint import LoadedModel, add_checkpoint_flags, load_model
+from nanochat.checkpoint import add_checkpoint_flags
 from nanochat.common import Runtime, add_runtime_flags, base_dir, init_runtime, run_main
-from nanochat.engine import Engine
-from nanochat.inference import add_weights_flag
-from nanochat.sampling import Sampling
-from nanochat.terminal import COMMANDS, INTERRUPTED, LineReader, Screen, TerminalChat, single_prompt
+from nanochat.engine.engine import Engine
+from nanochat.engine.inference import add_weights_flag
+from nanochat.engine.sampling import Sampling
+from nanochat.model.load import LoadedModel, load_model
+from nanochat.serve.terminal import COMMANDS, INTERRUPTED, LineReader, Screen, TerminalChat, single_prompt
 
 
 def parse_args() -> argparse.Namespace:

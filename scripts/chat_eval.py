@@ -18,11 +18,12 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from nanochat.chat_eval import EvalSettings, Progress, check_task, evaluate_task, prepare_logs
-from nanochat.chat_results import Estimate, ResultLog, TaskResult, chat_core
-from nanochat.checkpoint import SOURCES, LoadedModel, add_checkpoint_flags, load_model
+from nanochat.checkpoint import SOURCES, add_checkpoint_flags
 from nanochat.common import Runtime, UserError, add_runtime_flags, base_dir, init_runtime, print0, run_main
-from nanochat.engine import Engine
+from nanochat.engine.engine import Engine
+from nanochat.evals.chat_eval import EvalSettings, Progress, check_task, evaluate_task, prepare_logs
+from nanochat.evals.chat_results import Estimate, ResultLog, TaskResult, chat_core
+from nanochat.model.load import LoadedModel, load_model
 from nanochat.report import append_record
 from tasks.common import Task
 from tasks.registry import SMALL_WORLD, TASK_NAMES, get_task, task_names

@@ -2,7 +2,7 @@
 
 Reads a finetuned checkpoint and the tasks' data, which are fetched once, or files of conversations whose last answers
 are the references; writes checkpoints and metrics.jsonl under <base>/rl_checkpoints/<model tag>, and a record for the
-report. What is learned, and how, says `nanochat/rl.py`. Held-out questions are those of validation splits.
+report. What is learned, and how, says `nanochat/training/rl.py`. Held-out questions are those of validation splits.
 
     python -m scripts.chat_rl --tasks Spelling --num-steps 20 --device-type cpu                    # a CPU
     python -m scripts.chat_rl                                                                      # one GPU, GSM8K
@@ -14,17 +14,17 @@ import math
 import time
 from collections.abc import Sequence
 
-from nanochat import rl, schedule
-from nanochat.chat_eval import prompt_budget
-from nanochat.chat_loader import hold_out
-from nanochat.chat_training import add_rate_flags, add_run_flags, load_start
 from nanochat.common import UserError, print0, run_main
-from nanochat.engine import Engine
-from nanochat.inference import add_weights_flag
-from nanochat.metrics import check_loss
-from nanochat.recipe import Plan
-from nanochat.sampling import Sampling
-from nanochat.training import TrainingRun, check_ranges, make_optimizer
+from nanochat.data.chat_loader import hold_out
+from nanochat.engine.engine import Engine
+from nanochat.engine.inference import add_weights_flag
+from nanochat.engine.sampling import Sampling
+from nanochat.evals.chat_eval import prompt_budget
+from nanochat.training import rl, schedule
+from nanochat.training.finetuning import add_rate_flags, add_run_flags, load_start
+from nanochat.training.loop import TrainingRun, check_ranges, make_optimizer
+from nanochat.training.metrics import check_loss
+from nanochat.training.recipe import Plan
 from tasks.common import TaskMixture, TaskSlice
 from tasks.custom_json import CustomJSON
 from tasks.registry import ALL_NAMES, get_task, task_names

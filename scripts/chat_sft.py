@@ -12,12 +12,12 @@ mean over the assistant's tokens of a whole step. Tasks are watched on validatio
 import argparse
 from collections.abc import Sequence
 
-from nanochat.chat_eval import EvalSettings, check_task, evaluate_task
-from nanochat.chat_results import chat_core
-from nanochat.chat_training import Defaults, add_chat_training_flags, check_chat_args, start_run
 from nanochat.common import print0, run_main
-from nanochat.engine import Engine
-from nanochat.training import TrainingRun
+from nanochat.engine.engine import Engine
+from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task
+from nanochat.evals.chat_results import chat_core
+from nanochat.training.finetuning import Defaults, add_chat_training_flags, check_chat_args, start_run
+from nanochat.training.loop import TrainingRun
 from tasks.common import Task
 from tasks.mixtures import MIXTURE, SFT_MIXTURES, load_corpus
 from tasks.registry import get_task, task_names

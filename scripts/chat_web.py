@@ -26,10 +26,10 @@ import uvicorn
 
 from nanochat.checkpoint import add_checkpoint_flags, find_checkpoint, load_tokenizer, read_meta
 from nanochat.common import UserError, add_runtime_flags, choose_device, disk_errors, run_main
-from nanochat.inference import add_weights_flag
-from nanochat.server import Settings, create_app
-from nanochat.server_http import LOOPBACK_HOSTS, access_logger, is_loopback
-from nanochat.server_worker import Pool, load_engine
+from nanochat.engine.inference import add_weights_flag
+from nanochat.serve.api import Settings, create_app
+from nanochat.serve.middleware import LOOPBACK_HOSTS, access_logger, is_loopback
+from nanochat.serve.worker import Pool, load_engine
 
 MAX_ROWS = {"cuda": 32}  # by device, where --max-rows is not given
 OTHER_MAX_ROWS = 8

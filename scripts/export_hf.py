@@ -11,9 +11,10 @@ Reads a checkpoint of the first release's architecture (`scripts.base_train --ar
 import argparse
 from pathlib import Path
 
-from nanochat.checkpoint import add_checkpoint_flags, load_model
+from nanochat.checkpoint import add_checkpoint_flags
 from nanochat.common import init_runtime, print0, run_main
-from nanochat.hf import save_hf
+from nanochat.model.hf import save_hf
+from nanochat.model.load import load_model
 
 
 def parse_args() -> argparse.Namespace:

@@ -11,8 +11,8 @@ is learned, as in finetuning: questions and results of tools are context.
 
 import argparse
 
-from nanochat.chat_training import Defaults, add_chat_training_flags, check_chat_args, start_run
 from nanochat.common import run_main
+from nanochat.training.finetuning import Defaults, add_chat_training_flags, check_chat_args, start_run
 from tasks.mixtures import MID_MIXTURES, load_corpus
 
 DEFAULTS = Defaults(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from nanochat import report
 from nanochat.common import UserError, base_dir, print0, run_main
-from nanochat.dataset import DEFAULT_DATA, document_batches, shard_paths
+from nanochat.data.dataset import DEFAULT_DATA, document_batches, shard_paths
 from nanochat.tokenizer import Tokenizer, tokenizer_dir
 
 REFERENCES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}  # their names in tiktoken

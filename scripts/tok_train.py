@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from nanochat import report
 from nanochat.common import UserError, print0, run_main, write_atomic
-from nanochat.dataset import DEFAULT_DATA, document_batches, shard_paths
+from nanochat.data.dataset import DEFAULT_DATA, document_batches, shard_paths
 from nanochat.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, TOKEN_BYTES_FILE, Tokenizer, tokenizer_dir
 
 PROGRESS_UNITS = {"count": "B", "merge": " merges"}

@@ -16,7 +16,7 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import Any, Literal, overload
 
-from nanochat.chat import visible_text
+from nanochat.data.chat import visible_text
 
 Conversation = dict[str, Any]
 Completion = str | Sequence[Mapping[str, str]]  # what a model answered: its text, or the parts of its message

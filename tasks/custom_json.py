@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nanochat.chat import check_conversation, visible_text
 from nanochat.common import UserError
+from nanochat.data.chat import check_conversation, visible_text
 from tasks.common import Completion, Conversation, Task, marked_number
 
 

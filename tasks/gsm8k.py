@@ -19,8 +19,8 @@ have the very same text, 6,307 the same value ("24.0"), 41 differ by the roundin
 import math
 import re
 
-from nanochat.calculator import calculate
-from nanochat.chat import as_parts, visible_text
+from nanochat.data.chat import as_parts, visible_text
+from nanochat.engine.calculator import calculate
 from tasks.common import ANSWER_MARK, Completion, Conversation, Task, last_number, marked_number
 from tasks.loading import HubSplit, Rows
 

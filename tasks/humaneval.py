@@ -10,8 +10,8 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from nanochat import execution
-from nanochat.chat import visible_text
+from nanochat.data.chat import visible_text
+from nanochat.evals import execution
 from tasks.common import Completion, Conversation, Task
 from tasks.loading import HubSplit, Rows
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat.common import UserError
-from nanochat.hub import endpoint
+from nanochat.data.hub import endpoint
 
 logger = logging.getLogger(__name__)
 

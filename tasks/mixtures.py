@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from nanochat.chat_loader import hold_out
+from nanochat.data.chat_loader import hold_out
 from tasks.arc import ARC
 from tasks.common import Task, TaskMixture, TaskSlice
 from tasks.custom_json import CustomJSON

@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from nanochat.calculator import calculate
-from nanochat.chat import visible_text
+from nanochat.data.chat import visible_text
+from nanochat.engine.calculator import calculate
 from tasks import small_world_text as text
 from tasks.common import Completion, Conversation, Task, choice_conversation, last_number
 from tasks.small_world_facts import RELATIONS, Relation

@@ -4,8 +4,8 @@ Ben Allal et al., "SmolLM2: When Smol Goes Big", arXiv 2502.02737. Hub: HuggingF
 conversations to train on and 24,229 more, which are no benchmark and serve as validation.
 """
 
-from nanochat.chat import check_conversation
 from nanochat.common import UserError
+from nanochat.data.chat import check_conversation
 from tasks.common import Conversation, Task
 from tasks.loading import HubSplit, Rows
 

@@ -19,9 +19,9 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-from nanochat.calculator import calculate
-from nanochat.chat import visible_text
 from nanochat.common import UserError, base_dir, disk_errors, fetch_once
+from nanochat.data.chat import visible_text
+from nanochat.engine.calculator import calculate
 from tasks.common import ANSWER_MARK, Completion, Conversation, Task, last_number, marked_number
 
 logger = logging.getLogger(__name__)

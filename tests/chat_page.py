@@ -1,4 +1,4 @@
-"""For the tests of the chat page: a small scripted server with the wire format and headers of nanochat/server.py."""
+"""For the tests of the chat page: a small scripted server with the wire format and headers of nanochat/serve/api.py."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-PAGE = Path(__file__).parent.parent / "nanochat" / "ui.html"
+PAGE = Path(__file__).parent.parent / "nanochat" / "serve" / "ui.html"
 LONGEST_WAIT_SECONDS = 20  # of a scripted reply for its test, and of a test for the page
 
 

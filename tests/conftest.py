@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nanochat.gpt import GPT, GPTConfig, build_model
+from nanochat.model.gpt import GPT, GPTConfig, build_model
 from nanochat.tokenizer import Tokenizer
 
 torch.set_num_threads(1)  # the tests' tensors are tiny: more threads only wait for each other

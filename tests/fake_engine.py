@@ -12,11 +12,11 @@ import time
 from collections import deque
 from collections.abc import Collection, Sequence
 
-from nanochat.chat import ReplyReader
 from nanochat.common import UserError
-from nanochat.engine import Stats
-from nanochat.generation import Completion, Event, Request, Token
-from nanochat.sampling import Sampling
+from nanochat.data.chat import ReplyReader
+from nanochat.engine.engine import Stats
+from nanochat.engine.generation import Completion, Event, Request, Token
+from nanochat.engine.sampling import Sampling
 from nanochat.tokenizer import Tokenizer
 
 

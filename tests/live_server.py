@@ -15,8 +15,8 @@ from typing import Any
 import uvicorn
 from fake_engine import FakeEngine
 
-from nanochat.server import Settings, create_app
-from nanochat.server_worker import Pool
+from nanochat.serve.api import Settings, create_app
+from nanochat.serve.worker import Pool
 from nanochat.tokenizer import Tokenizer
 
 MODEL = "nanochat-test"

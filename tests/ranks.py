@@ -13,7 +13,7 @@ import torch.distributed as dist
 # the server imports these once, slow ones that a model on the meta device needs among them; ranks are forks of it
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["nanochat.training", "nanochat.checkpoint", "pytest", "torch.fx.experimental.symbolic_shapes", "torch._refs"]
+    ["nanochat.training.loop", "nanochat.checkpoint", "pytest", "torch.fx.experimental.symbolic_shapes", "torch._refs"]
 )
 TIMEOUT_SECONDS = 120
 

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.chat import Delta, Prompt
-from nanochat.generation import Token
-from nanochat.server_answers import MIN_LOGPROB, ChatAnswer, CompletionAnswer, merged
-from nanochat.server_worker import Piece
+from nanochat.data.chat import Delta, Prompt
+from nanochat.engine.generation import Token
+from nanochat.serve.answers import MIN_LOGPROB, ChatAnswer, CompletionAnswer, merged
+from nanochat.serve.worker import Piece
 
 TYPES = ("text", "python", "python_output")
 

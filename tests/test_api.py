@@ -10,8 +10,8 @@ import pytest
 from live_server import CONTEXT, MODEL, PAGE, ask, events, live_server, question, wait_until
 
 from nanochat.common import UserError
-from nanochat.server import PAGE_PATH, Settings, create_app
-from nanochat.server_worker import Pool
+from nanochat.serve.api import PAGE_PATH, Settings, create_app
+from nanochat.serve.worker import Pool
 
 CHAT = "/v1/chat/completions"
 KEY = "a-key-for-the-tests"

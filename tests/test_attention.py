@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from nanochat import attention
-from nanochat.attention import band_mask, causal_attention
+from nanochat.model import attention
+from nanochat.model.attention import band_mask, causal_attention
 
 
 def plain_attention(q, k, v, window):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.calculator import MAX_CHARS, MAX_DEPTH, MAX_DIGITS, MAX_LENGTH, calculate
+from nanochat.engine.calculator import MAX_CHARS, MAX_DEPTH, MAX_DIGITS, MAX_LENGTH, calculate
 
 LETTERS = "abrüЖ字 .,-'\""
 ints = st.one_of(st.integers(0, 30), st.integers(0, 10**12)).map(str)

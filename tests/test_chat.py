@@ -4,17 +4,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.chat import (
+from nanochat.common import UserError
+from nanochat.data.chat import (
     ReplyReader,
     StreamDecoder,
     as_parts,
     check_conversation,
     render,
     render_for_completion,
-    stop_ids,
     visible_text,
 )
-from nanochat.common import UserError
 
 TOOL_PARTS = [
     {"type": "text", "text": "Let me see: "},
@@ -203,7 +202,7 @@ def test_neighbouring_texts_are_one_part():
 
 
 def test_every_token_that_begins_another_turn_ends_the_reply(tokenizer):
-    names = {name for name, i in tokenizer.special_ids.items() if i in stop_ids(tokenizer)}
+    names = {name for name, i in tokenizer.special_ids.items() if i in tokenizer.stop_ids}
     assert names == set(tokenizer.special_ids) - {
         "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
     }  # fmt: skip

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.chat import render
 from nanochat.checkpoint import save_checkpoint, source_dir
 from nanochat.common import Runtime
-from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig, build_model
+from nanochat.data.chat import render
+from nanochat.model.gpt import GPT, IGNORE_INDEX, GPTConfig, build_model
 from tests.conftest import fill_randomly
 
 pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
@@ -52,7 +52,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 UNSEEN_CTRL_C = """
 import signal, threading
 from pathlib import Path
-from nanochat.terminal import LineReader
+from nanochat.serve.terminal import LineReader
 reader = LineReader(Path("no history"), [])
 try:
     threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()

@@ -9,8 +9,10 @@ import torch
 from conftest import WORDS, fill_randomly
 from ranks import run_ranks
 
-from nanochat.chat import visible_text
-from nanochat.chat_eval import (
+from nanochat.common import UserError
+from nanochat.data.chat import visible_text
+from nanochat.engine.engine import Engine
+from nanochat.evals.chat_eval import (
     EvalSettings,
     check_task,
     choose_problems,
@@ -21,10 +23,8 @@ from nanochat.chat_eval import (
     problem_seed,
     prompt_budget,
 )
-from nanochat.chat_results import ResultLog
-from nanochat.common import UserError
-from nanochat.engine import Engine
-from nanochat.gpt import GPTConfig, build_model
+from nanochat.evals.chat_results import ResultLog
+from nanochat.model.gpt import GPTConfig, build_model
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Task, choice_conversation
 
@@ -162,7 +162,7 @@ def test_letters_are_the_tokens_an_answer_begins_with(tokenizer):
 
 @pytest.mark.parametrize("batch_tokens", [200, 100000])
 def test_the_fast_path_chooses_letter_by_letter_what_the_plain_one_does(model, tokenizer, monkeypatch, batch_tokens):
-    monkeypatch.setattr("nanochat.scoring.CPU_BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr("nanochat.evals.scoring.CPU_BATCH_TOKENS", batch_tokens)
     fast = evaluate_task(Quiz(), model, tokenizer, EvalSettings())
     slow = evaluate_task(Quiz(), model, tokenizer, EvalSettings(slow=True))
     assert outputs(fast) == outputs(slow)
@@ -260,8 +260,8 @@ def stop_after(count):
 def test_a_run_stopped_again_and_again_ends_as_one_never_interrupted(
     model, tokenizer, engine, tmp_path, monkeypatch, make_task, settings
 ):
-    monkeypatch.setattr("nanochat.chat_eval.GRADE_PROBLEMS", 4)
-    monkeypatch.setattr("nanochat.scoring.CPU_BATCH_TOKENS", 100)
+    monkeypatch.setattr("nanochat.evals.chat_eval.GRADE_PROBLEMS", 4)
+    monkeypatch.setattr("nanochat.evals.scoring.CPU_BATCH_TOKENS", 100)
     options = {"engine": engine}
     whole = evaluate_task(
         make_task(), model, tokenizer, settings, log=ResultLog(tmp_path / "whole.jsonl", {}), **options
@@ -310,7 +310,7 @@ def evaluate_on_rank(rank, world_size, folder):
 
 
 def test_two_ranks_have_the_results_of_one_and_go_on_where_one_stopped(model, tokenizer, engine, tmp_path, monkeypatch):
-    monkeypatch.setattr("nanochat.scoring.CPU_BATCH_TOKENS", 100)
+    monkeypatch.setattr("nanochat.evals.scoring.CPU_BATCH_TOKENS", 100)
     tokenizer.save(tmp_path / "tokenizer")
     log = ResultLog(tmp_path / "Quiz.jsonl", {})
     with pytest.raises(Stopped):

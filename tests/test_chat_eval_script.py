@@ -12,7 +12,7 @@ from conftest import WORDS, fill_randomly, make_text
 from test_scripts import FORKER, Workplace, environment
 
 from nanochat.checkpoint import run_dir, save_checkpoint
-from nanochat.gpt import GPTConfig, build_model
+from nanochat.model.gpt import GPTConfig, build_model
 from nanochat.tokenizer import Tokenizer
 from scripts.chat_eval import of_chat_core
 from tasks.registry import TASK_NAMES
@@ -43,7 +43,7 @@ nanochat.scoring.CPU_BATCH_TOKENS = 50
 
 KILL = """
 import signal
-from nanochat.chat_results import ResultLog
+from nanochat.evals.chat_results import ResultLog
 appender = ResultLog.appender
 written = []
 def dying(self, rank):

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 from safetensors.torch import load, save
 
-from nanochat.chat import render
-from nanochat.chat_loader import ChatLoader, Rows, hold_out, pack_conversations, pack_whole, validation_batches
 from nanochat.common import Runtime, UserError
-from nanochat.gpt import GPTConfig, build_model
-from nanochat.loss import IGNORE_INDEX
+from nanochat.data.chat import render
+from nanochat.data.chat_loader import ChatLoader, Rows, hold_out, pack_conversations, pack_whole, validation_batches
+from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.model.loss import IGNORE_INDEX
 from nanochat.tokenizer import Tokenizer
-from nanochat.training import accumulate_gradients
+from nanochat.training.loop import accumulate_gradients
 
 T = 64
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.chat_results import Estimate, Item, ResultLog, Sample, Z, chat_core, mean_estimate, summed, wilson
 from nanochat.common import UserError
+from nanochat.evals.chat_results import Estimate, Item, ResultLog, Sample, Z, chat_core, mean_estimate, summed, wilson
 
 SETTINGS = {"task": "Quiz", "temperature": 0.5, "top_k": None}
 

@@ -14,7 +14,7 @@ from test_scripts import FORKER, Workplace, environment
 
 from nanochat.checkpoint import run_dir, save_checkpoint
 from nanochat.common import Runtime
-from nanochat.gpt import GPTConfig, build_model
+from nanochat.model.gpt import GPTConfig, build_model
 from nanochat.tokenizer import Tokenizer
 
 TINY = (

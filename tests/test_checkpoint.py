@@ -17,11 +17,9 @@ from nanochat import checkpoint
 from nanochat.checkpoint import (
     find_checkpoint,
     list_steps,
-    load_model,
     load_rank_states,
     load_tensors,
     load_tokenizer,
-    load_weights,
     read_meta,
     resumable,
     run_dir,
@@ -29,9 +27,10 @@ from nanochat.checkpoint import (
     step_dir,
 )
 from nanochat.common import Runtime, UserError
-from nanochat.gpt import GPTConfig, build_model
-from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.model.load import load_model, load_weights
 from nanochat.tokenizer import Tokenizer
+from nanochat.training.optim import MuonAdamW, parameter_groups
 
 RUNTIME = Runtime(0, 0, 1, torch.device("cpu"), torch.float32)
 STATE = {"a": torch.arange(5.0), "none": torch.zeros(0, 3), "number": torch.tensor(7)}

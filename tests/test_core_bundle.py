@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from nanochat import core_bundle
 from nanochat.common import UserError, base_dir
-from nanochat.core_bundle import archive_fault, fetch_bundle, read_tasks
+from nanochat.evals import core_bundle
+from nanochat.evals.core_bundle import archive_fault, fetch_bundle, read_tasks
 
 CORE_YAML = """
 icl_tasks:

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.common import UserError
-from nanochat.core_bundle import Task
-from nanochat.core_eval import (
+from nanochat.evals.core_bundle import Task
+from nanochat.evals.core_eval import (
     build_examples,
     build_prompts,
     cut_row,
@@ -27,7 +27,7 @@ from nanochat.core_eval import (
     score_plainly,
     span_starts,
 )
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.model.gpt import GPT, GPTConfig
 
 BOS = 0
 LETTERS = "abcdefghijklmnopqrstuvwxyz .:\nABCD"

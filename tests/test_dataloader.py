@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from nanochat import dataloader
 from nanochat.common import UserError
-from nanochat.dataloader import Packer, TextLoader
-from nanochat.loss import IGNORE_INDEX
+from nanochat.data import dataloader
+from nanochat.data.dataloader import Packer, TextLoader
+from nanochat.model.loss import IGNORE_INDEX
 
 T = 16
 
@@ -529,7 +529,7 @@ def test_a_process_that_leaves_a_loader_behind_ends_at_once_with_its_own_status(
     program = """
 import sys
 import numpy as np
-from nanochat.dataloader import TextLoader
+from nanochat.data.dataloader import TextLoader
 
 class Tokenizer:
     bos_id = 0

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pytest
 from fake_hub import REPO, FakeHub, parquet_bytes, write_shards
 
-from nanochat import dataset, hub, localtext
 from nanochat.common import UserError, base_dir
-from nanochat.dataset import document_batches, prepare, shard_paths
-from nanochat.hub import Retry
+from nanochat.data import dataset, hub, localtext
+from nanochat.data.dataset import document_batches, prepare, shard_paths
+from nanochat.data.hub import Retry
 
 NUM_SHARDS = 4
 FOLDER = REPO.replace("/", "--")
@@ -104,7 +104,7 @@ def test_missing_and_damaged_shards_are_named_with_the_remedy(tmp_path):
     whole = parquet_bytes(["x" * 1000] * 100)
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "page.parquet").write_bytes(b"<html>" * 50)
-    with pytest.raises(UserError, match=r"gone.parquet is missing; run python -m nanochat.dataset"):
+    with pytest.raises(UserError, match=r"gone.parquet is missing; run python -m nanochat.data.dataset"):
         list(document_batches([tmp_path / "gone.parquet"]))
     for name in ("cut", "page"):
         with pytest.raises(UserError, match=rf"{name}.parquet cannot be read .*delete it"):
@@ -149,7 +149,7 @@ def test_each_data_set_has_its_own_folder(inputs):
 
 
 def test_missing_data_set_is_answered_with_the_command_to_run():
-    with pytest.raises(UserError, match=r"run: python -m nanochat.dataset --data owner/name"):
+    with pytest.raises(UserError, match=r"run: python -m nanochat.data.dataset --data owner/name"):
         shard_paths("owner/name", "train")
 
 

@@ -5,12 +5,12 @@ import random
 import pytest
 import torch
 
-import nanochat.engine as engine_module
+import nanochat.engine.engine as engine_module
 from nanochat.common import UserError
-from nanochat.engine import Engine
-from nanochat.gpt import GPTConfig, build_model
-from nanochat.inference import _DecodeGraphs
-from nanochat.sampling import Sampling, draw
+from nanochat.engine.engine import Engine
+from nanochat.engine.inference import _DecodeGraphs
+from nanochat.engine.sampling import Sampling, draw
+from nanochat.model.gpt import GPTConfig, build_model
 from tests.conftest import fill_randomly
 
 T, WINDOW = 96, 24

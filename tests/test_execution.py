@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import execution
 from nanochat.common import UserError
-from nanochat.execution import Isolation, Verdict, grade, grade_many, isolation, with_helpers
+from nanochat.evals import execution
+from nanochat.evals.execution import Isolation, Verdict, grade, grade_many, isolation, with_helpers
 from tests.attacks import ATTACKS, ENTRY_POINT, HONEST, TESTS, Targets, aim
 
 isolated = pytest.mark.skipif(isolation().method == "none", reason=f"no isolation here: {isolation().reason}")
@@ -154,7 +154,7 @@ def test_an_honest_program_passes_and_a_wrong_one_fails(method):
 def test_no_process_is_left_even_as_a_zombie(method):
     script = f"""{WITHOUT_TORCH}
 import ctypes, os, pathlib
-from nanochat.execution import grade, isolation
+from nanochat.evals.execution import grade, isolation
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # what loses its parent becomes a child of this process
 for program in ({HONEST!r}, "import os; os._exit(0)", "import time; time.sleep(9)", "print('x' * 10**6)"):
     print(grade(program, {TESTS!r}, {ENTRY_POINT!r}, timeout_seconds=0.5, sandbox=isolation({method!r})).status)
@@ -168,7 +168,7 @@ for task in pathlib.Path('/proc/self/task').iterdir():
 @pytest.mark.parametrize("method", METHODS)
 def test_the_sandbox_dies_with_the_process_that_grades(method):
     script = f"""{WITHOUT_TORCH}
-from nanochat.execution import grade, isolation
+from nanochat.evals.execution import grade, isolation
 sandbox = isolation({method!r})
 print("ready", flush=True)
 grade("while True: pass", "", "f", timeout_seconds=60, sandbox=sandbox)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.execution_child import (
+from nanochat.evals.execution_child import (
     _DENIED,
     MAX_LINE,
     BadMessage,

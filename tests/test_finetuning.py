@@ -8,12 +8,12 @@ from conftest import fill_randomly
 from ranks import run_ranks
 from test_chat_loader import make_conversations
 
-from nanochat.chat_loader import ChatLoader, pack_conversations
-from nanochat.chat_training import MIN_STEPS, Defaults, add_chat_training_flags, check_chat_args, make_plan
 from nanochat.common import UserError
-from nanochat.gpt import GPTConfig, build_model
+from nanochat.data.chat_loader import ChatLoader, pack_conversations
+from nanochat.model.gpt import GPTConfig, build_model
 from nanochat.tokenizer import Tokenizer
-from nanochat.training import accumulate_gradients, check_ranges, wanted_device_batch
+from nanochat.training.finetuning import MIN_STEPS, Defaults, add_chat_training_flags, check_chat_args, make_plan
+from nanochat.training.loop import accumulate_gradients, check_ranges, wanted_device_batch
 
 CPU = torch.device("cpu")
 T = 64

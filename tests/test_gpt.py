@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import fill_randomly
 
-from nanochat import gpt
 from nanochat.common import UserError
-from nanochat.gpt import GPT, IGNORE_INDEX, GPTConfig, build_model
+from nanochat.model import gpt
+from nanochat.model.gpt import GPT, IGNORE_INDEX, GPTConfig, build_model
 
 
 def draw_idx(config, rows=2, length=None, seed=0):

@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rustbpe
-from nanochat import chat, hf
 from nanochat.checkpoint import run_dir, save_checkpoint
 from nanochat.common import Runtime, UserError
-from nanochat.gpt import NORM_EPS, GPTConfig, build_model
-from nanochat.hf import derive_merges, load_hf, parse_tokenizer_spec, save_hf, tokenizer_spec
+from nanochat.data import chat
+from nanochat.model import hf
+from nanochat.model.gpt import NORM_EPS, GPTConfig, build_model
+from nanochat.model.hf import derive_merges, load_hf, parse_tokenizer_spec, save_hf, tokenizer_spec
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import export_hf
 
@@ -112,10 +113,10 @@ def test_logits_equal_those_of_transformers_for_ids_that_exist(kv_ratio, tokeniz
 @torch.no_grad()
 def test_greedy_generation_of_transformers_equals_ours(model, tokenizer, folder):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert set(theirs.generation_config.eos_token_id) == chat.stop_ids(tokenizer)
+    assert set(theirs.generation_config.eos_token_id) == tokenizer.stop_ids
     for seed in range(4):
         ours = prompt = draw_idx(model.config, rows=1, length=5, seed=seed)
-        while ours.size(1) < 40 and int(ours[0, -1]) not in chat.stop_ids(tokenizer):
+        while ours.size(1) < 40 and int(ours[0, -1]) not in tokenizer.stop_ids:
             ours = torch.cat((ours, model(ours)[:, -1:].argmax(-1)), dim=1)
         made = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_length=40, do_sample=False)
         assert made.tolist() == ours.tolist()

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from fake_hub import REPO, REVISION, FakeHub
 
-from nanochat import hub
 from nanochat.common import UserError
-from nanochat.hub import HubFile, Retry, TransferError
+from nanochat.data import hub
+from nanochat.data.hub import HubFile, Retry, TransferError
 
 CONTENT = random.Random(1).randbytes(400_000)
 

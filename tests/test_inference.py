@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.gpt import GPTConfig, build_model
-from nanochat.inference import InferenceModel, Piece, Product, _DecodeGraphs
-from nanochat.sampling import Sampling, plan_draw
+from nanochat.engine.inference import InferenceModel, Piece, Product, _DecodeGraphs
+from nanochat.engine.sampling import Sampling, plan_draw
+from nanochat.model.gpt import GPTConfig, build_model
 from tests.conftest import fill_randomly
 
 T, WINDOW, V = 64, 16, 400

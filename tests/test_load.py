@@ -14,10 +14,10 @@ import torch
 from conftest import WORDS, fill_randomly
 from live_server import ask, live_server, question, wait_until
 
-from nanochat.chat import render_for_completion
-from nanochat.engine import Engine
-from nanochat.gpt import GPTConfig, build_model
-from nanochat.sampling import Sampling
+from nanochat.data.chat import render_for_completion
+from nanochat.engine.engine import Engine
+from nanochat.engine.sampling import Sampling
+from nanochat.model.gpt import GPTConfig, build_model
 
 CHAT = "/v1/chat/completions"
 CONTEXT = 256

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import localtext
 from nanochat.common import UserError
-from nanochat.localtext import Source, cut_text, is_prose, read_texts, write_shards
+from nanochat.data import localtext
+from nanochat.data.localtext import Source, cut_text, is_prose, read_texts, write_shards
 
 PROSE = "This is a sentence that says what the function does and why it is there."
 

@@ -9,13 +9,11 @@ import torch
 from conftest import fill_randomly
 from ranks import run_ranks
 
-from nanochat import training
 from nanochat.common import Runtime, UserError
-from nanochat.dataloader import Batch
-from nanochat.gpt import IGNORE_INDEX, GPTConfig, build_model
-from nanochat.optim import Group, MuonAdamW, parameter_groups
-from nanochat.schedule import lr_schedule
-from nanochat.training import (
+from nanochat.data.dataloader import Batch
+from nanochat.model.gpt import IGNORE_INDEX, GPTConfig, build_model
+from nanochat.training import loop as training
+from nanochat.training.loop import (
     LossScaler,
     accumulate_gradients,
     apply_schedule,
@@ -25,6 +23,8 @@ from nanochat.training import (
     is_due,
     measure_tokens_per_second,
 )
+from nanochat.training.optim import Group, MuonAdamW, parameter_groups
+from nanochat.training.schedule import lr_schedule
 
 CPU = torch.device("cpu")
 RUNTIME = Runtime(0, 0, 1, CPU, torch.float32)

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import loss
-from nanochat.loss import IGNORE_INDEX, loss_and_logit_gradient_, softcap_cross_entropy, softcap_logits
+from nanochat.model import loss
+from nanochat.model.loss import IGNORE_INDEX, loss_and_logit_gradient_, softcap_cross_entropy, softcap_logits
 
 SOFTCAP = 15.0
 

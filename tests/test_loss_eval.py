@@ -11,8 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nanochat.common import Runtime
-from nanochat.gpt import IGNORE_INDEX
-from nanochat.loss_eval import SAMPLE_PROMPTS, evaluate_bpb, evaluate_split, sample_completions
+from nanochat.evals.loss_eval import SAMPLE_PROMPTS, evaluate_bpb, evaluate_split, sample_completions
+from nanochat.model.gpt import IGNORE_INDEX
 
 BOS = 0
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."

@@ -11,7 +11,7 @@ import torch
 
 from nanochat import hardware
 from nanochat.common import Runtime, UserError
-from nanochat.metrics import WARMUP_STEPS_UNTIMED, MetricsLog, RunStats, StepLog, _clock, peak_memory_bytes
+from nanochat.training.metrics import WARMUP_STEPS_UNTIMED, MetricsLog, RunStats, StepLog, _clock, peak_memory_bytes
 
 CPU = torch.device("cpu")
 RUNTIME = Runtime(0, 0, 1, CPU, torch.float32)
@@ -235,7 +235,7 @@ def test_time_between_steps_does_not_count(metrics, monkeypatch):
     def clock():
         return now
 
-    monkeypatch.setattr("nanochat.metrics.time.perf_counter", clock)
+    monkeypatch.setattr("nanochat.training.metrics.time.perf_counter", clock)
     log = StepLog(make_stats(), metrics, 3)
     for step in (1, 2):
         now += 1000.0  # an evaluation

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 from starlette.responses import PlainTextResponse
 
-from nanochat.server_http import ApiError, BodyLimit, is_loopback, page_policy, validation_error
+from nanochat.serve.middleware import ApiError, BodyLimit, is_loopback, page_policy, validation_error
 
 
 def test_policy_allows_each_inline_block_by_its_hash_and_nothing_else():

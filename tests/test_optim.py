@@ -9,10 +9,10 @@ from fake_cuda import fake_cuda
 from ranks import run_ranks
 from torch import nn
 
-from nanochat import optim
 from nanochat.common import UserError
-from nanochat.gpt import GPTConfig, build_model
-from nanochat.optim import Group, MuonAdamW, adamw_update, muon_update, parameter_groups, polar_express
+from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.training import optim
+from nanochat.training.optim import Group, MuonAdamW, adamw_update, muon_update, parameter_groups, polar_express
 
 ROWS_PER_STEP = 4  # that the ranks share
 MATRICES = {"a": (6, 10), "b": (6, 10), "c": (6, 10), "d": (10, 6), "e": (1, 1), "f": (7, 7)}

@@ -5,11 +5,20 @@ import math
 import pytest
 import torch
 
-from nanochat import hardware, recipe
+from nanochat import hardware
 from nanochat.common import UserError
-from nanochat.gpt import GPTConfig, build_model
-from nanochat.recipe import MIN_STEPS, TOKEN_RATIO, Plan, estimate, horizon_tokens, make_plan, scaling_parameters
-from nanochat.schedule import MIN_BATCH_TOKENS
+from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.training import recipe
+from nanochat.training.recipe import (
+    MIN_STEPS,
+    TOKEN_RATIO,
+    Plan,
+    estimate,
+    horizon_tokens,
+    make_plan,
+    scaling_parameters,
+)
+from nanochat.training.schedule import MIN_BATCH_TOKENS
 
 
 def config(depth=12, **other) -> GPTConfig:

@@ -9,16 +9,16 @@ import torch
 from conftest import fill_randomly
 from ranks import run_ranks
 
-from nanochat import rl
-from nanochat.chat import render_for_completion
 from nanochat.common import UserError
-from nanochat.engine import Engine
-from nanochat.gpt import GPTConfig, build_model
-from nanochat.loss import IGNORE_INDEX
-from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.sampling import Sampling
+from nanochat.data.chat import render_for_completion
+from nanochat.engine.engine import Engine
+from nanochat.engine.sampling import Sampling
+from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.model.loss import IGNORE_INDEX
 from nanochat.tokenizer import Tokenizer
-from nanochat.training import accumulate_gradients
+from nanochat.training import rl
+from nanochat.training.loop import accumulate_gradients
+from nanochat.training.optim import MuonAdamW, parameter_groups
 from tasks.common import Task, TaskMixture
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.sampling import Sampling, penalize_, plan_draw
-from nanochat.sampling import draw as draw_planned
+from nanochat.engine.sampling import Sampling, penalize_, plan_draw
+from nanochat.engine.sampling import draw as draw_planned
 
 LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05]))
 EVENLY = [(i + 0.5) / 2000 for i in range(2000)]

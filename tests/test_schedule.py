@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nanochat.schedule import (
+from nanochat.training.schedule import (
     MAX_DECAY_PER_STEP,
     MAX_WARMUP_FRAC,
     MIN_BATCH_TOKENS,

@@ -2,8 +2,8 @@ import pytest
 from pydantic import ValidationError
 
 from nanochat.common import UserError
-from nanochat.sampling import Sampling
-from nanochat.server_schema import ChatRequest, CompletionRequest, SamplingFields
+from nanochat.engine.sampling import Sampling
+from nanochat.serve.schema import ChatRequest, CompletionRequest, SamplingFields
 
 USER = {"role": "user", "content": "Hello"}
 

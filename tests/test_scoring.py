@@ -11,8 +11,7 @@ from conftest import fill_randomly
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.gpt import GPTConfig, build_model
-from nanochat.scoring import (
+from nanochat.evals.scoring import (
     batches_by_length,
     common_length,
     hidden_at,
@@ -21,6 +20,7 @@ from nanochat.scoring import (
     plant,
     token_losses,
 )
+from nanochat.model.gpt import GPTConfig, build_model
 
 VOCAB_SIZE = 50
 CONTEXT_TOKENS = 48
@@ -162,8 +162,8 @@ def test_other_models_take_trees_without_branches_only():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_losses_and_likeliest_tokens_are_those_of_all_the_logits(monkeypatch, dtype):
-    monkeypatch.setattr("nanochat.scoring.CPU_PIECE_ELEMENTS", 7 * VOCAB_SIZE)
-    monkeypatch.setattr("nanochat.scoring.CPU_BLOCK_ELEMENTS", 3 * VOCAB_SIZE)
+    monkeypatch.setattr("nanochat.evals.scoring.CPU_PIECE_ELEMENTS", 7 * VOCAB_SIZE)
+    monkeypatch.setattr("nanochat.evals.scoring.CPU_BLOCK_ELEMENTS", 3 * VOCAB_SIZE)
     model, generator = small_gpt(), torch.Generator().manual_seed(0)
     hidden = (40 * torch.randn(60, model.config.n_embd, generator=generator)).to(dtype)  # far into the cap
     logits = model.logits(hidden)

@@ -18,7 +18,7 @@ from conftest import make_text, write_shard
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(f"scripts.{path.stem}" for path in (ROOT / "scripts").glob("[!_]*.py"))
-COMMANDS = [*SCRIPTS, "nanochat.dataset", "nanochat.report"]
+COMMANDS = [*SCRIPTS, "nanochat.data.dataset", "nanochat.report"]
 
 TINY = (
     "--depth 2 --head-dim 32 --sequence-len 32 --device-type cpu --dtype float32 --total-batch-size 256 "
@@ -32,7 +32,10 @@ SCHEDULE = ["--num-steps", str(LAST), "--save-every", str(SAVE_EVERY), "--eval-e
 FORKER = """
 import gc, json, os, runpy, sys, traceback
 import torch.fx.experimental.symbolic_shapes  # what PyTorch would import late, at the first model
-from nanochat import checkpoint, core_eval, dataset, loss_eval, optim, recipe, report, training
+from nanochat import checkpoint, report
+from nanochat.data import dataset
+from nanochat.evals import core_eval, loss_eval
+from nanochat.training import optim, recipe, loop as training
 
 gc.freeze()  # or every child would copy all of it at its first collection
 for line in sys.stdin:
@@ -261,7 +264,7 @@ def test_a_dry_run_plans_for_the_vocabulary_at_hand(workplace):
 
 DIE_AFTER_LOGGING = """
 import signal
-from nanochat.metrics import MetricsLog
+from nanochat.training.metrics import MetricsLog
 log = MetricsLog.log
 def log_and_die(self, **numbers):
     log(self, **numbers)
@@ -407,9 +410,9 @@ def test_a_flag_out_of_range_is_refused(workplace, flags):
         ("scripts.base_eval --bundle missing.zip", ["no evaluation bundle at missing.zip"]),
         ("scripts.base_eval --bundle data", ["holds no core.yaml"]),
         ("scripts.base_eval --hf-path missing", ["--hf-path missing cannot be loaded"]),
-        ("nanochat.dataset -n 0", ["-n 0 is out of range"]),
-        ("nanochat.dataset --workers 0", ["--workers 0 is out of range"]),
-        ("nanochat.dataset --data nothing", ["nothing"]),
+        ("nanochat.data.dataset -n 0", ["-n 0 is out of range"]),
+        ("nanochat.data.dataset --workers 0", ["--workers 0 is out of range"]),
+        ("nanochat.data.dataset --data nothing", ["nothing"]),
         ("nanochat.report reset --dollars-per-gpu-hour -1", ["-1.0 is not a price"]),
     ],
 )
@@ -427,7 +430,7 @@ def test_missing_data_is_named_with_the_command_that_gets_it(workplace, module):
     options = TINY[:-2] if module == "scripts.base_train" else ()
     for data in ("some-one/some-data", "data/shard_0.parquet"):
         ended = workplace.run(module, *options, "--data", data)
-        assert_refused(ended, data, "python -m nanochat.dataset")
+        assert_refused(ended, data, "python -m nanochat.data.dataset")
 
 
 def test_a_shard_that_was_there_and_is_gone_is_named(workplace):
@@ -437,7 +440,7 @@ def test_a_shard_that_was_there_and_is_gone_is_named(workplace):
     source.mkdir()
     for i in range(40):
         (source / f"{i}.txt").write_text(make_text(random.Random(i), 400))
-    workplace.run_well("nanochat.dataset", "--data", source, base=base)
+    workplace.run_well("nanochat.data.dataset", "--data", source, base=base)
     shard = sorted((base / "data").rglob("*.parquet"))[0]
     shard.unlink()
     ended = workplace.run("scripts.base_train", *TINY, *SCHEDULE, "--data", source, base=base)
@@ -543,7 +546,8 @@ def test_help_of_every_command_works_and_writes_nothing(workplace, module):
 
 
 def test_importing_the_library_prints_nothing_and_writes_nothing(tmp_path):
-    modules = [f"nanochat.{path.stem}" for path in (ROOT / "nanochat").glob("[!_]*.py")]
+    paths = (path.relative_to(ROOT) for path in (ROOT / "nanochat").rglob("[!_]*.py"))
+    modules = [".".join(path.with_suffix("").parts) for path in paths]
     program = (
         f"import sys, {', '.join(modules)}\nassert not {{'wandb', 'matplotlib', 'transformers'}} & set(sys.modules)"
     )

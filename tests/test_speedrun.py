@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import hardware, recipe
-from nanochat.gpt import GPTConfig
+from nanochat import hardware
+from nanochat.model.gpt import GPTConfig
+from nanochat.training import recipe
 from tasks.registry import TASK_NAMES
 
 ROOT = Path(__file__).parent.parent
@@ -202,9 +203,9 @@ def test_a_recipe_is_not_trained_without_gpus(checkout):
 def test_all_stages_run_on_all_gpus(checkout):
     stages = checkout.stages()
     scripts = [re.search(r"-m ([\w.]+)", stage).group(1) for stage in stages]
-    downloads = [stage.split()[-1] for stage in stages if "nanochat.dataset" in stage]
+    downloads = [stage.split()[-1] for stage in stages if "nanochat.data.dataset" in stage]
     assert sorted(downloads) == ["8", "92"]
-    assert [script for script in scripts if script != "nanochat.dataset"] == [
+    assert [script for script in scripts if script != "nanochat.data.dataset"] == [
         "nanochat.report", "scripts.tok_train", "scripts.tok_eval", "scripts.base_train", "scripts.base_loss",
         "scripts.base_eval", "scripts.mid_train", "scripts.chat_sft", "scripts.chat_eval", "nanochat.report",
     ]  # fmt: skip

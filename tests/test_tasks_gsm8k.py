@@ -1,9 +1,9 @@
 import pytest
 from hub_fixtures import gsm8k_row, serve_rows
 
-from nanochat.calculator import calculate
-from nanochat.chat import check_conversation, visible_text
 from nanochat.common import UserError
+from nanochat.data.chat import check_conversation, visible_text
+from nanochat.engine.calculator import calculate
 from tasks import gsm8k
 from tasks.gsm8k import GSM8K, answer_parts
 

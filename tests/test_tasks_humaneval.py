@@ -3,9 +3,9 @@ import textwrap
 import pytest
 from hub_fixtures import HUMANEVAL_ROW, serve_rows
 
-from nanochat import execution
-from nanochat.chat import check_conversation
 from nanochat.common import UserError
+from nanochat.data.chat import check_conversation
+from nanochat.evals import execution
 from tasks import humaneval
 from tasks.humaneval import HumanEval, extract_program
 

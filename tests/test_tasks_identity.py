@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.calculator import calculate
-from nanochat.chat import as_parts, check_conversation, visible_text
+from nanochat.data.chat import as_parts, check_conversation, visible_text
+from nanochat.engine.calculator import calculate
 from tasks.identity import PATH, Identity
 from tasks.spelling import split_of
 

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from nanochat.calculator import calculate
-from nanochat.chat import as_parts, check_conversation, visible_text
+from nanochat.data.chat import as_parts, check_conversation, visible_text
+from nanochat.engine.calculator import calculate
 from tasks import small_world_outside, small_world_words
 from tasks import small_world_text as text
 from tasks.small_world import EXAMS, SKILLS, Exam, SmallWorld, is_right

@@ -10,9 +10,9 @@ from hub_fixtures import refuse_network
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.calculator import calculate
-from nanochat.chat import check_conversation, visible_text
 from nanochat.common import UserError
+from nanochat.data.chat import check_conversation, visible_text
+from nanochat.engine.calculator import calculate
 from tasks import spelling
 from tasks.spelling import (
     COUNT_QUESTIONS,

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from nanochat.chat import Delta
 from nanochat.common import UserError
-from nanochat.generation import Completion, Event, Request, Token
-from nanochat.sampling import Sampling
-from nanochat.terminal import COMMANDS, INTERRUPTED, LineReader, ReplyPrinter, Screen, TerminalChat, single_prompt
+from nanochat.data.chat import Delta
+from nanochat.engine.generation import Completion, Event, Request, Token
+from nanochat.engine.sampling import Sampling
+from nanochat.serve.terminal import COMMANDS, INTERRUPTED, LineReader, ReplyPrinter, Screen, TerminalChat, single_prompt
 
 TOOL_PIECES = [("text", "It is "), ("python", ""), ("python", "12*"), ("python", "34"), ("python_output", ""),
                ("python_output", "408"), ("text", "408.")]  # fmt: skip

@@ -13,8 +13,8 @@ import pytest
 from fake_engine import FakeEngine
 
 from nanochat.common import UserError
-from nanochat.sampling import Sampling
-from nanochat.server_worker import ClientGone, Failed, Job, NotReady, Pool, QueueFull, Ready, Work, Worker, WorkerLost
+from nanochat.engine.sampling import Sampling
+from nanochat.serve.worker import ClientGone, Failed, Job, NotReady, Pool, QueueFull, Ready, Work, Worker, WorkerLost
 from nanochat.tokenizer import Tokenizer
 
 

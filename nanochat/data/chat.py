@@ -153,12 +153,6 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, *, m
     return Prompt(ids, first)
 
 
-def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that end an assistant's turn: its end, and what only begins something else."""
-    names = ("<|assistant_end|>", "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>")
-    return frozenset(tokenizer.special_ids[name] for name in names)
-
-
 class _Turn(NamedTuple):
     ids: list[int]
     mask: list[bool]

@@ -32,10 +32,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat import chat
 from nanochat.common import Runtime, UserError
-from nanochat.dataloader import Batch
-from nanochat.loss import IGNORE_INDEX
+from nanochat.data import chat
+from nanochat.data.dataloader import Batch
+from nanochat.model.loss import IGNORE_INDEX
 from nanochat.tokenizer import Tokenizer
 
 CHOICE = 1024  # conversations a row is chosen from: of rows of 512 of the mid mixture, 0.9 % is then padding

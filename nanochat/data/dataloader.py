@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 
 from nanochat.common import UserError
-from nanochat.dataset import document_batches
-from nanochat.loss import IGNORE_INDEX
+from nanochat.data.dataset import document_batches
+from nanochat.model.loss import IGNORE_INDEX
 
 NUM_STREAMS = 8  # a fixed number, or rows would depend on the number of processes
 BUFFER_DOCS = 128  # per stream, and enough for a row: best fit chooses among about a thousand documents in all

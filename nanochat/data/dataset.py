@@ -1,9 +1,9 @@
 """Pretraining text as parquet shards with a `text` column: where they lie, reading them, getting them.
 
-    python -m nanochat.dataset -n 8                                    # 8 train shards of the default data set
-    python -m nanochat.dataset -n -1 --data karpathy/fineweb-edu-100b-shuffle
-    python -m nanochat.dataset --data ./my_texts                       # folder or file: parquet, jsonl, txt, md
-    python -m nanochat.dataset --data local                            # documentation found on this machine
+    python -m nanochat.data.dataset -n 8                                    # 8 train shards of the default data set
+    python -m nanochat.data.dataset -n -1 --data karpathy/fineweb-edu-100b-shuffle
+    python -m nanochat.data.dataset --data ./my_texts                       # folder or file: parquet, jsonl, txt, md
+    python -m nanochat.data.dataset --data local                            # documentation found on this machine
 
 Whatever the source, the rest of the code sees shards in a fixed order, the last of which is the validation set.
 Not here: the transfer of one file (`hub.py`), making shards of other files (`localtext.py`), tokenizing, batching.
@@ -31,10 +31,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nanochat import hub, localtext
 from nanochat.common import UserError, base_dir, disk_errors, print0, run_main, write_atomic
-from nanochat.hub import HubFile, Retry, TransferError
-from nanochat.localtext import Source
+from nanochat.data import hub, localtext
+from nanochat.data.hub import HubFile, Retry, TransferError
+from nanochat.data.localtext import Source
 
 DEFAULT_DATA = "karpathy/climbmix-400b-shuffle"
 DEFAULT_TRAIN_SHARDS = 8  # of that data set: the two billion characters the tokenizer is trained on
@@ -83,7 +83,7 @@ def shard_paths(data: str, split: str) -> list[Path]:
     """
     assert split in ("train", "val"), split
     folder = data_dir(data)
-    command = f"run: python -m nanochat.dataset --data {data}"
+    command = f"run: python -m nanochat.data.dataset --data {data}"
     manifest = Manifest.load(folder)
     if manifest is None:
         shards = _parquet_files(folder)
@@ -130,12 +130,12 @@ def _shard_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"the shard {path} is missing; run python -m nanochat.dataset again") from error
+        raise UserError(f"the shard {path} is missing; run python -m nanochat.data.dataset again") from error
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
             f"the shard {path} cannot be read ({reason}); if it is damaged, delete it and "
-            f"run python -m nanochat.dataset again"
+            f"run python -m nanochat.data.dataset again"
         ) from error
 
 

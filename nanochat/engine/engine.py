@@ -24,14 +24,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nanochat import chat
-from nanochat.calculator import calculate
-from nanochat.chat import ReplyReader
 from nanochat.common import UserError
-from nanochat.generation import Completion, Event, Request, Token
-from nanochat.gpt import GPT
-from nanochat.inference import InferenceModel, Piece
-from nanochat.sampling import Drawing, Sampling, draw, penalize_, plan_draw
+from nanochat.data.chat import ReplyReader
+from nanochat.engine.calculator import calculate
+from nanochat.engine.generation import Completion, Event, Request, Token
+from nanochat.engine.inference import InferenceModel, Piece
+from nanochat.engine.sampling import Drawing, Sampling, draw, penalize_, plan_draw
+from nanochat.model.gpt import GPT
 from nanochat.tokenizer import Tokenizer
 
 SPARE_SLOTS = 4  # beyond the rows that decode: for prefixes that later prompts may share
@@ -128,7 +127,7 @@ class _Drawn:
 class Engine:
     """Generates for a model; one thread owns it.
 
-    model, tokenizer: as `checkpoint.load_model` returns them. max_rows: sequences that decode at once. weights: see
+    model, tokenizer: as `load_model` returns them. max_rows: sequences that decode at once. weights: see
     `InferenceModel`. tool: answers the expressions of tool calls, None for those it refuses. overlap: whether the host
     reads a step late (default: on CUDA).
     """
@@ -187,7 +186,7 @@ class Engine:
             raise UserError(f"the prompt has token ids outside the vocabulary of {self.tokenizer.vocab_size}")
         if num_samples < 1:
             raise UserError(f"the number of samples must be at least 1, not {num_samples}")
-        stops = chat.stop_ids(self.tokenizer) if stop_ids is None else stop_ids
+        stops = self.tokenizer.stop_ids if stop_ids is None else stop_ids
         request = Request(prompt, sampling, stops, [Completion() for _ in range(num_samples)])
         seed = random.SystemRandom().getrandbits(64) if sampling.seed is None else sampling.seed
         self._waiting.extend(_Sequence(request, index, self.tokenizer, seed) for index in range(num_samples))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from nanochat.chat import Delta, visible_text
-from nanochat.sampling import Sampling
+from nanochat.data.chat import Delta, visible_text
+from nanochat.engine.sampling import Sampling
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.attention import band_mask, causal_attention
 from nanochat.common import DTYPES, UserError
-from nanochat.gpt import GPT, SMEAR_CHANNELS, VALUE_GATE_CHANNELS, VALUE_GATE_SCALE, GPTConfig, norm
-from nanochat.sampling import Drawing, draw
+from nanochat.engine.sampling import Drawing, draw
+from nanochat.model.attention import band_mask, causal_attention
+from nanochat.model.gpt import GPT, SMEAR_CHANNELS, VALUE_GATE_CHANNELS, VALUE_GATE_SCALE, GPTConfig, norm
 
 WEIGHTS = ("float32", "bfloat16", "float16", "int8")
 INT8_MAX_ROWS = 4  # more rows in one product are faster with the weights unpacked

@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from nanochat.calculator import calculate
-from nanochat.chat import ReplyReader, render_for_completion, stop_ids, visible_text
-from nanochat.chat_results import Item, ResultLog, Sample, TaskResult, summed
 from nanochat.common import UserError, from_rank0
-from nanochat.engine import MAX_TOOL_TOKENS, TOOL_ERROR, Engine
-from nanochat.generation import Completion, Token
-from nanochat.sampling import Sampling
-from nanochat.scoring import default_batch_tokens, last_position_logits, last_position_logits_plainly
+from nanochat.data.chat import ReplyReader, render_for_completion, visible_text
+from nanochat.engine.calculator import calculate
+from nanochat.engine.engine import MAX_TOOL_TOKENS, TOOL_ERROR, Engine
+from nanochat.engine.generation import Completion, Token
+from nanochat.engine.sampling import Sampling
+from nanochat.evals.chat_results import Item, ResultLog, Sample, TaskResult, summed
+from nanochat.evals.scoring import default_batch_tokens, last_position_logits, last_position_logits_plainly
 from nanochat.tokenizer import Tokenizer
 
 ORDER_SEED = 1234  # of which problems are asked where not all are: the same ones whatever else is set
@@ -260,7 +260,7 @@ def _judge_completions(tokenizer: Tokenizer, task, done: Sequence[Answered], see
 def complete_plainly(model, tokenizer: Tokenizer, prompt: Sequence[int], *, max_tokens: int) -> Completion:
     """What the engine must agree with at temperature 0: one answer by itself, for each token the whole text through
     the model, without a cache. A tool call is followed by the tool's answer, which the model does not write itself."""
-    special, ends = tokenizer.special_ids, stop_ids(tokenizer)
+    special, ends = tokenizer.special_ids, tokenizer.stop_ids
     tool_marks = [special["<|output_start|>"], special["<|output_end|>"]]
     ids, tokens, forced, call = list(prompt), [], [], None
     # the model reads a context at most, so that one more token can be said

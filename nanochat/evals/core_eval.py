@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.common import UserError
-from nanochat.core_bundle import OPTIONS_FIELD, Task, read_tasks
-from nanochat.gpt import GPT
-from nanochat.scoring import Tree, batches_by_length, default_batch_tokens, hidden_at, plant, token_losses
+from nanochat.evals.core_bundle import OPTIONS_FIELD, Task, read_tasks
+from nanochat.evals.scoring import Tree, batches_by_length, default_batch_tokens, hidden_at, plant, token_losses
+from nanochat.model.gpt import GPT
 
 SHOT_SEED = 1234  # of the published CORE tables of nanochat runs; another one draws other shots
 SHOT_SEPARATOR = "\n\n"

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.common import Runtime
-from nanochat.dataloader import TextLoader
-from nanochat.gpt import IGNORE_INDEX
+from nanochat.data.dataloader import TextLoader
+from nanochat.model.gpt import IGNORE_INDEX
 
 # Plain beginnings a base model can go on from: facts, a procedure, a story, a little arithmetic.
 SAMPLE_PROMPTS = (

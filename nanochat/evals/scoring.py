@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.attention import causal_attention, masked_attention
-from nanochat.gpt import GPT
+from nanochat.model.attention import causal_attention, masked_attention
+from nanochat.model.gpt import GPT
 
 GPU_BATCH_TOKENS = 65536
 CPU_BATCH_TOKENS = 4096  # activations of this many tokens stay near the cores

@@ -21,9 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.attention import causal_attention
 from nanochat.common import UserError
-from nanochat.loss import IGNORE_INDEX, softcap_cross_entropy, softcap_logits
+from nanochat.model.attention import causal_attention
+from nanochat.model.loss import IGNORE_INDEX, softcap_cross_entropy, softcap_logits
 
 __all__ = ["GPT", "IGNORE_INDEX", "GPTConfig", "build_model"]
 

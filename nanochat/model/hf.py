@@ -26,9 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import rustbpe
-from nanochat.chat import stop_ids
 from nanochat.common import UserError, disk_errors, write_atomic
-from nanochat.gpt import GPT, NORM_EPS, GPTConfig, build_model
+from nanochat.model.gpt import GPT, NORM_EPS, GPTConfig, build_model
 from nanochat.tokenizer import NUM_BYTES, Tokenizer
 
 CONFIG_FILE = "config.json"
@@ -230,7 +229,7 @@ def _parse_model_settings(settings: dict[str, Any], vocab_size: int, path: Path)
 
 
 def _generation_settings(tokenizer: Tokenizer) -> dict[str, Any]:
-    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(stop_ids(tokenizer))}
+    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids)}
     return {**ends, "pad_token_id": tokenizer.special_id("<|assistant_end|>")}
 
 

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel
 
-from nanochat import server_schema as schema
-from nanochat.chat import Delta, Prompt, visible_text
-from nanochat.generation import Token
-from nanochat.server_worker import Job, Piece
+from nanochat.data.chat import Delta, Prompt, visible_text
+from nanochat.engine.generation import Token
+from nanochat.serve import schema
+from nanochat.serve.worker import Job, Piece
 from nanochat.tokenizer import Tokenizer
 
 MIN_LOGPROB = -9999.0  # JSON has no minus infinity; OpenAI's value for what is all but impossible

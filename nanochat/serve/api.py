@@ -23,12 +23,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
-from nanochat import chat
-from nanochat import server_schema as schema
 from nanochat.common import UserError
-from nanochat.sampling import Sampling
-from nanochat.server_answers import ChatAnswer, CompletionAnswer
-from nanochat.server_http import (
+from nanochat.data import chat
+from nanochat.engine.sampling import Sampling
+from nanochat.serve import schema
+from nanochat.serve.answers import ChatAnswer, CompletionAnswer
+from nanochat.serve.middleware import (
     CLIENT_GONE,
     LOOPBACK_HOSTS,
     AccessLog,
@@ -38,8 +38,8 @@ from nanochat.server_http import (
     page_policy,
     validation_error,
 )
-from nanochat.server_metrics import Metrics
-from nanochat.server_worker import ClientGone, Job, NotReady, Pool, QueueFull, WorkerLost
+from nanochat.serve.prometheus import Metrics
+from nanochat.serve.worker import ClientGone, Job, NotReady, Pool, QueueFull, WorkerLost
 from nanochat.tokenizer import Tokenizer
 
 PAGE_PATH = Path(__file__).with_name("ui.html")

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from nanochat.chat import visible_text
-from nanochat.sampling import Sampling
+from nanochat.data.chat import visible_text
+from nanochat.engine.sampling import Sampling
 
 MAX_MESSAGES = 4096
 MAX_STOPS = 4

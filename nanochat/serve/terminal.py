@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from nanochat.chat import Delta, as_parts, check_conversation, render_for_completion, visible_text
 from nanochat.common import UserError, write_atomic
-from nanochat.engine import Engine
-from nanochat.sampling import Sampling
+from nanochat.data.chat import Delta, as_parts, check_conversation, render_for_completion, visible_text
+from nanochat.engine.engine import Engine
+from nanochat.engine.sampling import Sampling
 from nanochat.tokenizer import Tokenizer
 
 INTERRUPTED = "interrupted"  # how an answer ended, beside the engine's "stop" and "length"

@@ -21,12 +21,12 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from nanochat.chat import Delta
-from nanochat.checkpoint import load_model
 from nanochat.common import UserError, init_runtime
-from nanochat.engine import Engine
-from nanochat.generation import Event, Request, Token
-from nanochat.sampling import Sampling
+from nanochat.data.chat import Delta
+from nanochat.engine.engine import Engine
+from nanochat.engine.generation import Event, Request, Token
+from nanochat.engine.sampling import Sampling
+from nanochat.model.load import load_model
 
 logger = logging.getLogger(__name__)
 

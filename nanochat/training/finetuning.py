@@ -9,23 +9,23 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat import recipe, schedule
-from nanochat.chat_loader import ChatLoader, Conversations, Rows, pack_conversations, validation_batches
 from nanochat.checkpoint import (
     Resumable,
     add_checkpoint_flags,
     find_checkpoint,
     load_tokenizer,
-    load_weights,
     read_meta,
     resumable,
     run_dir,
 )
 from nanochat.common import Runtime, UserError, add_runtime_flags, from_rank0, init_runtime, print0
-from nanochat.gpt import GPT
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.data.chat_loader import ChatLoader, Conversations, Rows, pack_conversations, validation_batches
+from nanochat.evals.loss_eval import evaluate_bpb
+from nanochat.model.gpt import GPT
+from nanochat.model.load import load_weights
 from nanochat.tokenizer import Tokenizer
-from nanochat.training import (
+from nanochat.training import recipe, schedule
+from nanochat.training.loop import (
     TrainingRun,
     check_ranges,
     choose_device_batch,

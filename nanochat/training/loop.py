@@ -17,18 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat import schedule
 from nanochat.checkpoint import Resumable, load_rank_states, save_checkpoint
 from nanochat.common import Runtime, UserError, print0
-from nanochat.dataloader import Batch
-from nanochat.gpt import GPT
-from nanochat.loss import IGNORE_INDEX, softcap_cross_entropy
-from nanochat.loss_eval import BpbResult
-from nanochat.metrics import MetricsLog, RunStats, StepLog, peak_memory_bytes
-from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.recipe import MATRIX_LR, Plan
+from nanochat.data.dataloader import Batch
+from nanochat.evals.loss_eval import BpbResult
+from nanochat.model.gpt import GPT
+from nanochat.model.loss import IGNORE_INDEX, softcap_cross_entropy
 from nanochat.report import append_record
 from nanochat.tokenizer import Tokenizer
+from nanochat.training import schedule
+from nanochat.training.metrics import MetricsLog, RunStats, StepLog, peak_memory_bytes
+from nanochat.training.optim import MuonAdamW, parameter_groups
+from nanochat.training.recipe import MATRIX_LR, Plan
 
 DEVICE_BATCH_SIZE = {"cuda": 32}  # rows, by device; less where that does not fit
 SMALL_DEVICE_BATCH_SIZE = 8  # elsewhere: activations that stay near the cache

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanochat.common import UserError
-from nanochat.gpt import GPT
+from nanochat.model.gpt import GPT
 
 # Polar Express (arXiv 2505.16932), degree 5, five steps: coefficients (a, b, c) of X <- a X + b (XX')X + c (XX')^2 X,
 # rounded to five decimals; the norm is taken this much larger so that rounding cannot leave the safe interval.

@@ -6,9 +6,9 @@ Everything here is arithmetic on counts; nothing trains, prints or looks at the 
 import math
 from dataclasses import dataclass
 
-from nanochat import schedule
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig, build_model
+from nanochat.model.gpt import GPT, GPTConfig, build_model
+from nanochat.training import schedule
 
 TOKEN_RATIO = 10.0  # training tokens per parameter that counts; 8 to 12 are about equally good for the money
 OCTOBER_TOKEN_RATIO = 20.0  # of the first release, which counted every parameter

@@ -24,13 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.chat import render_for_completion
 from nanochat.common import UserError
-from nanochat.dataloader import Batch
-from nanochat.engine import Engine
-from nanochat.gpt import GPT
-from nanochat.loss import IGNORE_INDEX
-from nanochat.sampling import Sampling
+from nanochat.data.chat import render_for_completion
+from nanochat.data.dataloader import Batch
+from nanochat.engine.engine import Engine
+from nanochat.engine.sampling import Sampling
+from nanochat.model.gpt import GPT
+from nanochat.model.loss import IGNORE_INDEX
 from nanochat.tokenizer import Tokenizer
 
 FULL_REWARD = 1.0  # what counts as solved in pass@k

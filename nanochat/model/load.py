@@ -1,0 +1,48 @@
+"""The model of a checkpoint: its weights in a `GPT` built from its config, together with its own tokenizer.
+
+Not here: which checkpoint that is, and the format of its files (`nanochat/checkpoint.py`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.checkpoint import find_checkpoint, load_tensors, load_tokenizer, read_meta
+from nanochat.common import Runtime, UserError, from_rank0
+from nanochat.model.gpt import GPT, GPTConfig, build_model
+from nanochat.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    model: GPT
+    tokenizer: Tokenizer
+    meta: dict
+    folder: Path
+
+
+def load_model(source: str, runtime: Runtime, *, model_tag: str = "", step: int | None = None) -> LoadedModel:
+    """A stage's model with its tokenizer, in eval mode.
+
+    Without `model_tag` the run saved last, without `step` its newest checkpoint. Raises `UserError` when there is
+    none, or it is damaged.
+    """
+    folder = from_rank0(find_checkpoint(source, model_tag=model_tag, step=step))  # a new one may appear meanwhile
+    meta = read_meta(folder)
+    model = load_weights(folder, meta, runtime).eval().requires_grad_(False)
+    return LoadedModel(model, load_tokenizer(folder, meta), meta, folder)
+
+
+def load_weights(folder: Path, meta: Mapping, runtime: Runtime) -> GPT:
+    """The model of a checkpoint on the runtime's device, in its compute dtype. Raises `UserError` if it is damaged."""
+    try:
+        config = GPTConfig(**meta["config"])
+    except TypeError as error:
+        raise UserError(f"checkpoint {folder} has a model config this version does not know: {error}") from error
+    model = build_model(config, device=runtime.device, compute_dtype=runtime.dtype)
+    state = load_tensors(folder / "model.safetensors", str(runtime.device))
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {folder} do not fit their config: {error}") from error
+    return model
