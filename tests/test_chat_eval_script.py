@@ -26,7 +26,7 @@ FOLDER = "chat_eval/sft_tiny_step_000007"
 # in the child: ARC's rows without a hub, small groups, and a progress bar that would show on a terminal only
 FIXTURE = f"""
 import random
-import tasks.arc, nanochat.chat_eval, nanochat.scoring
+import tasks.arc, nanochat.evals.chat_eval, nanochat.evals.scoring
 class Rows:
     def __init__(self, source):
         pass
@@ -37,8 +37,8 @@ class Rows:
         choices = {{"text": rng.choices({WORDS!r}, k=4), "label": list("ABCD")}}
         return {{"question": f"Question {{index}}?", "choices": choices, "answerKey": rng.choice("ABCD")}}
 tasks.arc.Rows = Rows
-nanochat.chat_eval.GRADE_PROBLEMS = 2
-nanochat.scoring.CPU_BATCH_TOKENS = 50
+nanochat.evals.chat_eval.GRADE_PROBLEMS = 2
+nanochat.evals.scoring.CPU_BATCH_TOKENS = 50
 """
 
 KILL = """
