@@ -43,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--total-batch-size", type=int, default=16384, help="tokens of an optimizer step")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--backend", default="", choices=["", *attention.BACKENDS], help="of attention")
+    parser.add_argument("--window-pattern", default="SSSL", help="S for short and L for full attention, per layer")
     parser.add_argument("--no-compile", action="store_true")
     return parser.parse_args()
 
@@ -52,7 +53,7 @@ def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
     device, T = runtime.device, args.sequence_len
     product_rate = cpu_rate(runtime)
     started = time.perf_counter()
-    config = GPTConfig.from_depth(depth, vocab_size=args.vocab_size, sequence_len=T)
+    config = GPTConfig.from_depth(depth, vocab_size=args.vocab_size, sequence_len=T, window_pattern=args.window_pattern)
     generator = torch.Generator(device).manual_seed(0)
     model = build_model(config, device=device, compute_dtype=runtime.dtype, generator=generator)
     if runtime.is_cuda and not args.no_compile:

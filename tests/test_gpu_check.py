@@ -1,0 +1,39 @@
+"""`dev/gpu_check.py` at toy sizes on the CPU: what it runs, and that no part stops another."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dev import gpu_check
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_parts_run_apart_and_are_summed_up_in_a_json_line():
+    command = [sys.executable, "dev/gpu_check.py", "--tiny", "--parts", "tests", "attention", "loss"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    summary = json.loads(ended.stdout.splitlines()[-1])
+    outcomes = {part["name"]: part for part in summary["parts"]}
+    assert outcomes["loss"]["status"] == "passed"
+    assert outcomes["loss"]["figures"][0]["both_ms"] > 0
+    assert {figure["backend"] for figure in outcomes["attention"]["figures"]} == set(gpu_check.attention.BACKENDS)
+    assert ended.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [("import time; print('begun'); time.sleep(60)", "out of time"), ("print('begun'); 1 / 0", "failed")],
+)
+def test_a_part_that_hangs_or_crashes_is_ended_with_its_last_lines(program, status):
+    found, lines = gpu_check.run_command([sys.executable, "-c", program], 2.0)
+    assert found == status
+    assert lines[0] == "begun"
+
+
+def test_a_part_whose_needs_are_not_met_is_skipped():
+    part = gpu_check.Part("none", "nothing", 60, lambda tiny: [["false"]], needs=("no_such_package",))
+    outcome = gpu_check.run_part(part, tiny=True, seconds_left=100)
+    assert (outcome.status, outcome.reason) == ("skipped", "needs no_such_package")
