@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from nanochat import report
 from nanochat.common import UserError, base_dir, run_main
-from nanochat.report import append_record, format_duration, format_value, generate, read_records, records_path, render
+from nanochat.report import append_record, format_value, generate, read_records, records_path, render
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -38,6 +39,19 @@ def metrics_path() -> Path:
 
 def rendered() -> str:
     return render(*read_records())
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Calling it moves the time of records on by so many seconds."""
+    now = 1_000_000.0
+
+    def move(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(report.time, "time", lambda: now)
+    return move
 
 
 def summary_row(markdown: str, metric: str) -> list[str]:
@@ -92,10 +106,10 @@ def test_half_a_line_of_a_killed_writer_costs_no_other_record():
     records, broken = read_records()
     assert [record.stage for record in records] == ["tok_train", "base_train"]
     assert broken == 1
-    assert "1 line(s) of the records were unreadable" in rendered()
+    assert "1 unreadable line(s) of the records were skipped" in rendered()
 
 
-def test_lines_that_are_no_records_are_counted_not_believed():
+def test_lines_that_are_not_records_are_counted_but_not_used():
     append_record("tok_train", settings={}, results={})
     with open(records_path(), "a") as file:
         file.write('[1, 2]\n{"stage": "x"}\n{"stage": "x", "time": 0, "settings": {}, "results": {}, "extra": 1}\n')
@@ -140,11 +154,21 @@ def test_reset_records_the_machine_and_its_versions():
     assert len(machine["gpus"]) == torch.cuda.device_count()
     assert machine["cpu"]
     assert machine["commit"]
+    assert f"| torch | {machine['torch']} |" in rendered()
 
 
-def test_outside_a_checkout_the_commit_is_unknown(tmp_path, monkeypatch):
+def test_the_commit_says_whether_files_differ_and_is_unknown_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "REPO", tmp_path)
     assert report.git_commit().startswith("unknown")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "code.py").write_text("x = 1\n")
+    for command in (["init", "-q"], ["add", "code.py"], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    assert re.fullmatch("[0-9a-f]{7,}", report.git_commit())
+    (tmp_path / "new.py").write_text("not tracked\n")
+    assert re.fullmatch("[0-9a-f]{7,}", report.git_commit())
+    (tmp_path / "code.py").write_text("x = 2\n")
+    assert re.fullmatch("[0-9a-f]{7,} with uncommitted changes", report.git_commit())
     monkeypatch.setenv("PATH", "")
     assert report.git_commit().startswith("unknown")
 
@@ -152,19 +176,16 @@ def test_outside_a_checkout_the_commit_is_unknown(tmp_path, monkeypatch):
 # --- rendering -----------------------------------------------------------------------------------
 
 
-def test_generate_writes_the_same_report_to_both_places():
+def test_generate_writes_the_same_report_to_both_places_and_never_reads_it_back():
     append_record("tok_train", settings={}, results={"merges": 247})
     paths = generate()
     assert paths == [base_dir() / "report" / "report.md", Path.cwd() / "report.md"]
-    assert paths[0].read_text() == paths[1].read_text()
     assert "## Tokenizer training" in paths[0].read_text()
-
-
-def test_the_report_never_reads_its_own_markdown_back():
-    append_record("tok_train", settings={}, results={"merges": 247})
-    for path in generate():
+    for path in paths:
         path.write_text("CORE 0.99")
-    assert "0.99" not in generate()[0].read_text()
+    assert generate() == paths
+    assert paths[0].read_text() == paths[1].read_text()
+    assert "0.99" not in paths[0].read_text()
 
 
 def test_the_summary_puts_each_metric_under_the_model_it_was_measured_on():
@@ -173,7 +194,7 @@ def test_the_summary_puts_each_metric_under_the_model_it_was_measured_on():
     append_record("base_eval", settings={}, results={"core": 0.2219})
     append_record("mid_train", settings={}, results={"val_bpb": 0.4})
     append_record("chat_eval", settings={"source": "mid"}, results={"ARC-Easy": 0.3561})
-    append_record("chat_eval", settings={"source": "sft"}, results={"arc_easy": 0.3876, "ChatCORE": 0.0884})
+    append_record("chat_eval", settings={"source": "sft"}, results={"ARC-Easy": 0.3876, "ChatCORE": 0.0884})
     append_record("chat_eval", settings={"source": "rl"}, results={"GSM8K": 0.0758})
     markdown = rendered()
     assert summary_row(markdown, "CORE") == ["0.2219", "-", "-", "-"]
@@ -247,23 +268,19 @@ def test_settings_that_hold_a_configuration_are_flattened():
     assert "| config.n_embd | 256 |" in rendered()
 
 
-def test_wall_clock_runs_from_reset_to_the_last_record(monkeypatch):
-    now = 1_000_000.0
-    monkeypatch.setattr(report.time, "time", lambda: now)
+def test_wall_clock_runs_from_reset_to_the_last_record(clock):
     report.reset()
-    now += 3 * 3600 + 51 * 60
+    clock(3 * 3600 + 51 * 60)
     append_record("base_train", settings={}, results={})
-    now += 10 * 3600
-    assert "last record: **3 h 51 min**" in rendered()
+    clock(10 * 3600)
+    assert "last record: **3:51:00**" in rendered()
 
 
-def test_wall_clock_without_a_reset_starts_with_the_first_stage(monkeypatch):
-    now = 1_000_000.0
-    monkeypatch.setattr(report.time, "time", lambda: now)
+def test_wall_clock_without_a_reset_starts_with_the_first_stage(clock):
     append_record("tok_train", settings={}, results={"elapsed_seconds": 60.0})
-    now += 120
+    clock(119.6)
     append_record("base_train", settings={}, results={})
-    assert "last record: **3 min 0 s**" in rendered()
+    assert "last record: **0:03:00**" in rendered()
 
 
 MACHINE = {"gpus": ["NVIDIA H100 80GB HBM3"] * 8, "gpu_memory_gib": 79.6, "cuda": "13.2", "cpu": "c", "cores": 8}
@@ -272,19 +289,18 @@ MACHINE = {"gpus": ["NVIDIA H100 80GB HBM3"] * 8, "gpu_memory_gib": 79.6, "cuda"
 @pytest.mark.parametrize(
     ("machine", "words"),
     [
-        ({**MACHINE, "gpu_hour_dollars": 3.0, "price_source": "s"}, "$24.00 an hour: about **$48.00** for 2 h 0 min"),
+        ({**MACHINE, "gpu_hour_dollars": 3.0, "price_source": "s"}, "$24.00 an hour: about **$48.00** for 2:00:00"),
         ({**MACHINE, "gpu_hour_dollars": None}, "No price is known for NVIDIA H100 80GB HBM3"),
         ({"gpus": []}, "No GPU, so no estimate"),
         ({}, "No GPU, so no estimate"),
     ],
 )
-def test_the_cost_is_price_times_gpus_times_hours_or_says_why_not(machine, words, monkeypatch):
-    now = 1_000_000.0
-    monkeypatch.setattr(report.time, "time", lambda: now)
+def test_the_cost_is_price_times_gpus_times_hours_or_says_why_not(machine, words, clock):
     append_record("environment", settings={}, results=machine)
-    now += 7200
+    clock(7200)
     append_record("base_train", settings={}, results={})
     assert words in rendered()
+    assert ("| gpus | 8 x NVIDIA H100 80GB HBM3 |" in rendered()) == bool(machine.get("gpus"))
 
 
 def test_code_size_counts_source_files_and_nothing_hidden_or_built(tmp_path, monkeypatch):
@@ -371,8 +387,7 @@ def test_broken_lines_and_values_that_are_not_finite_are_left_out_of_curves(tmp_
 
 @pytest.mark.parametrize("count", [2, 3, 299, 300, 301, 5000])
 def test_a_curve_of_any_length_is_a_small_picture(count):
-    points = [(step, 1e6 + (step * 7919) % 1000) for step in range(count)]
-    png = report.draw_curve(points, title="throughput", label="tokens per second", from_zero=True)
+    png = report.draw_curve("tokens_per_second", [(step, 1e6 + (step * 7919) % 1000) for step in range(count)])
     assert png.startswith(PNG_SIGNATURE)
     assert len(png) < 60_000
 
@@ -400,14 +415,6 @@ def test_a_curve_of_any_length_is_a_small_picture(count):
 )
 def test_values_are_shown_short(value, text):
     assert format_value(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599.6, "1 h 0 min"), (13_860, "3 h 51 min")],
-)
-def test_durations_are_shown_in_two_units(seconds, text):
-    assert format_duration(seconds) == text
 
 
 def run_command(monkeypatch, *arguments: str) -> int:
