@@ -1,65 +1,36 @@
-"""Peaks by device name and the shares of peak computed from them."""
+"""Peaks by device name, and the share of peak computed from them."""
 
 import pytest
 import torch
 
+from nanochat import hardware
 from nanochat.common import UserError
-from nanochat.hardware import (
-    DEVICES,
-    SHORT_NAMES,
-    find_device,
-    full_name,
-    gpu_hour_dollars,
-    memory_bytes,
-    mfu,
-    peak_flops,
-)  # fmt: skip
+from nanochat.hardware import DEVICES, SHORT_NAMES, find_device, full_name, memory_bytes, mfu, peak_flops
+
+TFLOPS = {  # dense, bfloat16
+    "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835.5, "NVIDIA H200": 989,
+    "NVIDIA H200 NVL": 835.5, "NVIDIA B200": 2250, "NVIDIA A100-SXM4-80GB": 312, "A100-SXM4-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312, "NVIDIA L40S": 362, "NVIDIA L4": 121, "NVIDIA A10": 125, "NVIDIA A10G": 70,
+    "NVIDIA RTX A6000": 154.8, "NVIDIA GeForce RTX 3090": 71, "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 5090": 209.5,
+}  # fmt: skip
+NOT_LISTED = [
+    "", "cpu", "AMD EPYC 7763 64-Core Processor", "Apple M3 Max", "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "NVIDIA GeForce RTX 4090 D", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H1000",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "tflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835.5),
-        ("NVIDIA H200", 989),
-        ("NVIDIA H200 NVL", 835.5),
-        ("NVIDIA B200", 2250),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("A100-SXM4-40GB", 312),
-        ("NVIDIA A100 80GB PCIe", 312),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA L4", 121),
-        ("NVIDIA A10", 125),
-        ("NVIDIA A10G", 70),
-        ("NVIDIA RTX A6000", 154.8),
-        ("NVIDIA GeForce RTX 3090", 71),
-        ("NVIDIA GeForce RTX 4090", 165.2),
-        ("NVIDIA GeForce RTX 5090", 209.5),
-    ],
-)
+@pytest.mark.parametrize(("name", "tflops"), TFLOPS.items())
 def test_bf16_peak_is_that_of_the_data_sheet(name, tflops):
     assert peak_flops(name, torch.bfloat16) == pytest.approx(tflops * 1e12)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        "cpu",
-        "AMD EPYC 7763 64-Core Processor",
-        "Apple M3 Max",
-        "NVIDIA GeForce RTX 4090 Laptop GPU",
-        "NVIDIA GeForce RTX 4090 D",
-        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
-        "NVIDIA H1000",
-    ],
-)
+@pytest.mark.parametrize("name", NOT_LISTED)
 def test_a_device_that_is_not_listed_has_no_figures_and_no_utilisation(name):
     assert find_device(name) is None
     assert peak_flops(name, "bfloat16") is None
     assert memory_bytes(name) is None
-    assert gpu_hour_dollars(name) is None
+    assert hardware.gpu_hour_dollars(name) is None
     assert mfu(1e9, 1e5, name, "bfloat16") is None
 
 
