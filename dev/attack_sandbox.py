@@ -1,12 +1,12 @@
-"""Attacks the sandbox of `nanochat/evals/execution.py` and the calculator, and prints what came of each.
+"""Attack the sandbox of `nanochat/evals/execution.py` and the calculator; prints the outcome of each attack.
 
-    python -m dev.attack_sandbox                          # the attack table, some two minutes
-    python -m dev.attack_sandbox --isolation unshare      # on another kind of isolation than the best one here
+    python -m dev.attack_sandbox                          # all attacks, about two minutes
+    python -m dev.attack_sandbox --isolation unshare      # with another isolation than the best one available
     python -m dev.attack_sandbox --humaneval              # HumanEval's own solutions, whole and damaged (needs the hub)
 
-The table fails (exit status 1) if an attack passes the tests, prints `ESCAPED` or the secret, changes a file, reaches
-the port, harms the victim, leaves a process, takes longer than its timeout allows, or raises here. The attacks
-themselves are in `tests/attacks.py`.
+Exits with status 1 if an attack passes the tests, prints `ESCAPED` or the secret, changes a file, reaches the port,
+harms the victim, leaves a process behind, exceeds its timeout, or raises in this process. The attacks are in
+`tests/attacks.py`.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from nanochat.engine.calculator import calculate
 from nanochat.evals.execution import Isolation, Verdict, grade, grade_many, isolation, with_helpers
 from tests.attacks import ATTACKS, ENTRY_POINT, FALSE_SUMS, HONEST, TESTS, Targets, aim
 
-TIMEOUT_SECONDS = 2.0  # of one attack
-SLACK_SECONDS = 4.0  # a loaded machine starts and ends processes late
+TIMEOUT_SECONDS = 2.0  # per attack
+SLACK_SECONDS = 4.0  # a loaded machine is slow to start and end processes
 CALCULATOR_SECONDS = 0.1
-MAX_PARENT_BYTES = 200 << 20  # that the grading process may grow by over all attacks
+MAX_PARENT_BYTES = 200 << 20  # growth of the grading process over all attacks
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
 
 
 class Range:
-    """What the attacks are pointed at, and whether it is still as it was."""
+    """The targets of the attacks, and a check whether they are still intact."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -59,14 +59,14 @@ class Range:
         self.victim = stack.enter_context(subprocess.Popen(["sleep", "3600"]))
         stack.callback(self.victim.kill)
         self.known = {self.victim.pid}
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what loses its parent becomes our child
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphaned descendants become our children
 
     def targets(self) -> Targets:
         port = self.server.getsockname()[1]
         return Targets(str(self.secret), str(self.folder), port, self.victim.pid, os.getpid())
 
     def damage(self, output: str) -> list[str]:
-        """What is not as it should be, in words."""
+        """What is wrong after an attack, in words."""
         found = []
         if "ESCAPED" in output or self.word in output:
             found.append("says it escaped")
@@ -90,7 +90,7 @@ def state_of(pid: int) -> str:
 
 
 def children(pid: int) -> list[int]:
-    """The processes started by `pid`, or inherited by it, that have not been waited for."""
+    """Child processes of `pid`, adopted ones included, that have not been waited for."""
     return [
         int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
     ]
@@ -99,7 +99,7 @@ def children(pid: int) -> list[int]:
 def attack_sandbox(sandbox: Isolation, *, only: str) -> list[str]:
     """Run the attacks, print a row for each, and return what went wrong.
 
-    Raises `UserError` without isolation: some of the attacks do harm where they get through.
+    Raises `UserError` without isolation, because some of the attacks do damage if they succeed.
     """
     if sandbox.method == "none":
         raise UserError(f"nothing protects this machine from the attacks: {sandbox.reason}")
@@ -131,14 +131,14 @@ def attack_sandbox(sandbox: Isolation, *, only: str) -> list[str]:
 
 
 def timed(program: str, sandbox: Isolation) -> tuple[Verdict, float]:
-    """The verdict on `program`, and the seconds it took to come."""
+    """The verdict on `program`, and how many seconds it took."""
     start = time.perf_counter()
     verdict = grade(program, TESTS, ENTRY_POINT, timeout_seconds=TIMEOUT_SECONDS, sandbox=sandbox)
     return verdict, time.perf_counter() - start
 
 
 def said(verdict: Verdict, width: int = 60) -> str:
-    """To show of a verdict: what the program printed before a test failed (why it got nowhere), or the detail."""
+    """What to show of a verdict: the program's output (why the attack failed) if a test failed, else the detail."""
     text = verdict.output if verdict.status == "wrong" and verdict.output.strip() else verdict.detail
     return ascii(" ".join(text.split())[:width])[1:-1]
 
@@ -148,7 +148,7 @@ def peak_bytes() -> int:
 
 
 def attack_calculator(only: str) -> list[str]:
-    """Ask the calculator for what it must refuse, print a row for each, and return what went wrong."""
+    """Give the calculator expressions it must refuse, print a row for each, and return what went wrong."""
     problems = []
     print(f"{'expression':40} {'answer':8} {'seconds':>9}")
     for name, expression in FALSE_SUMS.items():
@@ -164,9 +164,9 @@ def attack_calculator(only: str) -> list[str]:
 
 
 def grade_humaneval(sandbox: Isolation, *, num_workers: int, allow_unsafe: bool) -> list[str]:
-    """Grade HumanEval's canonical solutions, whole, with an empty body and without their last line.
+    """Grade HumanEval's canonical solutions: whole, with an empty body, and without their last line.
 
-    Prints the counts, and by name those that pass without their last line; returns what is wrong.
+    Prints the counts, and the names of those that pass without their last line. Returns what went wrong.
     """
     from datasets import load_dataset
 
@@ -196,7 +196,7 @@ def grade_humaneval(sandbox: Isolation, *, num_workers: int, allow_unsafe: bool)
             for row, verdict in zip(rows, verdicts, strict=True):
                 if not verdict.passed:
                     print(f"    {row['task_id']}: {verdict.status}: {verdict.detail}")
-    print("\nStill right without the last line:" + ("" if passed["last line removed"] else " none"))
+    print("\nStill correct without the last line:" + ("" if passed["last line removed"] else " none"))
     for row in passed["last line removed"]:
         lost = row["canonical_solution"].rstrip().split("\n")[-1].strip()
         print(f"    {row['task_id']:14} {row['entry_point']:28} lost: {lost}")

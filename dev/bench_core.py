@@ -1,16 +1,16 @@
-"""Speed of CORE: the fast path, the plain one, and a loop over examples, on the same model. A table, then a JSON line.
+"""Speed of CORE: the fast path, the plain path, and a loop over examples, on the same model. A table, then a JSON line.
 
     python dev/bench_core.py --bundle eval_bundle.zip --max-per-task 50                       # random weights, depth 4
     python dev/bench_core.py --bundle eval_bundle.zip --sequence-len 2048 --dtype bfloat16
-    python dev/bench_core.py --bundle eval_bundle.zip --source base --max-per-task 0          # a checkpoint, all of it
+    python dev/bench_core.py --bundle eval_bundle.zip --source base --max-per-task 0          # a checkpoint, everything
 
-Needs a tokenizer (scripts.tok_train). Three ways to score the same tokenised examples:
+Needs a tokenizer (scripts.tok_train). The same tokenised examples are scored in three ways:
 - fast: `core_eval.score_batched`;
-- plain: `core_eval.score_plainly`, one option at a time, which decides what is right;
-- loop: one example at a time, its options padded to one batch, all logits of all of them, which is how the public
-  nanochat goes about it (written anew here, on our model).
-Every prediction on which fast and plain differ is printed with how close the decision was. Times are of the clock and,
-beside them, of the processor, which other work on the machine disturbs less; tokenising is counted once for each way.
+- plain: `core_eval.score_plainly`, one option at a time, the reference;
+- loop: one example at a time, its options padded to a batch, with all logits, as in the public nanochat (implemented
+  anew, on our model).
+Predictions on which fast and plain differ are printed with how close the decision was. Both wall-clock and processor
+seconds are given, as other work on the machine affects the latter less; tokenising is added to each way.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from nanochat.model.load import load_model
 from nanochat.tokenizer import Tokenizer, tokenizer_dir
 
 WAYS = ("fast", "loop", "plain")
-WEIGHT_NOISE = 0.3  # of random weights, in standard deviations of a matrix: a fresh model's blocks do nothing
+WEIGHT_NOISE = 0.3  # added to initial weights, times 1 / sqrt(fan-in): the blocks of a fresh model output zero
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def random_model(args: argparse.Namespace, runtime, vocab_size: int) -> GPT:
-    """A model whose every weight matters."""
+    """A random model in which every weight affects the output."""
     config = GPTConfig.from_depth(args.depth, vocab_size=vocab_size, sequence_len=args.sequence_len)
     generator = torch.Generator(runtime.device).manual_seed(0)
     model = build_model(config, device=runtime.device, compute_dtype=runtime.dtype, generator=generator)
@@ -66,7 +66,7 @@ def random_model(args: argparse.Namespace, runtime, vocab_size: int) -> GPT:
 
 @torch.no_grad()
 def score_by_loop(model, examples: tuple[Example, ...]) -> list[Score]:
-    """One example at a time, its options as one padded batch, losses and likeliest tokens of every position."""
+    """One example at a time, its options as a padded batch, with losses and argmax at every position."""
     scores = []
     for example in examples:
         idx = torch.zeros(len(example.rows), max(map(len, example.rows)), dtype=torch.int64)  # (B, T)
@@ -88,7 +88,7 @@ SCORERS = {"loop": score_by_loop, "plain": score_plainly}
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time of the clock and of the processor."""
+    """Wall-clock and processor time."""
 
     clock: float
     processor: float
@@ -98,7 +98,7 @@ class Seconds:
 
 
 def timed(function, *args):
-    """What `function` returns, and the `Seconds` it took."""
+    """The result of `function`, and the `Seconds` it took."""
     clock, processor = time.perf_counter(), time.process_time()
     result = function(*args)
     if torch.cuda.is_available():
@@ -113,7 +113,7 @@ def prediction(kind: str, score: Score) -> int:
 @torch.no_grad()
 def decision_gap(model, kind: str, example: Example, plain: Score) -> float:
     """How close a plain prediction was: nats between the two best options, or for language modelling the smallest
-    distance in logits between a token of the answer and the best other token."""
+    logit difference between a token of the answer and the best other token."""
     if kind != "language_modeling":
         best, second = sorted(plain.nats)[:2]
         return second - best
@@ -126,7 +126,7 @@ def decision_gap(model, kind: str, example: Example, plain: Score) -> float:
 
 
 def measure(model, tokenizer, tasks, args: argparse.Namespace) -> tuple[dict, list[dict], dict]:
-    """Seconds by (kind, way), the differing predictions of fast and plain, and counts by kind."""
+    """Seconds by (kind, way), predictions on which fast and plain differ, and counts by kind."""
     seconds, differences, counts = defaultdict(lambda: Seconds(0.0, 0.0)), [], defaultdict(lambda: defaultdict(int))
     warm_up = build_examples(tasks[0], tokenizer, range(2), model.config.sequence_len + 1)
     for task in tasks:
@@ -157,7 +157,7 @@ def measure(model, tokenizer, tasks, args: argparse.Namespace) -> tuple[dict, li
 
 
 def table_rows(seconds: dict, counts: dict, ways: list[str]) -> list[dict]:
-    """A row for each kind of task and one for all: examples, tokens, seconds of each way and its speed-up over."""
+    """A row for each kind of task and one for all: examples, tokens, seconds of each way, and speed-ups."""
     rows = []
     for kind in [*counts, "all"]:
         kinds = list(counts) if kind == "all" else [kind]
@@ -176,7 +176,7 @@ def table_rows(seconds: dict, counts: dict, ways: list[str]) -> list[dict]:
 
 def print_table(rows: list[dict], ways: list[str]) -> None:
     others = [way for way in ways if way != "fast" and "fast" in ways]
-    print("seconds of the clock (of the processor), tokenising included")
+    print("wall-clock seconds (processor seconds), tokenising included")
     head = f"{'kind':<18} {'examples':>8} {'tokens':>10} {'tokenising':>16}"
     print(head + "".join(f" {way:>18}" for way in ways) + "".join(f" {'over ' + way:>16}" for way in others)
           + "  differing  largest difference, nats")  # fmt: skip

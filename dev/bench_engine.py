@@ -1,23 +1,23 @@
-"""Speed of the engine beside a loop without a cache and Hugging Face generate: a table, then one JSON line.
+"""Speed of the engine against a loop without a cache and Hugging Face generate: a table, then one JSON line.
 
     python dev/bench_engine.py                                                      # everything
-    python dev/bench_engine.py --depth 6 --batch 1 --prompt 64 --against hf         # one cell of it
-    python dev/bench_engine.py --depth 4 --batch 1 --against --source base          # what bfloat16 and int8 cost there
+    python dev/bench_engine.py --depth 6 --batch 1 --prompt 64 --against hf         # a single cell
+    python dev/bench_engine.py --depth 4 --batch 1 --against --source base          # also the loss of bfloat16 and int8
 
-The model has the architecture of October 2025 with random weights, the same in every contender; decoding is greedy.
-Contenders take turns; each has run once before the clock starts. The ids they produce are compared: where one parts
-from the engine's float32 ids, the two candidates' logits must be equal but for rounding, or the run fails.
+All contenders run the same random weights of the October 2025 architecture and decode greedily, in turns, each after a
+warm-up. Their ids are compared with those of the engine in float32: at the first difference in a row, the logits of
+the two candidates must be equal up to rounding, or the run fails.
 
-    prefill      prompt tokens a second, to the first token of all rows
-    decode       tokens a second of all rows together, while all of them decode
-    x HF         median decode speed over that of Hugging Face in float32
-    overall      all new tokens over all the time, prefill included
-    bandwidth    share of the memory bandwidth measured here that decode makes use of: weights once, keys and values of
-                 every row; beyond 100 % where they fit the processor's cache
+    prefill      prompt tokens per second, until all rows have their first token
+    decode       tokens per second of all rows together, while all of them decode
+    x HF         median decode speed relative to Hugging Face in float32
+    overall      all new tokens over the total time, prefill included
+    bandwidth    share of the measured memory bandwidth that decoding uses, reading the weights once and the keys and
+                 values of every row; over 100 % if they fit in the processor's cache
 
-The loop without a cache generates a few tokens only, as each costs a pass over everything; fewer flatter it. Behind
-the table: N samples of one prompt, which is read once, and the loss that smaller weights add on given ids, through
-the decode pass itself: of a checkpoint where one is chosen, of the random weights (which says little) otherwise.
+The loop without a cache generates only a few tokens, since each is a pass over the whole sequence; more would make it
+look worse. Below the table: N samples of one prompt, which is read once, and the loss that smaller weights add,
+measured through the decode pass, on a checkpoint if one is chosen, else on random weights (which says little).
 """
 
 import argparse
@@ -48,10 +48,10 @@ from nanochat.model.load import LoadedModel, load_model
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 BANDWIDTH_SHAPE = (8192, 8192)  # of float32: 256 MiB, far beyond any cache
-TIE = 1e-4  # logits closer than this are equal but for rounding
+TIE = 1e-4  # logits closer than this are equal up to rounding
 WARMUP_TOKENS = 8
-QUALITY_ROWS = INT8_MAX_ROWS  # so that the loss is that of the packed 8-bit weights
-PREFIX_PROMPT, PREFIX_TOKENS = 256, 8  # lengths of the prompt that samples share, and of each sample
+QUALITY_ROWS = INT8_MAX_ROWS  # so that the packed 8-bit weights are measured
+PREFIX_PROMPT, PREFIX_TOKENS = 256, 8  # tokens of the shared prompt and of each sample
 OTHERS = ("naive", "hf", "hf-bfloat16")
 DEFAULT_WEIGHTS = {"cpu": ["float32", "bfloat16", "int8"]}
 OTHER_WEIGHTS = ["float32", "bfloat16"]
@@ -87,8 +87,8 @@ def parse_args() -> argparse.Namespace:
 
 @dataclass
 class Run:
-    """One generation: new ids of each row, all its seconds; the tokens that came while all rows decoded, and the
-    seconds they took (0 when that never was)."""
+    """One generation: new ids of each row and total seconds; tokens and seconds of the time when all rows were decoding
+    (0 if they never were)."""
 
     ids: Ids
     seconds: float
@@ -98,14 +98,14 @@ class Run:
 
 @dataclass
 class Contender:
-    """`generate(prompts, num_tokens)` continues prompts (B, T); `bytes_per_weight` is what a decode step reads."""
+    """`generate(prompts, num_tokens)` continues prompts (B, T). Bytes are those that a decode step reads."""
 
     name: str
     generate: Callable[[Tensor, int], Run]
     bytes_per_weight: float
     bytes_per_key: float
     max_tokens: int
-    prefill: list[float] = field(default_factory=list)  # tokens a second, of each repeat
+    prefill: list[float] = field(default_factory=list)  # tokens per second of each repeat
     decode: list[float] = field(default_factory=list)
     overall: list[float] = field(default_factory=list)
     ids: Ids = field(default_factory=list)  # of the first repeat
@@ -140,7 +140,7 @@ def engine_contender(
 
 
 def naive_contender(model: GPT, num_tokens: int) -> Contender:
-    """The whole sequence through the model again for each token."""
+    """Runs the whole sequence through the model again for each token."""
 
     def generate(prompts: Tensor, num_tokens: int) -> Run:
         begin, idx = time.perf_counter(), prompts
@@ -157,14 +157,14 @@ def naive_contender(model: GPT, num_tokens: int) -> Contender:
 
 
 def hf_contender(model: GPT, tokenizer: Tokenizer, dtype: torch.dtype, runtime: Runtime, num_tokens: int) -> Contender:
-    """transformers' NanoChat with the same weights, keys and values cached."""
+    """The NanoChat model of transformers with the same weights and a KV cache."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         save_hf(model, tokenizer, Path(folder))
         theirs = transformers.NanoChatForCausalLM.from_pretrained(folder, dtype=dtype).to(runtime.device).eval()
-    theirs.generation_config.eos_token_id = None  # every row to its full length
+    theirs.generation_config.eos_token_id = None  # every row is generated to full length
 
     def generate(prompts: Tensor, num_tokens: int) -> Run:
         times: list[float] = []  # of each token, all rows at once
@@ -195,7 +195,7 @@ def hf_contender(model: GPT, tokenizer: Tokenizer, dtype: torch.dtype, runtime: 
 
 
 def measure(contenders: list[Contender], make_prompts: Callable[[], Tensor], repeats: int) -> None:
-    """Let the contenders take turns on the same prompts; new ones each time, as the engine remembers prompts."""
+    """Let the contenders take turns on the same prompts. Every repeat has new ones, since the engine caches prompts."""
     for contender in contenders:
         contender.generate(make_prompts(), min(WARMUP_TOKENS, contender.max_tokens))
     for repeat in range(repeats):
@@ -214,8 +214,8 @@ def measure(contenders: list[Contender], make_prompts: Callable[[], Tensor], rep
 
 
 def compare_ids(model: GPT, prompts: Tensor, reference: Ids, ids: Ids) -> tuple[int, float]:
-    """Rows of `ids` equal to those of `reference` as far as both go; and of the others the largest difference between
-    the logits of the two tokens at which they part."""
+    """The number of rows in which `ids` and `reference` agree as far as both go, and for the others the largest
+    difference between the logits of the first two differing tokens."""
     num_same, largest = 0, 0.0
     for prompt, ours, theirs in zip(prompts.tolist(), reference, ids, strict=True):
         parted = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
@@ -230,7 +230,7 @@ def compare_ids(model: GPT, prompts: Tensor, reference: Ids, ids: Ids) -> tuple[
 
 
 def measured_bandwidth(runtime: Runtime, repeats: int = 5) -> float:
-    """Bytes a second that a large matrix-vector product reads; the fastest of a few."""
+    """Bytes per second read by a large matrix-vector product, the fastest of a few."""
     matrix, vector = torch.ones(BANDWIDTH_SHAPE, device=runtime.device), torch.ones(1, device=runtime.device)
     vector = vector.expand(BANDWIDTH_SHAPE[1]).contiguous()
     fastest = float("inf")
@@ -244,7 +244,7 @@ def measured_bandwidth(runtime: Runtime, repeats: int = 5) -> float:
 
 
 def decode_bytes(config: GPTConfig, contender: Contender, num_rows: int, num_keys: float) -> float:
-    """What a decode step has to read: matrices and head once, `num_keys` keys and values of each row."""
+    """Bytes a decode step has to read: matrices and head once, `num_keys` keys and values per row."""
     weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
     keys = 2 * config.n_layer * config.kv_dim * num_keys * num_rows
     return weights * contender.bytes_per_weight + keys * contender.bytes_per_key
@@ -263,7 +263,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def random_model(depth: int, args: argparse.Namespace, runtime: Runtime) -> GPT:
-    """October 2025, float32, in which every part matters: the initial weights make attention and MLP do nothing."""
+    """An October 2025 model in float32. Its output projections, initially zero, are random: every part matters."""
     longest = max(max(args.prompt), PREFIX_PROMPT) + args.new_tokens
     config = GPTConfig.october_2025(depth, vocab_size=args.vocab_size, sequence_len=longest)
     generator = torch.Generator(runtime.device).manual_seed(0)
@@ -276,7 +276,7 @@ def random_model(depth: int, args: argparse.Namespace, runtime: Runtime) -> GPT:
 
 
 def placeholder_tokenizer(vocab_size: int) -> Tokenizer:
-    """As many tokens as the model has: all bytes, then pairs and triples of them."""
+    """A tokenizer of `vocab_size` tokens: all bytes, then pairs and triples of them."""
     single = [bytes([i]) for i in range(256)]
     longer = (bytes([i >> 8 & 255, i & 255]) + (bytes([i >> 16]) if i >> 16 else b"") for i in range(1 << 24))
     num_longer = vocab_size - len(single) - len(SPECIAL_TOKENS)
@@ -287,7 +287,7 @@ def placeholder_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def speed(args: argparse.Namespace, runtime: Runtime, model: GPT, tokenizer: Tokenizer, forms: list[str]) -> list[dict]:
-    """The table of one depth."""
+    """Measure and print the table of one depth."""
     random = torch.Generator().manual_seed(1)
     rows = []
     others: dict[str, Contender] = {}
@@ -339,7 +339,7 @@ def result_row(
         "overall_tokens_per_second": spread(contender.overall),
         "bandwidth_gb_per_second": bandwidth / 1e9,
     }
-    if contender.bytes_per_key:  # it has a cache, so that prefill and decode are two things
+    if contender.bytes_per_key:  # without a cache, prefill and decode are the same
         row["prefill_tokens_per_second"] = spread(contender.prefill)
         row["share_of_bandwidth"] = steps_per_second * num_bytes / bandwidth
     if "HF float32" in named:
@@ -382,7 +382,7 @@ def shown(value: float | None, form: str) -> str:
 
 
 def rounded(value):
-    """`value` with all floats in it at five significant digits."""
+    """`value` with all its floats rounded to five significant digits."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -391,7 +391,7 @@ def rounded(value):
 
 
 def prefix_sharing(args: argparse.Namespace, runtime: Runtime, model: GPT, tokenizer: Tokenizer) -> dict:
-    """Samples of one prompt against as many prompts, counted in tokens read and in seconds."""
+    """N samples of one prompt against N different prompts, in tokens read and seconds."""
     random = torch.Generator().manual_seed(2)
     sampling = Sampling(max_tokens=PREFIX_TOKENS, temperature=1.0, seed=0, use_tool=False)
     engine = Engine(model, tokenizer, max_rows=args.samples)
@@ -413,7 +413,7 @@ def prefix_sharing(args: argparse.Namespace, runtime: Runtime, model: GPT, token
 
 
 def quality(model: GPT, rows: Tensor, forms: list[str], what: str) -> dict:
-    """Loss of the engine's decode pass for each form of weights, in nats a token, against float32."""
+    """Loss of the engine's decode pass in nats per token for each kind of weights, compared with float32."""
     with torch.inference_mode():
         plain = model(rows[:, :-1], rows[:, 1:]).item()
     print(f"loss on {rows[:, 1:].numel():,} tokens of {what}, nats a token: {plain:.5f} without a cache")
@@ -422,7 +422,7 @@ def quality(model: GPT, rows: Tensor, forms: list[str], what: str) -> dict:
     for name in dict.fromkeys(["float32", *forms]):
         losses = exact if name == "float32" else decode_losses(model, rows, name)
         more = losses - exact
-        error = more.std().item() / more.numel() ** 0.5  # of the mean: both saw the same tokens
+        error = more.std().item() / more.numel() ** 0.5  # of the mean difference: both saw the same tokens
         print(f"  {name:<10} {losses.mean().item():.5f}  {more.mean().item():+.5f} +- {error:.5f}", flush=True)
         result[name] = {"loss": losses.mean().item(), "more": more.mean().item(), "standard_error": error}
     return result
@@ -430,7 +430,7 @@ def quality(model: GPT, rows: Tensor, forms: list[str], what: str) -> dict:
 
 @torch.inference_mode()
 def decode_losses(model: GPT, rows: Tensor, weights: str) -> Tensor:
-    """Loss in nats of each token of rows (B, T) int64 but the first, read one at a time: (B * (T - 1),) float32."""
+    """Loss in nats of each token but the first of rows (B, T) int64, decoded one at a time: (B * (T - 1),) float32."""
     engine = InferenceModel(model, rows.size(0), weights=weights)
     first = engine.prefill([Piece(slot, [token], 0, None) for slot, token in enumerate(rows[:, 0].tolist())])
     losses = [F.cross_entropy(first, rows[:, 1], reduction="none")]
@@ -441,7 +441,7 @@ def decode_losses(model: GPT, rows: Tensor, weights: str) -> Tensor:
 
 
 def quality_of_checkpoint(args: argparse.Namespace, runtime: Runtime, forms: list[str]) -> dict:
-    """`quality` on the text given, or the checkpoint's validation shard, each row begun like a document."""
+    """`quality` on the given text or the checkpoint's validation shard; every row starts with <|bos|>."""
     loaded = load_model(args.source, runtime, model_tag=args.model_tag, step=args.step)
     length = min(loaded.model.config.sequence_len, args.quality_tokens // QUALITY_ROWS)
     wanted = QUALITY_ROWS * length
@@ -474,7 +474,7 @@ def quality_ids(text: str, loaded: LoadedModel, wanted: int) -> list[int]:
 
 def main(args: argparse.Namespace) -> None:
     runtime = init_runtime(args.device_type, "float32")
-    torch.set_float32_matmul_precision("highest")  # TF32 would let ids part that should be equal
+    torch.set_float32_matmul_precision("highest")  # TF32 would make ids differ that should be equal
     if min(args.new_tokens, args.naive_tokens) < 2 or min(args.repeats, *args.batch, *args.prompt, *args.depth) < 1:
         raise UserError("--new-tokens and --naive-tokens must be at least 2, the other counts at least 1")
     forms = args.weights or DEFAULT_WEIGHTS.get(runtime.device.type, OTHER_WEIGHTS)

@@ -1,12 +1,12 @@
-"""Serving speed with 1, 8 and 64 clients at once: a table, then one JSON line.
+"""Serving speed with 1, 8 and 64 concurrent clients: a table, then one JSON line.
 
     python dev/bench_serve.py --depth 6 --dtype float32                                     # a CPU
     python dev/bench_serve.py --depth 20 --max-rows 64 --requests 4 --reply-tokens 256      # a GPU
 
-Starts scripts/chat_web.py on a random model. Each client sends its requests one after another, with prompts of ragged
-lengths that share no beginning; the first round of each setting is not counted. Total tokens/s are those of replies;
-first token: from the request to the first text; between tokens: (last - first text) / (tokens - 1) of each reply.
-The last line answers the same requests one at a time (`--max-rows 1`): what batching gives is the ratio to it.
+Starts scripts/chat_web.py on a random model. Each client sends one request after another, with prompts of different
+lengths and no common prefix; the first round of each setting is not counted. Columns: tokens per second of all replies
+together; time from the request to the first text; time between tokens of a reply, (last - first text) / (tokens - 1).
+The last row serves the same requests one at a time (`--max-rows 1`), which shows how much batching gains.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from random_server import Answer, ask, percentile, random_server
 
 from nanochat.common import UserError, run_main
 
-PROMPT_CHARS = (20, 60, 200, 600)  # two make a token
+PROMPT_CHARS = (20, 60, 200, 600)  # about two characters per token
 
 
 def parse_args() -> argparse.Namespace:

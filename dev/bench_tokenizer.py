@@ -1,8 +1,8 @@
 """Speed and memory of tokenizers on the same text: rustbpe (ours), rustbpe 0.1.0, HF tokenizers, bpeasy, tiktoken.
 
-Every measurement is a process of its own, contenders taking turns; times and memory are medians over the runs. Texts
-are in memory before the clock starts; memory is what the step adds at its peak to what the process held before.
-Training uses all cores, encoding one thread. Prints tables, then one JSON line.
+Every measurement runs in its own process, contenders take turns, and times and memory are medians over the runs. Texts
+are loaded before the clock starts; memory is the peak during the step minus what the process held before. Training
+uses all cores, encoding one thread. Prints tables, then one JSON line.
 
     uv pip install --target competitors --no-deps rustbpe==0.1.0 bpeasy
     python dev/bench_tokenizer.py --data local --competitors competitors
@@ -30,15 +30,15 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).resolve().parent.parent
 COMPETITORS = ("rustbpe-0.1.0", "hf-tokenizers", "bpeasy", "tiktoken")
 OURS = "rustbpe"
-VARIANTS = (OURS, "rustbpe, Arrow", "rustbpe, lists")  # fed with Arrow arrays; asked for lists of int
+VARIANTS = (OURS, "rustbpe, Arrow", "rustbpe, lists")  # trained from Arrow arrays; encoding to lists of int
 TARGETS = {"rustbpe-0.1.0": 8.0, "hf-tokenizers": 12.0}  # how many times faster training should be
 ENCODE_TARGET = 4.0  # times faster than tiktoken, per thread
 SOURCE_SUFFIXES = (".py", ".pyi", ".h", ".rst", ".md", ".txt", ".js", ".html", ".c", ".cpp", ".rs")
-LARGEST_SOURCE_BYTES = 1 << 20  # longer files are data, not text
-BPEASY_MAX_TOKEN_BYTES = 1 << 20  # it wants a limit; this one is never reached
+LARGEST_SOURCE_BYTES = 1 << 20  # larger files are data rather than text
+BPEASY_MAX_TOKEN_BYTES = 1 << 20  # it requires a limit; this one is never reached
 
 
-# --- one measurement, in a process of its own ----------------------------------------------------
+# --- one measurement, run in its own process -----------------------------------------------------
 
 
 def status_kb(field: str) -> int:
@@ -47,8 +47,8 @@ def status_kb(field: str) -> int:
 
 
 def measured(work: Callable[[], object]) -> tuple[object, float, float]:
-    """Result of `work`, its seconds, and by how many MB the process grew at its peak."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
+    """Result of `work`, its seconds, and the peak growth of the process in MB."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to current use
     before = status_kb("VmRSS")
     start = time.perf_counter()
     result = work()
@@ -84,7 +84,7 @@ def train_hf(texts: list[str], arrays: list[pa.Array], args: argparse.Namespace)
     trainer = trainers.BpeTrainer(vocab_size=args.vocab_size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(iter(texts), trainer)
     tokenizer.save(args.model + ".hf")
-    # Its tokens are written in GPT-2's alphabet: printable characters stand for themselves, other bytes follow U+0100.
+    # Its tokens use GPT-2's alphabet: printable characters stand for themselves, other bytes start at U+0100.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(i): i for i in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -129,7 +129,7 @@ def encode_hf(args: argparse.Namespace) -> Callable[[list[str]], object]:
 def encode_old_rustbpe(args: argparse.Namespace) -> Callable[[list[str]], object]:
     import rustbpe
 
-    tokenizer = rustbpe.Tokenizer()  # takes no ranks: has to learn them
+    tokenizer = rustbpe.Tokenizer()  # cannot load ranks, so it trains again
     tokenizer.train_from_iterator(chain.from_iterable(read_texts(args.text)), args.vocab_size, pattern=args.pattern)
     return lambda texts: [tokenizer.encode(text) for text in texts]
 
@@ -202,7 +202,7 @@ def measure_encoding(args: argparse.Namespace) -> dict:
 
 
 def measure(kind: str, name: str, text: Path, model: Path, args: argparse.Namespace) -> dict | None:
-    """Run one measurement in a process; None when the contender is not installed or fails."""
+    """Run one measurement in a process; None if the contender is not installed or fails."""
     command = [sys.executable, __file__, "--measure", kind, "--name", name, "--text", text, "--model", model]
     command += ["--vocab-size", str(args.vocab_size), "--pattern", args.pattern, "--encode-mb", str(args.encode_mb)]
     path = [str(ROOT)] if name in VARIANTS else [args.competitors, str(ROOT)]
@@ -215,7 +215,7 @@ def measure(kind: str, name: str, text: Path, model: Path, args: argparse.Namesp
 
 
 def write_text(sources: Iterator[str], path: Path, max_bytes: float) -> int:
-    """Write documents to a parquet file until there are `max_bytes`; returns how many bytes there are."""
+    """Write documents to a parquet file until it has `max_bytes` of text; returns the actual number of bytes."""
     schema = pa.schema({"text": pa.string()})
     total, batch, batch_bytes = 0, [], 0
     with pq.ParquetWriter(path, schema) as writer:
@@ -239,7 +239,7 @@ def prose(data: str) -> Iterator[str]:
 
 
 def sources_on_this_machine(folders: list[Path]) -> Iterator[str]:
-    """Source code and documentation below `folders`, by default those of Python and the installed packages."""
+    """Source code and documentation below `folders`."""
     for folder in folders:
         for path in sorted(folder.rglob("*")):
             if path.suffix in SOURCE_SUFFIXES and path.is_file() and path.stat().st_size <= LARGEST_SOURCE_BYTES:
@@ -247,7 +247,7 @@ def sources_on_this_machine(folders: list[Path]) -> Iterator[str]:
 
 
 def compare(kind: str, contenders: list[str], text: Path, model: Path, args: argparse.Namespace) -> dict[str, dict]:
-    """Medians per contender, over `--runs` rounds in which they take turns."""
+    """Medians per contender over `--runs` rounds."""
     runs: dict[str, list[dict]] = {name: [] for name in contenders}
     for _ in range(args.runs):
         for name in [name for name in contenders if runs[name] is not None]:
@@ -287,7 +287,7 @@ def print_table(title: str, results: dict[str, dict], target_of: Callable[[str],
 
 
 def scaling(args: argparse.Namespace, folder: Path) -> list[dict]:
-    """Training ours on growing texts: prose as far as it reaches, then sources found on this machine."""
+    """Train ours on texts of growing size: prose as far as it lasts, then source files found on this machine."""
     rows = []
     folders = args.sources or [Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))]
     for size in args.scaling:
@@ -301,7 +301,7 @@ def scaling(args: argparse.Namespace, folder: Path) -> list[dict]:
 
 
 def exponent(rows: list[dict], key: str) -> float:
-    """Slope of `key` over size in a doubly logarithmic plot, by least squares: 1 for linear growth."""
+    """Least-squares slope of log(`key`) over log(size): 1 means linear growth."""
     if len(rows) < 2:
         return math.nan
     points = [(math.log(row["mb"]), math.log(max(row[key], 1e-9))) for row in rows]
@@ -315,15 +315,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--encode-mb", type=float, default=20, help="megabytes of it to encode")
     parser.add_argument("--vocab-size", type=int, default=32_768)
     parser.add_argument("--runs", type=int, default=3, help="rounds of measurements")
-    parser.add_argument("--competitors", default="", help="folder with rustbpe 0.1.0 and others, from pip --target")
-    parser.add_argument("--contenders", default=",".join(COMPETITORS), help="whom to compare with, by comma")
-    parser.add_argument(
-        "--scaling",
-        type=lambda text: [float(part) for part in text.split(",")],
-        default=[],
-        help="sizes in megabytes, by comma, at which to train ours alone",
-    )
-    parser.add_argument("--sources", type=Path, nargs="*", help="folders of further text for the scaling")
+    parser.add_argument("--competitors", default="", help="folder with rustbpe 0.1.0 and bpeasy, from pip --target")
+    parser.add_argument("--contenders", default=",".join(COMPETITORS), help="contenders, separated by commas")
+    parser.add_argument("--scaling", type=lambda text: [float(part) for part in text.split(",")], default=[],
+                        help="sizes in MB, separated by commas, to train ours alone on")  # fmt: skip
+    parser.add_argument("--sources", type=Path, nargs="*", help="more text for --scaling (default: installed Python)")
     for flag in ("--measure", "--name", "--text", "--model", "--pattern"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
     return parser.parse_args()

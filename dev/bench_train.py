@@ -3,10 +3,10 @@
     python dev/bench_train.py --depth 4 --dtype float32 --sequence-len 512 --total-batch-size 16384     # a CPU
     python dev/bench_train.py --depth 12 20 24 --total-batch-size 524288                                 # a GPU
 
-For each depth: the time to the end of the first optimizer step (model, compilation, data), tokens a second (median
-of the later half of the steps, optimizer included), the share of peak, the loss of a fixed batch, peak memory. Peak
-is the data sheet's on a GPU; on a CPU it is the rate of a 1024^3 product of the same dtype, measured before and
-after in the same run, the faster one counting.
+For each depth: time until the first optimizer step is done (model, compilation, data), tokens per second (median over
+the later half of the steps, optimizer included), share of peak, loss of a fixed batch, peak memory. On a GPU, peak is
+the data sheet's; on a CPU it is the rate of a 1024^3 matrix product of the same dtype, the faster of one measured
+before and one after.
 """
 
 import argparse
@@ -39,8 +39,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, nargs="+", default=[4, 6], help="depths to measure, one after another")
     parser.add_argument("--sequence-len", type=int, default=512)
     parser.add_argument("--vocab-size", type=int, default=32768)
-    parser.add_argument("--device-batch-size", type=int, default=8, help="rows of a micro-step")
-    parser.add_argument("--total-batch-size", type=int, default=16384, help="tokens of an optimizer step")
+    parser.add_argument("--device-batch-size", type=int, default=8, help="rows per micro-step")
+    parser.add_argument("--total-batch-size", type=int, default=16384, help="tokens per optimizer step")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--backend", default="", choices=["", *attention.BACKENDS], help="of attention")
     parser.add_argument("--window-pattern", default="SSSL", help="S for short and L for full attention, per layer")
@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
-    """One depth's figures."""
+    """The numbers for one depth."""
     device, T = runtime.device, args.sequence_len
     product_rate = cpu_rate(runtime)
     started = time.perf_counter()
@@ -87,7 +87,7 @@ def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
 
 
 def cpu_rate(runtime) -> float:
-    """FLOP/s of a square matrix product on the CPU; 0 on another device."""
+    """FLOP/s of a square matrix product on the CPU; 0 for other devices."""
     if runtime.device.type != "cpu":
         return 0.0
     return 2 * PRODUCT_SIZE**3 / matmul_seconds(runtime.dtype, PRODUCT_SIZE, repeats=10)

@@ -1,11 +1,11 @@
-"""How many questions of public data sets the miniature declines: all of them are outside of its small world.
-
-The exam `SmallWorld-outside` has questions written for it; these are others' questions. None is trained on; what the
-training conversations lack may be looked up in the training splits (`--split train --show 20`), and what counts is the
-share of the test splits. Needs the hub, or a mirror named by HF_ENDPOINT, and a checkpoint of the miniature. Prints for
-each data set how many questions fit the context and the share declined with its 95 % interval.
+"""How many questions of public data sets the miniature declines. All of them are outside its small world.
 
     python -m dev.check_declines --source rl
+
+The exam `SmallWorld-outside` consists of questions written for it; these are other people's, and none is trained on.
+To see what the training conversations lack, look at the training splits (`--split train --show 20`); the number that
+counts is that of the test splits. Needs the hub, or a mirror named by HF_ENDPOINT, and a checkpoint of the miniature.
+Prints for each data set how many questions fit the context, and the share declined with its 95 % interval.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from tasks.registry import get_task
 from tasks.small_world import is_right
 from tasks.smoltalk import SmolTalk
 
-MAX_TOKENS = 40  # of an answer
+MAX_TOKENS = 40  # per answer
 ROWS = 32
 BENCHMARKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K")
 
 
 def first_question(task: Task, index: int) -> str:
-    """What the user asks first in conversation `index`; of multiple choice only the question."""
+    """The first user message of conversation `index`; for multiple choice only the question."""
     message = next(message for message in task[index]["messages"] if message["role"] == "user")
     return (
         message["content"].partition("\n")[0].removeprefix("Multiple choice: ")
@@ -43,8 +43,8 @@ def parse_args() -> argparse.Namespace:
     add_checkpoint_flags(parser, source="rl")
     add = parser.add_argument
     add("--split", choices=("train", "test"), default="test", help="of the data sets (default: %(default)s)")
-    add("--max-problems", type=int, default=300, help="questions of each (default: %(default)s)")
-    add("--show", type=int, default=0, help="answers to show of those that were not declined")
+    add("--max-problems", type=int, default=300, help="questions per data set (default: %(default)s)")
+    add("--show", type=int, default=0, help="number of answers to show that were not declined")
     return parser.parse_args()
 
 

@@ -1,19 +1,19 @@
 """Check CORE's in-context tasks against lm-evaluation-harness, prediction by prediction: a table, then one JSON line.
 
-    pip install lm-eval                              # version 0.4.13 was used; no dependency of the project
+    pip install lm-eval                              # 0.4.13 was used; not a dependency of the project
     python -m scripts.base_eval --model-tag d4 --dtype float32
     python -m scripts.export_hf --model-tag d4 --output d4-hf
     python dev/check_lm_eval.py d4-hf --items ~/.cache/nanochat/base_eval/base_d4_step_000500.items.jsonl
 
-The harness loads the exported folder by transformers, renders the same examples with the same shots by its own code,
-splits text into tokens by the exported tokenizer and scores each answer. Its task definitions are built here from the
-bundle (`harness_task`): question and answer as the file has them, and a sampler for the shots that we drew.
+The harness loads the exported folder with transformers, renders the same examples with the same shots by its own code,
+tokenises them with the exported tokenizer, and scores each answer. Its task definitions are built here from the bundle
+(`harness_task`): question and answer as in the file, and a sampler that returns the shots we drew.
 
-Columns: our accuracy; the harness's log-likelihoods under our measure (mean per token, over the tokens behind those
-that all choices begin with), the largest difference of an answer's mean loss in nats, and the predictions that are the
-same, or differ for a reason (`reason`); for information the harness's own measures of multiple choice, which choose by
-another rule: the answer's sum (acc), or that over its characters (acc_norm). Exits with 1 when a difference has no
-reason.
+Columns: our accuracy; the accuracy by the harness's log-likelihoods under our rule (mean per token, not counting
+tokens that all choices start with); how many predictions are the same, or differ for a known reason (`reason`) or an
+unknown one; the largest difference of an answer's mean loss in nats. For information, the harness's own rules for
+multiple choice: sum over the answer (acc), and sum divided by its characters (acc_norm). Exits with status 1 if a
+prediction differs for no known reason.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from nanochat.evals.core_bundle import Task, fetch_bundle, read_tasks
 from nanochat.evals.core_eval import SHOT_SEPARATOR, draw_shots
 
 TASKS = ("arc_easy", "hellaswag", "piqa", "lambada_openai")
-SAME_NATS = 1e-4  # mean losses closer than this are equal: both compute in float32, in batches of other shapes
+SAME_NATS = 1e-4  # closer mean losses are equal up to rounding: float32, different batch shapes
 
 COLUMNS = {  # heading and format
     "items": ("items", ">5"),
@@ -58,21 +58,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--items", required=True, help="predictions of scripts.base_eval (float32): *.items.jsonl")
     parser.add_argument("--bundle", default="", help="URL, zip file or folder of the tasks, as for scripts.base_eval")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="labels of the tasks to check")
-    parser.add_argument("--max-per-task", type=int, default=0, help="examples of each task at most, 0 for all")
+    parser.add_argument("--max-per-task", type=int, default=0, help="maximum examples per task, 0 for all")
     parser.add_argument("--device-type", default="cpu", help="cpu or cuda")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows of a batch of the harness")
-    parser.add_argument("--cache", default="", help="file that keeps the harness's scores, for checking again")
+    parser.add_argument("--batch-size", type=int, default=8, help="the harness's batch size")
+    parser.add_argument("--cache", default="", help="file to cache the harness's scores in, for another check")
     return parser.parse_args()
 
 
-# --- the tasks as the harness takes them ---------------------------------------------------------
+# --- tasks for the harness -----------------------------------------------------------------------
 
 
 def harness_task(task: Task) -> dict[str, Any]:
     """The harness's definition of a multiple-choice or language-modelling task.
 
-    It scores all that comes behind the question, so of the delimiter (such as "\\nAnswer: ") only the white space
-    that joins the answer's first token belongs to the answer.
+    It scores everything after the question. Of the delimiter (such as "\\nAnswer: "), only the trailing white space,
+    which merges with the answer's first token, is therefore counted as part of the answer.
     """
     from datasets import Dataset
     from lm_eval.api.samplers import ContextSampler
@@ -111,7 +111,7 @@ def harness_task(task: Task) -> dict[str, Any]:
 
 
 def run_harness(lm, tasks: Sequence[Task], max_per_task: int, cache: str) -> dict[str, list[dict[str, Any]]]:
-    """What the harness logged of every example, by task."""
+    """The harness's log of every example, by task."""
     from lm_eval import simple_evaluate
 
     definitions = [harness_task(task) for task in tasks]
@@ -126,8 +126,8 @@ def run_harness(lm, tasks: Sequence[Task], max_per_task: int, cache: str) -> dic
 
 @dataclass(frozen=True)
 class Comparison:
-    """One example: our item; the harness's mean loss per answer (nats) and prediction under our measure; what it
-    chooses by its own two and whether that was right; `reason` why it may differ from us, "" for none."""
+    """One example: our item; the harness's mean loss per answer (nats) and prediction under our rule; its predictions
+    under its own two rules and whether they were right; `reason` why it may differ from ours, "" for none."""
 
     item: dict[str, Any]
     nats: tuple[float, ...]
@@ -149,14 +149,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as the harness saw it: tokens of its context and of itself, and its log-likelihood."""
+    """An answer as the harness saw it: tokens of context and answer, and its log-likelihood."""
 
     text: str
     context: list[int]
     tokens: list[int]
     loglikelihood: float
     is_greedy: bool
-    is_split: bool  # context and answer joined have other tokens than the two apart
+    is_split: bool  # tokenised together, context and answer give different tokens
     is_cut: bool
 
 
@@ -198,18 +198,18 @@ def argmax(values: list[float]) -> int:
 
 
 def shared_tokens(rows: list[list[int]]) -> int:
-    """How many tokens all answers begin with, at least one of each left over: these do not tell them apart."""
+    """Length of the common prefix of all answers, leaving at least one token of each."""
     shortest = min(map(len, rows))
     common = next((t for t in range(shortest) if len({row[t] for row in rows}) > 1), shortest)
     return min(common, shortest - 1)
 
 
 def reason(answers: Sequence[Answer], nats: tuple[float, ...], kind: str) -> str:
-    """By which rule the harness may come to another prediction than we do."""
+    """Why the harness may predict something else than we do, "" if there is no reason."""
     if any(answer.is_cut for answer in answers):
-        return "too long: the harness drops the first tokens, <|bos|> too, of each answer's row by itself"
+        return "too long: the harness cuts each answer's row separately, <|bos|> included"
     if any(answer.is_split for answer in answers):
-        return "context and answer join to other tokens: the harness scores the answer behind the context's own tokens"
+        return "context and answer merge at their boundary: the harness tokenises them separately"
     if kind == "multiple_choice" and sorted(nats)[1] - sorted(nats)[0] < SAME_NATS:
         return "a tie within rounding"
     return ""
@@ -219,7 +219,7 @@ def reason(answers: Sequence[Answer], nats: tuple[float, ...], kind: str) -> str
 
 
 def report(task: Task, comparisons: list[Comparison]) -> dict[str, Any]:
-    """Print a task's row and its differences; the row's numbers."""
+    """Print a task's row and its differences; returns the row."""
     count = len(comparisons)
     gold = {line: record.get("gold", 1) for line, record in zip(task.lines, task.records, strict=True)}
 
@@ -253,7 +253,7 @@ def report(task: Task, comparisons: list[Comparison]) -> dict[str, Any]:
 
 
 def read_items(path: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """Our predictions by task and line of the task's file."""
+    """Our predictions by task and line in the task's file."""
     try:
         items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:

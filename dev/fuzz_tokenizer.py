@@ -1,12 +1,13 @@
-"""Random strings against three independent readings of the tokenizer: none may differ.
-
-For every string: the hand-written scanner cuts the chunks the regex engine cuts, encoding comes back to the string,
-and ids are those of tiktoken. Strings are drawn from an alphabet of all classes of the split pattern, with runs and,
-now and then, any code point at all; groups of digits of at most 1, 2 and 3 take turns, and so do a vocabulary that
-was trained and one with every pair of bytes as a token, which shows most differences in where a chunk ends.
+"""Fuzz the tokenizer against three independent references with random strings; none may differ.
 
     python dev/fuzz_tokenizer.py --strings 100000
     python dev/fuzz_tokenizer.py                     # ten million
+
+For every string, the hand-written scanner must split like the regex engine, decoding must return the string, and the
+ids must be tiktoken's. Strings are drawn from an alphabet with all character classes of the split pattern, with
+repetitions, and occasionally any code point. Patterns with groups of at most 1, 2 and 3 digits alternate, each with
+two vocabularies: a trained one, and one with every pair of bytes as a token, which reveals most differences in chunk
+boundaries.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import rustbpe
 
 ALPHABET = "".join(
     [
-        "abcxyzABCXYZ" + 2 * "sdmtSDMTlvreLVRE",  # letters, those of contractions most of all
+        "abcxyzABCXYZ" + 2 * "sdmtSDMTlvreLVRE",  # letters, mostly those of contractions
         "éÇßſKİıªºʰǅ中あア한ㅏאبक𝒳𐐷",
         "0123456789²½٣७๕Ⅷ㊿𝟘",
         12 * " " + 5 * "\r" + 5 * "\n",
@@ -33,8 +34,8 @@ ALPHABET = "".join(
     ]
 )
 MAX_LENGTH = 24  # characters before repetition
-REPEATS = (1, 1, 1, 1, 1, 1, 2, 2, 3, 6)  # of a character, so that runs of each class occur
-ANY_FRAC = 0.03  # of the characters are any code point
+REPEATS = (1, 1, 1, 1, 1, 1, 2, 2, 3, 6)  # of each character, so that runs of each class occur
+ANY_FRAC = 0.03  # share of characters drawn from all code points
 
 
 def random_strings(rng: np.random.Generator, count: int) -> list[str]:
@@ -43,7 +44,7 @@ def random_strings(rng: np.random.Generator, count: int) -> list[str]:
     codes = rng.choice(alphabet, lengths.sum())
     anywhere = rng.random(len(codes)) < ANY_FRAC
     codes[anywhere] = rng.integers(0, 0x110000 - 0x800, anywhere.sum(), dtype=np.uint32)
-    codes[anywhere & (codes >= 0xD800)] += 0x800  # over the surrogates, which no text has
+    codes[anywhere & (codes >= 0xD800)] += 0x800  # skip the surrogates, which are not valid in text
     repeats = rng.choice(REPEATS, len(codes))
     ends = np.cumsum(repeats)[np.cumsum(lengths) - 1]
     text = np.repeat(codes, repeats).astype("<u4").tobytes().decode("utf-32-le")
@@ -51,7 +52,7 @@ def random_strings(rng: np.random.Generator, count: int) -> list[str]:
 
 
 def vocabularies(rng: np.random.Generator, pattern: str) -> list[list[bytes]]:
-    """A vocabulary that was trained, and the bytes with all pairs of them in random order."""
+    """A trained vocabulary, and one of all bytes and all pairs of bytes in random order."""
     trained = rustbpe.Tokenizer()
     trained.train_from_iterator(random_strings(rng, 100_000), 20_000, pattern=pattern)
     pairs = [bytes(pair) for pair in product(range(256), repeat=2)]
@@ -60,7 +61,7 @@ def vocabularies(rng: np.random.Generator, pattern: str) -> list[list[bytes]]:
 
 
 class Contestant:
-    """One vocabulary and pattern, ours and tiktoken's."""
+    """Our tokenizer and tiktoken's with the same vocabulary and pattern."""
 
     def __init__(self, tokens: list[bytes], pattern: str):
         ranks = {token: rank for rank, token in enumerate(tokens)}
@@ -69,7 +70,7 @@ class Contestant:
         self.widths = np.array([len(token) for token in tokens])
 
     def first_failure(self, texts: list[str]) -> str | None:
-        """What differs and on which of `texts`; None when nothing does."""
+        """What differs and on which of `texts`, or None."""
         at = self.ours.first_split_difference(texts)
         if at is not None:
             return f"scanner and regex engine differ on {texts[at]!r}"
@@ -81,13 +82,13 @@ class Contestant:
             parts = np.split(tokens, offsets[1:-1])
             at = next(i for i, ids in enumerate(theirs) if parts[i].tolist() != ids)
             return f"ids differ from tiktoken's on {texts[at]!r}"
-        # All texts at once: the bytes are those of the texts, and each text gets as many as it has.
+        # Decode all texts at once: the bytes must match, and so must the number of bytes of each text.
         encoded = [text.encode() for text in texts]
         ends = np.r_[0, np.cumsum(self.widths[tokens])][offsets]
         sizes = np.cumsum([0, *map(len, encoded)])
         if not np.array_equal(ends, sizes) or self.ours.decode_bytes(tokens.tolist()) != b"".join(encoded):
             at = next(i for i, text in enumerate(texts) if self.ours.decode(self.ours.encode(text), "replace") != text)
-            return f"encoding does not come back to {texts[at]!r}"
+            return f"decoding does not return {texts[at]!r}"
         return None
 
 

@@ -1,12 +1,12 @@
 """Write the identity conversations, `tasks/identity.jsonl`: who the model is, what it can do, how it was made.
 
     python dev/make_identity.py                       # the same bytes every time
-    python dev/make_identity.py --output /tmp/x.jsonl
+    python dev/make_identity.py --output other.jsonl
 
-Offline and seeded. A topic is a handful of sentences of ours (`identity_topics.txt`), which combine to many answers;
-conversations of several turns string topics together, and some call the calculator or follow a system message. What is
-said holds for any model trained by this repository, whatever its size: figures of the model itself are left open, and
-those of sizes in general are computed here.
+Offline and seeded. A topic is a handful of our own sentences (`identity_topics.txt`) that combine into many answers.
+Multi-turn conversations chain topics; some call the calculator or follow a system message. What they say holds for any
+model trained with this repository: they give no figures of the model itself, and figures for model sizes in general
+are computed here.
 """
 
 import argparse
@@ -28,17 +28,17 @@ from tasks.spelling import split_of
 SEED = 20251013
 TOPICS_FILE = Path(__file__).with_name("identity_topics.txt")
 OUTPUT = Path(__file__).resolve().parent.parent / "tasks" / "identity.jsonl"
-NUM_PER_TOPIC = 9  # conversations of one turn
+NUM_PER_TOPIC = 9  # single-turn conversations
 NUM_LONGER = 130  # of two to four turns
 NUM_WITH_TOOL = 40
 NUM_WITH_SYSTEM = 40
-VOCAB_SIZE, SEQUENCE_LEN = 32768, 2048  # the defaults, which the parameter counts below are for
+VOCAB_SIZE, SEQUENCE_LEN = 32768, 2048  # the defaults; the parameter counts are for these
 
 Message = dict[str, str | list[dict[str, str]]]
 
 
 class Topic(NamedTuple):
-    """Ways to ask, whole answers of a sentence or two, and sentences that may be added, in the order of adding."""
+    """Ways to ask, complete answers of one or two sentences, and optional further sentences, in order."""
 
     questions: list[str]
     cores: list[str]
@@ -71,7 +71,7 @@ THANKS = (
 
 BRIDGES = ("", "", "And ", "OK. ", "I see. ", "Interesting. ", "One more question: ", "All right. ", "Hm. ")
 
-SYSTEM_MESSAGES = (  # and how the answers keep to it
+SYSTEM_MESSAGES = (  # text, and the style of answers that follows it
     ("Answer in one or two sentences.", "short"),
     ("Keep your answers short.", "short"),
     ("Be brief.", "short"),
@@ -96,7 +96,7 @@ CLOSINGS = {
     ),
 }
 
-TOOL_QUESTIONS = (  # question, expression, what is said after the result
+TOOL_QUESTIONS = (  # question, expression, answer given the result
     ("What is {a} plus {b}?", "{a}+{b}", "{a} plus {b} is {result}."),
     ("What is {a} + {b}?", "{a}+{b}", "{a} + {b} = {result}."),
     ("Add {a} and {b}.", "{a}+{b}", "The sum is {result}."),
@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def make_conversations(rng: random.Random) -> list[list[Message]]:
-    """All conversations, no two alike, in a random order."""
+    """All conversations, without duplicates, in random order."""
     topics = read_topics(TOPICS_FILE, size_figures())
     makers = [partial(single_turn, topic, rng) for topic in topics for _ in range(NUM_PER_TOPIC)]
     makers += [partial(longer, topics, rng)] * NUM_LONGER
@@ -142,7 +142,7 @@ def make_conversations(rng: random.Random) -> list[list[Message]]:
     makers += [partial(with_system, topics, rng)] * NUM_WITH_SYSTEM
     made: dict[str, list[Message]] = {}
     for maker in makers:
-        for _ in range(20):  # a topic may have no further combination
+        for _ in range(20):  # a topic may have no combination left
             messages = maker()
             key = json.dumps(messages)
             if key not in made:
@@ -154,7 +154,7 @@ def make_conversations(rng: random.Random) -> list[list[Message]]:
 
 
 def read_topics(path: Path, figures: dict[str, str]) -> list[Topic]:
-    """The topics of the file, with the figures filled in; its first paragraph is for people."""
+    """The topics of the file, with the figures filled in. Its first paragraph is an introduction and is skipped."""
     topics = []
     for block in path.read_text(encoding="utf-8").split("\n\n")[1:]:
         topic = Topic([], [], [])
@@ -167,7 +167,7 @@ def read_topics(path: Path, figures: dict[str, str]) -> list[Topic]:
 
 
 def size_figures() -> dict[str, str]:
-    """Parameters of the models of some depths, for sentences that name them: `{"d20": "897 million", ...}`."""
+    """Parameter counts of models of some depths, to fill into sentences: `{"d20": "897 million", ...}`."""
     figures = {}
     for depth in (12, 20):
         config = GPTConfig.from_depth(depth, vocab_size=VOCAB_SIZE, sequence_len=SEQUENCE_LEN)
@@ -184,7 +184,7 @@ def single_turn(topic: Topic, rng: random.Random) -> list[Message]:
 
 
 def longer(topics: list[Topic], rng: random.Random) -> list[Message]:
-    """Two to four turns: perhaps a greeting, different topics, perhaps thanks."""
+    """Two to four turns: sometimes a greeting, then different topics, sometimes thanks."""
     messages: list[Message] = []
     if rng.random() < 0.4:
         greeting, reply = rng.choice(GREETINGS)
@@ -201,8 +201,8 @@ def longer(topics: list[Topic], rng: random.Random) -> list[Message]:
 
 
 def with_tool(rng: random.Random) -> list[Message]:
-    """A calculation or something about a word, by the tool, and perhaps the question how it was done. Words that are
-    for validation or testing of the spelling tasks are not used."""
+    """A question about numbers or a word, answered with the tool, sometimes followed by the question how it was done.
+    Words held out for validation or testing of the spelling tasks are not used."""
     question, expression, sentence = rng.choice(TOOL_QUESTIONS)
     values = {"a": rng.randrange(2, 1000), "b": rng.randrange(2, 1000)}
     values |= {"word": rng.choice([word for word in TOOL_WORDS if split_of(word) == "train"])}
@@ -224,7 +224,7 @@ def with_tool(rng: random.Random) -> list[Message]:
 
 
 def with_system(topics: list[Topic], rng: random.Random) -> list[Message]:
-    """A system message about the form of the answers, which is kept to."""
+    """A system message about the form of the answers, and answers that follow it."""
     text, style = rng.choice(SYSTEM_MESSAGES)
     messages: list[Message] = [{"role": "system", "content": text}]
     for topic in rng.sample(topics, rng.choice([1, 1, 2])):
@@ -241,20 +241,20 @@ def with_system(topics: list[Topic], rng: random.Random) -> list[Message]:
 
 
 def answer(topic: Topic, rng: random.Random) -> str:
-    """A core sentence and none to two of the details, in the order they are listed."""
+    """A core sentence and up to two of the details, in the order in which they are listed."""
     chosen = set(rng.sample(range(len(topic.details)), min(len(topic.details), rng.choice([0, 1, 1, 2]))))
     sentences = [rng.choice(topic.cores), *(detail for i, detail in enumerate(topic.details) if i in chosen)]
     return " ".join(sentences)
 
 
 def typed(text: str, rng: random.Random) -> str:
-    """`text` as people type it: perhaps without the capital, or the mark at its end."""
+    """`text` as people type it: sometimes without the capital letter or the final punctuation."""
     text = uncapitalized(text) if rng.random() < 0.25 else text
     return text.rstrip("?.!") if rng.random() < 0.15 else text
 
 
 def uncapitalized(text: str) -> str:
-    """`text` with a small first letter, unless that belongs to "I" or an abbreviation."""
+    """`text` with a lower-case first letter, unless it is part of "I" or an abbreviation."""
     return text if text[:2].isupper() or text.startswith(("I ", "I'")) else text[0].lower() + text[1:]
 
 

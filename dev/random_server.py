@@ -1,6 +1,6 @@
-"""For the other programs here: scripts/chat_web.py on a model with random weights, and requests to it.
+"""Shared by the server's benchmark and soak test: scripts/chat_web.py on a model with random weights, and a client.
 
-A random model writes random tokens until it may write no more, at the speed of a trained one.
+A random model writes random tokens until its limit, as fast as a trained one.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ class Server:
 
 @contextmanager
 def random_server(depth: int, *flags: str, vocab_size: int, sequence_len: int) -> Iterator[Server]:
-    """A running server, its model loaded; `flags` are those of chat_web."""
+    """A running server with its model loaded; `flags` are passed on to chat_web."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NANOCHAT_BASE_DIR"] = folder
         _write_checkpoint(depth, vocab_size, sequence_len)
@@ -63,7 +63,7 @@ def random_server(depth: int, *flags: str, vocab_size: int, sequence_len: int) -
 
 
 def _write_checkpoint(depth: int, vocab_size: int, sequence_len: int) -> None:
-    """A model as it is before training, but for the head, which would else find all tokens alike."""
+    """Save an untrained model with a random head, since the initial one would make all tokens equally likely."""
     num_pairs = vocab_size - NUM_BYTES - len(SPECIAL_TOKENS)
     pairs = [bytes(((ord("a") + i // NUM_BYTES) % NUM_BYTES, i % NUM_BYTES)) for i in range(num_pairs)]
     tokenizer = Tokenizer([bytes((i,)) for i in range(NUM_BYTES)] + pairs, SPLIT_PATTERN)
@@ -93,7 +93,7 @@ def _wait_until_loaded(server: Server) -> None:
 
 @dataclass
 class Answer:
-    """`times` are those of the events that carried text, of `time.perf_counter`."""
+    """A streamed reply; `times` (`time.perf_counter`) are when text arrived."""
 
     started: float
     status: int = 0
@@ -104,7 +104,7 @@ class Answer:
 
 
 async def ask(port: int, body: dict[str, Any]) -> Answer:
-    """A streamed chat, by as little code as will do: the client shares its machine with the server."""
+    """A streamed chat request with minimal overhead, since client and server share a machine."""
     answer = Answer(time.perf_counter())
     raw = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -139,6 +139,6 @@ def _take_in(answer: Answer, event: dict[str, Any]) -> None:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of all values does not pass."""
+    """The smallest value that is at least as large as this share of all values; NaN if there are none."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")

@@ -1,9 +1,9 @@
-"""Pictures of the chat page in its states, with scripted replies: to look at after a change of nanochat/serve/ui.html.
+"""Screenshots of the chat page in its states, with scripted replies, to look at after changing nanochat/serve/ui.html.
 
     python -m dev.screenshots --out shots                     # all scenes, without a server
-    python -m dev.screenshots --out shots --only error        # those whose name contains "error"
+    python -m dev.screenshots --out shots --only error        # scenes whose name contains "error"
 
-Needs Playwright and a Chromium (or its path in --chromium). The page is served from the file, and its requests are
+Needs Playwright and a Chromium (or its path in --chromium). The page is loaded from the file and its requests are
 answered here; nothing goes to the network.
 """
 
@@ -68,7 +68,7 @@ class Scene:
 
 
 class Stage:
-    """A page of the browser, and what its server would say."""
+    """A browser page and the scripted replies of its server."""
 
     def __init__(self, page: Page):
         self.page = page
@@ -272,8 +272,8 @@ def stage_of(browser: Browser, scene: Scene) -> Iterator[Stage]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--only", default="", help="a part of the names of the scenes wanted")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the screenshots")
+    parser.add_argument("--only", default="", help="only scenes whose name contains this")
     parser.add_argument("--chromium", default=shutil.which("chromium"), help="path of the browser")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""A thousand clients that misbehave, beside some that do not: nothing may break, leak, or slow /health down.
+"""A thousand misbehaving clients next to some that behave: nothing may break, leak, or slow /health down.
 
     python dev/soak_server.py                                   # about 3 minutes on 2 cores
 
-Starts scripts/chat_web.py on a random model. Clients leave amid their request, before or amid the answer, send broken,
-oversize and unfinished requests; in between a greedy question is asked whose answer must always be the same. All the
-while /health is asked every 20 ms. Ends with status 1 if a 5xx was seen, a row is not free, an answer differed, or
+Starts scripts/chat_web.py on a random model. Clients disconnect while sending, before or during the reply, and send
+broken, oversized and unfinished requests; in between, a fixed greedy question must always get the same answer, and
+/health is polled every 20 ms. Exits with status 1 if a 5xx was seen, a row was not freed, an answer differed, or
 /health took more than 100 ms at p99 or 1 s at most. Prints a table, then one JSON line.
 """
 
@@ -64,7 +64,7 @@ def server_errors(server: Server) -> list[str]:
 
 
 def wait_until_free(server: Server) -> bool:
-    """Whether server and engine say, within five seconds, that there is nothing to do."""
+    """Whether server and engine report within five seconds that they are idle."""
     for _ in range(50):
         health = json.loads(server.get("/health"))
         replies = [line for line in server.get("/metrics").splitlines() if "engine_replies{" in line]
@@ -76,8 +76,8 @@ def wait_until_free(server: Server) -> bool:
 
 
 async def soak(args: argparse.Namespace, port: int) -> tuple[Counter, Counter, list[float], list[str]]:
-    """How often each kind of client came, what statuses there were, seconds of /health, answers to the fixed question,
-    the first of them alone."""
+    """Counts of client kinds and of statuses, seconds of each /health request, and the answers to the fixed question,
+    the first of them from an idle server."""
     rng = random.Random(args.seed)
     kinds, statuses, health = Counter(), Counter(), []
     fixed = [(await ask(port, FIXED)).text]
@@ -101,7 +101,7 @@ async def soak(args: argparse.Namespace, port: int) -> tuple[Counter, Counter, l
 
 
 def watch_health(port: int, seconds: list[float], done: threading.Event) -> None:
-    """In a thread of its own, so that it is the server's time that is taken, not that of the clients here."""
+    """Poll /health. Run this in its own thread, so that busy clients in this process do not distort the times."""
     while not done.wait(HEALTH_PERIOD):
         start = time.perf_counter()
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -112,11 +112,11 @@ def watch_health(port: int, seconds: list[float], done: threading.Event) -> None
         seconds.append(time.perf_counter() - start)
 
 
-# --- clients: each returns the status it saw, 0 where it left before there was one ----------------
+# --- clients: each returns the status it got, 0 if it left before there was one -------------------
 
 
 async def exchange(port: int, data: bytes, *, leave_after: float | None = None) -> int:
-    """Send bytes, and read the answer until its end or `leave_after` seconds have passed."""
+    """Send bytes and read the reply to its end, or disconnect after `leave_after` seconds. Returns the status."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     status = 0
     try:
@@ -171,7 +171,7 @@ async def sends_broken_json(port: int, rng: random.Random) -> int:
     _, _, raw = chat_request(rng, stream=True).partition(b"\r\n\r\n")
     place = rng.randrange(len(raw))
     broken = raw[:place] + rng.randbytes(3) + raw[place + rng.randrange(4) :]
-    leave_after = 1.0  # sometimes it is not broken
+    leave_after = 1.0  # sometimes the JSON is still valid
     return await exchange(port, request_head(CHAT, len(broken)) + broken, leave_after=leave_after)
 
 

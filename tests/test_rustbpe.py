@@ -1,3 +1,5 @@
+"""The Rust tokenizer against a Python reference, the regex engine and tiktoken; and what it refuses."""
+
 import random
 import signal
 import subprocess
@@ -192,26 +194,21 @@ def test_the_error_of_an_iterator_comes_out_unchanged():
     assert tokenizer.get_mergeable_ranks() == before
 
 
-@pytest.mark.parametrize(
-    ("item", "error", "match"),
-    [
-        (3, TypeError, "got int"),
-        (None, TypeError, "got NoneType"),
-        (b"bytes", TypeError, "got bytes"),
-        (pa.array([1, 2]), TypeError, "int64"),
-        (pa.array(["a", None]), ValueError, "nulls"),
-        (
-            pa.StringArray.from_buffers(1, pa.array([0, 2], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff")),
-            ValueError,
-            "document 0 is not UTF-8 at byte 1",
-        ),
-        (
-            pa.StringArray.from_buffers(2, pa.array([0, 1, 2], pa.int32()).buffers()[1], pa.py_buffer("é".encode())),
-            ValueError,
-            "document 0 is not UTF-8",
-        ),
-    ],
-)
+def string_array(offsets, data):
+    """An Arrow string array of bytes that nobody has checked to be UTF-8."""
+    buffer = pa.array(offsets, pa.int32()).buffers()[1]
+    return pa.StringArray.from_buffers(len(offsets) - 1, buffer, pa.py_buffer(data))
+
+
+NO_TEXT = [
+    (3, TypeError, "got int"), (None, TypeError, "got NoneType"), (b"bytes", TypeError, "got bytes"),
+    (pa.array([1, 2]), TypeError, "int64"), (pa.array(["a", None]), ValueError, "nulls"),
+    (string_array([0, 2], b"a\xff"), ValueError, "document 0 is not UTF-8 at byte 1"),
+    (string_array([0, 1, 2], "é".encode()), ValueError, "document 0 is not UTF-8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("item", "error", "match"), NO_TEXT)
 def test_items_that_are_no_text_are_refused_and_located(item, error, match):
     with pytest.raises(error, match=match) as caught:
         trained(["one", "two", item], 300)
@@ -225,11 +222,10 @@ def test_lone_surrogates_are_refused():
         rustbpe.Tokenizer().encode("a\udfff")
 
 
-def test_a_single_str_instead_of_a_list_is_refused():
+@pytest.mark.parametrize("call", ["train_from_iterator", "batch_encode"])
+def test_a_single_str_instead_of_a_list_is_refused(call):
     with pytest.raises(TypeError, match="single str"):
-        rustbpe.Tokenizer().train_from_iterator("abc", 300)
-    with pytest.raises(TypeError, match="single str"):
-        rustbpe.Tokenizer().batch_encode("abc")
+        getattr(rustbpe.Tokenizer(), call)("abc", 300)
 
 
 def test_nul_is_a_character_like_any_other():
@@ -346,15 +342,11 @@ def test_ids_outside_the_vocabulary_are_value_errors(tokenizer):
         tokenizer.decode([99999])
 
 
-@pytest.mark.parametrize(
-    "ranks",
-    [
-        [(b"a", 0)],
-        [(bytes([i]), 0) for i in range(256)],
-        [(bytes([i]), i) for i in range(256)] + [(b"", 256)],
-        [(bytes([i]), i) for i in range(256)] + [(b"ab", 256), (b"ab", 257)],
-    ],
-)
+BYTES = [(bytes([i]), i) for i in range(256)]
+TWICE = [*BYTES, (b"ab", 256), (b"ab", 257)]
+
+
+@pytest.mark.parametrize("ranks", [[(b"a", 0)], [(token, 0) for token, _ in BYTES], [*BYTES, (b"", 256)], TWICE])
 def test_ranks_that_are_no_vocabulary_are_value_errors(ranks):
     with pytest.raises(ValueError, match="no vocabulary"):
         rustbpe.Tokenizer.from_ranks(ranks, PATTERN)

@@ -1,3 +1,5 @@
+"""The tokenizer around rustbpe: special tokens, ids both ways, and the files."""
+
 import json
 import random
 import shutil
@@ -9,18 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rustbpe
+from nanochat import tokenizer as tok
 from nanochat.common import UserError
-from nanochat.tokenizer import (
-    LISTING_FILE,
-    RANKS_FILE,
-    SETTINGS_FILE,
-    SPECIAL_TOKENS,
-    SPLIT_PATTERN,
-    Tokenizer,
-    format_ranks,
-    parse_ranks,
-    tokenizer_dir,
-)
+from nanochat.tokenizer import RANKS_FILE, SETTINGS_FILE, SPECIAL_TOKENS, Tokenizer
 
 any_unicode = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
 SPECIAL_TEXT = "".join(SPECIAL_TOKENS) + " <|bos|> <|endoftext|>"
@@ -29,21 +22,13 @@ SPECIAL_TEXT = "".join(SPECIAL_TOKENS) + " <|bos|> <|endoftext|>"
 # --- training ------------------------------------------------------------------------------------
 
 
-def test_the_vocabulary_has_the_size_asked_for_specials_included(tokenizer):
+def test_the_vocabulary_has_the_size_asked_for_and_the_special_tokens_in_order(tokenizer):
     assert tokenizer.vocab_size == 400
-    assert list(tokenizer.special_ids) == list(SPECIAL_TOKENS)
+    names = """<|bos|> <|user_start|> <|user_end|> <|assistant_start|> <|assistant_end|>
+        <|python_start|> <|python_end|> <|output_start|> <|output_end|>"""
+    assert list(SPECIAL_TOKENS) == list(tokenizer.special_ids) == names.split()
     assert list(tokenizer.special_ids.values()) == list(range(391, 400))
     assert tokenizer.bos_id == tokenizer.special_id("<|bos|>") == 391
-
-
-def test_special_tokens_come_in_the_agreed_order():
-    assert (
-        tuple(
-            "<|bos|> <|user_start|> <|user_end|> <|assistant_start|> <|assistant_end|> "
-            "<|python_start|> <|python_end|> <|output_start|> <|output_end|>".split()
-        )
-        == SPECIAL_TOKENS
-    )
 
 
 def test_training_on_arrow_arrays_gives_the_same_tokenizer(tokenizer, texts):
@@ -78,7 +63,7 @@ def test_an_error_of_the_documents_comes_out_unchanged():
 
 
 def test_digits_are_cut_in_twos(tokenizer):
-    assert rustbpe.split_pattern(2) == SPLIT_PATTERN
+    assert rustbpe.split_pattern(2) == tok.SPLIT_PATTERN
     tokens = [tokenizer.decode([i]) for i in tokenizer.encode("x 20251107")]
     assert all(len(token) <= 2 for token in tokens[2:])
 
@@ -163,14 +148,11 @@ def test_saving_then_loading_is_the_identity(tokenizer, folder, texts):
     assert (loaded.token_bytes() == tokenizer.token_bytes()).all()
 
 
-def test_saved_ranks_load_into_tiktoken(tokenizer, folder):
+def test_saved_files_suit_tiktoken_and_people(tokenizer, folder):
     from tiktoken.load import load_tiktoken_bpe
 
     assert load_tiktoken_bpe(str(folder / RANKS_FILE)) == tokenizer.tiktoken._mergeable_ranks
-
-
-def test_the_listing_has_a_readable_line_per_token(tokenizer, folder):
-    lines = (folder / LISTING_FILE).read_text().splitlines()
+    lines = (folder / tok.LISTING_FILE).read_text().splitlines()
     assert len(lines) == tokenizer.vocab_size
     assert lines[97] == "     97  'a'"
     assert lines[-1] == "    399  <|output_end|>"
@@ -191,7 +173,7 @@ def test_fingerprints_tell_apart_whatever_changes_an_id(tokenizer, texts):
 
 def test_a_missing_tokenizer_says_how_to_train_one():
     with pytest.raises(UserError, match=r"python -m scripts\.tok_train"):
-        Tokenizer.load(tokenizer_dir())
+        Tokenizer.load(tok.tokenizer_dir())
 
 
 def damage_line(data: bytes) -> bytes:
@@ -218,18 +200,13 @@ def test_ranks_of_another_training_are_refused(folder, tmp_path):
         Tokenizer.load(folder)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        "",
-        "{",
-        "[]",
-        "{}",
-        "null",
-        '{"pattern": 1, "special_tokens": [], "fingerprint": ""}',
-        '{"pattern": "a", "special_tokens": [1], "fingerprint": ""}',
-    ],
-)
+BAD_SETTINGS = [
+    "", "{", "[]", "{}", "null", '{"pattern": 1, "special_tokens": [], "fingerprint": ""}',
+    '{"pattern": "a", "special_tokens": [1], "fingerprint": ""}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", BAD_SETTINGS)
 def test_damaged_settings_are_refused(folder, data):
     (folder / SETTINGS_FILE).write_text(data)
     with pytest.raises(UserError, match=r"settings\.json is damaged"):
@@ -247,4 +224,4 @@ def test_settings_no_tokenizer_can_have_are_refused(folder, key, value):
 def test_rank_files_of_any_tokens_come_back(tmp_path):
     rng = random.Random(0)
     tokens = [rng.randbytes(rng.randint(1, 40)) for _ in range(500)]
-    assert parse_ranks(format_ranks(tokens), tmp_path) == tokens
+    assert tok.parse_ranks(tok.format_ranks(tokens), tmp_path) == tokens
