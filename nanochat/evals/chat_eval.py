@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -179,8 +180,6 @@ def _answer_categorical(model, tokenizer: Tokenizer, task, questions: Sequence[Q
 
 # --- generative tasks ----------------------------------------------------------------------------
 
-Answered = tuple[Question, list[Completion]]
-
 
 def _answer_generative(model, tokenizer: Tokenizer, engine, task, questions, settings: EvalSettings) -> Iterator[Item]:
     """The questions with their answers and verdicts, in the order in which they are done."""
@@ -189,16 +188,20 @@ def _answer_generative(model, tokenizer: Tokenizer, engine, task, questions, set
         answers = ((question, [plain(question.ids)]) for question in questions)
     else:
         answers = _complete_all(engine, questions, settings)
-    done: list[Answered] = []
-    for answer in answers:
-        done.append(answer)
-        if len(done) == GRADE_PROBLEMS:
-            yield from _judge_completions(tokenizer, task, done, settings.seed)
-            done = []
-    yield from _judge_completions(tokenizer, task, done, settings.seed)
+    while done := list(islice(answers, GRADE_PROBLEMS)):
+        pairs = [(question.conversation, one.parts) for question, completions in done for one in completions]
+        verdicts = iter(task.evaluate_many(pairs))
+        for question, completions in done:
+            samples = []
+            for one in completions:
+                scores = task.score(question.conversation, one.parts)
+                samples.append(Sample(one.parts, bool(next(verdicts)), scores, one.finish_reason, len(one.tokens)))
+            yield _make_item(tokenizer, question, samples, seed=problem_seed(settings.seed, question.index))
 
 
-def _complete_all(engine: Engine, questions: Sequence[Question], settings: EvalSettings) -> Iterator[Answered]:
+def _complete_all(
+    engine: Engine, questions: Sequence[Question], settings: EvalSettings
+) -> Iterator[tuple[Question, list[Completion]]]:
     """All questions through the engine at the same time, each yielded when its last sample is done."""
     waiting = {
         engine.submit(question.ids, settings.sampling(question.index), num_samples=settings.num_samples): question
@@ -212,17 +215,6 @@ def _complete_all(engine: Engine, questions: Sequence[Question], settings: EvalS
     finally:  # if the caller stops early, the engine must not go on with these
         for request in waiting:
             engine.cancel(request)
-
-
-def _judge_completions(tokenizer: Tokenizer, task, done: Sequence[Answered], seed: int) -> Iterator[Item]:
-    """The task's verdicts on the answers to some questions."""
-    verdicts = iter(task.evaluate_many([(question.conversation, one.parts) for question, own in done for one in own]))
-    for question, completions in done:
-        samples = []
-        for one in completions:
-            scores = task.score(question.conversation, one.parts)
-            samples.append(Sample(one.parts, bool(next(verdicts)), scores, one.finish_reason, len(one.tokens)))
-        yield _make_item(tokenizer, question, samples, seed=problem_seed(seed, question.index))
 
 
 @torch.no_grad()

@@ -12,15 +12,11 @@ filter of system calls (seccomp) that denies new processes, execution, sockets, 
 memory files, mounts, tracing and keys. Where the system allows no namespaces, only the limits and the filter remain,
 and nothing runs unless `allow_unsafe` (`--allow-unsafe-execution`) is set.
 
-Not covered:
-- errors in the kernel and side channels: there is no virtual machine and no gVisor.
-- total memory: the limit is per process, two processes run per problem, and the scratch folder, the pipes and the
-  kernel's tables come on top. `num_workers` times all of that should fit the machine.
-- the processor: a problem may keep one core busy up to its CPU limit; nothing lowers its priority.
-- reading what is visible: the system's libraries and Python's standard library (installed packages are hidden).
-- without isolation: files that this user can read or write, and on systems other than Linux also the network, other
-  processes and children that outlive their parent.
-- memorised answers, and arguments that a program changes in place: the tests keep their own copy.
+Not covered: errors in the kernel and side channels (there is no virtual machine); total memory (the limit is per
+process, `num_workers` times two of them run, and scratch folders come on top); the load of one busy core per problem;
+reading the system's libraries and Python's standard library; memorised answers, and arguments changed in place (the
+tests keep their own copy). Without isolation also: files that this user can read or write, and on systems other than
+Linux the network, other processes and children that outlive their parent.
 """
 
 import functools
@@ -47,13 +43,13 @@ from nanochat.common import UserError
 
 TIMEOUT_SECONDS = 5.0  # from the moment both processes are locked in to the verdict
 STARTUP_SECONDS = 30.0  # allowed before that moment: a loaded machine is slow to start processes
-MEMORY_BYTES = 512 << 20  # address space of each process
 OUTPUT_BYTES = 64 << 10  # of the program's standard output and error together
 SCRATCH_BYTES = 16 << 20
 KILL_SECONDS = 5.0  # for killed processes to be gone
 EXIT_SECONDS = 1.0  # from the end of a process's pipes to its exit status
 MAX_SOURCE = 1 << 20  # characters of a program or its tests
-LIMITS = {"FSIZE": 8 << 20, "NOFILE": 64, "NPROC": 64, "CORE": 0}  # of each process, beside memory and CPU time
+# of each process, beside its CPU time; "AS" is its address space
+LIMITS = {"AS": 512 << 20, "FSIZE": 8 << 20, "NOFILE": 64, "NPROC": 64, "CORE": 0}
 
 _USERS = itertools.cycle(range(64000, 64500))  # used by root: ids without an account, one each, so limits do not add up
 _METHODS = ("bubblewrap", "unshare")
@@ -97,16 +93,14 @@ def grade(
     entry_point: str,
     *,
     timeout_seconds: float = TIMEOUT_SECONDS,
-    memory_bytes: int = MEMORY_BYTES,
-    output_bytes: int = OUTPUT_BYTES,
     allow_unsafe: bool = False,
     sandbox: Isolation | None = None,
 ) -> Verdict:
     """Run `tests` against the function `entry_point` of `program` (both Python source).
 
     The tests are plain asserts on `entry_point`, or define `check(candidate)`, as HumanEval's do (arXiv 2107.03374).
-    They see nothing else of the program; `with_helpers` adds what they need of its prompt. `memory_bytes` is the
-    address space of each process, `sandbox` the isolation to use (default: `isolation()`).
+    They see nothing else of the program; `with_helpers` adds what they need of its prompt. `sandbox` is the isolation
+    to use (default: `isolation()`).
 
     Whatever the program does, a `Verdict` comes back within about the timeout and no process is left. Raises
     `UserError` when this system offers no isolation and `allow_unsafe` is false.
@@ -119,9 +113,9 @@ def grade(
         )
     if not entry_point.isidentifier() or max(len(program), len(tests)) > MAX_SOURCE:
         return Verdict(False, "refused", "the entry point is not a name, or a source is too long", "")
-    with closing(_Run(sandbox, LIMITS | {"AS": memory_bytes, "CPU": int(timeout_seconds) + 1})) as run:
+    with closing(_Run(sandbox, timeout_seconds)) as run:
         run.start(program, tests, entry_point)
-        return run.watch(timeout_seconds, output_bytes)
+        return run.watch()
 
 
 def grade_many(
@@ -156,10 +150,8 @@ def with_helpers(tests: str, prompt: str, entry_point: str) -> str:
 
 @functools.cache
 def isolation(method: str = "") -> Isolation:
-    """The best isolation that works on this system, or whether `method` does; found by using it, once.
-
-    Touches the system only when called: it starts processes and creates a canary file in the temporary folder.
-    """
+    """The best isolation that works on this system, or whether `method` does. Found by using it, once: this starts
+    processes and creates a canary file in the temporary folder."""
     if not sys.platform.startswith("linux"):
         return Isolation("none", f"{sys.platform} has no namespaces")
     reasons = []
@@ -242,9 +234,9 @@ def _bubblewrap() -> list[str]:
 class _Run:
     """The two processes of one grading and their pipes. After `close` nothing of them remains."""
 
-    def __init__(self, sandbox: Isolation, limits: dict[str, int]) -> None:
+    def __init__(self, sandbox: Isolation, timeout_seconds: float) -> None:
         self.sandbox = sandbox
-        self.limits = limits
+        self.timeout_seconds = timeout_seconds
         self.processes: dict[str, subprocess.Popen] = {}
         self.output = bytearray()  # of the program
         self.told = bytearray()  # by the tester
@@ -259,69 +251,61 @@ class _Run:
         """Start the candidate and the tester, connected. Raises `UserError` when the system has no room for them."""
         try:
             with ExitStack() as theirs:  # pipe ends that only the processes keep, so a pipe ends with its process
-                requests_out, requests_in = _pipe(theirs, theirs)
-                answers_out, answers_in = _pipe(theirs, theirs)
-                output_out, output_in = _pipe(self.open, theirs)
-                told_out, told_in = _pipe(self.open, theirs)
-                candidate = {"part": "candidate", "program": program, "descriptors": [requests_out, answers_in]}
-                self.spawn(candidate, output_in)
-                tester = {"part": "tester", "tests": tests, "entry_point": entry_point}
-                self.spawn(tester | {"descriptors": [answers_out, requests_in, told_in]}, subprocess.DEVNULL)
+                requests, answers = _pipe(theirs, theirs), _pipe(theirs, theirs)
+                output, told = _pipe(self.open, theirs), _pipe(self.open, theirs)
+                self.spawn("candidate", [requests[0], answers[1]], output[1], {"program": program})
+                tests_setup = {"tests": tests, "entry_point": entry_point}
+                self.spawn("tester", [answers[0], requests[1], told[1]], subprocess.DEVNULL, tests_setup)
         except OSError as error:
             raise UserError(f"cannot start a process for the code to be graded ({error}); try fewer workers") from error
-        self.selector.register(output_out, selectors.EVENT_READ, self.output)
-        self.selector.register(told_out, selectors.EVENT_READ, self.told)
+        self.selector.register(output[0], selectors.EVENT_READ, self.output)
+        self.selector.register(told[0], selectors.EVENT_READ, self.told)
 
-    def spawn(self, part: dict, output: int) -> None:
-        """Start one process. Its instructions wait in a file that is its standard input."""
+    def spawn(self, part: str, descriptors: list[int], output: int, setup: dict) -> None:
+        """Start the process `part`. Its instructions wait in a file that is its standard input."""
+        method = self.sandbox.method
         visible, hidden = _visible()
-        setup = part | {
-            "method": self.sandbox.method,
-            "limits": self.limits,
-            "user": next(_USERS) if os.geteuid() == 0 and self.sandbox.method != "none" else None,
-            "visible": visible,
-            "hidden": hidden,
-            "scratch_bytes": SCRATCH_BYTES,
-        }
+        setup |= {
+            "part": part, "descriptors": descriptors, "method": method,
+            "limits": LIMITS | {"CPU": int(self.timeout_seconds) + 1},
+            "user": next(_USERS) if os.geteuid() == 0 and method != "none" else None,
+            "visible": visible, "hidden": hidden, "scratch_bytes": SCRATCH_BYTES,
+        }  # fmt: skip
         instructions = self.open.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         instructions.write(json.dumps(setup).encode())
         instructions.seek(0)
         folder = "/"
-        if self.sandbox.method == "none":
+        if method == "none":
             folder = self.open.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         command = [_python(), "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _child_source()]
-        self.processes[part["part"]] = subprocess.Popen(
-            [*(_bubblewrap() if self.sandbox.method == "bubblewrap" else []), *command],
-            stdin=instructions,
-            stdout=output,
-            stderr=output,
-            pass_fds=part["descriptors"],
-            cwd=folder,
+        self.processes[part] = subprocess.Popen(
+            [*(_bubblewrap() if method == "bubblewrap" else []), *command],
+            stdin=instructions, stdout=output, stderr=output, pass_fds=descriptors, cwd=folder,
             env={"PYTHONHASHSEED": "0"},  # a fixed order of sets, so that the verdict is the same every time
             start_new_session=True,
-        )
+        )  # fmt: skip
 
-    def watch(self, timeout_seconds: float, output_bytes: int) -> Verdict:
+    def watch(self) -> Verdict:
         """Wait for the verdict, the deadline or too much output, then kill both processes.
 
         Raises `UserError` when the processes did not get as far as loading the program.
         """
-        status, detail = self.hear(STARTUP_SECONDS, output_bytes)
+        status, detail = self.hear(STARTUP_SECONDS)
         if status != "started":
             self.kill()
             said = self.output.decode(errors="replace").strip().splitlines() or [detail]
             raise UserError(f"the sandbox ({self.sandbox.method}) did not start: {said[-1]}")
-        status, detail = self.hear(timeout_seconds, output_bytes)
+        status, detail = self.hear(self.timeout_seconds)
         if status == "ended":
             status, detail = self.explain_crash(detail)
         self.kill()
-        if status == "passed" and len(self.output) > output_bytes:
+        if status == "passed" and len(self.output) > OUTPUT_BYTES:
             status, detail = "output", "too much output"
-        output = self.output[:output_bytes].decode(errors="replace")
+        output = self.output[:OUTPUT_BYTES].decode(errors="replace")
         detail = detail.encode(errors="replace").decode()  # a lone surrogate could not be written to a file
         return Verdict(status == "passed", status, detail, output)
 
-    def hear(self, seconds: float, output_bytes: int) -> tuple[str, str]:
+    def hear(self, seconds: float) -> tuple[str, str]:
         """The tester's next (status, detail), or why there is none."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self.told:
@@ -332,8 +316,8 @@ class _Run:
             for key, _ in events:
                 if not self.read(key) and key.data is self.told:
                     return "error", "the tests' process ended without a verdict"
-            if len(self.output) > output_bytes:
-                return "output", f"more than {output_bytes} bytes of output"
+            if len(self.output) > OUTPUT_BYTES:
+                return "output", f"more than {OUTPUT_BYTES} bytes of output"
         line, _, rest = self.told.partition(b"\n")
         self.told[:] = rest
         status, detail = json.loads(line)
@@ -360,11 +344,7 @@ class _Run:
         return "crashed", f"{detail} ({name})"
 
     def kill(self) -> None:
-        """Kill both processes and their descendants, and wait until they are gone.
-
-        Killing the first process of a process namespace kills all others in it. A pipe ends when its last holder is
-        gone.
-        """
+        """Kill both processes and their descendants, and wait until they are gone: a pipe ends with its last holder."""
         for process in self.processes.values():
             if process.returncode is None:  # once reaped, its number may belong to another process
                 _kill(process)
@@ -375,11 +355,8 @@ class _Run:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Kill `process` and what it started, the inside of a sandbox first.
-
-    The outer process then reaps the inner one and ends by itself. Killed first, it would leave a zombie behind where
-    the system's first process reaps none, as in many containers.
-    """
+    """Kill `process` and what it started, the inside of a sandbox first: the outer process then reaps the inner one and
+    ends by itself. Killed first, it would leave a zombie in a container whose first process reaps none."""
     try:
         inside = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     except OSError:  # no /proc, or already gone
