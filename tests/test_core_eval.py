@@ -337,7 +337,9 @@ def test_the_mean_loss_per_token_decides_not_the_sum():
             return hidden[..., 1 + LETTERS.index("a"), None] * likelier + torch.zeros(VOCAB_SIZE)
 
     records = [{"query": "q", "choices": ["c", "ab"], "gold": 1}]
-    (score,) = score_batched(Half(), build_examples(make_task("multiple_choice", records), LetterTokenizer(), [0], 65))
+    (score,) = score_batched(
+        Half(), build_examples(make_task("multiple_choice", records), LetterTokenizer(), range(1), 65)
+    )
     uniform = math.log(VOCAB_SIZE)
     assert score.nats[0] == pytest.approx(uniform)
     assert uniform / 2 < score.nats[1] < uniform < 2 * score.nats[1]

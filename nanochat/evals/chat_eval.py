@@ -199,14 +199,10 @@ def _answer_generative(model, tokenizer: Tokenizer, engine, task, questions, set
             yield _make_item(tokenizer, question, samples, seed=problem_seed(settings.seed, question.index))
 
 
-def _complete_all(
-    engine: Engine, questions: Sequence[Question], settings: EvalSettings
-) -> Iterator[tuple[Question, list[Completion]]]:
+def _complete_all(engine: Engine, questions, settings: EvalSettings) -> Iterator[tuple[Question, list[Completion]]]:
     """All questions through the engine at the same time, each yielded when its last sample is done."""
-    waiting = {
-        engine.submit(question.ids, settings.sampling(question.index), num_samples=settings.num_samples): question
-        for question in questions
-    }
+    num_samples = settings.num_samples
+    waiting = {engine.submit(q.ids, settings.sampling(q.index), num_samples=num_samples): q for q in questions}
     try:
         while waiting:
             for event in engine.step():
@@ -281,15 +277,9 @@ def prepare_logs(logs: Iterable[ResultLog], *, resume: bool) -> None:
 
 
 def evaluate_task(
-    task,
-    model,
-    tokenizer: Tokenizer,
-    settings: EvalSettings,
-    *,
-    engine: Engine | None = None,
-    log: ResultLog | None = None,
-    progress: Callable[..., Iterable[Item]] = lambda items, total: items,
-) -> TaskResult:
+    task, model, tokenizer: Tokenizer, settings: EvalSettings, *, engine: Engine | None = None,
+    log: ResultLog | None = None, progress: Callable[..., Iterable[Item]] = lambda items, total: items,
+) -> TaskResult:  # fmt: skip
     """Ask `model` the problems of `task`, a `tasks.common.Task` or an object like it, and judge its answers.
 
     model: `GPT`, or an object with `device`, `config.sequence_len`, `config.vocab_size`, `hidden`, `logits` and

@@ -46,7 +46,8 @@ class Example:
     num_cut: int
 
 
-def build_examples(task: Task, tokenizer, indices: Sequence[int], max_row_tokens: int) -> tuple[Example, ...]:
+@functools.lru_cache(maxsize=64)  # done once for all evaluations of a training run
+def build_examples(task: Task, tokenizer, indices: range, max_row_tokens: int) -> tuple[Example, ...]:
     """The examples of `task` at `indices` (into `task.records`), no row longer than `max_row_tokens`."""
     examples = []
     for first in range(0, len(indices), ENCODE_EXAMPLES):
@@ -54,7 +55,13 @@ def build_examples(task: Task, tokenizer, indices: Sequence[int], max_row_tokens
         encoded = iter(tokenizer.encode_batch([text for texts in prompts for text in texts]))
         for texts in prompts:
             rows = [[tokenizer.bos_id, *next(encoded)] for _ in texts]
-            examples.append(_build_example(task.kind, rows, max_row_tokens))
+            starts = span_starts(task.kind, rows)
+            if task.kind == "language_modeling":
+                rows, starts = rows[1:], starts[1:]
+            num_cut = max(0, max(map(len, rows)) - max_row_tokens)
+            cut = [cut_row(row, start, num_cut, max_row_tokens) for row, start in zip(rows, starts, strict=True)]
+            arrays = tuple(np.array(row, dtype=np.int32) for row, _ in cut)
+            examples.append(Example(arrays, tuple(start for _, start in cut), num_cut))
     return tuple(examples)
 
 
@@ -85,15 +92,6 @@ def draw_shots(task: Task, index: int) -> list[int]:
     others = len(task.records) - 1
     drawn = random.Random(SHOT_SEED + index).sample(range(others), min(task.num_shots, others))
     return [shot + (shot >= index) for shot in drawn]
-
-
-def _build_example(kind: str, rows: list[list[int]], max_row_tokens: int) -> Example:
-    starts = span_starts(kind, rows)
-    if kind == "language_modeling":
-        rows, starts = rows[1:], starts[1:]
-    num_cut = max(0, max(map(len, rows)) - max_row_tokens)
-    cut = [cut_row(row, start, num_cut, max_row_tokens) for row, start in zip(rows, starts, strict=True)]
-    return Example(tuple(np.array(row, dtype=np.int32) for row, _ in cut), tuple(start for _, start in cut), num_cut)
 
 
 def span_starts(kind: str, rows: list[list[int]]) -> list[int]:
@@ -211,7 +209,6 @@ class TaskResult:
     """One task: `accuracy` and `baseline` from 0 to 1; `num_cut` examples had to be cut to fit the context."""
 
     label: str
-    kind: str
     num_shots: int
     accuracy: float
     baseline: float
@@ -234,30 +231,22 @@ class CoreResult:
 
 
 def evaluate_core(
-    model,
-    tokenizer,
-    bundle: Path,
-    *,
-    max_per_task: int = 0,
-    batch_tokens: int = 0,
-    slow: bool = False,
-    progress: Callable[[TaskResult], None] | None = None,
-) -> CoreResult:
+    model, tokenizer, bundle: Path, *, max_per_task: int = 0, batch_tokens: int = 0, slow: bool = False,
+    progress: Callable[[TaskResult], object] = lambda task: None,
+) -> CoreResult:  # fmt: skip
     """CORE of `model` on the tasks of the folder `bundle`, as `fetch_bundle` returns it.
 
     model: has `device`, `config.sequence_len`, `config.vocab_size`, `hidden`, `logits` and `__call__` like `GPT`;
     tokenizer: has `bos_id` and `encode_batch`. `max_per_task` limits the examples of each task (0: all); they are
-    always the same ones, asked with the same shots as in a whole run. With a process group every rank must call this;
-    each scores its share, all get the result. `slow` takes the plain path. `progress` is called after each task.
-
-    Raises `UserError` for a malformed bundle and for losses that are NaN.
+    always the same ones, asked with the same shots as in a whole run. `batch_tokens` 0 is what suits the device; `slow`
+    takes the plain path. `progress` is called after each task. With a process group every rank must call this; each
+    scores its share, all get the result. Raises `UserError` for a malformed bundle and for losses that are NaN.
     """
     begin = time.perf_counter()
     results = []
     for task in read_tasks(bundle):
         results.append(_evaluate_task(model, tokenizer, task, max_per_task, batch_tokens, slow))
-        if progress is not None:
-            progress(results[-1])
+        progress(results[-1])
     core = sum(result.centered for result in results) / len(results)
     return CoreResult(tuple(results), core, time.perf_counter() - begin)
 
@@ -268,7 +257,7 @@ def _evaluate_task(model, tokenizer, task: Task, max_per_task: int, batch_tokens
     rank, world_size = scoring.rank_and_world_size()
     mine = range(rank, count, world_size)
     # the last token of a row is only predicted, never read: a row may be one longer than the context
-    examples = _cached_examples(task, tokenizer, mine, model.config.sequence_len + 1)
+    examples = build_examples(task, tokenizer, mine, model.config.sequence_len + 1)
     scores = score_plainly(model, examples) if slow else score_batched(model, examples, batch_tokens)
     own = [(index, s, example.num_cut > 0) for index, s, example in zip(mine, scores, examples, strict=True)]
     gathered = sorted(scoring.gather_from_ranks(own), key=lambda one: one[0])
@@ -276,13 +265,7 @@ def _evaluate_task(model, tokenizer, task: Task, max_per_task: int, batch_tokens
     accuracy = sum(item.is_correct for item in items) / count
     num_cut = sum(is_cut for _, _, is_cut in gathered)
     seconds = time.perf_counter() - begin
-    return TaskResult(task.label, task.kind, task.num_shots, accuracy, task.baseline, num_cut, seconds, items)
-
-
-@functools.lru_cache(maxsize=64)
-def _cached_examples(task: Task, tokenizer, indices: range, max_row_tokens: int) -> tuple[Example, ...]:
-    """`build_examples`, done once for the evaluations of one training run."""
-    return build_examples(task, tokenizer, indices, max_row_tokens)
+    return TaskResult(task.label, task.num_shots, accuracy, task.baseline, num_cut, seconds, items)
 
 
 def _judge(task: Task, index: int, score: Score) -> ItemResult:

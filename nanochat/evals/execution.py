@@ -88,14 +88,9 @@ class Problem(NamedTuple):
 
 
 def grade(
-    program: str,
-    tests: str,
-    entry_point: str,
-    *,
-    timeout_seconds: float = TIMEOUT_SECONDS,
-    allow_unsafe: bool = False,
-    sandbox: Isolation | None = None,
-) -> Verdict:
+    program: str, tests: str, entry_point: str, *,
+    timeout_seconds: float = TIMEOUT_SECONDS, allow_unsafe: bool = False, sandbox: Isolation | None = None,
+) -> Verdict:  # fmt: skip
     """Run `tests` against the function `entry_point` of `program` (both Python source).
 
     The tests are plain asserts on `entry_point`, or define `check(candidate)`, as HumanEval's do (arXiv 2107.03374).
@@ -121,10 +116,8 @@ def grade(
 def grade_many(
     problems: Iterable[Problem | tuple[str, str, str]], *, num_workers: int | None = None, **options
 ) -> list[Verdict]:
-    """The verdicts on `problems`, in order, `num_workers` at a time (default: one per usable core).
-
-    `options` are those of `grade`.
-    """
+    """The verdicts on `problems`, in order, `num_workers` at a time (default: one per usable core). `options` are
+    those of `grade`."""
     options.setdefault("sandbox", isolation())  # found before the threads ask for it
     workers = num_workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
     with ThreadPoolExecutor(workers) as pool:
@@ -286,10 +279,8 @@ class _Run:
         )  # fmt: skip
 
     def watch(self) -> Verdict:
-        """Wait for the verdict, the deadline or too much output, then kill both processes.
-
-        Raises `UserError` when the processes did not get as far as loading the program.
-        """
+        """Wait for the verdict, the deadline or too much output, then kill both processes. Raises `UserError` when they
+        did not get as far as loading the program."""
         status, detail = self.hear(STARTUP_SECONDS)
         if status != "started":
             self.kill()

@@ -29,25 +29,19 @@ MAX_DETAIL = 400  # characters of an explanation
 
 def pack(value: object) -> object:
     """`value` as JSON data, with subclasses reduced to the plain type they extend. Raises TypeError for anything else.
-
-    Only methods of the base types are called, so nothing that a subclass overrides takes effect.
-    """
+    Only methods of the plain types are called, so nothing that a subclass overrides takes effect."""
     if value is None or value is True or value is False:
         return value
-    for kind in (int, float):
+    for kind, plain in ((int, int.__pos__), (float, float.__pos__), (str, str.__str__)):
         if isinstance(value, kind):
-            return kind.__pos__(value)
-    if isinstance(value, str):
-        return str.__str__(value)
+            return plain(value)
     if isinstance(value, list):
         return [pack(item) for item in list.__iter__(value)]
-    for kind in (tuple, set, frozenset):
-        if isinstance(value, kind):
-            return {kind.__name__: [pack(item) for item in kind.__iter__(value)]}
     if isinstance(value, dict):
         return {"dict": [[pack(key), pack(item)] for key, item in dict.items(value)]}
-    if isinstance(value, bytes):
-        return {"bytes": list(bytes.__iter__(value))}
+    for kind in (tuple, set, frozenset, bytes):
+        if isinstance(value, kind):
+            return {kind.__name__: [pack(item) for item in kind.__iter__(value)]}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
     raise TypeError(f"a value of type {type(value).__name__} is not plain data")
@@ -220,8 +214,8 @@ def rebuild_error(name: str, message: str) -> Exception:
 def run_tests(channel: Channel, tests: str, entry_point: str, report: Callable[[str, str], None]) -> None:
     """Run `tests`, then their `check` if they define one, against the candidate.
 
-    Calls `report(status, detail)` with "started" first, then with a status of `execution.Verdict`, or with "ended" when
-    the candidate's process is gone. It reports "passed" only when the tests ran to their end and called the candidate.
+    Reports "started" first, then a status of `execution.Verdict`, or "ended" when the candidate's process is gone. It
+    reports "passed" only when the tests ran to their end and called the candidate.
     """
     candidate = Candidate(channel, entry_point, report)
     try:
@@ -343,11 +337,8 @@ def mount_tmpfs(path: str, options: str) -> None:
 
 
 def enter_namespaces(visible: list[str], hidden: list[str], scratch_bytes: int) -> None:
-    """Move into new namespaces whose file system is `visible` (read-only), `hidden` (empty) and a scratch folder.
-
-    Returns in a child process. `visible` are files, folders and symbolic links, parents first; `hidden` are folders
-    below them.
-    """
+    """Move into new namespaces whose file system is `visible` (files, folders and links, parents first; read-only), in
+    which the folders `hidden` are empty, and a scratch folder. Returns in a child process."""
     as_root, user, group = os.geteuid() == 0, os.geteuid(), os.getegid()
     call_libc("unshare", _CLONE_NEW | (0 if as_root else _CLONE_NEWUSER))
     if not as_root:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.model.attention import causal_attention, masked_attention
 from nanochat.model.gpt import GPT
@@ -74,10 +75,8 @@ def plant(texts: Sequence[np.ndarray], *, shared: bool = True) -> tuple[list[Tre
 def common_length(texts: Sequence[np.ndarray]) -> int:
     """How many tokens all of `texts` begin with."""
     shortest = min(map(len, texts))
-    differs = np.zeros(shortest, dtype=bool)
-    for text in texts[1:]:
-        differs |= text[:shortest] != texts[0][:shortest]
-    return int(differs.argmax()) if differs.any() else shortest
+    same = np.all([text[:shortest] == texts[0][:shortest] for text in texts], axis=0)
+    return shortest if same.all() else int(same.argmin())
 
 
 def _grow(texts: Sequence[np.ndarray]) -> tuple[Tree, list[np.ndarray]]:
@@ -115,9 +114,7 @@ def default_batch_tokens(device: torch.device) -> int:
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices into `lengths`, longest first, in batches of at most `batch_tokens` with padding, or of a single text.
-
-    The largest batch comes first, so that a lack of memory shows at once.
-    """
+    The largest batch comes first, so that a lack of memory shows at once."""
     ordered = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     first = 0
     while first < len(ordered):
@@ -130,11 +127,9 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[lis
 
 
 def hidden_at(model, trees: Sequence[Tree], rows: np.ndarray, places: np.ndarray) -> Tensor:
-    """Final hidden states (N, C) at `places` (N,) of `trees[rows]` (N,), run as one batch padded on the right.
-
-    Only a `GPT` can run trees with branches.
-    """
-    idx = torch.from_numpy(_padded([tree.tokens for tree in trees], 0)).to(model.device)  # (B, T)
+    """Final hidden states (N, C) at `places` (N,) of `trees[rows]` (N,), run as one batch padded on the right. Only a
+    `GPT` can run trees with branches."""
+    idx = _padded([tree.tokens for tree in trees]).to(model.device)  # (B, T)
     if not isinstance(model, GPT):
         assert not any(tree.branches.any() for tree in trees), "this model cannot share stems"
         rows_t, places_t = torch.from_numpy(np.stack([rows, places])).to(model.device)
@@ -142,52 +137,45 @@ def hidden_at(model, trees: Sequence[Tree], rows: np.ndarray, places: np.ndarray
     # the last layer computes each wanted place once: asked (B, Q), rows filled up with place 0
     wanted, inverse = np.unique(rows * idx.size(1) + places, return_inverse=True)
     wanted_rows, wanted_places = np.divmod(wanted, idx.size(1))
-    asked = _padded(np.split(wanted_places, np.searchsorted(wanted_rows, np.arange(1, len(trees)))), 0)
+    asked = _padded(np.split(wanted_places, np.searchsorted(wanted_rows, np.arange(1, len(trees)))))
     slots = np.arange(len(wanted)) - np.searchsorted(wanted_rows, wanted_rows)
-    forest = _Forest(trees, idx, torch.from_numpy(asked).to(model.device))
-    hidden = model.trunk(
-        idx, *forest.rotary(model), previous=forest.previous, attend=forest.attend, asking=forest.asking
-    )  # (B, Q, C)
+    forest = _Forest(trees, asked.to(model.device))
+    options = {"previous": forest.previous, "attend": forest.attend, "asking": forest.asking}
+    hidden = model.trunk(idx, *forest.rotary(model), **options)  # (B, Q, C)
     return hidden.flatten(0, 1)[torch.from_numpy((wanted_rows * asked.shape[1] + slots)[inverse]).to(model.device)]
 
 
-def _padded(arrays: Sequence[np.ndarray], filler: int) -> np.ndarray:
-    """1-D arrays as the rows of one (B, longest) int64 array."""
-    table = np.full((len(arrays), max(map(len, arrays))), filler, dtype=np.int64)
-    for row, array in zip(table, arrays, strict=True):
-        row[: len(array)] = array
-    return table
+def _padded(arrays: Sequence[np.ndarray], filler: int = 0) -> Tensor:
+    """1-D int64 arrays as the rows of one (B, longest) tensor."""
+    return pad_sequence([torch.from_numpy(array) for array in arrays], batch_first=True, padding_value=filler)
 
 
 class _Forest:
-    """What a `GPT` needs beside the tokens to run a batch of trees: places, who sees whom, and where it is asked.
+    """What a `GPT` needs beside the tokens to run a batch of trees: positions, who sees whom, and where it is asked.
 
     A place sees the stem and its own branch up to itself. Causal attention covers the stems; the places behind them
     and the places `asked` (B, Q) get masks.
     """
 
-    def __init__(self, trees: Sequence[Tree], idx: Tensor, asked: Tensor):
-        def table(arrays: Sequence[np.ndarray], filler: int = 0) -> Tensor:
-            return torch.from_numpy(_padded(arrays, filler)).to(idx.device)
-
-        rows = torch.arange(idx.size(0), device=idx.device).unsqueeze(1)  # (B, 1)
+    def __init__(self, trees: Sequence[Tree], asked: Tensor):
+        device = asked.device
+        rows = torch.arange(len(trees), device=device).unsqueeze(1)  # (B, 1)
         self.asking = (rows, asked)
-        self._positions = table([tree.positions for tree in trees])  # (B, T)
-        self._branches = table([tree.branches for tree in trees], -1)  # (B, T); nothing sees or asks at the padding
+        self.previous: Tensor | None = None  # (B, T) place of the token before; None: always the place to the left
+        self._positions = _padded([tree.positions for tree in trees]).to(device)  # (B, T)
+        self._branches = _padded([tree.branches for tree in trees], -1).to(device)  # (B, T), nothing sees the padding
         self._longest = max(int(tree.positions.max()) for tree in trees) + 1
-        self._stem = slice(max(tree.stem for tree in trees))
         self._masks: dict[tuple[int | None, bool], Tensor] = {}
         self._branching: tuple[Tensor, Tensor] | None = None  # index tensors of the places behind the stems
-        self.previous: Tensor | None = None  # (B, T) place of the token before; None: always the place to the left
-        if any(len(tree) > tree.stem for tree in trees):
-            before = []
-            for tree in trees:
-                starts_branch = np.diff(tree.branches, prepend=0) > 0
-                before.append(np.where(starts_branch, tree.stem - 1, np.maximum(np.arange(len(tree)) - 1, 0)))
-            self.previous = table(before)
-            stems, lasts = np.array([[tree.stem] for tree in trees]), np.array([[len(tree) - 1] for tree in trees])
+        stems, lasts = np.array([[tree.stem] for tree in trees]), np.array([[len(tree) - 1] for tree in trees])
+        self._stem = slice(int(stems.max()))
+        if (lasts >= stems).any():
+            before = [np.maximum(np.arange(len(tree)) - 1, 0) for tree in trees]
+            for tree, places in zip(trees, before, strict=True):
+                places[np.diff(tree.branches, prepend=0) > 0] = tree.stem - 1  # where a branch begins
+            self.previous = _padded(before).to(device)
             places = np.minimum(stems + np.arange((lasts - stems).max() + 1), lasts)  # short rows repeat their last
-            self._branching = rows, torch.from_numpy(places).to(idx.device)
+            self._branching = rows, torch.from_numpy(places).to(device)
 
     def rotary(self, model: GPT) -> tuple[Tensor, Tensor]:
         """cos and sin, each (B, T, 1, D / 2)."""
