@@ -283,6 +283,8 @@ class _Run:
         did not get as far as loading the program."""
         status, detail = self.hear(STARTUP_SECONDS)
         if status != "started":
+            with suppress(subprocess.TimeoutExpired):  # the candidate may be about to say what is wrong
+                self.processes["candidate"].wait(EXIT_SECONDS)
             self.kill()
             said = self.output.decode(errors="replace").strip().splitlines() or [detail]
             raise UserError(f"the sandbox ({self.sandbox.method}) did not start: {said[-1]}")

@@ -1,13 +1,12 @@
 """What runs inside the two sandboxed processes of `execution.py`: each locks itself in, then plays its part.
 
-Standard library only, because `execution.py` hands the text of this file to a bare interpreter. The *candidate* process
-holds the graded program and answers calls of its functions (`serve_candidate`). The *tester* process holds the tests
-and reports the verdict (`run_tests`).
+Standard library only, because `execution.py` hands this text to a bare interpreter. The *candidate* process holds the
+graded program and answers calls of its functions (`serve_candidate`); the *tester* process holds the tests and reports
+the verdict (`run_tests`).
 
-The two exchange lines of JSON, `[number, kind, value]`, over a pair of pipes. Only plain data crosses: None, bool, int,
-float, complex, str, bytes, and lists, tuples, sets and dicts of these. It is rebuilt on the other side as exactly these
-types (`pack`, `unpack`). Every request carries a fresh random number that the answer must repeat, so an answer written
-in advance is rejected.
+They exchange lines of JSON, `[number, kind, value]`, over a pair of pipes. Only plain data crosses (None, bool, int,
+float, complex, str, bytes, and lists, tuples, sets and dicts of these) and is rebuilt as exactly these types. Every
+request carries a fresh random number that the answer must repeat, so an answer written in advance is rejected.
 """
 
 import builtins
@@ -106,10 +105,10 @@ class Channel:
 
 
 def describe(error: BaseException) -> tuple[str, str]:
-    """The name and message of an exception, whatever its class does when asked for them."""
+    """The name and message of an exception, even if its class raises when asked for them."""
     try:
         return str(type(error).__name__)[:MAX_DETAIL], str(error)[:MAX_DETAIL]
-    except BaseException:  # from a `__str__` of the graded program, which may raise anything
+    except BaseException:  # a `__str__` of the graded program may raise anything
         return "Exception", "without a readable message"
 
 
@@ -279,7 +278,8 @@ _DENIED = {  # system calls that graded code has no use for: their numbers on x8
     "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "personality": (135, 92),
 }  # fmt: skip
-_CLONE, _CLONE3, _TGKILL, _CLONE_THREAD = (56, 220), (435, 435), (234, 131), 0x10000
+_CLONE, _CLONE3, _TGKILL = (56, 220), (435, 435), (234, 131)
+_CLONE_THREAD, _CLONE_NEWUSER = 0x10000, 0x10000000
 
 
 def system_call_filter(machine: str, pid: int) -> bytes:
@@ -310,7 +310,6 @@ def system_call_filter(machine: str, pid: int) -> bytes:
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _SIGKILL = 1, 38, 22, 2, 9
 _CLONE_NEW = 0x20000 | 0x2000000 | 0x4000000 | 0x8000000 | 0x20000000 | 0x40000000  # mount, cgroup, uts, ipc, pid, net
-_CLONE_NEWUSER = 0x10000000
 _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE, _MNT_DETACH = 2, 4, 4096, 16384, 1 << 18, 2
 _AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_SAFE = (
     (1 << 64) - 100,
@@ -332,10 +331,6 @@ def die_with_parent() -> None:
     call_libc("prctl", _PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
 
 
-def mount_tmpfs(path: str, options: str) -> None:
-    call_libc("mount", b"tmpfs", path.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options.encode())
-
-
 def enter_namespaces(visible: list[str], hidden: list[str], scratch_bytes: int) -> None:
     """Move into new namespaces whose file system is `visible` (files, folders and links, parents first; read-only), in
     which the folders `hidden` are empty, and a scratch folder. Returns in a child process."""
@@ -347,13 +342,18 @@ def enter_namespaces(visible: list[str], hidden: list[str], scratch_bytes: int) 
                 file.write(text)
     continue_in_child()
     die_with_parent()
+
+    def mount_tmpfs(path: str, options: str) -> None:
+        call_libc("mount", b"tmpfs", path.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options.encode())
+
     call_libc("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
     mount_tmpfs("/tmp", "size=1m,mode=755")
     os.mkdir("/tmp/old")
     call_libc("syscall", 41 if os.uname().machine == "aarch64" else 155, b"/tmp", b"/tmp/old")  # pivot_root
     os.chdir("/")
     for path in visible:
-        show(path)
+        if not os.path.lexists(path):  # else it is below a folder that is visible already
+            show(path)
     for path in hidden:
         mount_tmpfs(path, "size=4k,mode=755")
     os.mkdir("/scratch")
@@ -377,8 +377,6 @@ def continue_in_child() -> None:
 
 def show(path: str) -> None:
     """Make `path` of the old root, mounted at /old, appear in the same place of the new one."""
-    if os.path.lexists(path):
-        return  # below a folder that is visible already
     old = "/old" + path
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if os.path.islink(old):
@@ -437,15 +435,15 @@ def main() -> None:
     os.close(0)
     os.close(os.pipe()[1])  # descriptor 0, the lowest free one, is now the reading end of an empty pipe
     lock_in(setup)
-    channel = Channel(*setup["descriptors"][:2])
-    if setup["part"] == "candidate":
-        serve_candidate(channel, setup["program"])
-        os._exit(0)
+    read_fd, write_fd, *verdict_fd = setup["descriptors"]
 
     def report(status: str, detail: str) -> None:
-        os.write(setup["descriptors"][2], json.dumps([status, detail]).encode() + b"\n")
+        os.write(verdict_fd[0], json.dumps([status, detail]).encode() + b"\n")
 
-    run_tests(channel, setup["tests"], setup["entry_point"], report)
+    if setup["part"] == "candidate":
+        serve_candidate(Channel(read_fd, write_fd), setup["program"])
+    else:
+        run_tests(Channel(read_fd, write_fd), setup["tests"], setup["entry_point"], report)
     os._exit(0)
 
 
