@@ -101,9 +101,6 @@ def main(args: argparse.Namespace) -> None:
         append_record("base_eval", settings={**vars(args), "model": name}, results=results, table=table)
 
 
-# --- output --------------------------------------------------------------------------------------
-
-
 def print_task(task: TaskResult) -> None:
     row = "{task:<34} {shots:>5} {examples:>8} {cut:>5} {accuracy:>8.4f} {centered:>8.4f} {seconds:>8.1f}"
     print0(row.format_map(task_row(task)))

@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
     name += "_slow" if args.slow else ""
     logs = [result_log(name, task, loaded, settings, runtime) for task in tasks]
     prepare_logs(logs, resume=args.resume)
-    print0(TABLE_HEAD)
+    print0("task                 problems accuracy    95 % interval baseline centered   cut  long  seconds")
     results = []
     for task, log in zip(tasks, logs, strict=True):
         # a progress bar in the first process, if it has a terminal
@@ -108,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
     core = chat_core(core_results or results)
     title = "ChatCORE" if core_results else "mean centred accuracy"
     print0(f"{title} {core.value:.4f} ({interval(core.low, core.high)}) over {len(core_results or results)} tasks")
-    print0("intervals: 95 % confidence, Wilson's for a task; cut: prompts shortened to fit; long: answers out of room")
+    print0("intervals: 95 % confidence, Wilson's for a task; cut: prompts shortened; long: answers without an end")
 
     # output
     if runtime.is_main:
@@ -144,14 +144,6 @@ def of_chat_core(results: Sequence[TaskResult]) -> list[TaskResult]:
     return found if len(found) == len(TASK_NAMES) else []
 
 
-# --- output --------------------------------------------------------------------------------------
-
-TABLE_HEAD = (
-    f"{'task':<20} {'problems':>8} {'accuracy':>8} {'95 % interval':>16} {'baseline':>8} {'centered':>8} "
-    f"{'cut':>5} {'long':>5} {'seconds':>8}"
-)
-
-
 def table_rows(result: TaskResult) -> list[dict]:
     """The rows of a task in the report: the task, then each further score."""
     further = {f"{result.task} {name}": estimate for name, estimate in result.scores.items()}
@@ -170,14 +162,13 @@ def accuracy_columns(estimate: Estimate) -> dict[str, float]:
 
 def print_task(result: TaskResult) -> None:
     """The line of a task, then a line for each further score."""
-    first, *others = table_rows(result)
-    print0(
-        f"{first['task']:<20} {first['problems']:>8} {first['accuracy']:>8.4f} "
-        f"{interval(first['low'], first['high']):>16} {first['baseline']:>8.2f} {first['centered']:>8.4f} "
-        f"{first['cut']:>5} {first['unfinished']:>5} {first['seconds']:>8.1f}"
-    )
-    for row in others:
-        print0(f"  {row['task']:<18} {'':>8} {row['accuracy']:>8.4f} {interval(row['low'], row['high']):>16}")
+    for row in table_rows(result):
+        line = f"{row['accuracy']:>8.4f} {interval(row['low'], row['high']):>16}"
+        if "problems" in row:
+            counts = " {baseline:>8.2f} {centered:>8.4f} {cut:>5} {unfinished:>5} {seconds:>8.1f}".format_map(row)
+            print0(f"{row['task']:<20} {row['problems']:>8} {line}{counts}")
+        else:
+            print0(f"  {row['task']:<18} {'':>8} {line}")
     if result.num_earlier:
         print0(f"  {result.num_earlier} of the problems were answered in an earlier run")
 

@@ -33,9 +33,6 @@ FIELDS = {  # of a record, by kind of task
 OPTIONS_FIELD = {"multiple_choice": "choices", "schema": "context_options"}
 
 
-# --- fetching ------------------------------------------------------------------------------------
-
-
 def fetch_bundle(source: str = "") -> Path:
     """The task bundle, a folder or a zip file; from a URL it is fetched the first time.
 
@@ -98,9 +95,6 @@ def _root(bundle: Path) -> Path | zipfile.Path:
     """The folder of `bundle` that holds `core.yaml`: the bundle itself, or its folder `eval_bundle`."""
     top = bundle if bundle.is_dir() else zipfile.Path(bundle)
     return top / "eval_bundle" if (top / "eval_bundle" / "core.yaml").is_file() else top
-
-
-# --- reading -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
