@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     split_help = "tokens of each split, 0 for all of validation and as many training tokens (default: by device)"
     add("--split-tokens", type=int, default=None, help=split_help)
     add("--sample-tokens", type=int, default=32, help="length of each sample in tokens, 0 for no samples")
-    add("--seed", type=int, default=42, help="of the random samples")
+    add("--seed", type=int, default=42, help="seed of the random samples")
     return parser.parse_args()
 
 

@@ -44,17 +44,17 @@ def parse_args() -> argparse.Namespace:
     add("-a", "--tasks", default="", metavar="TASK|TASK", help=tasks_help)
     add("--max-problems", type=int, default=0, help="limit of problems per task, always the same ones, 0 for all")
     # evaluation
-    add("--temperature", type=float, default=0.0, help="of written answers, 0 for greedy ones")
+    add("--temperature", type=float, default=0.0, help="of sampling written answers, 0 for greedy")
     add("--top-k", type=int, default=0, help="draw only from this many of the likeliest tokens, 0 for all")
     add("--max-tokens", type=int, default=512, help="longest written answer in tokens")
-    add("--num-samples", type=int, default=1, help="answers to each problem that asks for a written one")
-    add("--seed", type=int, default=42, help="of the answers that are drawn")
+    add("--num-samples", type=int, default=1, help="written answers to each problem")
+    add("--seed", type=int, default=42, help="seed for sampling answers")
     add("--batch-rows", type=int, default=0, help="answers written at a time, 0 for what suits the device")
     add("--slow", action="store_true", help="one problem at a time without a cache, to check the fast paths")
     unsafe_help = "run the code that the model writes for HumanEval even where this system cannot isolate it"
     add("--allow-unsafe-execution", action="store_true", help=unsafe_help)
     # output
-    add("--resume", action="store_true", help="continue from the results that are there (else they are replaced)")
+    add("--resume", action="store_true", help="keep earlier results, ask only what is missing (else: replace them)")
     return parser.parse_args()
 
 

@@ -1,9 +1,9 @@
 """Programs that try to pass tests without solving them, or to get out of the sandbox; sums to break the calculator.
 
 Data for the tests and for `dev/attack_sandbox.py`. Each program is graded by `TESTS`, which want the square of a
-number, and none computes one. A program that sees or does what it must not prints `ESCAPED`. What it is after is put in
-by `aim` for these marks: `@SECRET@` (a file to read or spoil), `@FOLDER@` (a folder that anyone may write to), `@PORT@`
-(a TCP port of this machine that answers), `@VICTIM@` (a process to harm), `@PARENT@` (the process that grades).
+number, and none computes one. A program that sees or does what it must not prints `ESCAPED`. `aim` fills in the targets
+for these marks: `@SECRET@` (a file to read or spoil), `@FOLDER@` (a folder that anyone may write to), `@PORT@` (a TCP
+port of this machine that answers), `@VICTIM@` (a process to harm), `@PARENT@` (the process that grades).
 """
 
 from dataclasses import dataclass
@@ -325,9 +325,7 @@ FILES = {
         "import stat\nfor fd in range(256):\n    try: mode = os.fstat(fd).st_mode\n    except OSError: continue\n"
         "    if not stat.S_ISFIFO(mode): print('ESCAPED')"
     ),
-    "disk filled": tries(
-        "for i in range(100):\n    open(f'f{i}', 'wb').write(bytes(4 << 20))",
-    ),
+    "disk filled": tries("for i in range(100):\n    open(f'f{i}', 'wb').write(bytes(4 << 20))"),
     "one large file": tries("open('big', 'wb').write(bytes(32 << 20))"),
     "one large file with a hole": tries("os.truncate(os.open('big', os.O_CREAT | os.O_RDWR), 1 << 40)"),
     "memory files": tries("os.write(os.memfd_create('x'), bytes(4096))"),

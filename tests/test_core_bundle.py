@@ -212,7 +212,7 @@ def test_a_record_that_is_not_in_order_is_named_by_file_and_line(tmp_path, recor
     [
         ({"endings": [{"context": "a", "continuation": ""}]}, "continuation is empty"),
         ({"endings": []}, "holds no examples"),
-        ({"meta": META.replace("25", "none")}, "no number"),
+        ({"meta": META.replace("25", "none")}, "not a number"),
         ({"meta": META.replace("25", "100")}, "no random baseline from 0 to 100 for task colours"),
         ({"meta": META.replace("endings", "others")}, "no random baseline .* for task endings"),
         ({"yaml": CORE_YAML.replace("language_modeling", "guessing")}, "unknown kind 'guessing'"),

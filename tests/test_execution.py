@@ -41,7 +41,7 @@ def in_sandbox(program: str, expression: str, **options) -> Verdict:
 
 @pytest.fixture
 def targets(tmp_path):
-    """A secret, a port and a process, looked after again when the test is over."""
+    """A secret, a port and a process, which must be untouched when the test is over."""
     (tmp_path / "secret").write_text("the secret word")
     (tmp_path / "secret").chmod(0o666)
     with (

@@ -58,7 +58,7 @@ class EvalSettings:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
         if self.num_samples > 1 and self.temperature == 0:
             raise UserError(
-                f"--num-samples {self.num_samples} at temperature 0 would be the same answer so many times; "
+                f"--num-samples {self.num_samples} at temperature 0 would give the same answer every time; "
                 f"set --temperature, 1.0 for example"
             )
         if self.slow and self.temperature != 0:

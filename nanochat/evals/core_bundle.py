@@ -137,7 +137,7 @@ def _read_task(root: Path | zipfile.Path, entry: dict, percent: dict[str, str]) 
     try:
         baseline = float(percent.get(label, "nan")) / 100
     except ValueError as error:
-        raise UserError(f"{root / 'eval_meta_data.csv'}: a random baseline is no number ({error})") from error
+        raise UserError(f"{root / 'eval_meta_data.csv'}: a random baseline is not a number ({error})") from error
     if not 0 <= baseline < 1:
         raise UserError(f"{root / 'eval_meta_data.csv'} has no random baseline from 0 to 100 for task {label}")
     numbered = _read_records(root / "eval_data" / entry["dataset_uri"], kind)

@@ -95,12 +95,12 @@ class Channel:
                 raise ChannelClosed
             self.pending += chunk
             if len(self.pending) > MAX_LINE:
-                raise BadMessage("too long a message")
+                raise BadMessage("a message that is too long")
         line, _, self.pending = self.pending.partition(b"\n")
         try:
             number, kind, value = unpack(line)
         except (ValueError, TypeError, KeyError, RecursionError, MemoryError, OverflowError) as error:
-            raise BadMessage(f"no message of this protocol ({type(error).__name__})") from None
+            raise BadMessage(f"a malformed message ({type(error).__name__})") from None
         return number, kind, value
 
 
@@ -311,11 +311,7 @@ def system_call_filter(machine: str, pid: int) -> bytes:
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _SIGKILL = 1, 38, 22, 2, 9
 _CLONE_NEW = 0x20000 | 0x2000000 | 0x4000000 | 0x8000000 | 0x20000000 | 0x40000000  # mount, cgroup, uts, ipc, pid, net
 _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE, _MNT_DETACH = 2, 4, 4096, 16384, 1 << 18, 2
-_AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_SAFE = (
-    (1 << 64) - 100,
-    0x8000,
-    1 | 2 | 4,
-)  # read-only, no set-uid, no devices
+_AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_SAFE = ((1 << 64) - 100, 0x8000, 1 | 2 | 4)  # read-only, no set-uid, no devices
 
 
 def call_libc(name: str, *arguments: int | bytes | None) -> None:
@@ -334,7 +330,8 @@ def die_with_parent() -> None:
 def enter_namespaces(visible: list[str], hidden: list[str], scratch_bytes: int) -> None:
     """Move into new namespaces whose file system is `visible` (files, folders and links, parents first; read-only), in
     which the folders `hidden` are empty, and a scratch folder. Returns in a child process."""
-    as_root, user, group = os.geteuid() == 0, os.geteuid(), os.getegid()
+    column, as_root = _ARCHITECTURES[os.uname().machine][0], os.geteuid() == 0
+    user, group = os.geteuid(), os.getegid()
     call_libc("unshare", _CLONE_NEW | (0 if as_root else _CLONE_NEWUSER))
     if not as_root:
         for name, text in [("setgroups", "deny"), ("uid_map", f"65534 {user} 1"), ("gid_map", f"65534 {group} 1")]:
@@ -349,7 +346,7 @@ def enter_namespaces(visible: list[str], hidden: list[str], scratch_bytes: int) 
     call_libc("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
     mount_tmpfs("/tmp", "size=1m,mode=755")
     os.mkdir("/tmp/old")
-    call_libc("syscall", 41 if os.uname().machine == "aarch64" else 155, b"/tmp", b"/tmp/old")  # pivot_root
+    call_libc("syscall", _DENIED["pivot_root"][column], b"/tmp", b"/tmp/old")
     os.chdir("/")
     for path in visible:
         if not os.path.lexists(path):  # else it is below a folder that is visible already
@@ -360,7 +357,8 @@ def enter_namespaces(visible: list[str], hidden: list[str], scratch_bytes: int) 
     call_libc("umount2", b"/old", _MNT_DETACH)
     os.rmdir("/old")
     attributes = struct.pack("=QQQQ", _MOUNT_ATTR_SAFE, 0, 0, 0)
-    call_libc("syscall", 442, _AT_FDCWD, b"/", _AT_RECURSIVE, attributes, len(attributes))  # mount_setattr
+    number = _DENIED["mount_setattr"][column]
+    call_libc("syscall", number, _AT_FDCWD, b"/", _AT_RECURSIVE, attributes, len(attributes))
     mount_tmpfs("/scratch", f"size={scratch_bytes},nr_inodes=1024,mode=1777")
     os.chdir("/scratch")
 
