@@ -117,12 +117,11 @@ def fit_prompt(tokenizer: Tokenizer, conversation: Mapping[str, Any], max_tokens
     because what is asked usually stands at the end. The special tokens at both ends always stay.
     """
     asked = {"messages": conversation["messages"][:-1]}
-    whole = render_for_completion(tokenizer, asked).ids
-    if len(whole) <= max_tokens:
-        return whole, False
     try:
-        return render_for_completion(tokenizer, asked, max_tokens=max_tokens).ids, True
-    except UserError:  # the last question is too long: the conversation itself rendered without error above
+        prompt = render_for_completion(tokenizer, asked, max_tokens=max_tokens)
+        return prompt.ids, prompt.num_dropped > 0
+    except UserError:  # the last question is too long, or the next line raises as well
+        whole = render_for_completion(tokenizer, asked).ids
         assert max_tokens > 4, max_tokens  # two special tokens at either end
         return whole[:2] + whole[2 - max_tokens :], True
 
