@@ -1,7 +1,7 @@
 """CORE table of a checkpoint, or of a Hugging Face model as a yardstick.
 
 Reads a checkpoint (or a model folder) and the bundle of 22 tasks, which is fetched once. Prints the table and writes it
-as CSV, with every single prediction as JSON lines beside it, to `base_eval/` in the work folder.
+to `base_eval/` in the work folder as CSV, with every single prediction as JSON lines beside it.
 
     python -m scripts.base_eval --max-per-task 20                          # a few minutes on a CPU
     python -m scripts.base_eval                                            # one GPU, whole bundle
@@ -49,12 +49,9 @@ def parse_args() -> argparse.Namespace:
     add_checkpoint_flags(parser)
     add("--hf-path", default="", help="evaluate this Hugging Face model (folder or name) instead")
     # data
-    add(
-        "--bundle",
-        default="",
-        help="URL, zip file or folder of the tasks (default: $NANOCHAT_EVAL_BUNDLE, else the public address)",
-    )
-    add("--max-per-task", type=int, default=0, help="examples of each task at most, 0 for all")
+    bundle_help = "URL, zip file or folder of the tasks (default: $NANOCHAT_EVAL_BUNDLE, else the public address)"
+    add("--bundle", default="", help=bundle_help)
+    add("--max-per-task", type=int, default=0, help="limit of examples per task, 0 for all")
     # evaluation
     add("--batch-tokens", type=int, default=0, help="tokens of a batch, 0 for what suits the device")
     add("--slow", action="store_true", help="one choice at a time with all logits, to check the fast path")
@@ -86,55 +83,34 @@ def main(args: argparse.Namespace) -> None:
 
     # evaluation
     print0(f"{'task':<34} {'shots':>5} {'examples':>8} {'cut':>5} {'accuracy':>8} {'centered':>8} {'seconds':>8}")
-    result = evaluate_core(
-        model,
-        tokenizer,
-        bundle,
-        max_per_task=args.max_per_task,
-        batch_tokens=args.batch_tokens,
-        slow=args.slow,
-        progress=print_task,
-    )
+    options = {"max_per_task": args.max_per_task, "batch_tokens": args.batch_tokens, "slow": args.slow}
+    result = evaluate_core(model, tokenizer, bundle, **options, progress=print_task)
     print0(f"CORE {result.core:.4f} over {len(result.tasks)} tasks in {result.seconds:.1f} s")
 
     # output
     if runtime.is_main:
         name = re.sub(r"[^\w.-]+", "_", name) + ("_slow" if args.slow else "")
         folder = base_dir() / "base_eval"
-        table = task_rows(result)
+        table = [task_row(task) for task in result.tasks]
+        items = [{"task": task.label, **asdict(item)} for task in result.tasks for item in task.items]
         write_atomic(folder / f"{name}.csv", to_csv(table, result))
-        write_atomic(folder / f"{name}.items.jsonl", to_json_lines(result))
+        write_atomic(folder / f"{name}.items.jsonl", "".join(json.dumps(item) + "\n" for item in items))
         print0(f"table and predictions: {folder / name}.csv, {name}.items.jsonl")
         results = {"core": result.core, "elapsed_seconds": result.seconds}
         results |= {key: sum(row[key] for row in table) for key in ("examples", "cut")}
         append_record("base_eval", settings={**vars(args), "model": name}, results=results, table=table)
 
 
-# --- output --------------------------------------------------------------------------------------
-
-
 def print_task(task: TaskResult) -> None:
-    print0(
-        f"{task.label:<34} {task.num_shots:>5} {len(task.items):>8} {task.num_cut:>5} {task.accuracy:>8.4f} "
-        f"{task.centered:>8.4f} {task.seconds:>8.1f}"
-    )
+    row = "{task:<34} {shots:>5} {examples:>8} {cut:>5} {accuracy:>8.4f} {centered:>8.4f} {seconds:>8.1f}"
+    print0(row.format_map(task_row(task)))
 
 
-def task_rows(result: CoreResult) -> list[dict]:
-    """The table, a row for each task."""
-    return [
-        {
-            "task": task.label,
-            "shots": task.num_shots,
-            "examples": len(task.items),
-            "cut": task.num_cut,
-            "accuracy": task.accuracy,
-            "baseline": task.baseline,
-            "centered": task.centered,
-            "seconds": task.seconds,
-        }
-        for task in result.tasks
-    ]
+def task_row(task: TaskResult) -> dict:
+    """The row of a task in the table."""
+    row = {"task": task.label, "shots": task.num_shots, "examples": len(task.items), "cut": task.num_cut}
+    row |= {"accuracy": task.accuracy, "baseline": task.baseline, "centered": task.centered}
+    return row | {"seconds": task.seconds}
 
 
 def to_csv(table: list[dict], result: CoreResult) -> str:
@@ -142,23 +118,15 @@ def to_csv(table: list[dict], result: CoreResult) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(table[0]), lineterminator="\n", restval="")
     writer.writeheader()
-    writer.writerows(table)
-    writer.writerow({"task": "CORE", "centered": result.core, "seconds": result.seconds})
+    writer.writerows([*table, {"task": "CORE", "centered": result.core, "seconds": result.seconds}])
     return text.getvalue()
-
-
-def to_json_lines(result: CoreResult) -> str:
-    """Every prediction, a JSON object a line: for comparing two runs example by example."""
-    return "".join(
-        json.dumps({"task": task.label, **asdict(item)}) + "\n" for task in result.tasks for item in task.items
-    )
 
 
 # --- Hugging Face models -------------------------------------------------------------------------
 
 
 class HuggingFaceModel:
-    """A transformers causal language model under the interface of `GPT` that the evaluation uses."""
+    """A transformers causal language model with the interface of `GPT` that the evaluation uses."""
 
     def __init__(self, model):
         text_config = model.config.get_text_config()
@@ -167,22 +135,19 @@ class HuggingFaceModel:
         self.device = model.device
         self.config = SimpleNamespace(sequence_len=sequence_len, vocab_size=text_config.vocab_size)
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
-        self.has_plain_head = self._has_plain_head()
-
-    @torch.no_grad()
-    def _has_plain_head(self) -> bool:
-        """Whether the logits are the output embedding of the last hidden states; some models scale them as well."""
-        idx = torch.arange(PROBE_TOKENS, device=self.device)[None] % self.config.vocab_size
+        # whether the logits are the output embedding of the last hidden states: some models also scale them
         self.has_plain_head = True
-        ours, theirs = self.logits(self.hidden(idx)), self(idx)
-        return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+        with torch.no_grad():
+            idx = torch.arange(PROBE_TOKENS, device=self.device)[None] % self.config.vocab_size
+            ours, theirs = self.logits(self.hidden(idx)), self(idx)
+        self.has_plain_head = ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
 
     def __call__(self, idx: Tensor) -> Tensor:
         """Logits (B, T, V) float32 of idx (B, T) int64."""
         return self.model(input_ids=idx, use_cache=False).logits.float()
 
     def hidden(self, idx: Tensor) -> Tensor:
-        """What `logits` makes logits from: hidden states (B, T, C), or where the head is special the logits."""
+        """What `logits` computes logits from: hidden states (B, T, C), or the logits if the head is not plain."""
         if not self.has_plain_head:
             return self(idx)
         return self.model.base_model(input_ids=idx, use_cache=False).last_hidden_state
@@ -196,7 +161,7 @@ class HuggingFaceModel:
 
 
 class HuggingFaceTokenizer:
-    """A transformers tokenizer under the interface of ours; where it has no token to begin with, the end token."""
+    """A transformers tokenizer with our interface; the end token stands in for a missing beginning token."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -221,9 +186,7 @@ def load_hugging_face(path: str, runtime: Runtime) -> tuple[HuggingFaceModel, Hu
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"--hf-path {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     if tokenizer.bos_id is None:
-        raise UserError(
-            f"--hf-path {path}: its tokenizer has neither a beginning nor an end token to start a text with"
-        )
+        raise UserError(f"--hf-path {path}: its tokenizer has no token to start a text with, neither begin nor end")
     return HuggingFaceModel(model), tokenizer
 
 

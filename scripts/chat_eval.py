@@ -1,7 +1,7 @@
 """Chat tasks of a checkpoint: accuracies with confidence intervals, and ChatCORE.
 
 Reads a checkpoint and the tasks' data, which are fetched once. Prints the table, and writes every prompt, answer and
-verdict as JSON lines, a file for each task, to `chat_eval/` in the work folder while they come.
+verdict, as they come, to a JSON lines file for each task in `chat_eval/` in the work folder.
 
     python -m scripts.chat_eval -i sft -a "ARC-Easy|GSM8K" --max-problems 40       # minutes on a CPU
     python -m scripts.chat_eval -i sft                                             # one GPU, all six tasks
@@ -13,15 +13,15 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 
 from tqdm import tqdm
 
 from nanochat.checkpoint import SOURCES, add_checkpoint_flags
 from nanochat.common import Runtime, UserError, add_runtime_flags, base_dir, init_runtime, print0, run_main
 from nanochat.engine.engine import Engine
-from nanochat.evals.chat_eval import EvalSettings, Progress, check_task, evaluate_task, prepare_logs
+from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task, prepare_logs
 from nanochat.evals.chat_results import Estimate, ResultLog, TaskResult, chat_core
 from nanochat.model.load import LoadedModel, load_model
 from nanochat.report import append_record
@@ -40,29 +40,21 @@ def parse_args() -> argparse.Namespace:
     add_checkpoint_flags(parser, source="sft")
     add("-i", dest="source", choices=SOURCES, default=argparse.SUPPRESS, help="short for --source")
     # data
-    add(
-        "-a",
-        "--tasks",
-        default="",
-        metavar="TASK|TASK",
-        help=f"tasks, with | between them, {SMALL_WORLD} for the miniature's (default: {'|'.join(TASK_NAMES)})",
-    )
-    add("--max-problems", type=int, default=0, help="problems of each task at most, always the same ones, 0 for all")
+    tasks_help = f"tasks separated by |, {SMALL_WORLD} for the miniature's (default: {'|'.join(TASK_NAMES)})"
+    add("-a", "--tasks", default="", metavar="TASK|TASK", help=tasks_help)
+    add("--max-problems", type=int, default=0, help="limit of problems per task, always the same ones, 0 for all")
     # evaluation
-    add("--temperature", type=float, default=0.0, help="of written answers, 0 for greedy ones")
-    add("--top-k", type=int, default=0, help="draw from the likeliest tokens only, so many, 0 for all")
-    add("--max-tokens", type=int, default=512, help="length of a written answer at most, in tokens")
-    add("--num-samples", type=int, default=1, help="answers to each problem that wants a written one")
-    add("--seed", type=int, default=42, help="of the answers that are drawn")
+    add("--temperature", type=float, default=0.0, help="of sampling written answers, 0 for greedy")
+    add("--top-k", type=int, default=0, help="draw only from this many of the likeliest tokens, 0 for all")
+    add("--max-tokens", type=int, default=512, help="longest written answer in tokens")
+    add("--num-samples", type=int, default=1, help="written answers to each problem")
+    add("--seed", type=int, default=42, help="seed for sampling answers")
     add("--batch-rows", type=int, default=0, help="answers written at a time, 0 for what suits the device")
     add("--slow", action="store_true", help="one problem at a time without a cache, to check the fast paths")
-    add(
-        "--allow-unsafe-execution",
-        action="store_true",
-        help="run the code that the model writes for HumanEval also where this system cannot isolate it",
-    )
+    unsafe_help = "run the code that the model writes for HumanEval even where this system cannot isolate it"
+    add("--allow-unsafe-execution", action="store_true", help=unsafe_help)
     # output
-    add("--resume", action="store_true", help="keep the results that are there (else they are replaced)")
+    add("--resume", action="store_true", help="keep earlier results, ask only what is missing (else: replace them)")
     return parser.parse_args()
 
 
@@ -72,20 +64,16 @@ def main(args: argparse.Namespace) -> None:
     if args.batch_rows < 0:
         raise UserError(f"--batch-rows must not be negative, but is {args.batch_rows}")
     settings = EvalSettings(
-        max_problems=args.max_problems,
-        num_samples=args.num_samples,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        max_new_tokens=args.max_tokens,
-        seed=args.seed,
-        slow=args.slow,
-    )
+        max_problems=args.max_problems, num_samples=args.num_samples, temperature=args.temperature, top_k=args.top_k,
+        max_new_tokens=args.max_tokens, seed=args.seed, slow=args.slow,
+    )  # fmt: skip
     names = task_names(args.tasks) if args.tasks else TASK_NAMES
     tasks = [get_task(name, allow_unsafe_execution=args.allow_unsafe_execution) for name in names]
     runtime = init_runtime(args.device_type, args.dtype)
 
     # inputs
     loaded = load_model(args.source, runtime, model_tag=args.model_tag, step=args.step)
+    model, tokenizer = loaded.model, loaded.tokenizer
     for task in tasks:
         try:
             check_task(task)
@@ -101,34 +89,26 @@ def main(args: argparse.Namespace) -> None:
     if not args.slow and any(task.kind == "generative" for task in tasks):
         batch_rows = args.batch_rows or BATCH_ROWS.get(runtime.device.type, OTHER_BATCH_ROWS)
         print0(f"--batch-rows {batch_rows}")
-        engine = Engine(loaded.model, loaded.tokenizer, max_rows=batch_rows)
+        engine = Engine(model, tokenizer, max_rows=batch_rows)
 
     # evaluation
-    name = model_name(args.source, loaded) + ("_slow" if args.slow else "")
+    name = re.sub(r"[^\w.-]+", "_", f"{args.source}_{loaded.folder.parent.name}_{loaded.folder.name}")
+    name += "_slow" if args.slow else ""
     logs = [result_log(name, task, loaded, settings, runtime) for task in tasks]
     prepare_logs(logs, resume=args.resume)
-    print0(TABLE_HEAD)
+    print0("task                 problems accuracy    95 % interval baseline centered   cut  long  seconds")
     results = []
     for task, log in zip(tasks, logs, strict=True):
-        with progress_bar(task.name, runtime) as progress:
-            result = evaluate_task(
-                task,
-                loaded.model,
-                loaded.tokenizer,
-                settings,
-                engine=engine,
-                log=log,
-                progress=progress,
-            )
+        # a progress bar in the first process, if it has a terminal
+        bar = partial(tqdm, desc=task.name, unit="problem", leave=False, disable=None if runtime.is_main else True)
+        result = evaluate_task(task, model, tokenizer, settings, engine=engine, log=log, progress=bar)
         print_task(result)
         results.append(result)
     core_results = of_chat_core(results)
     core = chat_core(core_results or results)
     title = "ChatCORE" if core_results else "mean centred accuracy"
-    print0(f"{title} {core.value:.4f} ({interval(core)}) over {len(core_results or results)} tasks")
-    print0(
-        "intervals: 95 % confidence, Wilson's for a task; cut: prompts shortened to fit; long: answers without an end"
-    )
+    print0(f"{title} {core.value:.4f} ({interval(core.low, core.high)}) over {len(core_results or results)} tasks")
+    print0("intervals: 95 % confidence, Wilson's for a task; cut: prompts shortened; long: answers without an end")
 
     # output
     if runtime.is_main:
@@ -141,19 +121,8 @@ def main(args: argparse.Namespace) -> None:
         append_record("chat_eval", settings={**vars(args), "model": name}, results=numbers, table=table)
 
 
-def of_chat_core(results: Sequence[TaskResult]) -> list[TaskResult]:
-    """Those of the tasks that ChatCORE is the mean of; none where one is missing."""
-    found = [result for result in results if result.task in TASK_NAMES]
-    return found if len(found) == len(TASK_NAMES) else []
-
-
-def model_name(source: str, loaded: LoadedModel) -> str:
-    """A file name that says which checkpoint this is."""
-    return re.sub(r"[^\w.-]+", "_", f"{source}_{loaded.folder.parent.name}_{loaded.folder.name}")
-
-
 def result_log(name: str, task: Task, loaded: LoadedModel, settings: EvalSettings, runtime: Runtime) -> ResultLog:
-    """Where the results of a task are kept, with all that they depend on but the device."""
+    """The log of a task, with everything its results depend on except the device."""
     depends_on = {
         "task": task.name,
         "num_problems": len(task),
@@ -169,64 +138,43 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-# --- output --------------------------------------------------------------------------------------
-
-TABLE_HEAD = (
-    f"{'task':<20} {'problems':>8} {'accuracy':>8} {'95 % interval':>16} {'baseline':>8} {'centered':>8} "
-    f"{'cut':>5} {'long':>5} {'seconds':>8}"
-)
-
-
-@contextmanager
-def progress_bar(name: str, runtime: Runtime) -> Iterator[Progress]:
-    """A function that shows how many problems this process has done: in the first process, on a terminal."""
-    with tqdm(desc=name, unit="problem", leave=False, disable=None if runtime.is_main else True) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
-
-
-def print_task(result: TaskResult) -> None:
-    """The line of a task, with lines for its further scores, and what the line does not say."""
-    print0(
-        f"{result.task:<20} {len(result.items):>8} {result.accuracy.value:>8.4f} {interval(result.accuracy):>16} "
-        f"{result.baseline:>8.2f} {result.centered.value:>8.4f} {result.num_cut:>5} {result.num_unfinished:>5} "
-        f"{result.seconds:>8.1f}"
-    )
-    for row in table_rows(result)[1:]:
-        estimate = f"{row['low']:.4f} - {row['high']:.4f}"
-        print0(f"  {row['task']:<18} {'':>8} {row['accuracy']:>8.4f} {estimate:>16}")
-    if result.num_earlier:
-        print0(f"  {result.num_earlier} of the problems were answered in an earlier run")
-
-
-def interval(estimate: Estimate) -> str:
-    return f"{estimate.low:.4f} - {estimate.high:.4f}"
+def of_chat_core(results: Sequence[TaskResult]) -> list[TaskResult]:
+    """The results that ChatCORE is the mean of; none when one of its tasks is missing."""
+    found = [result for result in results if result.task in TASK_NAMES]
+    return found if len(found) == len(TASK_NAMES) else []
 
 
 def table_rows(result: TaskResult) -> list[dict]:
     """The rows of a task in the report: the task, then each further score."""
-    first = {
-        "task": result.task,
-        "problems": len(result.items),
-        "accuracy": result.accuracy.value,
-        "low": result.accuracy.low,
-        "high": result.accuracy.high,
-        "baseline": result.baseline,
-        "centered": result.centered.value,
-        "cut": result.num_cut,
-        "unfinished": result.num_unfinished,
-        "seconds": result.seconds,
-    }
     further = {f"{result.task} {name}": estimate for name, estimate in result.scores.items()}
     num_samples = len(result.items[0].samples)
     if num_samples > 1:
         further[f"{result.task} pass@{num_samples}"] = result.pass_at_k
-    others = [{"task": name, "accuracy": e.value, "low": e.low, "high": e.high} for name, e in further.items()]
-    return [first, *others]
+    first = {"task": result.task, "problems": len(result.items), **accuracy_columns(result.accuracy)}
+    first |= {"baseline": result.baseline, "centered": result.centered.value, "cut": result.num_cut}
+    first |= {"unfinished": result.num_unfinished, "seconds": result.seconds}
+    return [first, *({"task": name, **accuracy_columns(estimate)} for name, estimate in further.items())]
+
+
+def accuracy_columns(estimate: Estimate) -> dict[str, float]:
+    return {"accuracy": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def print_task(result: TaskResult) -> None:
+    """The line of a task, then a line for each further score."""
+    for row in table_rows(result):
+        line = f"{row['accuracy']:>8.4f} {interval(row['low'], row['high']):>16}"
+        if "problems" in row:
+            counts = " {baseline:>8.2f} {centered:>8.4f} {cut:>5} {unfinished:>5} {seconds:>8.1f}".format_map(row)
+            print0(f"{row['task']:<20} {row['problems']:>8} {line}{counts}")
+        else:
+            print0(f"  {row['task']:<18} {'':>8} {line}")
+    if result.num_earlier:
+        print0(f"  {result.num_earlier} of the problems were answered in an earlier run")
+
+
+def interval(low: float, high: float) -> str:
+    return f"{low:.4f} - {high:.4f}"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Programs that try to pass tests without solving them, or to get out of the sandbox; sums to break the calculator.
 
 Data for the tests and for `dev/attack_sandbox.py`. Each program is graded by `TESTS`, which want the square of a
-number, and none computes one. A program that sees or does what it must not prints `ESCAPED`. What it is after is put in
-by `aim` for these marks: `@SECRET@` (a file to read or spoil), `@FOLDER@` (a folder that anyone may write to), `@PORT@`
-(a TCP port of this machine that answers), `@VICTIM@` (a process to harm), `@PARENT@` (the process that grades).
+number, and none computes one. A program that sees or does what it must not prints `ESCAPED`. `aim` fills in the targets
+for these marks: `@SECRET@` (a file to read or spoil), `@FOLDER@` (a folder that anyone may write to), `@PORT@` (a TCP
+port of this machine that answers), `@VICTIM@` (a process to harm), `@PARENT@` (the process that grades).
 """
 
 from dataclasses import dataclass
+from textwrap import indent
 
 ENTRY_POINT = "square"
 TESTS = """
@@ -37,14 +38,24 @@ def aim(program: str, targets: Targets) -> str:
 
 def in_call(body: str, imports: str = "import os, sys") -> str:
     """A program that does `body` when it is called."""
-    lines = "\n".join(f"    {line}" for line in body.strip("\n").split("\n"))
-    return f"{imports}\ndef square(n):\n{lines}\n"
+    return f"{imports}\ndef square(n):\n{indent(body, '    ')}\n"
+
+
+def to_all(data: str, descriptors: str = "range(3, 64)") -> str:
+    """Lines that write the bytes `data` to every one of `descriptors`."""
+    return f"for fd in {descriptors}:\n    try:\n        os.write(fd, {data})\n    except OSError:\n        pass\n"
 
 
 def tries(body: str, imports: str = "import os, sys") -> str:
     """A program that does `body` when it is called and goes on when that fails; `body` getting through is an escape."""
-    lines = "\n".join(f"    {line}" for line in body.strip("\n").split("\n"))
-    return in_call(f"try:\n{lines}\n    print('ESCAPED')\nexcept Exception as error:\n    print(error)", imports)
+    return in_call(
+        f"try:\n{indent(body, '    ')}\n    print('ESCAPED')\nexcept Exception as error:\n    print(error)", imports
+    )
+
+
+def system_call(call: str) -> str:
+    """A program that makes a call of the C library; its success is an escape."""
+    return tries(f"libc = ctypes.CDLL(None)\nif {call} < 0: raise OSError", "import ctypes")
 
 
 EXITS = {
@@ -76,18 +87,14 @@ EXITS = {
 FORGERIES = {
     "verdict on standard output": in_call('print(\'["passed", "3 calls"]\', flush=True)'),
     "verdict on standard error": in_call('sys.stderr.write(\'["passed", "3 calls"]\\n\')'),
-    "verdict on every descriptor": in_call(
-        'for fd in range(256):\n    try:\n        os.write(fd, b\'["passed", "3 calls"]\\n\')\n'
-        "    except OSError:\n        pass"
-    ),
+    "verdict on every descriptor": in_call(to_all('b\'["passed", "3 calls"]\\n\'', "range(256)")),
     "verdict on every descriptor on loading": (
-        'import os\nfor fd in range(256):\n    try:\n        os.write(fd, b\'["passed", ""]\\n\')\n'
-        "    except OSError:\n        pass\ndef square(n): pass"
+        "import os\n" + to_all('b\'["passed", ""]\\n\'', "range(256)") + "def square(n): pass"
     ),
     "answers written in advance": (
-        "import os\nfor n in (9, 100, 49):\n    for fd in range(3, 64):\n        try:\n"
-        "            os.write(fd, b'[0, \"returned\", %d]\\n' % n)\n        except OSError:\n            pass\n"
-        "def square(n): pass"
+        "import os\nfor n in (9, 100, 49):\n"
+        + indent(to_all("b'[0, \"returned\", %d]\\n' % n"), "    ")
+        + "def square(n): pass"
     ),
     "one request answered three times": (
         "import __main__, gc, os, sys\ndef square(n):\n    frame = sys._getframe(1)\n"
@@ -103,22 +110,10 @@ FORGERIES = {
         "    def flood():\n        while True: channel.send(7, 'returned', 9)\n"
         "    threading.Thread(target=flood, daemon=True).start()\n    return 9"
     ),
-    "tag that rebuilds nothing": (
-        "import os\ndef square(n):\n    for fd in range(3, 64):\n        try:\n"
-        '            os.write(fd, b\'[1, "returned", {"eval": ["9"]}]\\n\')\n        except OSError:\n            pass'
-    ),
-    "message nested 200,000 deep": (
-        "import os\ndef square(n):\n    for fd in range(3, 64):\n        try:\n"
-        "            os.write(fd, b'[' * 200000 + b'\\n')\n        except OSError:\n            pass"
-    ),
-    "message without an end": (
-        "import os\ndef square(n):\n    while True:\n        for fd in range(3, 64):\n            try:\n"
-        "                os.write(fd, b'9' * 65536)\n            except OSError:\n                pass"
-    ),
-    "message of broken UTF-8": (
-        "import os\ndef square(n):\n    for fd in range(3, 64):\n        try:\n"
-        "            os.write(fd, b'\\xff\\xfe\\x00\\n')\n        except OSError:\n            pass"
-    ),
+    "tag that rebuilds nothing": in_call(to_all('b\'[1, "returned", {"eval": ["9"]}]\\n\'')),
+    "message nested 200,000 deep": in_call(to_all("b'[' * 200000 + b'\\n'")),
+    "message without an end": in_call("while True:\n" + indent(to_all("b'9' * 65536"), "    ")),
+    "message of broken UTF-8": in_call(to_all("b'\\xff\\xfe\\x00\\n'")),
     "every descriptor closed": in_call("os.closerange(0, 256)\nimport time\ntime.sleep(60)"),
     "not a number": in_call("return float('nan')"),
 }
@@ -257,9 +252,7 @@ PROCESSES = {
         "        try: os.kill(pid, number)\n        except OSError: pass"
     ),
     "kills its process group": tries("os.killpg(0, 9)"),
-    "signals a thread of another process": tries(
-        "libc = ctypes.CDLL(None)\nif libc.tgkill(@VICTIM@, @VICTIM@, 9) < 0: raise OSError", "import ctypes"
-    ),
+    "signals a thread of another process": system_call("libc.tgkill(@VICTIM@, @VICTIM@, 9)"),
     "stops its parent": tries("os.kill(os.getppid(), signal.SIGSTOP)", "import os, signal"),
     "ptrace": tries(
         "libc = ctypes.CDLL(None)\n"
@@ -274,17 +267,10 @@ PROCESSES = {
         "resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))", "import resource"
     ),
     "becomes root": tries("os.setuid(0) if os.getuid() else os.chown('@SECRET@', 1, 1)"),
-    "new user namespace": tries(
-        "libc = ctypes.CDLL(None)\nif libc.unshare(0x10000000) < 0: raise OSError", "import ctypes"
-    ),
-    "new mount": tries(
-        "libc = ctypes.CDLL(None)\nif libc.mount(b'tmpfs', b'/scratch', b'tmpfs', 0, None) < 0: raise OSError",
-        "import ctypes",
-    ),
+    "new user namespace": system_call("libc.unshare(0x10000000)"),
+    "new mount": system_call("libc.mount(b'tmpfs', b'/scratch', b'tmpfs', 0, None)"),
     "priority and real-time scheduling": tries("os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))"),
-    "io_uring": tries(
-        "libc = ctypes.CDLL(None)\nif libc.syscall(425, 8, bytes(120)) < 0: raise OSError", "import ctypes"
-    ),
+    "io_uring": system_call("libc.syscall(425, 8, bytes(120))"),
 }
 
 NETWORK = {
@@ -339,15 +325,11 @@ FILES = {
         "import stat\nfor fd in range(256):\n    try: mode = os.fstat(fd).st_mode\n    except OSError: continue\n"
         "    if not stat.S_ISFIFO(mode): print('ESCAPED')"
     ),
-    "disk filled": tries(
-        "for i in range(100):\n    open(f'f{i}', 'wb').write(bytes(4 << 20))",
-    ),
+    "disk filled": tries("for i in range(100):\n    open(f'f{i}', 'wb').write(bytes(4 << 20))"),
     "one large file": tries("open('big', 'wb').write(bytes(32 << 20))"),
     "one large file with a hole": tries("os.truncate(os.open('big', os.O_CREAT | os.O_RDWR), 1 << 40)"),
     "memory files": tries("os.write(os.memfd_create('x'), bytes(4096))"),
-    "shared memory": tries(
-        "libc = ctypes.CDLL(None)\nif libc.shmget(0, 1 << 24, 0o1600) < 0: raise OSError", "import ctypes"
-    ),
+    "shared memory": system_call("libc.shmget(0, 1 << 24, 0o1600)"),
 }
 
 RESOURCES = {

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -121,12 +122,8 @@ def test_a_question_that_is_too_long_loses_its_beginning(tokenizer):
 
 
 def test_a_conversation_that_is_too_long_loses_its_oldest_question(tokenizer):
-    turns = [
-        ("user", "summer garden"),
-        ("assistant", "music"),
-        *[(m["role"], m["content"]) for m in question("stone")["messages"]],
-    ]
-    conversation = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    first = [{"role": "user", "content": "summer garden"}, {"role": "assistant", "content": "music"}]
+    conversation = {"messages": first + question("stone")["messages"]}
     whole, _ = fit_prompt(tokenizer, conversation, 100)
     ids, is_cut = fit_prompt(tokenizer, conversation, len(whole) - 1)
     assert ids == fit_prompt(tokenizer, question("stone"), 100)[0]
@@ -249,9 +246,11 @@ class Stopped(Exception):
 
 
 def stop_after(count):
-    def progress(done, total):
-        if done == count:
-            raise Stopped
+    def progress(items, total):
+        for done, item in enumerate(items, start=1):
+            yield item
+            if done == count:
+                raise Stopped
 
     return progress
 
@@ -262,16 +261,14 @@ def test_a_run_stopped_again_and_again_ends_as_one_never_interrupted(
 ):
     monkeypatch.setattr("nanochat.evals.chat_eval.GRADE_PROBLEMS", 4)
     monkeypatch.setattr("nanochat.evals.scoring.CPU_BATCH_TOKENS", 100)
-    options = {"engine": engine}
-    whole = evaluate_task(
-        make_task(), model, tokenizer, settings, log=ResultLog(tmp_path / "whole.jsonl", {}), **options
-    )
-    log = ResultLog(tmp_path / "parts.jsonl", {})
+    logs = {name: ResultLog(tmp_path / f"{name}.jsonl", {}) for name in ("whole", "parts")}
+    evaluate = partial(evaluate_task, make_task(), model, tokenizer, settings, engine=engine)
+    whole = evaluate(log=logs["whole"])
     for count in (1, 5):
         with pytest.raises(Stopped):
-            evaluate_task(make_task(), model, tokenizer, settings, log=log, progress=stop_after(count), **options)
+            evaluate(log=logs["parts"], progress=stop_after(count))
         assert not engine.has_work
-    result = evaluate_task(make_task(), model, tokenizer, settings, log=log, **options)
+    result = evaluate(log=logs["parts"])
     assert outputs(result) == outputs(whole)
     assert result.accuracy == whole.accuracy
     assert (result.num_earlier, whole.num_earlier) == (6, 0)
@@ -295,18 +292,19 @@ def evaluate_on_rank(rank, world_size, folder):
     model = make_model(tokenizer)
     engine = Engine(model, tokenizer, max_rows=4)
     results, totals = [], []
+
+    def note_total(items, total):
+        totals.append(total)
+        return items
+
     for task, settings in ((Quiz(), EvalSettings()), (Echo(), DRAWN), (Quiz("One", 1), EvalSettings())):
         log = ResultLog(folder / f"{task.name}.jsonl", {})
-        results.append(
-            evaluate_task(
-                task, model, tokenizer, settings, engine=engine, log=log,
-                progress=lambda _, total: totals.append(total),
-            )
-        )  # fmt: skip
+        options = {"engine": engine, "log": log, "progress": note_total}
+        results.append(evaluate_task(task, model, tokenizer, settings, **options))
     try:
         evaluate_task(Quiz(), model, tokenizer, GREEDY, log=ResultLog(folder / "Quiz.jsonl", {"x": 1}))
     except UserError as error:
-        return results, set(totals), str(error)
+        return results, totals, str(error)
 
 
 def test_two_ranks_have_the_results_of_one_and_go_on_where_one_stopped(model, tokenizer, engine, tmp_path, monkeypatch):
@@ -325,8 +323,8 @@ def test_two_ranks_have_the_results_of_one_and_go_on_where_one_stopped(model, to
         assert [outputs(result) for result in results] == [outputs(result) for result in expected]
         assert results[0].num_earlier == 7
         assert "without --resume" in refusal
-    assert ended[0][1] == {9, 7, 1}  # of 17 that are left, 13 and 1 problems
-    assert ended[1][1] == {8, 6}
+    assert ended[0][1] == [9, 7, 1]  # of 17 that are left, 13 and 1 problems
+    assert ended[1][1] == [8, 6, 0]
     assert len(ResultLog(tmp_path / "Echo.jsonl", {}).recover()) == 13
     assert not list(tmp_path.glob("*.part*"))
 
@@ -340,20 +338,14 @@ def test_a_logit_that_is_no_number_is_an_error_and_no_winner(model, tokenizer):
         evaluate_task(Quiz(), model, tokenizer, EvalSettings())
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"max_problems": -1},
-        {"num_samples": 0},
-        {"max_new_tokens": 0},
-        {"num_samples": 2},
-        {"slow": True, "temperature": 0.5},
-        {"temperature": -1.0},
-        {"temperature": float("nan")},
-        {"top_k": -1},
-    ],
-)
-def test_settings_that_cannot_be_are_refused(settings):
+IMPOSSIBLE = [
+    {"max_problems": -1}, {"num_samples": 0}, {"max_new_tokens": 0}, {"num_samples": 2}, {"top_k": -1},
+    {"slow": True, "temperature": 0.5}, {"temperature": -1.0}, {"temperature": float("nan")},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", IMPOSSIBLE, ids=str)
+def test_impossible_settings_are_refused(settings):
     with pytest.raises(UserError):
         EvalSettings(**settings)
 

@@ -135,10 +135,8 @@ def test_chat_core_is_the_mean_of_its_tasks_whatever_else_was_evaluated():
 
 def test_every_prompt_answer_and_verdict_is_written_with_its_seed(finished):
     _, (arc, spelling) = finished
-    assert (
-        arc[0]["settings"] | {"task": "ARC-Easy", "num_problems": NUM_QUESTIONS, "dtype": "float32"}
-        == arc[0]["settings"]
-    )
+    expected = {"task": "ARC-Easy", "num_problems": NUM_QUESTIONS, "dtype": "float32"}
+    assert expected.items() <= arc[0]["settings"].items()
     assert spelling[0]["settings"]["max_new_tokens"] == 8
     for line in arc[1:]:
         assert line["prompt"].startswith("<|bos|><|user_start|>Multiple choice: Question ")

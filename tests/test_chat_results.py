@@ -2,14 +2,23 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.common import UserError
-from nanochat.evals.chat_results import Estimate, Item, ResultLog, Sample, Z, chat_core, mean_estimate, summed, wilson
+from nanochat.evals.chat_results import (
+    Estimate,
+    Item,
+    ResultLog,
+    Sample,
+    TaskResult,
+    Z,
+    chat_core,
+    mean_estimate,
+    wilson,
+)
 
 SETTINGS = {"task": "Quiz", "temperature": 0.5, "top_k": None}
 
@@ -20,10 +29,6 @@ def make_item(index, *verdicts, is_cut=False, finish_reason="stop"):
         for verdict in verdicts
     )
     return Item(index, "<|bos|>Why?", is_cut, "Because.", None, 7, samples)
-
-
-def make_task(name="Quiz", baseline=0.25):
-    return SimpleNamespace(name=name, kind="generative", baseline=baseline)
 
 
 # --- estimates ---
@@ -70,22 +75,20 @@ def test_errors_of_a_mean_add_as_squares_on_each_side():
 
 
 def test_chat_core_is_the_mean_of_centred_accuracies():
-    half = summed(make_task(baseline=0.25), [make_item(0, True), make_item(1, False)], 0, 1.0)
-    all_ = summed(make_task(baseline=0.0), [make_item(0, True)], 0, 1.0)
+    half = TaskResult("half", 0.25, (make_item(0, True), make_item(1, False)), 0, 1.0)
+    all_ = TaskResult("all", 0.0, (make_item(0, True),), 0, 1.0)
     assert chat_core([half, all_]).value == pytest.approx(((0.5 - 0.25) / 0.75 + 1.0) / 2)
 
 
 def test_a_task_sums_samples_scores_and_counts():
-    items = [
-        make_item(0, True, False),
-        make_item(1, False, False, is_cut=True),
-        make_item(2, True, True, finish_reason="length"),
-    ]
-    result = summed(make_task(), items, 1, 2.5)
+    long = make_item(2, True, True, finish_reason="length")
+    result = TaskResult(
+        "Quiz", 0.25, (make_item(0, True, False), make_item(1, False, False, is_cut=True), long), 1, 2.5
+    )
     assert result.accuracy == wilson(0.5, 3)
     assert result.scores == {"strict": wilson(0.5, 3)}
     assert result.pass_at_k == wilson(2 / 3, 3)
-    assert (result.num_cut, result.num_unfinished, result.num_earlier, result.seconds) == (1, 2, 1, 2.5)
+    assert (result.num_cut, result.num_unfinished) == (1, 2)
 
 
 # --- files ---

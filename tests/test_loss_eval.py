@@ -1,14 +1,12 @@
 """Bits per byte by hand, over ranks, and the plain sampler against a one-row loop."""
 
 import math
-import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 
 from nanochat.common import Runtime
 from nanochat.evals.loss_eval import SAMPLE_PROMPTS, evaluate_bpb, evaluate_split, sample_completions
@@ -115,23 +113,17 @@ def test_bits_per_byte_do_not_depend_on_how_rows_are_batched():
     assert (apart.bytes, apart.tokens) == (together.bytes, together.tokens)
 
 
-def _bpb_on_rank(rank, folder):
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def bpb_on_rank(rank, world_size):
     mine = [[batch([1, 2, 3])], [batch([3, 3, 0]), batch([1, 1, 1])]][rank]  # one batch here, two there
-    result = evaluate_bpb(FixedLosses(), mine, np.array([0, 1, 2, 3]))
-    torch.save((result.nats, result.bytes, result.tokens), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return evaluate_bpb(FixedLosses(), mine, np.array([0, 1, 2, 3]))
 
 
 def test_ranks_with_unequal_numbers_of_batches_sum_to_what_one_process_finds(tmp_path):
-    mp.spawn(_bpb_on_rank, (str(tmp_path),), nprocs=2)
     batches = [batch([1, 2, 3]), batch([3, 3, 0]), batch([1, 1, 1])]
     alone = evaluate_bpb(FixedLosses(), batches, np.array([0, 1, 2, 3]))
-    for rank in range(2):
-        nats, num_bytes, num_tokens = torch.load(tmp_path / f"{rank}.pt")
-        assert nats == pytest.approx(alone.nats)
-        assert (num_bytes, num_tokens) == (alone.bytes, alone.tokens)
+    for result in run_ranks(bpb_on_rank, 2, tmp_path / "ranks"):
+        assert result.nats == pytest.approx(alone.nats)
+        assert (result.bytes, result.tokens) == (alone.bytes, alone.tokens)
 
 
 def test_greedy_samples_of_a_batch_equal_a_loop_over_one_row():
@@ -152,18 +144,14 @@ def test_samples_never_leave_the_context():
 
 
 def test_samples_end_where_the_next_document_begins():
-    assert [len(text) for text in sample_completions(BigramModel(bos_after=6), LetterTokenizer(), ["abc", "a"], 9)] == [
-        3,
-        5,
-    ]
+    texts = sample_completions(BigramModel(bos_after=6), LetterTokenizer(), ["abc", "a"], 9)
+    assert list(map(len, texts)) == [3, 5]
 
 
 def test_random_samples_repeat_with_the_seed_and_differ_without():
     def draw(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return sample_completions(
-            BigramModel(), LetterTokenizer(), ["abc"] * 3, 9, temperature=1.0, generator=generator
-        )
+        options = {"temperature": 1.0, "generator": torch.Generator().manual_seed(seed)}
+        return sample_completions(BigramModel(), LetterTokenizer(), ["abc"] * 3, 9, **options)
 
     assert draw(1) == draw(1) != draw(2)
     assert len(set(draw(1))) == 3  # rows with the same prompt draw apart

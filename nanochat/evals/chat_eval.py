@@ -1,11 +1,11 @@
-"""Chat tasks: how often a model answers rightly, with confidence intervals, and ChatCORE over several tasks.
+"""Chat tasks: how often a model answers correctly. Every question is asked by itself, without worked examples.
 
-Two kinds of task, each question asked by itself, without worked examples, in the chat format:
-- categorical: of the letters a question offers, the one with the highest logit behind the prompt is the answer;
-- generative: the model writes an answer through the engine, tool calls included, and the task judges it.
+- Categorical tasks: the answer is the offered letter with the highest logit after the prompt.
+- Generative tasks: the model writes an answer through the engine, tool calls included, and the task judges it.
 
-Here: prompts that fit the context, answers and verdicts, the share of each rank, and plain paths that the fast ones are
-checked against. Not here: the tasks (given as objects), sums and files of results (`chat_results.py`), flags, printing.
+Here: prompts that fit the context, answers and verdicts, each rank's share of the work, and plain paths that the fast
+ones are checked against. Not here: the tasks (passed in as objects), sums and result files (`chat_results.py`), flags,
+printing.
 """
 
 import functools
@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -25,24 +26,22 @@ from nanochat.engine.calculator import calculate
 from nanochat.engine.engine import MAX_TOOL_TOKENS, TOOL_ERROR, Engine
 from nanochat.engine.generation import Completion, Token
 from nanochat.engine.sampling import Sampling
-from nanochat.evals.chat_results import Item, ResultLog, Sample, TaskResult, summed
-from nanochat.evals.scoring import default_batch_tokens, last_position_logits, last_position_logits_plainly
+from nanochat.evals import scoring
+from nanochat.evals.chat_results import Item, ResultLog, Sample, TaskResult
 from nanochat.tokenizer import Tokenizer
 
-ORDER_SEED = 1234  # of which problems are asked where not all are: the same ones whatever else is set
-GROUP_BATCHES = 8  # categorical questions are scored, and written down, in groups of about so many batches
-GRADE_PROBLEMS = 16  # written answers are judged, and written down, so many problems at a time
-
-Progress = Callable[[int, int], None]  # problems done and to do, of this process
+ORDER_SEED = 1234  # decides which problems a limited run asks: always the same ones, whatever the other settings
+GROUP_BATCHES = 8  # categorical questions are scored, and written to the log, in groups of about so many batches
+GRADE_PROBLEMS = 16  # written answers are judged, and written to the log, so many problems at a time
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How tasks are asked. Raises `UserError` for what cannot be.
+    """How tasks are asked. Raises `UserError` for values that make no sense.
 
-    `max_problems` of each task at most, 0 for all; the rest is for generative tasks: `num_samples` answers to each
-    problem, drawn at `temperature` (0: greedy) from the `top_k` likeliest tokens (None, 0: from all), at most
-    `max_new_tokens` long, from a seed of their own for each problem, derived from `seed`. `slow`: the plain paths.
+    `max_problems` limits the problems of each task (0: all). The rest is for generative tasks: `num_samples` answers to
+    each problem, drawn at `temperature` (0: greedy) from the `top_k` likeliest tokens (None, 0: all), at most
+    `max_new_tokens` long; every problem has its own seed, derived from `seed`. `slow` takes the plain paths.
     """
 
     max_problems: int = 0
@@ -59,7 +58,7 @@ class EvalSettings:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
         if self.num_samples > 1 and self.temperature == 0:
             raise UserError(
-                f"--num-samples {self.num_samples} at temperature 0 would be the same answer so many times; "
+                f"--num-samples {self.num_samples} at temperature 0 would give the same answer every time; "
                 f"set --temperature, 1.0 for example"
             )
         if self.slow and self.temperature != 0:
@@ -78,11 +77,16 @@ class EvalSettings:
         return Sampling(max_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, seed=seed)
 
 
+def problem_seed(seed: int, index: int) -> int:
+    """The seed for the samples of problem `index`, so that they depend on neither order nor process."""
+    return random.Random(f"{seed}/{index}").getrandbits(31)
+
+
 # --- prompts -------------------------------------------------------------------------------------
 
 
 class Question(NamedTuple):
-    """A problem ready to be asked: its place in the task, its conversation, the prompt's ids."""
+    """A problem ready to be asked: its index in the task, its conversation, the prompt's ids."""
 
     index: int
     conversation: Mapping[str, Any]
@@ -91,8 +95,8 @@ class Question(NamedTuple):
 
 
 def choose_problems(count: int, max_problems: int) -> tuple[int, ...]:
-    """Which of `count` problems are asked, ascending: all, or `max_problems` drawn once and for all. Those of a
-    smaller number are among those of a larger one, so that a run can be extended."""
+    """Which of `count` problems are asked, ascending: all, or a fixed random choice of `max_problems`. A smaller choice
+    is part of every larger one, so that a run can be extended."""
     order = list(range(count))
     if 0 < max_problems < count:
         random.Random(ORDER_SEED).shuffle(order)
@@ -101,52 +105,46 @@ def choose_problems(count: int, max_problems: int) -> tuple[int, ...]:
 
 
 def prompt_budget(kind: str, sequence_len: int, max_new_tokens: int) -> int:
-    """The longest prompt, in tokens: the whole context for a categorical question; before an answer that has to be
-    written, what `max_new_tokens` leave of it, but at least half."""
+    """The longest prompt in tokens: the whole context for a categorical question; for a written answer what
+    `max_new_tokens` leave of it, but at least half."""
     return sequence_len if kind == "categorical" else max(sequence_len - max_new_tokens, (sequence_len + 1) // 2)
 
 
 def fit_prompt(tokenizer: Tokenizer, conversation: Mapping[str, Any], max_tokens: int) -> tuple[list[int], bool]:
     """The prompt that asks for the last message of `conversation`, at most `max_tokens` long, and whether it was cut.
 
-    What is too long loses its oldest questions; a last question that is too long by itself, its beginning: what is
-    asked mostly stands at the end. The start of the document and the marks around the question always stay.
+    A prompt that is too long loses its oldest questions. If the last question alone is too long it loses its beginning,
+    because what is asked usually stands at the end. The special tokens at both ends always stay.
     """
     asked = {"messages": conversation["messages"][:-1]}
-    whole = render_for_completion(tokenizer, asked).ids
-    if len(whole) <= max_tokens:
-        return whole, False
     try:
-        return render_for_completion(tokenizer, asked, max_tokens=max_tokens).ids, True
-    except UserError:  # the conversation is in order, as it was rendered above: its last question is too long
-        assert max_tokens > 4, max_tokens  # two marks on either side
+        prompt = render_for_completion(tokenizer, asked, max_tokens=max_tokens)
+        return prompt.ids, prompt.num_dropped > 0
+    except UserError:  # the last question is too long, or the next line raises as well
+        whole = render_for_completion(tokenizer, asked).ids
+        assert max_tokens > 4, max_tokens  # two special tokens at either end
         return whole[:2] + whole[2 - max_tokens :], True
 
 
 @functools.lru_cache(maxsize=16)
 def _questions(task, tokenizer: Tokenizer, indices: tuple[int, ...], max_tokens: int) -> tuple[Question, ...]:
     """The questions of `task` at `indices`, made once for all evaluations of a training run."""
-    questions = []
-    for index in indices:
-        conversation = task[index]
-        questions.append(Question(index, conversation, *fit_prompt(tokenizer, conversation, max_tokens)))
-    return tuple(questions)
+    conversations = [(index, task[index]) for index in indices]
+    return tuple(Question(index, one, *fit_prompt(tokenizer, one, max_tokens)) for index, one in conversations)
 
 
-def _make_item(tokenizer: Tokenizer, question: Question, samples: Iterable[Sample], **more) -> Item:
+def _make_item(tokenizer: Tokenizer, question: Question, samples: Iterable[Sample], *, logits=None, seed=None) -> Item:
     expected = visible_text(question.conversation["messages"][-1]["content"])
-    kept = {"logits": None, "seed": None} | more
-    return Item(
-        question.index, tokenizer.decode(question.ids), question.is_cut, expected, samples=tuple(samples), **kept
-    )
+    prompt = tokenizer.decode(question.ids)
+    return Item(question.index, prompt, question.is_cut, expected, logits, seed, tuple(samples))
 
 
 # --- categorical tasks ---------------------------------------------------------------------------
 
 
 def letter_ids(tokenizer: Tokenizer, letters: Sequence[str]) -> list[int]:
-    """The token that stands for each letter where an answer begins: behind a special token, so without anything in
-    front. Of an answer of several tokens that is its first. Raises `UserError` where two answers share it."""
+    """The first token of each letter as it is written after a special token, without a space in front. Raises
+    `UserError` when two answers share it."""
     firsts = [tokenizer.encode(letter)[0] for letter in letters]
     if len(set(firsts)) < len(firsts):
         raise UserError(
@@ -157,113 +155,71 @@ def letter_ids(tokenizer: Tokenizer, letters: Sequence[str]) -> list[int]:
 
 
 def _answer_categorical(model, tokenizer: Tokenizer, task, questions: Sequence[Question], slow: bool) -> Iterator[Item]:
-    """The questions with the letter chosen, the longest first, in groups that make full batches."""
-    score = last_position_logits_plainly if slow else last_position_logits
-    group_tokens = 1 if slow else GROUP_BATCHES * default_batch_tokens(model.device)
-    for group in _groups_by_length(questions, group_tokens):
+    """The questions with the letter chosen, longest first. In a tie the first letter wins.
+
+    Raises `UserError` for a logit that is NaN: no comparison with NaN is true, so a broken model would choose a letter.
+    """
+    score = scoring.last_position_logits_plainly if slow else scoring.last_position_logits
+    group_tokens = 1 if slow else GROUP_BATCHES * scoring.default_batch_tokens(model.device)
+    for indices in scoring.batches_by_length([len(question.ids) for question in questions], group_tokens):
+        group = [questions[i] for i in indices]
         letters = [task.letters(question.conversation) for question in group]
         candidates = [letter_ids(tokenizer, offered) for offered in letters]
-        logits = score(model, [question.ids for question in group], candidates)
-        for question, offered, values in zip(group, letters, logits, strict=True):
-            by_letter = dict(zip(offered, map(float, values), strict=True))
-            yield _judge_letter(tokenizer, task, question, by_letter)
-
-
-def _groups_by_length(questions: Sequence[Question], group_tokens: int) -> Iterator[list[Question]]:
-    """The questions, longest first, cut where a group reaches `group_tokens`."""
-    group: list[Question] = []
-    num_tokens = 0
-    for question in sorted(questions, key=lambda question: -len(question.ids)):
-        group.append(question)
-        num_tokens += len(question.ids)
-        if num_tokens >= group_tokens:
-            yield group
-            group, num_tokens = [], 0
-    if group:
-        yield group
-
-
-def _judge_letter(tokenizer: Tokenizer, task, question: Question, logits: dict[str, float]) -> Item:
-    """The letter with the highest logit, the first of them in a tie. Raises `UserError` where one is not a number: a
-    broken model must not win by comparisons that are all false."""
-    if any(map(math.isnan, logits.values())):
-        raise UserError(
-            f"{task.name}, problem {question.index}: the logits are {logits}; the model's weights are broken"
-        )
-    letter = max(logits, key=logits.__getitem__)
-    sample = Sample(letter, task.evaluate(question.conversation, letter))
-    return _make_item(tokenizer, question, [sample], logits=logits)
+        scores = score(model, [question.ids for question in group], candidates)
+        for question, offered, values in zip(group, letters, scores, strict=True):
+            logits = dict(zip(offered, map(float, values), strict=True))
+            if any(map(math.isnan, logits.values())):
+                raise UserError(
+                    f"{task.name}, problem {question.index}: the logits are {logits}; the model's weights are broken"
+                )
+            letter = max(logits, key=logits.__getitem__)
+            sample = Sample(letter, task.evaluate(question.conversation, letter))
+            yield _make_item(tokenizer, question, [sample], logits=logits)
 
 
 # --- generative tasks ----------------------------------------------------------------------------
 
-Answered = tuple[Question, list[Completion]]
-
-
-def problem_seed(seed: int, index: int) -> int:
-    """The seed of the samples of problem `index`: its own, so that they depend on neither order nor process."""
-    return random.Random(f"{seed}/{index}").getrandbits(31)
-
 
 def _answer_generative(model, tokenizer: Tokenizer, engine, task, questions, settings: EvalSettings) -> Iterator[Item]:
-    """The questions with what was written and how it was judged, as they are done."""
+    """The questions with their answers and verdicts, in the order in which they are done."""
     if settings.slow:
         plain = functools.partial(complete_plainly, model, tokenizer, max_tokens=settings.max_new_tokens)
         answers = ((question, [plain(question.ids)]) for question in questions)
     else:
         answers = _complete_all(engine, questions, settings)
-    done: list[Answered] = []
-    for answer in answers:
-        done.append(answer)
-        if len(done) == GRADE_PROBLEMS:
-            yield from _judge_completions(tokenizer, task, done, settings.seed)
-            done = []
-    yield from _judge_completions(tokenizer, task, done, settings.seed)
+    while done := list(islice(answers, GRADE_PROBLEMS)):
+        pairs = [(question.conversation, one.parts) for question, completions in done for one in completions]
+        verdicts = iter(task.evaluate_many(pairs))
+        for question, completions in done:
+            samples = []
+            for one in completions:
+                scores = task.score(question.conversation, one.parts)
+                samples.append(Sample(one.parts, bool(next(verdicts)), scores, one.finish_reason, len(one.tokens)))
+            yield _make_item(tokenizer, question, samples, seed=problem_seed(settings.seed, question.index))
 
 
-def _complete_all(engine: Engine, questions: Sequence[Question], settings: EvalSettings) -> Iterator[Answered]:
-    """All questions through the engine at the same time, each given out when its last sample is done."""
+def _complete_all(engine: Engine, questions, settings: EvalSettings) -> Iterator[tuple[Question, list[Completion]]]:
+    """All questions through the engine at the same time, each yielded when its last sample is done."""
     num_samples = settings.num_samples
-    open_ = {
-        engine.submit(question.ids, settings.sampling(question.index), num_samples=num_samples): question
-        for question in questions
-    }
+    waiting = {engine.submit(q.ids, settings.sampling(q.index), num_samples=num_samples): q for q in questions}
     try:
-        while open_:
+        while waiting:
             for event in engine.step():
-                if event.request.is_done and event.request in open_:  # several samples may end in the same step
-                    yield open_.pop(event.request), event.request.completions
-    finally:  # where the caller stops early, the engine must not go on with these
-        for request in open_:
+                if event.request.is_done and event.request in waiting:  # several samples may end in the same step
+                    yield waiting.pop(event.request), event.request.completions
+    finally:  # if the caller stops early, the engine must not go on with these
+        for request in waiting:
             engine.cancel(request)
-
-
-def _judge_completions(tokenizer: Tokenizer, task, done: Sequence[Answered], seed: int) -> Iterator[Item]:
-    """What the task makes of the answers to some questions."""
-    pairs = [(question.conversation, completion.parts) for question, own in done for completion in own]
-    verdicts = iter(task.evaluate_many(pairs))
-    for question, completions in done:
-        samples = [
-            Sample(
-                output=completion.parts,
-                is_correct=bool(next(verdicts)),
-                scores=task.score(question.conversation, completion.parts),
-                finish_reason=completion.finish_reason,
-                num_tokens=len(completion.tokens),
-            )
-            for completion in completions
-        ]
-        yield _make_item(tokenizer, question, samples, seed=problem_seed(seed, question.index))
 
 
 @torch.no_grad()
 def complete_plainly(model, tokenizer: Tokenizer, prompt: Sequence[int], *, max_tokens: int) -> Completion:
-    """What the engine must agree with at temperature 0: one answer by itself, for each token the whole text through
-    the model, without a cache. A tool call is followed by the tool's answer, which the model does not write itself."""
+    """The reference for the engine at temperature 0: one answer at a time, the whole text through the model for each
+    token, without a cache. A tool call is followed by the tool's answer, which the model does not write itself."""
     special, ends = tokenizer.special_ids, tokenizer.stop_ids
     tool_marks = [special["<|output_start|>"], special["<|output_end|>"]]
     ids, tokens, forced, call = list(prompt), [], [], None
-    # the model reads a context at most, so that one more token can be said
+    # the model reads at most one context, which leaves room to say one more token
     limit = min(len(ids) + max_tokens, model.config.sequence_len + 1)
     while len(ids) < limit:
         is_forced = bool(forced)
@@ -292,10 +248,10 @@ def complete_plainly(model, tokenizer: Tokenizer, prompt: Sequence[int], *, max_
 
 
 def check_task(task) -> None:
-    """Have the data of `task` loaded and its judge tried: it must find the task's own answer to a problem right.
+    """Load the data of `task` and try its judge, which must accept the task's own answer to its first problem.
 
-    Raises `UserError` for a task without problems or with a judge that does not, and what the task raises: data that
-    cannot be had, no isolation for code.
+    Raises `UserError` for a task without problems or whose judge does not, and what the task raises: data that cannot
+    be loaded, no isolation for code.
     """
     assert task.kind in ("categorical", "generative"), f"{task.name} cannot be examined"
     if len(task) == 0:
@@ -303,47 +259,39 @@ def check_task(task) -> None:
     conversation = task[0]
     if not task.evaluate(conversation, conversation["messages"][-1]["content"]):
         raise UserError(
-            f"{task.name} does not accept its own answer to its first problem, so that no verdict of it could be "
+            f"{task.name} does not accept its own answer to its first problem, so that none of its verdicts could be "
             f"trusted; if it runs code, is this machine overloaded?"
         )
 
 
 def prepare_logs(logs: Iterable[ResultLog], *, resume: bool) -> None:
-    """Forget what is in `logs`, or with `resume` see that all of it can be gone on with, before hours go into the
-    first task. With a process group every rank must call this. Raises `UserError` where the settings were others."""
+    """Delete what is in `logs`, or with `resume` check that all of them can be continued, before hours go into the
+    first task. With a process group every rank must call this. Raises `UserError` when the settings were others."""
 
     def prepare() -> None:
         for log in logs:
-            if resume:
-                log.recover()
-            else:
-                log.discard()
+            log.recover() if resume else log.discard()
 
     _on_rank0(prepare)
 
 
 def evaluate_task(
-    task,
-    model,
-    tokenizer: Tokenizer,
-    settings: EvalSettings,
-    *,
-    engine: Engine | None = None,
-    log: ResultLog | None = None,
-    progress: Progress | None = None,
-) -> TaskResult:
-    """Ask `model` the problems of `task`, of class `tasks.common.Task` or one like it, and judge its answers.
+    task, model, tokenizer: Tokenizer, settings: EvalSettings, *, engine: Engine | None = None,
+    log: ResultLog | None = None, progress: Callable[..., Iterable[Item]] = lambda items, total: items,
+) -> TaskResult:  # fmt: skip
+    """Ask `model` the problems of `task`, a `tasks.common.Task` or an object like it, and judge its answers.
 
-    model: `GPT`, or what has `device`, `config.sequence_len`, `config.vocab_size`, `hidden`, `logits` and `__call__`
-    like it; engine: an `Engine` with that model, needed for generative tasks unless `settings.slow`. With a process
-    group every rank must call this: each answers its share, all get the result. `log`: where results are kept as they
-    come; problems that have one there already are not asked again. `progress` is called as problems are done.
+    model: `GPT`, or an object with `device`, `config.sequence_len`, `config.vocab_size`, `hidden`, `logits` and
+    `__call__` like it; engine: an `Engine` with that model, needed for generative tasks unless `settings.slow`. With a
+    process group every rank must call this: each answers its share, all get the result. `log` keeps the results as they
+    come; problems it already holds are not asked again. `progress(items, total=n)`, tqdm for example, wraps the
+    iterator over the results of this process.
 
-    Raises `UserError` for logits that are not numbers, for results that cannot be written or were made with other
-    settings, and what the task raises. Call `check_task` for all tasks first, so that it raises early.
+    Raises `UserError` for NaN logits, for results that cannot be written or were made with other settings, and what
+    the task raises. Call `check_task` for all tasks first, so that it raises early.
     """
     begin = time.perf_counter()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = scoring.rank_and_world_size()
     chosen = choose_problems(len(task), settings.max_problems)
     earlier = [] if log is None else _on_rank0(log.recover)
     answered = {item.index for item in earlier}
@@ -356,17 +304,16 @@ def evaluate_task(
         answers = _answer_generative(model, tokenizer, engine, task, questions, settings)
     own: list[Item] = []
     append = log.appender(rank) if log is not None else None
-    for item in answers:
+    for item in progress(answers, total=len(todo)):
         own.append(item)
         if append is not None:
             append(item)
-        if progress is not None:
-            progress(len(own), len(todo))
-    items = {item.index: item for item in [*earlier, *_from_all_ranks(own)]}
+    items = {item.index: item for item in [*earlier, *scoring.gather_from_ranks(own)]}
     if log is not None:
         _on_rank0(lambda: log.write_whole(items.values()))
     num_earlier = sum(index in answered for index in chosen)
-    return summed(task, [items[index] for index in chosen], num_earlier, time.perf_counter() - begin)
+    asked = tuple(items[index] for index in chosen)
+    return TaskResult(task.name, task.baseline, asked, num_earlier, time.perf_counter() - begin)
 
 
 def _on_rank0(work: Callable[[], Any]) -> Any:
@@ -381,11 +328,3 @@ def _on_rank0(work: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     return result
-
-
-def _from_all_ranks(own: list[Item]) -> list[Item]:
-    gathered = [own]
-    if dist.is_initialized():
-        gathered = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, own)
-    return [item for items in gathered for item in items]

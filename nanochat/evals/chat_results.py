@@ -1,13 +1,13 @@
-"""Results of chat tasks: accuracies with confidence intervals, ChatCORE, single answers and the files they are kept in.
+"""Results of chat tasks: accuracies with confidence intervals, ChatCORE, and the files that single answers are kept in.
 
-Not here: asking a model and judging what it says (`chat_eval.py`), tables for people.
+Not here: asking a model and judging its answers (`chat_eval.py`), tables for people.
 """
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +21,40 @@ Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviat
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the ends of its 95 % confidence interval."""
+    """A value with its 95 % confidence interval."""
 
     value: float
     low: float
     high: float
 
     def centered(self, baseline: float) -> "Estimate":
-        """An accuracy on the scale where guessing, which has the accuracy `baseline`, is 0 and all right is 1."""
+        """An accuracy rescaled so that guessing, which has the accuracy `baseline`, is 0 and all right is 1."""
         return Estimate(*((end - baseline) / (1 - baseline) for end in (self.value, self.low, self.high)))
 
 
 def wilson(share: float, count: int) -> Estimate:
     """An accuracy of `share` (0 to 1) over `count` problems, with Wilson's score interval (E. B. Wilson, Journal of
-    the American Statistical Association 22, 1927), which stays within 0 and 1 and is right for few problems and for
-    none or all solved. Where problems have several samples, `share` is the mean and `count` still the problems: the
-    interval is then too wide rather than too narrow, as samples of one problem tell little about others."""
+    the American Statistical Association 22, 1927), which stays within 0 and 1 and holds for few problems and for none
+    or all solved. With several samples per problem, `share` is their mean and `count` still the number of problems:
+    samples of one problem say little about others, so the interval errs on the wide side."""
     assert count > 0, count
     assert 0 <= share <= 1, share
     z2 = Z * Z / count
     center = (share + z2 / 2) / (1 + z2)
     half = Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count)) / (1 + z2)
-    # the interval holds the share itself, also where rounding would put an end next to it
+    # the interval contains the share itself, even where rounding would put an end next to it
     return Estimate(share, min(share, max(0.0, center - half)), max(share, min(1.0, center + half)))
 
 
 def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of independent estimates. Each side of its interval comes from that side of theirs, the distances from
-    the values adding as squares (G. Y. Zou and A. Donner, Statistics in Medicine 27, 2008): plain propagation of
-    errors, but with unequal sides, so that a task with nothing solved is not taken for one without error."""
+    """The mean of independent estimates. The distances from value to end add as squares, each side of the interval by
+    itself (G. Y. Zou and A. Donner, Statistics in Medicine 27, 2008). Unequal sides keep a task with nothing solved
+    from counting as one without error."""
     count = len(estimates)
     mean = sum(e.value for e in estimates) / count
-    below, above = (
-        math.sqrt(sum(d * d for d in side)) / count for side in zip(*map(_distances, estimates), strict=True)
-    )
+    below = math.sqrt(sum((e.value - e.low) ** 2 for e in estimates)) / count
+    above = math.sqrt(sum((e.high - e.value) ** 2 for e in estimates)) / count
     return Estimate(mean, mean - below, mean + above)
-
-
-def _distances(estimate: Estimate) -> tuple[float, float]:
-    return estimate.value - estimate.low, estimate.high - estimate.value
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -68,7 +63,7 @@ def _distances(estimate: Estimate) -> tuple[float, float]:
 @dataclass(frozen=True)
 class Sample:
     """An answer: a letter, or the parts of a message; whether it is right; further scores of the task by name, 0 to 1;
-    how a written answer ended ("stop", or "length" where there was no room for more) and its number of tokens."""
+    how a written answer ended ("stop", or "length" when it ran out of room) and its number of tokens."""
 
     output: str | list[dict[str, str]]
     is_correct: bool
@@ -79,8 +74,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Item:
-    """A problem by its place in the task: the prompt as the model saw it, special tokens by name; whether something
-    had to be cut from it; what a right answer says; the logits by letter or the seed of the samples; the samples."""
+    """A problem by its index in the task: the prompt as the model saw it, special tokens by name; whether it was cut
+    to fit; the right answer; the logits by letter or the seed of the samples; the samples."""
 
     index: int
     prompt: str
@@ -98,22 +93,49 @@ class Item:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A task: accuracy as it is and centred, the mean of each further score, the part of the problems that at least
-    one sample solves, how many prompts were cut and answers not brought to an end, how many of the `items` are of an
-    earlier run, and the seconds of this one."""
+    """The results of a task's problems, at least one. `num_earlier` of the `items` come from an earlier run; `seconds`
+    is the time of this one."""
 
     task: str
-    kind: str
     baseline: float
-    accuracy: Estimate
-    centered: Estimate
-    scores: dict[str, Estimate]
-    pass_at_k: Estimate
-    num_cut: int
-    num_unfinished: int
+    items: tuple[Item, ...]
     num_earlier: int
     seconds: float
-    items: tuple[Item, ...]
+
+    @property
+    def accuracy(self) -> Estimate:
+        return self._mean(lambda item: item.share)
+
+    @property
+    def centered(self) -> Estimate:
+        return self.accuracy.centered(self.baseline)
+
+    @property
+    def pass_at_k(self) -> Estimate:
+        """The part of the problems that at least one sample solves."""
+        return self._mean(lambda item: item.share > 0)
+
+    @property
+    def scores(self) -> dict[str, Estimate]:
+        """The mean of each further score of the task."""
+        names = dict.fromkeys(name for item in self.items for sample in item.samples for name in sample.scores)
+
+        def mean(item: Item, name: str) -> float:
+            return sum(sample.scores.get(name, 0.0) for sample in item.samples) / len(item.samples)
+
+        return {name: self._mean(partial(mean, name=name)) for name in names}
+
+    @property
+    def num_cut(self) -> int:
+        return sum(item.is_cut for item in self.items)
+
+    @property
+    def num_unfinished(self) -> int:
+        """How many answers ran out of room."""
+        return sum(sample.finish_reason == "length" for item in self.items for sample in item.samples)
+
+    def _mean(self, of_item: Callable[[Item], float]) -> Estimate:
+        return wilson(sum(map(of_item, self.items)) / len(self.items), len(self.items))
 
 
 def chat_core(results: Sequence[TaskResult]) -> Estimate:
@@ -121,54 +143,25 @@ def chat_core(results: Sequence[TaskResult]) -> Estimate:
     return mean_estimate([result.centered for result in results])
 
 
-def summed(task, items: Sequence[Item], num_earlier: int, seconds: float) -> TaskResult:
-    """The result of `task` from those of its problems, of which there is at least one."""
-    count = len(items)
-    accuracy = wilson(sum(item.share for item in items) / count, count)
-    names = dict.fromkeys(name for item in items for sample in item.samples for name in sample.scores)
-    return TaskResult(
-        task=task.name,
-        kind=task.kind,
-        baseline=task.baseline,
-        accuracy=accuracy,
-        centered=accuracy.centered(task.baseline),
-        scores={name: wilson(sum(_mean_score(item, name) for item in items) / count, count) for name in names},
-        pass_at_k=wilson(sum(item.share > 0 for item in items) / count, count),
-        num_cut=sum(item.is_cut for item in items),
-        num_unfinished=sum(sample.finish_reason == "length" for item in items for sample in item.samples),
-        num_earlier=num_earlier,
-        seconds=seconds,
-        items=tuple(items),
-    )
-
-
-def _mean_score(item: Item, name: str) -> float:
-    return sum(sample.scores.get(name, 0.0) for sample in item.samples) / len(item.samples)
-
-
-# --- results on the disk -------------------------------------------------------------------------
+# --- result files --------------------------------------------------------------------------------
 
 
 class ResultLog:
-    """The results of one task as JSON lines: what they depend on, then a line for each problem.
+    """The results of one task as JSON lines: the settings they depend on, then a line for each problem.
 
-    While a task runs, each process appends to a part of its own, which a process that is killed leaves behind; at the
-    end the whole file, in the order of the task, takes their place. `settings` are what the results depend on.
+    While a task runs, each process appends to a part file of its own, which survives when the process is killed. At
+    the end one whole file, in the order of the task, replaces the parts.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
         self.path = path
         self.settings = json.loads(json.dumps(settings))  # as they will be read back
 
-    def _part(self, rank: int) -> Path:
-        return self.path.with_suffix(f".part{rank}.jsonl")
-
     def _parts(self) -> list[Path]:
-        name = re.compile(rf"{re.escape(self.path.stem)}\.part[0-9]+\.jsonl")
-        return sorted(path for path in self.path.parent.glob("*.jsonl") if name.fullmatch(path.name))
+        return sorted(self.path.parent.glob(f"{self.path.stem}.part*.jsonl"))
 
     def discard(self) -> None:
-        """Forget all results."""
+        """Delete all results."""
         for path in (self.path, *self._parts()):
             with disk_errors("new results", path):
                 path.unlink(missing_ok=True)
@@ -176,19 +169,19 @@ class ResultLog:
     def recover(self) -> list[Item]:
         """The results of earlier runs, whatever number of processes they had; parts become one whole file.
 
-        Lines that are not whole count for nothing. Raises `UserError` where the settings were others.
+        Incomplete lines are ignored. Raises `UserError` when the settings were others.
         """
         found = {item.index: item for path in (self.path, *self._parts()) for item in self._read(path)}
         if found:
-            self.write_whole(list(found.values()))
+            self.write_whole(found.values())
         return list(found.values())
 
-    def _read(self, path: Path) -> Iterator[Item]:
-        # not splitlines: a text may hold other ends of line, which JSON writes as they are
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-        header = _parsed(lines[0]).get("settings") if lines else None
+    def _read(self, path: Path) -> list[Item]:
+        # not splitlines: a text may hold other line ends, which JSON leaves as they are
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
+        header = _parsed(lines[0]).get("settings")
         if not isinstance(header, dict):
-            return
+            return []
         for name in sorted({*self.settings, *header}):
             before, now = header.get(name), self.settings.get(name)
             if before != now:
@@ -196,11 +189,17 @@ class ResultLog:
                     f"{path} was made with {name} {before!r}, which is {now!r} now; "
                     f"leave it as it was, or start anew without --resume"
                 )
-        yield from filter(None, map(_item_of, lines[1:]))
+        items = []
+        for value in map(_parsed, lines[1:]):
+            try:
+                items.append(Item(**value | {"samples": tuple(Sample(**sample) for sample in value["samples"])}))
+            except (KeyError, TypeError):  # an incomplete line
+                continue
+        return items
 
     def appender(self, rank: int) -> Callable[[Item], None]:
-        """A function that appends a result to this process's part: it is with the system when it returns."""
-        path = self._part(rank)
+        """A function that appends a result to this process's part file and returns when the system has it."""
+        path = self.path.with_suffix(f".part{rank}.jsonl")
         with disk_errors("results", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(_line({"settings": self.settings}), encoding="utf-8")
@@ -212,9 +211,9 @@ class ResultLog:
         return append
 
     def write_whole(self, items: Iterable[Item]) -> None:
-        """All results in one file; the parts go."""
+        """Write all results to one file and delete the parts."""
         ordered = sorted(items, key=lambda item: item.index)
-        write_atomic(self.path, "".join([_line({"settings": self.settings}), *(_line(asdict(i)) for i in ordered)]))
+        write_atomic(self.path, "".join(map(_line, [{"settings": self.settings}, *map(asdict, ordered)])))
         for path in self._parts():
             path.unlink(missing_ok=True)
 
@@ -224,17 +223,9 @@ def _line(value: Mapping[str, Any]) -> str:
 
 
 def _parsed(line: str) -> dict[str, Any]:
+    """The JSON object in `line`, empty when there is none."""
     try:
         value = json.loads(line)
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _item_of(line: str) -> Item | None:
-    """The result that a line holds, None where it is not whole."""
-    value = _parsed(line)
-    try:
-        return Item(**{**value, "samples": tuple(Sample(**sample) for sample in value["samples"])})
-    except (KeyError, TypeError):
-        return None

@@ -1,7 +1,8 @@
-"""The bundle of in-context tasks behind CORE: fetch it once, unpack it safely, read its tasks with every row checked.
+"""The bundle of in-context tasks behind CORE: fetched once, then read with every row checked.
 
-Layout: `core.yaml` (label, file, kind, shots and delimiter of each task), `eval_meta_data.csv` (accuracy of guessing)
-and `eval_data/**.jsonl` (one example a line). Not here: prompts and scores (`core_eval.py`).
+A bundle is a folder or a zip file, which is read as it is. It holds `core.yaml` (label, file, kind, shots and delimiter
+of each task), `eval_meta_data.csv` (accuracy of guessing) and `eval_data/**.jsonl` (one example a line). Not here:
+prompts and scores (`core_eval.py`).
 """
 
 import csv
@@ -10,21 +11,19 @@ import hashlib
 import json
 import os
 import random
-import re
-import shutil
 import time
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UserError, base_dir, disk_errors, fetch_once
+from nanochat.common import UserError, base_dir, fetch_once
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 BUNDLE_VARIABLE = "NANOCHAT_EVAL_BUNDLE"
 FETCH_ATTEMPTS = 4
 FETCH_TIMEOUT_SECONDS = 30
-ORDER_SEED = 1337  # of the published CORE tables of nanochat runs; another one asks other examples first
+ORDER_SEED = 1337  # that of the published CORE tables of nanochat runs; it decides which examples a limited run asks
 DEFAULT_DELIMITER = " "  # between question and answer, where the bundle names none
 FIELDS = {  # of a record, by kind of task
     "multiple_choice": {"query": str, "choices": list, "gold": int},
@@ -35,40 +34,42 @@ OPTIONS_FIELD = {"multiple_choice": "choices", "schema": "context_options"}
 
 
 def fetch_bundle(source: str = "") -> Path:
-    """Folder of the task bundle (the one that holds `core.yaml`), fetched and unpacked the first time.
+    """The task bundle, a folder or a zip file; from a URL it is fetched the first time.
 
     `source` is a URL, a zip file or a folder; "" means the environment variable `NANOCHAT_EVAL_BUNDLE`, else the
-    public address. Raises `UserError` when it cannot be had, or is not such a bundle.
+    public address. Raises `UserError` when it cannot be fetched or is not a bundle.
     """
     source = source or os.environ.get(BUNDLE_VARIABLE, "") or BUNDLE_URL
-    cache = base_dir() / "eval_bundle"
     if source.startswith(("http://", "https://")):
         key = hashlib.sha256(source.encode()).hexdigest()[:16]
-        archive = fetch_once(cache / f"{key}.zip", lambda partial: _download(source, partial))
-    else:
-        archive = Path(source).expanduser()
-        if archive.is_dir():
-            return _bundle_root(archive, source)
-        if not archive.is_file():
-            raise UserError(f"no evaluation bundle at {source}; give --bundle a URL, a zip file or a folder")
-        with open(archive, "rb") as file:
-            key = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return _bundle_root(fetch_once(cache / key, lambda partial: _unpack(archive, partial)), source)
-
-
-def _bundle_root(folder: Path, source: str) -> Path:
-    for root in (folder, folder / "eval_bundle"):
-        if (root / "core.yaml").is_file():
-            return root
-    raise UserError(f"{source} is not an evaluation bundle: it holds no core.yaml")
+        return fetch_once(base_dir() / "eval_bundle" / f"{key}.zip", lambda partial: _download(source, partial))
+    bundle = Path(source).expanduser()
+    if not bundle.exists():
+        raise UserError(f"no evaluation bundle at {source}; give --bundle a URL, a zip file or a folder")
+    if fault := bundle_fault(bundle):
+        raise UserError(f"{source} is {fault}; give --bundle another one")
+    return bundle
 
 
 def _download(url: str, partial: Path) -> None:
-    """Fetch `url` to `partial`, trying again with growing pauses until it is a whole bundle."""
+    """Fetch `url` to `partial`, retrying with growing pauses until it is a whole bundle."""
+    import requests
+
     fault = ""
     for attempt in range(FETCH_ATTEMPTS):
         time.sleep(2**attempt - 1)
-        fault = _stream(url, partial) or archive_fault(partial)
+        try:
+            with requests.get(url, stream=True, timeout=FETCH_TIMEOUT_SECONDS) as response:
+                response.raise_for_status()
+                with open(partial, "wb") as file:
+                    for block in response.iter_content(1 << 20):
+                        file.write(block)
+            fault = bundle_fault(partial)
+        except requests.RequestException as error:  # an OSError too, so it must come before the disk's
+            status = getattr(error.response, "status_code", None)
+            fault = type(error).__name__ if status is None else f"status {status}"
+        except OSError as error:
+            raise UserError(f"cannot write the evaluation bundle to {partial.parent}: {error.strerror}") from error
         if not fault:
             return
     raise UserError(
@@ -77,59 +78,29 @@ def _download(url: str, partial: Path) -> None:
     )
 
 
-def _stream(url: str, partial: Path) -> str:
-    """Write what `url` answers to `partial`; returns what went wrong on the network, "" for nothing."""
-    import requests
-
-    try:
-        with requests.get(url, stream=True, timeout=FETCH_TIMEOUT_SECONDS) as response:
-            response.raise_for_status()
-            with open(partial, "wb") as file:
-                for block in response.iter_content(1 << 20):
-                    file.write(block)
-    except requests.RequestException as error:  # an OSError itself, so it goes before the disk's
-        answer = error.response
-        return type(error).__name__ if answer is None else f"status {answer.status_code}"
-    except OSError as error:
-        raise UserError(f"cannot write the evaluation bundle to {partial.parent}: {error.strerror}") from error
-    return ""
+def bundle_fault(bundle: Path) -> str:
+    """Why `bundle` cannot be used, or "" when it is a folder or an undamaged zip file that holds a `core.yaml`."""
+    if not bundle.is_dir():
+        try:
+            with zipfile.ZipFile(bundle) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+            return f"not a readable zip file: {error}"
+        if damaged is not None:
+            return f"damaged: {damaged} does not match its checksum"
+    return "" if (_root(bundle) / "core.yaml").is_file() else "not an evaluation bundle: it holds no core.yaml"
 
 
-def archive_fault(archive: Path) -> str:
-    """Why `archive` is not a bundle that may be unpacked, "" when it is one: a zip file of undamaged members that
-    all stay inside its folder, `core.yaml` among them."""
-    try:
-        with zipfile.ZipFile(archive) as bundle:
-            names, damaged = bundle.namelist(), bundle.testzip()
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        return f"not a readable zip file: {error}"
-    if damaged is not None:
-        return f"damaged: {damaged} does not match its checksum"
-    outside = [name for name in names if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name)]
-    if outside:
-        return f"not to be trusted: {outside[0]!r} would land outside its folder"
-    if not {"core.yaml", "eval_bundle/core.yaml"} & set(names):
-        return "not an evaluation bundle: it holds no core.yaml"
-    return ""
-
-
-def _unpack(archive: Path, partial: Path) -> None:
-    """Unpack `archive` into the new folder `partial`; nothing is left of it when that fails."""
-    if fault := archive_fault(archive):
-        raise UserError(f"{archive} is {fault}; give --bundle another one")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    try:
-        with disk_errors("the evaluation bundle", partial.parent), zipfile.ZipFile(archive) as bundle:
-            bundle.extractall(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+def _root(bundle: Path) -> Path | zipfile.Path:
+    """The folder of `bundle` that holds `core.yaml`: the bundle itself, or its folder `eval_bundle`."""
+    top = bundle if bundle.is_dir() else zipfile.Path(bundle)
+    return top / "eval_bundle" if (top / "eval_bundle" / "core.yaml").is_file() else top
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One task of the bundle. `records` are its rows in the order in which they are asked, `lines` their places in
-    the file, counted from 1; `baseline` is the accuracy of guessing, 0 to 1."""
+    """One task of the bundle: `records` are its rows in the order in which they are asked, `lines` their line numbers
+    in the file, `baseline` the accuracy of guessing, 0 to 1."""
 
     label: str
     kind: str
@@ -142,52 +113,42 @@ class Task:
 
 @functools.lru_cache(maxsize=1)
 def read_tasks(bundle: Path) -> tuple[Task, ...]:
-    """The tasks of a bundle folder, in its order. Raises `UserError` naming the file and line that is wrong."""
+    """The tasks of a bundle, in its order. Raises `UserError` naming the file and line that is wrong."""
     import yaml
 
-    path = bundle / "core.yaml"
+    root = _root(bundle)
+    path = root / "core.yaml"
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]
-        baselines = _read_baselines(bundle / "eval_meta_data.csv")
-        tasks = tuple(_read_task(bundle, entry, baselines) for entry in entries)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, IndexError, UnicodeDecodeError) as error:
+        with (root / "eval_meta_data.csv").open(newline="", encoding="utf-8") as file:
+            percent = {row["Eval Task"]: row["Random baseline"] for row in csv.DictReader(file)}
+        tasks = tuple(_read_task(root, entry, percent) for entry in entries)
+    except (OSError, zipfile.BadZipFile, yaml.YAMLError, KeyError, TypeError, IndexError, UnicodeDecodeError) as error:
         raise UserError(f"{path} or a file it names cannot be read ({type(error).__name__}: {error})") from error
     if not tasks:
         raise UserError(f"{path} names no tasks")
     return tasks
 
 
-def _read_baselines(path: Path) -> dict[str, float]:
-    """Accuracy of guessing, 0 to 1, by task label; the file has percent."""
-    with open(path, newline="", encoding="utf-8") as file:
-        try:
-            return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
-        except ValueError as error:
-            raise UserError(f"{path}: a random baseline is no number ({error})") from error
-
-
-def _read_task(bundle: Path, entry: dict, baselines: dict[str, float]) -> Task:
+def _read_task(root: Path | zipfile.Path, entry: dict, percent: dict[str, str]) -> Task:
     label, kind = entry["label"], entry["icl_task_type"]
     if kind not in FIELDS:
-        raise UserError(f"task {label} of {bundle} is of the unknown kind {kind!r}; known are {', '.join(FIELDS)}")
-    if not 0 <= baselines.get(label, -1) < 1:
-        raise UserError(f"{bundle / 'eval_meta_data.csv'} has no random baseline from 0 to 100 for task {label}")
-    path = bundle / "eval_data" / entry["dataset_uri"]
-    numbered = _read_records(path, kind)
+        raise UserError(f"task {label} of {root} is of the unknown kind {kind!r}; known are {', '.join(FIELDS)}")
+    try:
+        baseline = float(percent.get(label, "nan")) / 100
+    except ValueError as error:
+        raise UserError(f"{root / 'eval_meta_data.csv'}: a random baseline is not a number ({error})") from error
+    if not 0 <= baseline < 1:
+        raise UserError(f"{root / 'eval_meta_data.csv'} has no random baseline from 0 to 100 for task {label}")
+    numbered = _read_records(root / "eval_data" / entry["dataset_uri"], kind)
     random.Random(ORDER_SEED).shuffle(numbered)
-    return Task(
-        label=label,
-        kind=kind,
-        num_shots=int(entry["num_fewshot"][0]),
-        delimiter=entry.get("continuation_delimiter", DEFAULT_DELIMITER),
-        baseline=baselines[label],
-        records=tuple(record for _, record in numbered),
-        lines=tuple(line for line, _ in numbered),
-    )
+    lines, records = zip(*numbered, strict=True)
+    delimiter = entry.get("continuation_delimiter", DEFAULT_DELIMITER)
+    return Task(label, kind, int(entry["num_fewshot"][0]), delimiter, baseline, records, lines)
 
 
-def _read_records(path: Path, kind: str) -> list[tuple[int, dict]]:
-    """The rows of a task file with their line numbers, each as its kind needs it; `UserError` names the wrong line."""
+def _read_records(path: Path | zipfile.Path, kind: str) -> list[tuple[int, dict]]:
+    """The rows of a task file with their line numbers. Raises `UserError` naming the line that is wrong."""
     records = []
     for line, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not text.strip():
@@ -205,7 +166,7 @@ def _read_records(path: Path, kind: str) -> list[tuple[int, dict]]:
 
 
 def _record_fault(record, kind: str) -> str:
-    """What keeps `record` from being an example of `kind`, "" when nothing does."""
+    """Why `record` is not an example of `kind`, or ""."""
     if not isinstance(record, dict):
         return "not a JSON object"
     for field, type_ in FIELDS[kind].items():

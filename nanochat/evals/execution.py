@@ -1,27 +1,22 @@
 """Runs Python that a model wrote, in processes that can do no harm, and grades it by tests that it cannot see.
 
-Two processes per problem, each locked in by itself (`execution_child.py` is what runs in them): the *candidate* holds
-the program, the *tester* holds the tests. The tester calls the candidate's function over a pair of pipes on which only
-plain data crosses, and tells the verdict to this process over a pipe that the candidate does not have. So an exit code,
-a printed verdict, a patched builtin or an object that equals everything passes nothing.
+Each problem gets two processes (`execution_child.py` is what runs in them): the *candidate* holds the program, the
+*tester* holds the tests. The tester calls the candidate's function over a pair of pipes that carry only plain data,
+and sends the verdict to this process over a pipe that the candidate does not have. So an exit code, a printed verdict,
+a patched builtin or an object that equals everything cannot make a program pass.
 
-Each process has: namespaces of its own (processes, mounts, network, IPC, host name) through bubblewrap, or without it
-by unshare(2); a root with Python and the system's libraries, read-only, a scratch folder in memory, no /proc, no /dev,
-no environment; another user where started by root; no capabilities; limits of time, CPU, memory, files and output; a
-filter of system calls (seccomp) without new processes, execution, sockets, signals to others, shared or anonymous
-memory files, mounts, tracing and keys. Where the system allows no namespaces only the limits and the filter are left,
-and then nothing runs unless `allow_unsafe` says so (`--allow-unsafe-execution`).
+Each process has: its own namespaces (processes, mounts, network, IPC, host name), through bubblewrap or else through
+unshare(2); a read-only root with Python and the system's libraries, a scratch folder in memory, no /proc, no /dev, no
+environment; another user when started by root; no capabilities; limits on time, CPU, memory, files and output; a
+filter of system calls (seccomp) that denies new processes, execution, sockets, signals to others, shared or anonymous
+memory files, mounts, tracing and keys. Where the system allows no namespaces, only the limits and the filter remain,
+and nothing runs unless `allow_unsafe` (`--allow-unsafe-execution`) is set.
 
-Not covered:
-- errors in the kernel, and side channels: code that breaks either of them is out. No virtual machine, no gVisor.
-- memory in total: the limit is per process and two run per problem; the scratch folder, pipes and the kernel's own
-  tables come on top. `num_workers` times all of that should fit the machine.
-- the processor: a problem may keep one thread's CPU limit busy; nothing lowers its priority.
-- reading what is visible: the system's libraries and Python's standard library (packages beside it are hidden).
-- without isolation: files that this user can read or write, and on systems other than Linux also the network, other
-  processes and children that outlive their parent.
-- programs that cheat by what they know: a memorised answer is an answer.
-- arguments that a program changes in place: the tests keep their own copy. No test of HumanEval looks at it.
+Not covered: errors in the kernel and side channels (there is no virtual machine); total memory (the limit is per
+process, `num_workers` times two of them run, and scratch folders come on top); the load of one busy core per problem;
+reading the system's libraries and Python's standard library; memorised answers, and arguments changed in place (the
+tests keep their own copy). Without isolation also: files that this user can read or write, and on systems other than
+Linux the network, other processes and children that outlive their parent.
 """
 
 import functools
@@ -39,36 +34,31 @@ import time
 from ast import FunctionDef, parse, unparse
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from nanochat.common import UserError
 
 TIMEOUT_SECONDS = 5.0  # from the moment both processes are locked in to the verdict
 STARTUP_SECONDS = 30.0  # allowed before that moment: a loaded machine is slow to start processes
-MEMORY_BYTES = 512 << 20  # address space of each process
 OUTPUT_BYTES = 64 << 10  # of the program's standard output and error together
 SCRATCH_BYTES = 16 << 20
 KILL_SECONDS = 5.0  # for killed processes to be gone
 EXIT_SECONDS = 1.0  # from the end of a process's pipes to its exit status
 MAX_SOURCE = 1 << 20  # characters of a program or its tests
+# of each process, beside its CPU time; "AS" is its address space
+LIMITS = {"AS": 512 << 20, "FSIZE": 8 << 20, "NOFILE": 64, "NPROC": 64, "CORE": 0}
 
-_FILE_BYTES = 8 << 20
-_OPEN_FILES = 64
-_THREADS = 64
-_USERS = itertools.cycle(
-    range(64000, 64500)
-)  # when root starts it: no accounts, one each, so that limits do not add up
+_USERS = itertools.cycle(range(64000, 64500))  # used by root: ids without an account, one each, so limits do not add up
 _METHODS = ("bubblewrap", "unshare")
-_PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 _SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store")
 
 
 @dataclass(frozen=True)
 class Isolation:
-    """What a sandbox stands on: `method` is "bubblewrap", "unshare" or "none"; `reason` says what was found."""
+    """What a sandbox is built with: `method` is "bubblewrap", "unshare" or "none"; `reason` says why."""
 
     method: str
     reason: str
@@ -78,9 +68,9 @@ class Isolation:
 class Verdict:
     """Whether the tests ran to their end without a failure, and what happened otherwise.
 
-    status: "passed"; "wrong" (a test failed); "error" (the program or the tests raised, do not compile, or a result was
-    no plain data); "timeout"; "memory"; "output" (too much of it); "crashed" (the program ended its process or was
-    ended); "refused" (too large to run). `output` is what the program printed, undecodable bytes replaced.
+    status: "passed"; "wrong" (a test failed); "error" (the program or the tests raised or do not compile, or a result
+    was not plain data); "timeout"; "memory"; "output" (too much of it); "crashed" (the program ended its process or was
+    killed); "refused" (too large to run). `output` is what the program printed, undecodable bytes replaced.
     """
 
     passed: bool
@@ -90,7 +80,7 @@ class Verdict:
 
 
 class Problem(NamedTuple):
-    """One thing to grade, see `grade`."""
+    """One program to grade, see `grade`."""
 
     program: str
     tests: str
@@ -98,23 +88,16 @@ class Problem(NamedTuple):
 
 
 def grade(
-    program: str,
-    tests: str,
-    entry_point: str,
-    *,
-    timeout_seconds: float = TIMEOUT_SECONDS,
-    memory_bytes: int = MEMORY_BYTES,
-    output_bytes: int = OUTPUT_BYTES,
-    allow_unsafe: bool = False,
-    sandbox: Isolation | None = None,
-) -> Verdict:
+    program: str, tests: str, entry_point: str, *,
+    timeout_seconds: float = TIMEOUT_SECONDS, allow_unsafe: bool = False, sandbox: Isolation | None = None,
+) -> Verdict:  # fmt: skip
     """Run `tests` against the function `entry_point` of `program` (both Python source).
 
     The tests are plain asserts on `entry_point`, or define `check(candidate)`, as HumanEval's do (arXiv 2107.03374).
-    They know nothing else of the program: what they need of its prompt is added by `with_helpers`. `memory_bytes` is
-    the address space of each process. `sandbox` is the isolation to use, `isolation()` by default.
+    They see nothing else of the program; `with_helpers` adds what they need of its prompt. `sandbox` is the isolation
+    to use (default: `isolation()`).
 
-    Whatever the program does, a `Verdict` comes back, within about the timeout, and no process is left. Raises
+    Whatever the program does, a `Verdict` comes back within about the timeout and no process is left. Raises
     `UserError` when this system offers no isolation and `allow_unsafe` is false.
     """
     sandbox = sandbox or isolation()
@@ -124,27 +107,17 @@ def grade(
             "namespaces or run as root, or accept the risk with --allow-unsafe-execution"
         )
     if not entry_point.isidentifier() or max(len(program), len(tests)) > MAX_SOURCE:
-        return Verdict(False, "refused", "an entry point that is no name, or a source that is too long", "")
-    limits = {
-        "AS": memory_bytes,
-        "CPU": int(timeout_seconds) + 1,
-        "FSIZE": _FILE_BYTES,
-        "NOFILE": _OPEN_FILES,
-        "NPROC": _THREADS,
-        "CORE": 0,
-    }
-    with _Run(sandbox, limits) as run:
+        return Verdict(False, "refused", "the entry point is not a name, or a source is too long", "")
+    with closing(_Run(sandbox, timeout_seconds)) as run:
         run.start(program, tests, entry_point)
-        return run.watch(timeout_seconds, output_bytes)
+        return run.watch()
 
 
 def grade_many(
     problems: Iterable[Problem | tuple[str, str, str]], *, num_workers: int | None = None, **options
 ) -> list[Verdict]:
-    """The verdicts on `problems` in their order, `num_workers` at a time (by default one per usable core).
-
-    `options` are those of `grade`.
-    """
+    """The verdicts on `problems`, in order, `num_workers` at a time (default: one per usable core). `options` are
+    those of `grade`."""
     options.setdefault("sandbox", isolation())  # found before the threads ask for it
     workers = num_workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
     with ThreadPoolExecutor(workers) as pool:
@@ -152,10 +125,10 @@ def grade_many(
 
 
 def with_helpers(tests: str, prompt: str, entry_point: str) -> str:
-    """`tests` with everything in front of them that `prompt` defines beside `entry_point`.
+    """`tests` preceded by everything that `prompt` defines beside `entry_point`.
 
-    Some of HumanEval's tests call helpers of the prompt (`poly`, `encode_cyclic`, `encode_shift`). They must come from
-    the prompt: taken from the graded program, they could be redefined to agree with anything.
+    Some of HumanEval's tests call helpers of the prompt (`poly`, `encode_cyclic`, `encode_shift`). Taken from the
+    graded program instead, these could be redefined to agree with anything.
     """
     try:
         body = parse(prompt).body
@@ -170,10 +143,8 @@ def with_helpers(tests: str, prompt: str, entry_point: str) -> str:
 
 @functools.cache
 def isolation(method: str = "") -> Isolation:
-    """The isolation that this system offers, the best one or whether it offers `method`; found once, by using it.
-
-    Touches the system only when called: starts processes, and a canary file in the temporary folder.
-    """
+    """The best isolation that works on this system, or whether `method` does. Found by using it, once: this starts
+    processes and creates a canary file in the temporary folder."""
     if not sys.platform.startswith("linux"):
         return Isolation("none", f"{sys.platform} has no namespaces")
     reasons = []
@@ -212,20 +183,20 @@ def _probe(method: str) -> str:
 
 @functools.cache
 def _python() -> str:
-    """The real interpreter: that of a virtual environment is a link, and its packages are not for graded code."""
+    """The real interpreter: a virtual environment's is a link, and graded code must not see its packages."""
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
 @functools.cache
 def _visible() -> tuple[list[str], list[str]]:
-    """(paths that a sandbox sees, parents before what is below them; folders of packages that it sees empty)."""
+    """(paths that the sandbox shows, parents before what is below them; package folders in them that it empties)."""
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
     stdlib = {os.path.realpath(sysconfig.get_path(name, vars=base)) for name in ("stdlib", "platstdlib")}
     shared = os.path.join(sysconfig.get_config_var("LIBDIR") or "", sysconfig.get_config_var("INSTSONAME") or "")
-    own_libraries = Path(sys.base_prefix, "lib").glob("*.so*")  # of a conda folder, or a Python built as a library
+    own_libraries = Path(sys.base_prefix, "lib").glob("*.so*")  # of conda, or of a Python built as a library
     paths = {*_SYSTEM_LIBRARIES, *stdlib, _python(), shared, *map(str, own_libraries)}
+    packages = [f"{folder}/{name}-packages" for folder in (*stdlib, "/usr/lib/python3") for name in ("site", "dist")]
     visible = sorted(path for path in paths if os.path.isabs(path) and os.path.exists(path))
-    packages = [f"{folder}/{name}" for folder in (*stdlib, "/usr/lib/python3") for name in _PACKAGE_FOLDERS]
     return visible, [path for path in packages if os.path.isdir(path)]
 
 
@@ -233,15 +204,15 @@ def _bubblewrap() -> list[str]:
     """The command in front of the interpreter's that gives it namespaces and a root of its own."""
     visible, hidden = _visible()
     command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-    if os.geteuid() == 0:  # the sandboxed process changes its user itself; as a mapped one it would be root outside
+    if os.geteuid() == 0:  # the sandboxed process changes its user itself; mapped by bubblewrap it would stay root
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
-    # without a reaper of its own as process 1, which would be left to the system's to reap
+    # as process 1 itself: bubblewrap's own reaper would be left as a zombie for the system to reap
     command += ["--as-pid-1", "--die-with-parent", "--new-session", "--hostname", "sandbox"]
     roots = [path for path in visible if not any(path.startswith(f"{parent}/") for parent in visible)]
     for folder in sorted({str(parent) for path in roots for parent in Path(path).parents} - {"/"}):
-        command += ["--perms", "0755", "--dir", folder]  # left to itself, bubblewrap may close them to other users
+        command += ["--perms", "0755", "--dir", folder]  # by default bubblewrap may close them to other users
     for path in roots:
         command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     for path in hidden:
@@ -254,148 +225,134 @@ def _bubblewrap() -> list[str]:
 
 
 class _Run:
-    """The two processes of one grading, their pipes, and the certainty that nothing of them remains."""
+    """The two processes of one grading and their pipes. After `close` nothing of them remains."""
 
-    def __init__(self, sandbox: Isolation, limits: dict[str, int]) -> None:
+    def __init__(self, sandbox: Isolation, timeout_seconds: float) -> None:
         self.sandbox = sandbox
-        self.limits = limits
+        self.timeout_seconds = timeout_seconds
         self.processes: dict[str, subprocess.Popen] = {}
         self.output = bytearray()  # of the program
         self.told = bytearray()  # by the tester
         self.open = ExitStack()
         self.selector = self.open.enter_context(selectors.DefaultSelector())
 
-    def __enter__(self) -> "_Run":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
+    def close(self) -> None:
+        self.kill()
         self.open.close()
 
     def start(self, program: str, tests: str, entry_point: str) -> None:
         """Start the candidate and the tester, connected. Raises `UserError` when the system has no room for them."""
         try:
-            with ExitStack() as theirs:  # the pipe ends that only the processes keep: the last one to go ends the pipe
+            with ExitStack() as theirs:  # pipe ends that only the processes keep, so a pipe ends with its process
                 requests, answers = _pipe(theirs, theirs), _pipe(theirs, theirs)
-                outputs, verdicts = _pipe(self.open, theirs), _pipe(self.open, theirs)
-                candidate = {"part": "candidate", "program": program}
-                self.spawn(candidate, requests.out, answers.into, output=outputs.into)
-                tester = {"part": "tester", "tests": tests, "entry_point": entry_point}
-                self.spawn(tester, answers.out, requests.into, verdicts.into, output=subprocess.DEVNULL)
+                output, told = _pipe(self.open, theirs), _pipe(self.open, theirs)
+                self.spawn("candidate", [requests[0], answers[1]], output[1], {"program": program})
+                tests_setup = {"tests": tests, "entry_point": entry_point}
+                self.spawn("tester", [answers[0], requests[1], told[1]], subprocess.DEVNULL, tests_setup)
         except OSError as error:
             raise UserError(f"cannot start a process for the code to be graded ({error}); try fewer workers") from error
-        self.selector.register(outputs.out, selectors.EVENT_READ, self.output)
-        self.selector.register(verdicts.out, selectors.EVENT_READ, self.told)
+        self.selector.register(output[0], selectors.EVENT_READ, self.output)
+        self.selector.register(told[0], selectors.EVENT_READ, self.told)
 
-    def spawn(self, part: dict, *ends: BinaryIO, output: BinaryIO | int) -> None:
-        """Start one process. What it is to do waits in a file that is its standard input."""
+    def spawn(self, part: str, descriptors: list[int], output: int, setup: dict) -> None:
+        """Start the process `part`. Its instructions wait in a file that is its standard input."""
+        method = self.sandbox.method
         visible, hidden = _visible()
-        setup = part | {
-            "descriptors": [end.fileno() for end in ends],
-            "method": self.sandbox.method,
-            "limits": self.limits,
-            "user": next(_USERS) if os.geteuid() == 0 and self.sandbox.method != "none" else None,
-            "visible": visible,
-            "hidden": hidden,
-            "scratch_bytes": SCRATCH_BYTES,
-        }
-        instructions = self.open.enter_context(_file_of(json.dumps(setup).encode()))
+        setup |= {
+            "part": part, "descriptors": descriptors, "method": method,
+            "limits": LIMITS | {"CPU": int(self.timeout_seconds) + 1},
+            "user": next(_USERS) if os.geteuid() == 0 and method != "none" else None,
+            "visible": visible, "hidden": hidden, "scratch_bytes": SCRATCH_BYTES,
+        }  # fmt: skip
+        instructions = self.open.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+        instructions.write(json.dumps(setup).encode())
+        instructions.seek(0)
         folder = "/"
-        if self.sandbox.method == "none":
+        if method == "none":
             folder = self.open.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         command = [_python(), "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _child_source()]
-        self.processes[part["part"]] = subprocess.Popen(
-            [*(_bubblewrap() if self.sandbox.method == "bubblewrap" else []), *command],
-            stdin=instructions,
-            stdout=output,
-            stderr=output,
-            pass_fds=setup["descriptors"],
-            cwd=folder,
-            env={"PYTHONHASHSEED": "0"},  # the order of sets, and with it the verdict, is the same every time
+        self.processes[part] = subprocess.Popen(
+            [*(_bubblewrap() if method == "bubblewrap" else []), *command],
+            stdin=instructions, stdout=output, stderr=output, pass_fds=descriptors, cwd=folder,
+            env={"PYTHONHASHSEED": "0"},  # a fixed order of sets, so that the verdict is the same every time
             start_new_session=True,
-        )
+        )  # fmt: skip
 
-    def watch(self, timeout_seconds: float, output_bytes: int) -> Verdict:
-        """Wait for the verdict, the deadline or too much output; then end everything.
-
-        Raises `UserError` when the processes did not get as far as to load the program.
-        """
-        status, detail = self.hear(STARTUP_SECONDS, output_bytes)
+    def watch(self) -> Verdict:
+        """Wait for the verdict, the deadline or too much output, then kill both processes. Raises `UserError` when they
+        did not get as far as loading the program."""
+        status, detail = self.hear(STARTUP_SECONDS)
         if status != "started":
-            self.end()
+            with suppress(subprocess.TimeoutExpired):  # the candidate may be about to say what is wrong
+                self.processes["candidate"].wait(EXIT_SECONDS)
+            self.kill()
             said = self.output.decode(errors="replace").strip().splitlines() or [detail]
             raise UserError(f"the sandbox ({self.sandbox.method}) did not start: {said[-1]}")
-        status, detail = self.hear(timeout_seconds, output_bytes)
+        status, detail = self.hear(self.timeout_seconds)
         if status == "ended":
             status, detail = self.explain_crash(detail)
-        self.end()
-        if status == "passed" and len(self.output) > output_bytes:
+        self.kill()
+        if status == "passed" and len(self.output) > OUTPUT_BYTES:
             status, detail = "output", "too much output"
-        output = self.output[:output_bytes].decode(errors="replace")
-        detail = detail.encode(errors="replace").decode()  # a lone surrogate would fail whoever writes it down
+        output = self.output[:OUTPUT_BYTES].decode(errors="replace")
+        detail = detail.encode(errors="replace").decode()  # a lone surrogate could not be written to a file
         return Verdict(status == "passed", status, detail, output)
 
-    def hear(self, seconds: float, output_bytes: int) -> tuple[str, str]:
+    def hear(self, seconds: float) -> tuple[str, str]:
         """The tester's next (status, detail), or why there is none."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self.told:
             left = deadline - time.monotonic()
-            events = self.selector.select(left) if left > 0 else []  # a trickle of output is no reason to wait longer
+            events = self.selector.select(left) if left > 0 else []  # a trickle of output does not extend the wait
             if not events:
                 return "timeout", f"no verdict after {seconds:g} s"
             for key, _ in events:
-                if not self.take(key):
+                if not self.read(key) and key.data is self.told:
                     return "error", "the tests' process ended without a verdict"
-            if len(self.output) > output_bytes:
-                return "output", f"more than {output_bytes} bytes of output"
+            if len(self.output) > OUTPUT_BYTES:
+                return "output", f"more than {OUTPUT_BYTES} bytes of output"
         line, _, rest = self.told.partition(b"\n")
         self.told[:] = rest
         status, detail = json.loads(line)
         return status, detail
 
-    def take(self, key: selectors.SelectorKey) -> bool:
-        """Read what one pipe holds; false at the end of the tester's."""
+    def read(self, key: selectors.SelectorKey) -> bool:
+        """Read what is in one pipe; false at its end."""
         chunk = os.read(key.fd, 1 << 16)
         key.data.extend(chunk)
         if not chunk:
-            self.selector.unregister(key.fileobj)
-        return bool(chunk) or key.data is not self.told
+            self.selector.unregister(key.fd)
+        return bool(chunk)
 
     def explain_crash(self, detail: str) -> tuple[str, str]:
-        """(status, detail) of a candidate that is gone, by how it ended."""
+        """(status, detail) for a candidate that is gone, from how its process ended."""
         try:
             code = self.processes["candidate"].wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:  # it only closed its pipes
             return "crashed", detail
-        number = -code if code < 0 else code - 128  # of a signal: as Python tells it, as shells and bubblewrap do
+        number = -code if code < 0 else code - 128  # a signal is reported as -n by Python, 128 + n by bubblewrap
         if number == signal.SIGXCPU:
             return "timeout", "out of processor time"
         name = signal.Signals(number).name if number in set(signal.Signals) else f"exit status {code}"
         return "crashed", f"{detail} ({name})"
 
-    def end(self) -> None:
-        """Kill both processes with all that descends from them, and wait until they are gone.
-
-        Killing the first process of a process namespace kills all in it. The pipes end when their last holder has.
-        """
+    def kill(self) -> None:
+        """Kill both processes and their descendants, and wait until they are gone: a pipe ends with its last holder."""
         for process in self.processes.values():
-            if process.returncode is None:  # else its number may be another's by now
+            if process.returncode is None:  # once reaped, its number may belong to another process
                 _kill(process)
         deadline = time.monotonic() + KILL_SECONDS
         while self.selector.get_map() and (events := self.selector.select(max(0.0, deadline - time.monotonic()))):
             for key, _ in events:
-                self.take(key)
+                self.read(key)
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """End `process` and what it started, the inside of a sandbox first.
-
-    The process outside then reaps the one inside and ends by itself. Killed first, it would leave a zombie behind where
-    the system's first process reaps none, as in many containers.
-    """
+    """Kill `process` and what it started, the inside of a sandbox first: the outer process then reaps the inner one and
+    ends by itself. Killed first, it would leave a zombie in a container whose first process reaps none."""
     try:
         inside = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    except OSError:  # no /proc, or gone already
+    except OSError:  # no /proc, or already gone
         inside = []
     for pid in inside:
         with suppress(ProcessLookupError):
@@ -404,33 +361,20 @@ def _kill(process: subprocess.Popen) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(KILL_SECONDS)
             return
-    with suppress(ProcessLookupError, PermissionError):  # PermissionError: macOS, of a process that has ended
+    with suppress(ProcessLookupError, PermissionError):  # PermissionError: macOS, for a process that has ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-class _Pipe(NamedTuple):
-    """The two ends of a pipe, as unbuffered files."""
-
-    out: BinaryIO
-    into: BinaryIO
-
-
-def _pipe(out_owner: ExitStack, into_owner: ExitStack) -> _Pipe:
-    """A pipe whose ends are closed together with the owners."""
-    out, into = os.pipe()
-    return _Pipe(out_owner.enter_context(open(out, "rb", 0)), into_owner.enter_context(open(into, "wb", 0)))
-
-
-def _file_of(data: bytes) -> BinaryIO:
-    """A file without a name that holds `data`, to be read from its beginning."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by who asked for it
-    file.write(data)
-    file.seek(0)
-    return file
+def _pipe(out_owner: ExitStack, in_owner: ExitStack) -> tuple[int, int]:
+    """The reading and the writing end of a pipe, each closed together with its owner."""
+    ends = os.pipe()
+    out_owner.callback(os.close, ends[0])
+    in_owner.callback(os.close, ends[1])
+    return ends
 
 
 @functools.cache
 def _child_source() -> str:
-    """The text of `execution_child.py`: passed on the command line, so that the sandbox needs no file of ours."""
+    """The text of `execution_child.py`, passed on the command line so that the sandbox needs no file of ours."""
     return Path(__file__).with_name("execution_child.py").read_text()

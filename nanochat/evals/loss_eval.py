@@ -1,7 +1,7 @@
-"""Bits per byte, and the one list of sample prompts: how a model's text is judged while and after it trains.
+"""Bits per byte of a model, and samples of what it writes, while and after it trains.
 
-Bits per byte is the loss in a unit that does not depend on the vocabulary: the information the model needs for a
-text, divided by the text's length in UTF-8. Not here: in-context tasks (`core_eval.py`) and any fast sampling.
+Bits per byte is the loss in a unit that does not depend on the vocabulary: the information the model needs for a text,
+divided by the text's length in UTF-8. Not here: in-context tasks (`core_eval.py`) and fast sampling (the engine).
 """
 
 import math
@@ -20,7 +20,7 @@ from nanochat.common import Runtime
 from nanochat.data.dataloader import TextLoader
 from nanochat.model.gpt import IGNORE_INDEX
 
-# Plain beginnings a base model can go on from: facts, a procedure, a story, a little arithmetic.
+# Plain beginnings that a base model can continue: facts, a procedure, a story, a little arithmetic.
 SAMPLE_PROMPTS = (
     "The largest planet in the solar system is",
     "Water freezes when its temperature",
@@ -34,8 +34,8 @@ SAMPLE_PROMPTS = (
 
 @dataclass(frozen=True)
 class BpbResult:
-    """What a text cost: `bpb` in bits per byte (inf when there were no bytes) and `se`, its standard error; the sum of
-    `nats`, and how many bytes and tokens of text that was; special and ignored tokens are in none of them."""
+    """`bpb` in bits per byte (inf when there were no bytes) and its standard error `se`; the `nats`, `bytes` and
+    `tokens` of the text, in which special and ignored tokens do not count."""
 
     bpb: float
     se: float
@@ -46,15 +46,14 @@ class BpbResult:
 
 @torch.no_grad()
 def evaluate_bpb(model, batches: Iterable, token_bytes: np.ndarray | Tensor) -> BpbResult:
-    """Bits per byte of `model` on all of `batches`, summed over the ranks where there is a process group.
+    """Bits per byte of `model` on all of `batches`, summed over the ranks of a process group.
 
     model: called as `model(idx, targets, reduction="none")`, giving nats, (B, T) float32.
     batches: each with `idx` and `targets`, (B, T) int64 on the model's device; ranks may have different numbers.
     token_bytes: (V,) int, the UTF-8 length of each token; 0 marks special tokens, which count neither nats nor bytes.
 
-    The result is never NaN for lack of text: without a single byte `bpb` is inf, worse than every model. The standard
-    error is that of a ratio of sums over rows, taken as independent draws (W. G. Cochran, Sampling Techniques, 1977,
-    section 6.3); inf for fewer than two rows with text.
+    Without a single byte `bpb` is inf, worse than every model. The standard error is that of a ratio of sums over rows,
+    taken as independent draws (W. G. Cochran, Sampling Techniques, 1977, section 6.3); inf for fewer than two rows.
     """
     lengths = torch.as_tensor(token_bytes, device=model.device).long()  # (V,)
     nats, counts = [], []
@@ -64,7 +63,7 @@ def evaluate_bpb(model, batches: Iterable, token_bytes: np.ndarray | Tensor) -> 
         counted = num_bytes > 0
         nats.append(losses.float().masked_fill(~counted, 0).sum(1))
         counts.append(torch.stack([num_bytes.sum(1), counted.sum(1)]))
-    # One value a row is kept on the device and read once at the end: the host never waits inside the loop.
+    # One value per row stays on the device and is read once at the end, so the host never waits inside the loop.
     row_nats = torch.cat(nats).cpu().double() if nats else torch.zeros(0, dtype=torch.float64)
     row_bytes, row_tokens = torch.cat(counts, 1).cpu().double() if counts else torch.zeros(2, 0, dtype=torch.float64)
     sums = torch.stack(
@@ -80,7 +79,7 @@ def evaluate_bpb(model, batches: Iterable, token_bytes: np.ndarray | Tensor) -> 
     if not bytes_sum:
         return BpbResult(math.inf, math.inf, nats_sum, 0, 0)
     rate = nats_sum / bytes_sum
-    squares = max(0.0, nats_nats - 2 * rate * nats_bytes + rate**2 * bytes_bytes)  # of what rows are off that rate
+    squares = max(0.0, nats_nats - 2 * rate * nats_bytes + rate**2 * bytes_bytes)  # squared residuals of the rows
     se = math.sqrt(squares * rows / (rows - 1)) / bytes_sum if rows > 1 else math.inf
     return BpbResult(rate / math.log(2), se / math.log(2), nats_sum, int(bytes_sum), int(tokens_sum))
 
@@ -99,50 +98,35 @@ def evaluate_split(
 
 @torch.no_grad()
 def sample_completions(
-    model,
-    tokenizer,
-    prompts: Iterable[str],
-    max_tokens: int,
-    *,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> list[str]:
-    """The model's continuation of each prompt: text of at most `max_tokens` tokens, the prompt not repeated.
+    model, tokenizer, prompts: Iterable[str], max_tokens: int, *,
+    temperature: float = 0.0, generator: torch.Generator | None = None,
+) -> list[str]:  # fmt: skip
+    """The model's continuation of each prompt: text of at most `max_tokens` tokens, without the prompt.
 
-    All prompts run as one batch through whole forward passes, without a cache: plain, and fast enough for a few
-    short samples. A row ends at the next beginning-of-sequence token (a new document) or when the context is full;
-    a prompt that fills the context by itself is cut on the left behind its beginning-of-sequence token, so that one
-    token can follow. `temperature` 0 is greedy; otherwise draws come from `generator`, on the CPU.
+    All prompts run as one batch of whole forward passes, without a cache: simple, and fast enough for a few short
+    samples. A row ends at the next beginning-of-sequence token (a new document) or when the context is full. A prompt
+    that fills the context by itself loses its beginning, so that one token can follow. `temperature` 0 is greedy;
+    otherwise draws come from `generator`, on the CPU.
     """
     limit = model.config.sequence_len
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)[-(limit - 1) :]] for prompt in prompts]
     starts = [len(row) for row in rows]
-    active = list(range(len(rows))) if max_tokens > 0 else []
-    while active:
-        next_ids = _draw(_last_logits(model, [rows[i] for i in active]), temperature, generator)
-        for i, token in zip(active, next_ids, strict=True):
+
+    def goes_on(i: int) -> bool:
+        num_added = len(rows[i]) - starts[i]
+        return num_added < max_tokens and len(rows[i]) <= limit and not (num_added and rows[i][-1] == tokenizer.bos_id)
+
+    while active := [i for i in range(len(rows)) if goes_on(i)]:
+        last = [len(rows[i]) - 1 for i in active]  # the padding on the right cannot be seen from there
+        width = max(last) + 1
+        idx = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in active], device=model.device)  # (B, T)
+        logits = model.logits(model.hidden(idx)[torch.arange(len(active)), last])  # (B, V) float32
+        if temperature == 0:
+            next_ids = logits.argmax(-1)
+        else:
+            probs = torch.softmax(logits.cpu() / temperature, dim=-1)
+            next_ids = torch.multinomial(probs, 1, generator=generator).flatten()
+        for i, token in zip(active, next_ids.tolist(), strict=True):
             rows[i].append(token)
-        active = [
-            i
-            for i in active
-            if rows[i][-1] != tokenizer.bos_id and len(rows[i]) - starts[i] < max_tokens and len(rows[i]) <= limit
-        ]
     ends = [len(row) - (row[-1] == tokenizer.bos_id) for row in rows]
     return [tokenizer.decode(row[s : max(s, e)]) for row, s, e in zip(rows, starts, ends, strict=True)]
-
-
-def _last_logits(model, rows: list[list[int]]) -> Tensor:
-    """Logits after the last token of each row, (B, V) float32; padding on the right cannot be seen from there."""
-    width = max(map(len, rows))
-    idx = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)  # (B, T)
-    last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
-    hidden = model.hidden(idx)[torch.arange(len(rows), device=model.device), last]  # (B, C)
-    return model.logits(hidden)
-
-
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> list[int]:
-    """One token id for each row of `logits`, (B, V) float32."""
-    if temperature == 0:
-        return logits.argmax(-1).tolist()
-    probs = torch.softmax(logits.cpu() / temperature, dim=-1)
-    return torch.multinomial(probs, 1, generator=generator).flatten().tolist()

@@ -1,4 +1,4 @@
-"""Scoring without sampling: what a model thinks of tokens that are given, many texts at a time.
+"""Scoring without sampling: losses and logits of given tokens, for many texts at a time.
 
 Texts that begin alike (the choices of one question) are kept in one row as a tree, their common beginning once:
 
@@ -6,21 +6,22 @@ Texts that begin alike (the choices of one question) are kept in one row as a tr
     a b c d x y      positions   0 1 2 3 4 5 4
     a b c d z        branches    0 0 0 0 1 1 2      0 is the stem, which all branches see
 
-Here: trees, batches of them by length, hidden states where they are wanted and only there, losses of given tokens,
-logits of candidates behind a prompt. Not here: which texts and tokens (`core_eval.py`, `chat_eval.py`).
+Here: trees, batches of them by length, hidden states at chosen places, losses of given tokens, logits of candidates for
+the next token, and how ranks share the work. Not here: which texts and tokens (`core_eval.py`, `chat_eval.py`).
 
-A model is anything that has `device`, `config.vocab_size`, `hidden`, `logits` and `__call__` as `GPT` has. `GPT` itself
-can do more: only it shares stems, and leaves out the last layer where nothing is asked.
+A model is anything that has `device`, `config.vocab_size`, `hidden`, `logits` and `__call__` like `GPT`. Only for a
+`GPT` itself are stems shared and is the last layer restricted to the places asked for.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.model.attention import causal_attention, masked_attention
 from nanochat.model.gpt import GPT
@@ -37,7 +38,7 @@ CPU_BLOCK_ELEMENTS = 1 << 20  # what the elementwise part takes at a time: 4 MB,
 
 @dataclass(frozen=True)
 class Tree:
-    """Texts in one row: `stem` tokens that all of them begin with, then the branches. Arrays (L,) int64.
+    """Texts in one row: `stem` tokens that all of them begin with, then the branches. Arrays are (L,) int64.
 
     `positions` counts from each text's beginning; `branches` is 0 on the stem, then 1, 2, ...
     """
@@ -52,60 +53,68 @@ class Tree:
 
 
 def plant(texts: Sequence[np.ndarray], *, shared: bool = True) -> tuple[list[Tree], list[tuple[int, np.ndarray]]]:
-    """Trees that hold `texts` (1-D integer arrays, none empty); for each text its tree, and its tokens' places there.
+    """Trees that hold `texts` (1-D integer arrays, none empty); for each text its tree and the places of its tokens.
 
-    A text that another one begins with takes no room of its own. `shared`: all in one tree, where they begin with the
-    same token; otherwise a tree for each, without branches.
+    A text that is the beginning of another one takes no room of its own. With `shared` all texts go into one tree if
+    their first token is the same; otherwise each gets a tree without branches.
     """
     assert all(map(len, texts)), "a text without tokens predicts nothing"
-    whole: list[np.ndarray] = []  # the texts that no other one begins with
+    whole: list[np.ndarray] = []  # the texts that are not the beginning of another one
     owners = [0] * len(texts)
     for number in sorted(range(len(texts)), key=lambda number: -len(texts[number])):
         text = texts[number]
-        found = next((i for i, one in enumerate(whole) if np.array_equal(one[: len(text)], text)), len(whole))
-        if found == len(whole):
+        owners[number] = next((i for i, one in enumerate(whole) if np.array_equal(one[: len(text)], text)), len(whole))
+        if owners[number] == len(whole):
             whole.append(text)
-        owners[number] = found
-    if shared and common_length(whole) > 0:
-        tree, places = _grow(whole)
-        return [tree], [(0, places[owner][: len(text)]) for owner, text in zip(owners, texts, strict=True)]
-    trees = [_grow([text])[0] for text in whole]
-    return trees, [(owner, np.arange(len(text))) for owner, text in zip(owners, texts, strict=True)]
+    grown = [_grow(whole)] if shared and common_length(whole) > 0 else [_grow([text]) for text in whole]
+    found = [(tree, places) for tree, (_, own) in enumerate(grown) for places in own]  # of each of `whole`
+    of_texts = [(found[owner][0], found[owner][1][: len(text)]) for owner, text in zip(owners, texts, strict=True)]
+    return [tree for tree, _ in grown], of_texts
 
 
 def common_length(texts: Sequence[np.ndarray]) -> int:
     """How many tokens all of `texts` begin with."""
     shortest = min(map(len, texts))
-    differs = np.zeros(shortest, dtype=bool)
-    for text in texts[1:]:
-        differs |= text[:shortest] != texts[0][:shortest]
-    return int(differs.argmax()) if differs.any() else shortest
+    same = np.all([text[:shortest] == texts[0][:shortest] for text in texts], axis=0)
+    return shortest if same.all() else int(same.argmin())
 
 
 def _grow(texts: Sequence[np.ndarray]) -> tuple[Tree, list[np.ndarray]]:
-    """The tree of texts of which none begins another one, and the places of each one's tokens in it."""
+    """The tree of texts of which none is the beginning of another, and the places of each text's tokens in it."""
     stem = common_length(texts)
     ends = [text[stem:] for text in texts if len(text) > stem]
     branches = np.repeat(np.arange(len(ends) + 1), [stem, *map(len, ends)])
-    tree = Tree(
-        tokens=np.concatenate([texts[0][:stem], *ends]).astype(np.int64),
-        positions=np.concatenate([np.arange(stem), *(np.arange(stem, stem + len(end)) for end in ends)]),
-        branches=branches,
-        stem=stem,
-    )
-    return tree, [np.flatnonzero((branches == 0) | (branches == number)) for number in range(1, len(texts) + 1)]
+    tokens = np.concatenate([texts[0][:stem], *ends]).astype(np.int64)
+    positions = np.concatenate([np.arange(stem), *(np.arange(stem, stem + len(end)) for end in ends)])
+    places = [np.flatnonzero((branches == 0) | (branches == number)) for number in range(1, len(texts) + 1)]
+    return Tree(tokens, positions, branches, stem), places
+
+
+# --- sharing the work ------------------------------------------------------------------------------
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Of the process group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather_from_ranks(own: list) -> list:
+    """The items of all ranks, on every rank (anything picklable); without a process group, `own`."""
+    if not dist.is_initialized():
+        return own
+    gathered: list[list] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, own)
+    return [item for items in gathered for item in items]
 
 
 def default_batch_tokens(device: torch.device) -> int:
-    """How many tokens a batch should hold on a device: few enough for a CPU's cache, enough to fill a GPU."""
+    """How many tokens a batch should hold: few enough for a CPU's cache, enough to fill a GPU."""
     return GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Places in `lengths`, longest first, in batches whose padded size stays within `batch_tokens` (one always may).
-
-    The largest batch comes first: memory that suffices for it, suffices.
-    """
+    """Indices into `lengths`, longest first, in batches of at most `batch_tokens` with padding, or of a single text.
+    The largest batch comes first, so that a lack of memory shows at once."""
     ordered = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     first = 0
     while first < len(ordered):
@@ -118,96 +127,77 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[lis
 
 
 def hidden_at(model, trees: Sequence[Tree], rows: np.ndarray, places: np.ndarray) -> Tensor:
-    """Final hidden states (N, C) at `places` (N,) of `trees[rows]` (N,), which run as one batch, padded on the right.
-
-    Trees with branches are for a `GPT` only.
-    """
-    idx = torch.from_numpy(_padded([tree.tokens for tree in trees], 0)).to(model.device)  # (B, T)
+    """Final hidden states (N, C) at `places` (N,) of `trees[rows]` (N,), run as one batch padded on the right. Only a
+    `GPT` can run trees with branches."""
+    idx = _padded([tree.tokens for tree in trees]).to(model.device)  # (B, T)
     if not isinstance(model, GPT):
         assert not any(tree.branches.any() for tree in trees), "this model cannot share stems"
         rows_t, places_t = torch.from_numpy(np.stack([rows, places])).to(model.device)
         return model.hidden(idx)[rows_t, places_t]
-    # the last layer is asked at each place once: asked (B, Q), filled up with the first place
+    # the last layer computes each wanted place once: asked (B, Q), rows filled up with place 0
     wanted, inverse = np.unique(rows * idx.size(1) + places, return_inverse=True)
     wanted_rows, wanted_places = np.divmod(wanted, idx.size(1))
-    asked = _padded(np.split(wanted_places, np.searchsorted(wanted_rows, np.arange(1, len(trees)))), 0)
+    asked = _padded(np.split(wanted_places, np.searchsorted(wanted_rows, np.arange(1, len(trees)))))
     slots = np.arange(len(wanted)) - np.searchsorted(wanted_rows, wanted_rows)
-    forest = _Forest(trees, idx, torch.from_numpy(asked).to(model.device))
-    hidden = model.trunk(
-        idx, *forest.rotary(model), previous=forest.previous, attend=forest.attend, asking=forest.asking
-    )  # (B, Q, C)
+    forest = _Forest(trees, asked.to(model.device))
+    options = {"previous": forest.previous, "attend": forest.attend, "asking": forest.asking}
+    hidden = model.trunk(idx, *forest.rotary(model), **options)  # (B, Q, C)
     return hidden.flatten(0, 1)[torch.from_numpy((wanted_rows * asked.shape[1] + slots)[inverse]).to(model.device)]
 
 
-def _padded(arrays: Sequence[np.ndarray], filler: int) -> np.ndarray:
-    """1-D arrays as the rows of one (B, longest) int64 array."""
-    table = np.full((len(arrays), max(map(len, arrays))), filler, dtype=np.int64)
-    for row, array in zip(table, arrays, strict=True):
-        row[: len(array)] = array
-    return table
+def _padded(arrays: Sequence[np.ndarray], filler: int = 0) -> Tensor:
+    """1-D int64 arrays as the rows of one (B, longest) tensor."""
+    return pad_sequence([torch.from_numpy(array) for array in arrays], batch_first=True, padding_value=filler)
 
 
 class _Forest:
-    """A batch of trees as `GPT.trunk` wants it: rotary angles, who precedes whom, and attention that sees the stem
-    and the own branch. `idx` (B, T) are the padded tokens, `asked` (B, Q) the places the last layer is asked at."""
+    """What a `GPT` needs beside the tokens to run a batch of trees: positions, who sees whom, and where it is asked.
 
-    def __init__(self, trees: Sequence[Tree], idx: Tensor, asked: Tensor):
-        self._trees = trees
-        self._device = idx.device
-        self._rows = torch.arange(idx.size(0), device=idx.device).unsqueeze(1)  # (B, 1)
+    A place sees the stem and its own branch up to itself. Causal attention covers the stems; the places behind them
+    and the places `asked` (B, Q) get masks.
+    """
+
+    def __init__(self, trees: Sequence[Tree], asked: Tensor):
+        device = asked.device
+        rows = torch.arange(len(trees), device=device).unsqueeze(1)  # (B, 1)
+        self.asking = (rows, asked)
+        self.previous: Tensor | None = None  # (B, T) place of the token before; None: always the place to the left
+        self._positions = _padded([tree.positions for tree in trees]).to(device)  # (B, T)
+        self._branches = _padded([tree.branches for tree in trees], -1).to(device)  # (B, T), nothing sees the padding
+        self._longest = max(int(tree.positions.max()) for tree in trees) + 1
         self._masks: dict[tuple[int | None, bool], Tensor] = {}
-        self.asking = (self._rows, asked)
-
-    @cached_property
-    def _has_branches(self) -> bool:
-        return any(len(tree) > tree.stem for tree in self._trees)
-
-    @cached_property
-    def _positions(self) -> Tensor:
-        return torch.from_numpy(_padded([tree.positions for tree in self._trees], 0)).to(self._device)  # (B, T)
-
-    @cached_property
-    def _branches(self) -> Tensor:
-        """(B, T), -1 for padding, which nobody sees and nobody asks at."""
-        return torch.from_numpy(_padded([tree.branches for tree in self._trees], -1)).to(self._device)
-
-    @cached_property
-    def _branching(self) -> tuple[Tensor, Tensor]:
-        """Index tensors of the places behind the stems; rows with fewer of them repeat their last place."""
-        stems = np.array([[tree.stem] for tree in self._trees])
-        lasts = np.array([[len(tree) - 1] for tree in self._trees])
-        places = np.minimum(stems + np.arange((lasts - stems).max() + 1), lasts)  # (B, longest)
-        return self._rows, torch.from_numpy(places).to(self._device)
-
-    @cached_property
-    def previous(self) -> Tensor | None:
-        """(B, T) place of the token before each one, None where that is everywhere the place to the left."""
-        if not self._has_branches:
-            return None
-        before = _padded([_places_before(tree) for tree in self._trees], 0)
-        return torch.from_numpy(before).to(self._device)
+        self._branching: tuple[Tensor, Tensor] | None = None  # index tensors of the places behind the stems
+        stems, lasts = np.array([[tree.stem] for tree in trees]), np.array([[len(tree) - 1] for tree in trees])
+        self._stem = slice(int(stems.max()))
+        if (lasts >= stems).any():
+            before = [np.maximum(np.arange(len(tree)) - 1, 0) for tree in trees]
+            for tree, places in zip(trees, before, strict=True):
+                places[np.diff(tree.branches, prepend=0) > 0] = tree.stem - 1  # where a branch begins
+            self.previous = _padded(before).to(device)
+            places = np.minimum(stems + np.arange((lasts - stems).max() + 1), lasts)  # short rows repeat their last
+            self._branching = rows, torch.from_numpy(places).to(device)
 
     def rotary(self, model: GPT) -> tuple[Tensor, Tensor]:
         """cos and sin, each (B, T, 1, D / 2)."""
-        cos, sin = model.rotary(max(int(tree.positions.max()) for tree in self._trees) + 1)
+        cos, sin = model.rotary(self._longest)
         return cos[0, self._positions], sin[0, self._positions]
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, asking: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Like `causal_attention`; with `asking` q and the result have the places it names only."""
+        """Like `causal_attention`; with `asking`, q and the result have only the places it names."""
         if asking is not None:
             return masked_attention(q, k, v, self._visible(window, asking))
-        if not self._has_branches:
+        if self._branching is None:
             return causal_attention(q, k, v, window=window)
         y = torch.zeros_like(q)
-        stem = slice(max(tree.stem for tree in self._trees))
+        stem, branching = self._stem, self._branching
         y[:, stem] = causal_attention(q[:, stem], k[:, stem], v[:, stem], window=window)
-        y[self._branching] = masked_attention(q[self._branching], k, v, self._visible(window, self._branching))
+        y[branching] = masked_attention(q[branching], k, v, self._visible(window, branching))
         return y
 
     def _visible(self, window: int | None, asking: tuple[Tensor, Tensor]) -> Tensor:
-        """(B, Q, T) bool: the places that the places `asking` see. Layers with the same window share it."""
+        """(B, Q, T) bool: what the places `asking` see. Layers with the same window share it."""
         key = (window, asking is self.asking)
         if key not in self._masks:
             positions, branches = (table[asking].unsqueeze(2) for table in (self._positions, self._branches))
@@ -219,19 +209,12 @@ class _Forest:
         return self._masks[key]
 
 
-def _places_before(tree: Tree) -> np.ndarray:
-    """(L,) place of the token before each one of a tree's; of the first one, its own."""
-    before = np.maximum(np.arange(len(tree)) - 1, 0)
-    begins_branch = np.diff(tree.branches, prepend=0) > 0
-    return np.where(begins_branch, tree.stem - 1, before)
-
-
 # --- losses and logits ---------------------------------------------------------------------------------
 
 
 def token_losses(model, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """What `targets` (N,) cost in nats where the hidden states are `hidden` (N, C): (N,) float32; and whether each is
-    the likeliest token, the first of them in a tie: (N,) bool. Only a piece of the logits exists at a time."""
+    """Losses (N,) float32 in nats of `targets` (N,) after hidden states `hidden` (N, C), and (N,) bool whether each is
+    the likeliest token (the first one in a tie). Only a piece of the logits exists at a time."""
     on_gpu = hidden.device.type == "cuda"
     V = model.config.vocab_size
     piece = max(1, (GPU_PIECE_ELEMENTS if on_gpu else CPU_PIECE_ELEMENTS) // V)
@@ -249,10 +232,10 @@ def token_losses(model, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 
 
 def _block_losses(z: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Losses and hits of z (n, V), logits or with `softcap` what is still to be capped; z may be overwritten.
+    """Losses and hits of z (n, V): logits, or with `softcap` logits still to be capped. May overwrite z.
 
-    `softcap * tanh(z / softcap)` is `2 * softcap * sigmoid(2 * z / softcap)` less a shift that softmax does not see;
-    the sigmoid is five times faster on a CPU. So is the largest value than where it is.
+    `softcap * tanh(z / softcap)` is `2 * softcap * sigmoid(2 * z / softcap)` minus a constant, which softmax ignores;
+    the sigmoid is five times faster on a CPU. So is finding the largest value, compared to finding its index.
     """
     z = z.float()
     is_best = z.gather(1, targets.unsqueeze(1)).squeeze(1) == z.amax(dim=1)
@@ -267,20 +250,20 @@ def _block_losses(z: Tensor, targets: Tensor, softcap: float | None) -> tuple[Te
 def last_position_logits(
     model, prompts: Sequence[Sequence[int]], token_ids: Sequence[Sequence[int]], *, batch_tokens: int = 0
 ) -> list[np.ndarray]:
-    """For each prompt the logits of its candidates for the next token.
+    """For each prompt the logits of its candidates for the next token, a 1-D float32 array.
 
-    prompts: ids (lists or 1-D integer arrays), none empty, none longer than the model's context; token_ids: the
-    candidates of each; returns for each a 1-D float32 array with a logit for each candidate, in their order. Batches
-    hold at most `batch_tokens` tokens (0: what suits the device); the vocabulary head runs at last positions only.
+    prompts: ids (lists or 1-D integer arrays), none empty or longer than the model's context; token_ids: the candidates
+    of each prompt. Batches hold at most `batch_tokens` tokens (0: what suits the device); the vocabulary head runs at
+    last positions only.
     """
     assert len(prompts) == len(token_ids), (len(prompts), len(token_ids))
     trees = [plant([np.asarray(prompt, dtype=np.int64)])[0][0] for prompt in prompts]
     answers: list[np.ndarray] = [np.empty(0, np.float32)] * len(prompts)
     for batch in batches_by_length(list(map(len, trees)), batch_tokens or default_batch_tokens(model.device)):
-        last = np.array([len(trees[place]) - 1 for place in batch])
-        hidden = hidden_at(model, [trees[place] for place in batch], np.arange(len(batch)), last)  # (B, C)
-        for row, place in zip(model.logits(hidden).float().cpu().numpy(), batch, strict=True):  # row (V,)
-            answers[place] = row[np.asarray(token_ids[place], dtype=np.int64)]
+        last = np.array([len(trees[i]) - 1 for i in batch])
+        hidden = hidden_at(model, [trees[i] for i in batch], np.arange(len(batch)), last)  # (B, C)
+        for row, i in zip(model.logits(hidden).float().cpu().numpy(), batch, strict=True):  # row (V,)
+            answers[i] = row[np.asarray(token_ids[i], dtype=np.int64)]
     return answers
 
 
@@ -288,7 +271,7 @@ def last_position_logits(
 def last_position_logits_plainly(
     model, prompts: Sequence[Sequence[int]], token_ids: Sequence[Sequence[int]]
 ) -> list[np.ndarray]:
-    """What `last_position_logits` must agree with: one prompt at a time, all logits of all its positions."""
+    """The reference for `last_position_logits`: one prompt at a time, all logits of all its positions."""
     answers = []
     for prompt, candidates in zip(prompts, token_ids, strict=True):
         logits = model(torch.tensor([list(map(int, prompt))], device=model.device))[0, -1]  # (V,)
