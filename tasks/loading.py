@@ -1,16 +1,16 @@
 """Rows of data sets from the Hugging Face hub, or the mirror named by `HF_ENDPOINT`, checked before anyone uses them.
 
-The `datasets` library fetches and keeps them (below `HF_HOME`), with a lock of its own against other processes.
-A split that is measured on (test, validation) must have exactly the rows it is known to have: with others a score
-would be that of another benchmark under the same name. Of a split that is only trained on, another number of rows is
-worth a warning, as a mirror may carry a part. Not here: what rows mean.
+The `datasets` library fetches and caches them (below `HF_HOME`), with its own lock against other processes. A split
+that scores are measured on must have exactly the number of rows it is known for: with other rows, a score would be that
+of another benchmark under the same name. For a split that is only trained on, another number of rows is a warning,
+since a mirror may carry a part. Not here: what the rows mean.
 """
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from nanochat.common import UserError
@@ -18,19 +18,17 @@ from nanochat.data.hub import endpoint
 
 logger = logging.getLogger(__name__)
 
-LOAD_ATTEMPTS = (
-    4  # when the hub is busy or a connection breaks; that nobody answers at all is tried again by `datasets`
-)
+LOAD_ATTEMPTS = 4  # when the hub is busy or a connection breaks; `datasets` itself retries when nobody answers
 FIRST_PAUSE_SECONDS = 1.0  # doubled after each attempt
 BUSY_STATUSES = (408, 429, 500, 502, 503, 504)
 
-Spec = Any  # str, int, a list of one spec, or a mapping of names to specs: what a value must be
+Spec = Any  # what a value must be: str, int, a list of one spec, or a mapping of names to specs
 
 
 @dataclass(frozen=True)
 class HubSplit:
-    """A split of a data set on the hub: repository, configuration, split, the columns it needs as name to `Spec`, the
-    number of rows it is known to have (0: not known), and whether scores are measured on it."""
+    """A split of a data set on the hub: repository, configuration, split, a `Spec` for each column it needs, the number
+    of rows it is known to have (0: not known), and whether scores are measured on it."""
 
     repo: str
     config: str
@@ -44,23 +42,21 @@ class HubSplit:
 
 
 class Rows:
-    """The rows of a `HubSplit` as dictionaries, loaded when first asked for; each is checked when it is read."""
+    """The rows of a `HubSplit` as dictionaries, loaded at the first use; each row is checked when it is read."""
 
     def __init__(self, source: HubSplit) -> None:
         self.source = source
-        self._dataset = None
 
-    def _load(self):
-        if self._dataset is None:
-            self._dataset = load_split(self.source)
-        return self._dataset
+    @cached_property
+    def _dataset(self):
+        return load_split(self.source)
 
     def __len__(self) -> int:
-        return len(self._load())
+        return len(self._dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Row `index`, only the columns of the source. Raises `UserError` when they do not hold what they should."""
-        row = self._load()[index]
+        """The columns of row `index` that the source names. Raises `UserError` when they are not as specified."""
+        row = self._dataset[index]
         columns = {name: row.get(name) for name in self.source.columns}
         if fault := _fault(columns, self.source.columns, "the row"):
             raise self.error(index, fault)
@@ -68,22 +64,36 @@ class Rows:
 
     def column(self, name: str) -> list[Any]:
         """All values of a column, unchecked."""
-        return self._load()[name][:]
+        return self._dataset[name][:]
 
     def error(self, index: int, fault: str) -> UserError:
-        """The error for a row that is not what it should be."""
+        """The error for a row that is not as it should be."""
         return UserError(f"{self.source} is not the data set this task is made for: in row {index}, {fault}")
 
 
 def load_split(source: HubSplit):
     """The `datasets.Dataset` of `source`, from the cache or fetched.
 
-    Raises `UserError` when it cannot be had, lacks a column, or is measured on and has not the rows it should have.
+    Raises `UserError` when it cannot be had, lacks a column, or is measured on and has another number of rows.
     """
-    with _load_errors(source), _quietly():
+    from datasets.exceptions import DatasetsError  # importing `datasets` takes 1.5 s
+    from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
+    from httpx import HTTPError
+
+    had_progress_bars = is_progress_bar_enabled()
+    disable_progress_bars()  # converting takes seconds, and eight processes would draw eight bars
+    try:
         dataset = _fetch(source)
-    missing = [name for name in source.columns if name not in dataset.column_names]
-    if missing:
+    except (OSError, ValueError, DatasetsError, HTTPError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"cannot load {source} from {endpoint()} ({reason}); check the network, set HF_ENDPOINT to a mirror "
+            f"before the start, or copy the cache of a machine that has it to HF_HOME and set HF_HUB_OFFLINE=1"
+        ) from error
+    finally:
+        if had_progress_bars:
+            enable_progress_bars()
+    if missing := [name for name in source.columns if name not in dataset.column_names]:
         raise UserError(
             f"{source} has no column {', '.join(missing)}, only {', '.join(dataset.column_names)}; "
             f"is {endpoint()} the hub, or a true mirror of it?"
@@ -97,8 +107,8 @@ def load_split(source: HubSplit):
 
 
 def _fetch(source: HubSplit):
-    """What `datasets` has for `source`, asked for again where that may help."""
-    import datasets  # 1.5 s
+    """What `datasets` has for `source`; tried again where that may help."""
+    import datasets
     from httpx import TransportError
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -113,39 +123,8 @@ def _fetch(source: HubSplit):
     raise AssertionError("the last attempt returned or raised")
 
 
-@contextmanager
-def _load_errors(source: HubSplit) -> Iterator[None]:
-    """What `datasets` raises about the network, the hub or the files, as `UserError` with what to do."""
-    from datasets.exceptions import DatasetsError
-    from httpx import HTTPError
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        yield
-    except (OSError, ValueError, DatasetsError, HTTPError, HfHubHTTPError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(
-            f"cannot load {source} from {endpoint()} ({reason}); check the network, set HF_ENDPOINT to a mirror "
-            f"before the start, or copy the cache of a machine that has it to HF_HOME and set HF_HUB_OFFLINE=1"
-        ) from error
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """No progress bars while the files are converted: seconds of work, and eight processes would draw eight."""
-    from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
-
-    enabled = is_progress_bar_enabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if enabled:
-            enable_progress_bars()
-
-
 def _fault(value: Any, spec: Spec, name: str) -> str:
-    """What keeps `value` from being what `spec` says, "" when nothing does."""
+    """What is wrong with `value`, called `name`, according to `spec`; "" when nothing is."""
     if isinstance(spec, Mapping):
         if not isinstance(value, Mapping):
             return f"{name} is {value!r:.80} instead of an object"

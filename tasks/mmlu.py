@@ -4,12 +4,13 @@ Hendrycks et al., "Measuring Massive Multitask Language Understanding", arXiv 20
 
 | subset | split | for |
 |---|---|---|
-| auxiliary_train | train | training: 99,842 questions of other school and science sets, without a subject |
+| auxiliary_train | train | training: 99,842 questions without a subject |
 | all | validation, dev | watching a run |
 | all | test | reporting |
 
-The auxiliary questions were collected by MMLU's authors from other public sets. No question is in the test split with
-the same choices; 14 test questions share their text with one of the 8,336 that the mirror has, with other choices.
+MMLU's authors collected the auxiliary questions from other public school and science sets. None of them is in the test
+split with the same choices; 14 test questions share their text, but not their choices, with one of the 8,336 that the
+mirror has.
 """
 
 from functools import cached_property
@@ -21,11 +22,8 @@ from tasks.loading import HubSplit, Rows
 REPO = "cais/mmlu"
 LETTERS = ("A", "B", "C", "D")
 NUM_ROWS = {
-    ("auxiliary_train", "train"): 99842,
-    ("all", "validation"): 1531,
-    ("all", "dev"): 285,
-    ("all", "test"): 14042,
-}
+    ("auxiliary_train", "train"): 99842, ("all", "validation"): 1531, ("all", "dev"): 285, ("all", "test"): 14042,
+}  # fmt: skip
 COLUMNS = {"question": str, "subject": str, "choices": [str], "answer": int}
 SUBJECTS = tuple(
     """abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
@@ -44,43 +42,42 @@ SUBJECTS = tuple(
 class MMLU(Task):
     """`subset` and `split` as in the table above; `subject`, one of `SUBJECTS`, keeps only its questions.
 
-    A conversation's `subject` is the row's, "" in auxiliary_train. Raises `UserError` for an unknown subject.
+    A conversation's `subject` is that of its row, "" in auxiliary_train. Raises `UserError` for an unknown subject.
     """
 
+    name = "MMLU"
     kind = "categorical"
-    num_choices = 4
     baseline = 0.25
 
     def __init__(self, subset: str, split: str, *, subject: str = "") -> None:
         assert (subset, split) in NUM_ROWS, (subset, split)
         if subject and (subject not in SUBJECTS or subset != "all"):
             raise UserError(f"MMLU ({subset}) has no subject {subject!r}; there are {', '.join(SUBJECTS)}")
-        self.name, self.subset, self.subject = "MMLU", subset, subject
+        self.subset, self.subject = subset, subject
         self.purpose = "validation" if split == "dev" else split
-        # On the hub, auxiliary_train is a split of the configuration "all" in these columns, and a configuration of its
-        # own in other ones; mirrors have the former.
+        # The hub has auxiliary_train both as a split of the configuration "all", with these columns, and as a
+        # configuration with other columns; mirrors have the former.
         hub_split = "auxiliary_train" if subset == "auxiliary_train" else split
-        num_rows, is_measured = NUM_ROWS[subset, split], subset == "all"
-        self.rows = Rows(HubSplit(REPO, "all", hub_split, COLUMNS, num_rows, is_measured))
+        self.rows = Rows(HubSplit(REPO, "all", hub_split, COLUMNS, NUM_ROWS[subset, split], subset == "all"))
 
     @cached_property
-    def _indices(self) -> range | list[int]:
-        """The rows of this task; all subjects are there, or the split is not MMLU's."""
+    def _places(self) -> range | list[int]:
+        """The rows of this task. Raises `UserError` when a subject is missing, since the split is not MMLU's then."""
         if self.subset == "auxiliary_train":
             return range(len(self.rows))
         subjects = self.rows.column("subject")
-        if set(subjects) != set(SUBJECTS):
-            odd = sorted(set(subjects) ^ set(SUBJECTS))
+        if odd := sorted(set(subjects) ^ set(SUBJECTS)):
             raise UserError(f"{self.rows.source} should have {len(SUBJECTS)} subjects; missing or unknown: {odd[:5]}")
         return [i for i, subject in enumerate(subjects) if self.subject in ("", subject)]
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._places)
 
     def conversation(self, index: int) -> Conversation:
-        row = self.rows[self._indices[index]]
+        place = self._places[index]
+        row = self.rows[place]
         if len(row["choices"]) != len(LETTERS) or row["answer"] not in range(len(LETTERS)):
             fault = f"there are {len(row['choices'])} choices and the answer is number {row['answer']}"
-            raise self.rows.error(self._indices[index], fault)
+            raise self.rows.error(place, fault)
         right = LETTERS[row["answer"]]
         return choice_conversation(row["question"], row["choices"], LETTERS, right, subject=row["subject"])

@@ -1,0 +1,147 @@
+"""The small world: conversations generated for the miniature to learn to chat from, and exams in what they teach.
+
+A model of a few million parameters that sees a million or two tokens cannot learn about the world, but it can learn a
+small one: who it is, greetings, sums with the calculator (and "and 15 more?"), letters in words, some six hundred
+everyday facts, multiple choice about them, what the user or a system message said earlier, and that it does not know
+the rest. Each conversation is drawn by a random generator of its own, so a task is the same in every process and can
+have any size. Nothing is fetched: the words are those of `words.txt`.
+
+Two things are never trained on, so that an exam measures more than memory: the phrasings of validation and test, and
+the numbers and words of those splits, which a hash assigns as in `spelling.py`. Facts are shared by all splits, since
+nobody can know what was never told.
+
+`words.py` has the tables (the JSON files) and draws from them; `skills.py` makes questions and answers; this module
+makes the tasks. Which stage trains on how many conversations stands in `tasks/mixtures.py`.
+"""
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nanochat.data.chat import visible_text
+from tasks.common import Completion, Conversation, Task, last_number, single_turn
+from tasks.small_world import skills
+from tasks.small_world.skills import CHOICE_LETTERS, DECLINED, Exchange, Skill, choice_letter, told_by_system
+from tasks.small_world.words import plain_words, world
+from tasks.spelling import SPLITS
+
+MIX: dict[str, float] = {  # how often each skill is drawn in conversations without a system message
+    "sums": 0.13, "products": 0.02, "letters": 0.13, "spelling": 0.17, "facts": 0.17, "choices": 0.16, "marks": 0.10,
+    "identity": 0.13, "small_talk": 0.04, "outside": 0.15, "memory": 0.04,
+}  # fmt: skip
+SKILLS: dict[str, Skill] = {name: getattr(skills, name) for name in MIX}
+NUM_SKILLS, NUM_SKILLS_WEIGHTS = (1, 2, 3, 4), (0.4, 0.3, 0.2, 0.1)  # of one conversation
+SYSTEM_SHARE = 0.12  # of the conversations, with a system message
+
+EXAMS = (
+    "sums", "letters", "spelling", "facts", "choices", "choice_letters", "identity", "small_talk", "memory", "system",
+    "outside", "inside",
+)  # fmt: skip
+EXAM_SIZE = {"train": 4096, "validation": 320, "test": 320}  # questions, where any number can be generated
+TOPICS = ("identity", "small_talk")  # exams with one question for each phrasing
+INSIDE = ("sums", "letters", "spelling", "facts", "identity", "small_talk", "memory")
+
+
+class SmallWorld(Task):
+    """`size` conversations of `split` about one to four subjects each. Each `edition` has conversations of its own."""
+
+    name = "SmallWorld"
+
+    def __init__(self, size: int, split: str, *, edition: str = "") -> None:
+        assert split in SPLITS, split
+        self.size, self.split, self.purpose, self.edition = size, split, split, edition
+
+    def __len__(self) -> int:
+        return self.size
+
+    def conversation(self, index: int) -> Conversation:
+        rng = random.Random(f"small world {self.edition} {self.split} {index}")
+        if rng.random() < SYSTEM_SHARE:
+            return _conversation(*told_by_system(rng, self.split))
+        names = rng.choices(list(MIX), list(MIX.values()), k=rng.choices(NUM_SKILLS, NUM_SKILLS_WEIGHTS)[0])
+        return _conversation("", [exchange for name in names for exchange in SKILLS[name](rng, self.split)])
+
+
+def _conversation(system: str, exchanges: Sequence[Exchange]) -> Conversation:
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    for exchange in exchanges:
+        messages += single_turn(exchange.question, exchange.answer)["messages"]
+    return {"messages": messages}
+
+
+class Exam(Task):
+    """Questions of `split` about `subject`, one of `EXAMS`; the last answer of each conversation is asked for.
+
+    "choices" wants the right choice and its letter; "choice_letters" is categorical and wants the letter alone.
+    "outside" asks the real questions of the split first, then templates; "inside" asks a bit of everything and only
+    judges that the model does not decline. "identity" and "small_talk" have as many questions as phrasings.
+    """
+
+    kind = "generative"
+    has_reward = True
+
+    def __init__(self, subject: str, split: str) -> None:
+        assert subject in EXAMS, subject
+        assert split in SPLITS, split
+        self.subject, self.split, self.purpose = subject, split, split
+        self.name = f"SmallWorld-{subject}"
+        if subject == "choice_letters":
+            self.kind, self.baseline = "categorical", 1 / len(CHOICE_LETTERS)
+
+    def __len__(self) -> int:
+        return len(self._topic_questions()) if self.subject in TOPICS else EXAM_SIZE[self.split]
+
+    def conversation(self, index: int) -> Conversation:
+        rng = random.Random(f"exam {self.subject} {self.split} {index}")
+        if self.subject == "choice_letters":
+            return choice_letter(rng, self.split)[0]
+        system, exchanges = self._exchanges(rng, index)
+        return {**_conversation(system, exchanges), "judge": exchanges[-1].judge}
+
+    def _exchanges(self, rng: random.Random, index: int) -> tuple[str, list[Exchange]]:
+        """A system message, or "", and the exchanges after it."""
+        subject, split = self.subject, self.split
+        if subject == "system":
+            return told_by_system(rng, split)
+        if subject in TOPICS:
+            return "", [skills.about_topic(rng, *self._topic_questions()[index])]
+        if subject == "outside":
+            real_questions = world()["outside_questions"].get(split, [])
+            return "", skills.outside(rng, split, real_questions[index] if index < len(real_questions) else "")
+        exchanges = SKILLS[rng.choice(INSIDE) if subject == "inside" else subject](rng, split)
+        if subject == "inside":
+            exchanges[-1] = exchanges[-1]._replace(judge={"declined": False})
+        return "", exchanges[:1] if subject == "facts" else exchanges  # follow-ups have the phrasings of training
+
+    def _topic_questions(self) -> list[tuple[Mapping[str, Any], str]]:
+        topics = world()[self.subject].values()
+        return [(topic, phrasing) for topic in topics for phrasing in topic["questions"][self.split]]
+
+    def evaluate(self, conversation: Conversation, completion: Completion) -> bool:
+        if self.subject == "choice_letters":
+            return super().evaluate(conversation, completion)
+        return is_right(conversation["judge"], completion)
+
+
+def is_right(judge: Mapping[str, Any], completion: Completion) -> bool:
+    """Whether `completion` satisfies `judge`, which has one of these keys:
+
+    - number: its last number is this one.
+    - words: it has a word of each entry, where | separates alternatives, and none of a second key, `never`.
+    - only: it says nothing but this.
+    - spelled: it has the letters of this word with blanks between them.
+    - declined: whether it says that it does not know.
+    """
+    said = visible_text(completion)
+    if "number" in judge:
+        return last_number(said) == judge["number"]
+    if "declined" in judge:
+        return (DECLINED in said.lower()) == judge["declined"]
+    if "spelled" in judge:
+        return re.search(rf"(?<!\b\w ){' '.join(judge['spelled'])}(?! ?\w)", said.lower()) is not None
+    plain = plain_words(said)
+    if "only" in judge:
+        return plain == plain_words(judge["only"])
+    found = all(any(plain_words(word) in plain for word in group.split("|")) for group in judge["words"])
+    return found and not any(plain_words(word) in plain for word in judge.get("never", ()))
