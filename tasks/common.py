@@ -10,11 +10,9 @@ import random
 import re
 from abc import ABC, abstractmethod
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property
-from itertools import accumulate
 from typing import Any, Literal
 
 from nanochat.data.chat import visible_text
@@ -121,10 +119,8 @@ class TaskMixture(Task):
     def __init__(self, tasks: Sequence[Task], *, seed: int = 0) -> None:
         self.tasks, self.seed = list(tasks), seed
 
-    @cached_property
-    def _ends(self) -> list[int]:
-        """For each task, the number of conversations up to its end."""
-        return list(accumulate(map(len, self.tasks)))
+    def __len__(self) -> int:
+        return sum(map(len, self.tasks))
 
     @cached_property
     def _order(self) -> array:
@@ -132,14 +128,14 @@ class TaskMixture(Task):
         random.Random(self.seed).shuffle(order)
         return order
 
-    def __len__(self) -> int:
-        return self._ends[-1] if self.tasks else 0
-
     def locate(self, index: int) -> tuple[Task, int]:
         """The task that conversation `index` is from, and its index there."""
         place = self._order[index]
-        number = bisect_right(self._ends, place)
-        return self.tasks[number], place - (self._ends[number - 1] if number else 0)
+        for task in self.tasks:
+            if place < len(task):
+                return task, place
+            place -= len(task)
+        raise AssertionError(f"a task became shorter: {[len(task) for task in self.tasks]}")
 
     def conversation(self, index: int) -> Conversation:
         task, inner = self.locate(index)
@@ -157,11 +153,10 @@ def render_choices(question: str, choices: Sequence[str], letters: Sequence[str]
         - silk [B]
         Answer with the letter of the right choice.
 
-    The letter follows its choice, so that a model which has found the right choice only has to copy what comes next;
-    small models can do that long before they can look back to a letter in front of the choice. The brackets make the
-    letter the same single token in prompt and answer: a blank or sign directly before letters may join them in one
-    token (" A" and "=A" are not "A"), but `SPLIT_PATTERN` takes only one such sign along, so that " [" is always cut
-    from "A", and from the digits "1" to "5". In the answer, the letter follows a special token.
+    The letter follows its choice because small models learn to copy what comes after the right choice long before they
+    can look back to a letter in front of it. It stands in brackets so that it is the same single token in prompt and
+    answer: a blank or other sign just before letters may be joined to them (" A" and "=A" are not "A"), but
+    `SPLIT_PATTERN` joins only one, so " [" is always cut from the letter, or from the digits "1" to "5".
     """
     lines = [f"- {choice.strip()} [{letter}]" for choice, letter in zip(choices, letters, strict=True)]
     return "\n".join([f"Multiple choice: {question.strip()}", *lines, "Answer with the letter of the right choice."])

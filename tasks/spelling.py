@@ -115,14 +115,10 @@ class WordTask(Task):
     def __len__(self) -> int:
         return self.size
 
-    def conversation(self, index: int) -> Conversation:
+    def draw(self, index: int) -> tuple[random.Random, str]:
+        """The random generator of conversation `index`, and the word it is about."""
         rng = random.Random(f"{self.name} {self.split} {index}")
-        word = rng.choice(words_of(self.split, os.environ.get(WORDS_VARIABLE, ""), base_dir() / "words"))
-        return self.ask(word, rng)
-
-    def ask(self, word: str, rng: random.Random) -> Conversation:
-        """A conversation about `word`."""
-        raise NotImplementedError
+        return rng, rng.choice(words_of(self.split, os.environ.get(WORDS_VARIABLE, ""), base_dir() / "words"))
 
 
 class LetterCounting(NumericTask, WordTask):
@@ -131,7 +127,8 @@ class LetterCounting(NumericTask, WordTask):
 
     name = "SpellingBee"
 
-    def ask(self, word: str, rng: random.Random) -> Conversation:
+    def conversation(self, index: int) -> Conversation:
+        rng, word = self.draw(index)
         letter = draw_letter(word, rng)
         question = rng.choice(questions()["counting"]).format(word=_quoted(word, rng), letter=_quoted(letter, rng))
         return single_turn(_vary(question, rng), counting_answer(word, letter))
@@ -143,7 +140,8 @@ class Spelling(WordTask):
 
     name = "Spelling"
 
-    def ask(self, word: str, rng: random.Random) -> Conversation:
+    def conversation(self, index: int) -> Conversation:
+        rng, word = self.draw(index)
         question = rng.choice(questions()["spelling"]).format(word=_quoted(word, rng))
         return single_turn(_vary(question, rng), f"{word}: {' '.join(word)}")
 
@@ -172,6 +170,21 @@ def counting_answer(word: str, letter: str) -> list[dict[str, str]]:
     ]
 
 
+def _letter_rows(text: str) -> list[str]:
+    """Words spelled in `text`, in order: `_letter_rows("It is C-a-t.") == ["cat"]`."""
+    rows = re.findall(r"\b[a-z](?:[ ,.\-]+[a-z]\b)+", text.lower())
+    return [re.sub("[^a-z]", "", row) for row in rows]
+
+
+# --- questions -----------------------------------------------------------------------------------
+
+
+@cache
+def questions() -> dict[str, list[str]]:
+    """The phrasings of both tasks' questions."""
+    return json.loads(Path(__file__).with_name("spelling.json").read_text(encoding="utf-8"))
+
+
 def draw_letter(word: str, rng: random.Random) -> str:
     """A letter to count: any, one of the word, or one of the most frequent in it. Drawn evenly, three answers in four
     would be 1."""
@@ -182,27 +195,9 @@ def draw_letter(word: str, rng: random.Random) -> str:
     return rng.choice(word if share < 0.5 else [letter for letter in word if word.count(letter) == most])
 
 
-def _letter_rows(text: str) -> list[str]:
-    """Words spelled in `text`, in order: `_letter_rows("It is C-a-t.") == ["cat"]`."""
-    rows = re.findall(r"\b[a-z](?:[ ,.\-]+[a-z]\b)+", text.lower())
-    return [re.sub("[^a-z]", "", row) for row in rows]
-
-
-# --- questions -----------------------------------------------------------------------------------
-
-_OPENINGS = ("",) * 6 + ("Please: ", "Hi! ", "Hello, ", "Hey, ", "Quick question: ", "One more: ")
-_QUOTES = ("{}",) * 3 + ('"{}"', "'{}'", "“{}”", "`{}`")
-
-
-@cache
-def questions() -> dict[str, list[str]]:
-    """Phrasings of the questions of both tasks."""
-    return json.loads(Path(__file__).with_name("spelling.json").read_text(encoding="utf-8"))
-
-
 def _quoted(text: str, rng: random.Random) -> str:
     """`text` plain or in one of several kinds of quotes, sometimes in capitals."""
-    shown = rng.choice(_QUOTES).format(text)
+    shown = rng.choice(("{}", "{}", "{}", '"{}"', "'{}'", "“{}”", "`{}`")).format(text)
     return shown.upper() if rng.random() < 0.1 else shown
 
 
@@ -212,4 +207,5 @@ def _vary(question: str, rng: random.Random) -> str:
         question = question[0].lower() + question[1:]
     if rng.random() < 0.15:
         question = question.rstrip("?.")
-    return rng.choice(_OPENINGS) + question
+    greetings = ("Please: ", "Hi! ", "Hello, ", "Hey, ", "Quick question: ", "One more: ")
+    return rng.choice(("",) * 6 + greetings) + question

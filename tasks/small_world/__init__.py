@@ -11,7 +11,7 @@ the numbers and words of those splits, which a hash assigns as in `spelling.py`.
 nobody can know what was never told.
 
 `words.py` has the tables (the JSON files) and draws from them; `skills.py` makes questions and answers; this module
-makes the tasks. Which stage trains on how many conversations stands in `tasks/mixtures.py`.
+makes the tasks. How many conversations a stage trains on is in `tasks/mixtures.py`.
 """
 
 import random
@@ -26,14 +26,13 @@ from tasks.small_world.skills import CHOICE_LETTERS, DECLINED, Exchange, Skill, 
 from tasks.small_world.words import plain_words, world
 from tasks.spelling import SPLITS
 
-MIX: dict[str, float] = {  # how often each skill is drawn in conversations without a system message
+MIX = {  # how often each skill is drawn in conversations without a system message
     "sums": 0.13, "products": 0.02, "letters": 0.13, "spelling": 0.17, "facts": 0.17, "choices": 0.16, "marks": 0.10,
     "identity": 0.13, "small_talk": 0.04, "outside": 0.15, "memory": 0.04,
 }  # fmt: skip
 SKILLS: dict[str, Skill] = {name: getattr(skills, name) for name in MIX}
-NUM_SKILLS, NUM_SKILLS_WEIGHTS = (1, 2, 3, 4), (0.4, 0.3, 0.2, 0.1)  # of one conversation
-SYSTEM_SHARE = 0.12  # of the conversations, with a system message
-
+NUM_SKILLS = {1: 0.4, 2: 0.3, 3: 0.2, 4: 0.1}  # skills in a conversation, and how often
+SYSTEM_SHARE = 0.12  # of the conversations
 EXAMS = (
     "sums", "letters", "spelling", "facts", "choices", "choice_letters", "identity", "small_talk", "memory", "system",
     "outside", "inside",
@@ -59,7 +58,8 @@ class SmallWorld(Task):
         rng = random.Random(f"small world {self.edition} {self.split} {index}")
         if rng.random() < SYSTEM_SHARE:
             return _conversation(*told_by_system(rng, self.split))
-        names = rng.choices(list(MIX), list(MIX.values()), k=rng.choices(NUM_SKILLS, NUM_SKILLS_WEIGHTS)[0])
+        [count] = rng.choices(list(NUM_SKILLS), list(NUM_SKILLS.values()))
+        names = rng.choices(list(MIX), list(MIX.values()), k=count)
         return _conversation("", [exchange for name in names for exchange in SKILLS[name](rng, self.split)])
 
 
@@ -90,33 +90,28 @@ class Exam(Task):
             self.kind, self.baseline = "categorical", 1 / len(CHOICE_LETTERS)
 
     def __len__(self) -> int:
-        return len(self._topic_questions()) if self.subject in TOPICS else EXAM_SIZE[self.split]
+        if self.subject in TOPICS:
+            return sum(len(topic["questions"][self.split]) for topic in world()[self.subject].values())
+        return EXAM_SIZE[self.split]
 
     def conversation(self, index: int) -> Conversation:
         rng = random.Random(f"exam {self.subject} {self.split} {index}")
         if self.subject == "choice_letters":
             return choice_letter(rng, self.split)[0]
-        system, exchanges = self._exchanges(rng, index)
+        system, exchanges = told_by_system(rng, self.split) if self.subject == "system" else ("", self._ask(rng, index))
         return {**_conversation(system, exchanges), "judge": exchanges[-1].judge}
 
-    def _exchanges(self, rng: random.Random, index: int) -> tuple[str, list[Exchange]]:
-        """A system message, or "", and the exchanges after it."""
-        subject, split = self.subject, self.split
-        if subject == "system":
-            return told_by_system(rng, split)
-        if subject in TOPICS:
-            return "", [skills.about_topic(rng, *self._topic_questions()[index])]
-        if subject == "outside":
-            real_questions = world()["outside_questions"].get(split, [])
-            return "", skills.outside(rng, split, real_questions[index] if index < len(real_questions) else "")
-        exchanges = SKILLS[rng.choice(INSIDE) if subject == "inside" else subject](rng, split)
-        if subject == "inside":
-            exchanges[-1] = exchanges[-1]._replace(judge={"declined": False})
-        return "", exchanges[:1] if subject == "facts" else exchanges  # follow-ups have the phrasings of training
-
-    def _topic_questions(self) -> list[tuple[Mapping[str, Any], str]]:
-        topics = world()[self.subject].values()
-        return [(topic, phrasing) for topic in topics for phrasing in topic["questions"][self.split]]
+    def _ask(self, rng: random.Random, index: int) -> list[Exchange]:
+        if self.subject in TOPICS:
+            return SKILLS[self.subject](rng, self.split, index=index)
+        if self.subject == "outside":
+            real_questions = world()["outside_questions"].get(self.split, [])
+            return skills.outside(rng, self.split, real_questions[index] if index < len(real_questions) else "")
+        if self.subject == "inside":
+            exchanges = SKILLS[rng.choice(INSIDE)](rng, self.split)
+            return [*exchanges[:-1], exchanges[-1]._replace(judge={"declined": False})]
+        exchanges = SKILLS[self.subject](rng, self.split)
+        return exchanges[:1] if self.subject == "facts" else exchanges  # follow-ups have the phrasings of training
 
     def evaluate(self, conversation: Conversation, completion: Completion) -> bool:
         if self.subject == "choice_letters":
@@ -134,13 +129,13 @@ def is_right(judge: Mapping[str, Any], completion: Completion) -> bool:
     - declined: whether it says that it does not know.
     """
     said = visible_text(completion)
+    plain = plain_words(said)
     if "number" in judge:
         return last_number(said) == judge["number"]
     if "declined" in judge:
         return (DECLINED in said.lower()) == judge["declined"]
     if "spelled" in judge:
         return re.search(rf"(?<!\b\w ){' '.join(judge['spelled'])}(?! ?\w)", said.lower()) is not None
-    plain = plain_words(said)
     if "only" in judge:
         return plain == plain_words(judge["only"])
     found = all(any(plain_words(word) in plain for word in group.split("|")) for group in judge["words"])

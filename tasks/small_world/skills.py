@@ -12,18 +12,10 @@ from typing import Any, NamedTuple
 
 from nanochat.engine.calculator import calculate
 from tasks.common import Conversation, choice_conversation
-from tasks.small_world.words import (
-    any_word,
-    articled,
-    ask,
-    draw_name,
-    draw_numbers,
-    draw_word,
-    foreign_word,
-    plain_words,
-    sentence,
-    world,
-)
+
+from tasks.small_world.words import (  # isort: skip
+    any_word, articled, ask, draw_name, draw_numbers, draw_word, foreign_word, plain_words, sentence, world,
+)  # fmt: skip
 from tasks.spelling import draw_letter
 
 CHOICE_LETTERS = "ABCD"
@@ -169,17 +161,19 @@ def marks(rng: random.Random, split: str) -> list[Exchange]:
 # --- conversation --------------------------------------------------------------------------------
 
 
-def topic(rng: random.Random, split: str, *, kind: str) -> list[Exchange]:
-    """Who the model is and how it came about ("identity"), or greetings, thanks and so on ("small_talk")."""
-    drawn = rng.choice(list(world()[kind].values()))
-    return [about_topic(rng, drawn, rng.choice(drawn["questions"][split]))]
+def topic(rng: random.Random, split: str, *, kind: str, index: int | None = None) -> list[Exchange]:
+    """Who the model is and how it came about ("identity"), or greetings, thanks and so on ("small_talk"): any question,
+    or number `index` of the split."""
+    topics = world()[kind].values()
+    if index is None:
+        drawn = rng.choice(list(topics))
+        phrasing = rng.choice(drawn["questions"][split])
+    else:
+        drawn, phrasing = [(topic, phrasing) for topic in topics for phrasing in topic["questions"][split]][index]
+    return [Exchange(ask(rng, phrasing), rng.choice(drawn["answers"]), {"words": list(drawn["needed"])})]
 
 
 identity, small_talk = partial(topic, kind="identity"), partial(topic, kind="small_talk")
-
-
-def about_topic(rng: random.Random, drawn: Mapping[str, Any], phrasing: str) -> Exchange:
-    return Exchange(ask(rng, phrasing), rng.choice(drawn["answers"]), {"words": list(drawn["needed"])})
 
 
 def memory(rng: random.Random, split: str) -> list[Exchange]:
@@ -221,9 +215,8 @@ def told_by_system(rng: random.Random, split: str) -> tuple[str, list[Exchange]]
         return rng.choice(messages).format(v=name), [*before, recall]
     told = facts(rng, split)
     if kind == "short":
-        words = [exchange.judge["words"][0] for exchange in told]
-        answers = [Exchange(e.question, word, {"only": word}) for e, word in zip(told, words, strict=True)]
-        return rng.choice(messages), answers
+        told = [e._replace(answer=e.judge["words"][0], judge={"only": e.judge["words"][0]}) for e in told]
+        return rng.choice(messages), told
     title = rng.choice(world()["titles"])
     judges = [{**exchange.judge, "words": [*exchange.judge["words"], title]} for exchange in told]
     answers = [Exchange(e.question, f"{title}: {e.answer}", judge) for e, judge in zip(told, judges, strict=True)]

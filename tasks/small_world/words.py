@@ -1,4 +1,4 @@
-"""What the small world is made of: its tables of facts and phrasings, and words, numbers and names drawn for a split.
+"""What the small world is made of: its tables of facts and phrasings, and words, names and numbers drawn for a split.
 
 The tables are the JSON files beside this module. Where a table has the keys "train", "validation" and "test", each
 split has phrasings of its own; everything else is the same in all splits. Templates are filled in by name: {x} is what
@@ -10,56 +10,50 @@ country, {a} {b} {k} a number, {t} a thing that can be counted (in `text_work`: 
 import json
 import random
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tasks.spelling import OWN_WORDS, SPLITS, split_of
-
-# --- tables --------------------------------------------------------------------------------------
+from tasks.spelling import OWN_WORDS, split_of
 
 
 @cache
 def world() -> dict[str, Any]:
-    """All tables by name; read-only.
+    """All tables by name, "held_out" (the templates of validation and test) and "known_words" (of facts); read-only.
 
     A relation has `facts` (what is asked about to the answer), which the file may instead give as those of another
     relation the other way round (`inverse_of`), or mean in both directions (`both_ways`). Its `follow_ups` ask the same
     about something else. A topic (in "identity" and "small_talk") has `answers` to choose from; any answer is right
     that has a word of each entry of `needed`, where | separates alternatives.
     """
-    folder, tables = Path(__file__).parent, {}
+    held_out: set[str] = set()
+
+    def collect(table: dict[str, Any]) -> dict[str, Any]:
+        held_out.update(map(template, [*table.get("validation", ()), *table.get("test", ())]))
+        return table
+
+    tables: dict[str, Any] = {"held_out": held_out}
     for name in ("facts", "talk", "outside"):
-        tables |= json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    relations = tables["relations"]
+        text = Path(__file__).with_name(f"{name}.json").read_text(encoding="utf-8")
+        tables |= json.loads(text, object_hook=collect)
+    relations, known = tables["relations"], []
     for relation in relations.values():
         if "inverse_of" in relation:
             relation["facts"] = {y: x for x, y in relations[relation["inverse_of"]]["facts"].items()}
         if relation.get("both_ways"):
             relation["facts"] |= {y: x for x, y in relation["facts"].items()}
         relation.setdefault("follow_ups", tables["follow_ups"])
-    return tables
-
-
-def texts(tree: Any, split: str = "") -> Iterator[tuple[str, str]]:
-    """Every text below `tree`, a part of `world()`, after its split; "" where the splits share it."""
-    if isinstance(tree, str):
-        yield split, tree
-    elif isinstance(tree, dict):
-        for key, branch in tree.items():
-            yield from texts(branch, key if key in SPLITS else split)
-    elif isinstance(tree, list):
-        for item in tree:
-            yield from texts(item, split)
-
-
-# --- words, names and numbers --------------------------------------------------------------------
+        known += [*relation["facts"], *relation["facts"].values()]
+    words = set(plain_words(" ".join(known)).split())
+    return tables | {"known_words": words, "long_known_words": sorted(word for word in words if len(word) > 2)}
 
 
 def plain_words(said: str) -> str:
     """The words of a text in lower case, each with a blank before and after it."""
     return f" {' '.join(re.findall(r'[a-z0-9]+', said.lower()))} "
+
+
+# --- words, names and numbers --------------------------------------------------------------------
 
 
 @cache
@@ -68,18 +62,9 @@ def common_words(split: str) -> tuple[str, ...]:
     return tuple(word for word in OWN_WORDS.read_text(encoding="utf-8").split() if split_of(word) == split)
 
 
-@cache
-def known_words() -> frozenset[str]:
-    """Every word that occurs in a fact."""
-    tables = [relation["facts"] for relation in world()["relations"].values()]
-    return frozenset(word for facts in tables for word in plain_words(" ".join([*facts, *facts.values()])).split())
-
-
 def draw_word(rng: random.Random, split: str) -> str:
     """A word to spell; in training often a made-up one, since copying letters is best learned from very many words."""
-    if split != "train" or rng.random() < 0.4:
-        return rng.choice(common_words(split))
-    return made_up(rng)
+    return rng.choice(common_words(split)) if split != "train" or rng.random() < 0.4 else made_up(rng)
 
 
 def made_up(rng: random.Random) -> str:
@@ -96,19 +81,14 @@ def foreign_word(rng: random.Random) -> str:
     if rng.random() < 0.25:
         made = made_up(rng)
         return made if rng.random() < 0.5 else made.capitalize()
-    while (word := rng.choice(common_words("train"))) in known_words():
+    while (word := rng.choice(common_words("train"))) in world()["known_words"]:
         pass
     return word
 
 
 def any_word(rng: random.Random) -> str:
     """A training word that facts may be about."""
-    return rng.choice(_long_known_words()) if rng.random() < 0.4 else foreign_word(rng)
-
-
-@cache
-def _long_known_words() -> list[str]:
-    return sorted(word for word in known_words() if len(word) > 2)
+    return rng.choice(world()["long_known_words"]) if rng.random() < 0.4 else foreign_word(rng)
 
 
 def draw_name(rng: random.Random) -> str:
@@ -117,25 +97,18 @@ def draw_name(rng: random.Random) -> str:
 
 
 def draw_numbers(rng: random.Random, split: str, sign: str, first: int | None = None) -> tuple[int, int]:
-    """Two numbers of up to three digits whose sum or difference belongs to `split`; `first` may be given.
-
-    Numbers of one, two and three digits are equally frequent, and most differences are not negative.
-    """
+    """Two numbers whose sum or difference belongs to `split`, most differences not negative; `first` may be given."""
     while True:
         a, b = _draw_number(rng) if first is None else first, _draw_number(rng)
         if sign == "-" and a < b and rng.random() < 0.8:
             continue
-        if split_of(sum_key(a, b, sign)) == split:
+        key = f"{min(a, b)}+{max(a, b)}" if sign == "+" else f"{a}-{b}"  # 5 + 3 is in the same split as 3 + 5
+        if split_of(key) == split:
             return a, b
 
 
 def _draw_number(rng: random.Random) -> int:
-    return rng.randint(0, 10 ** rng.randint(1, 3) - 1)
-
-
-def sum_key(a: int, b: int, sign: str) -> str:
-    """The text whose hash decides the split of a sum or difference: 5 + 3 is in the same split as 3 + 5."""
-    return f"{min(a, b)}+{max(a, b)}" if sign == "+" else f"{a}-{b}"
+    return rng.randint(0, 10 ** rng.randint(1, 3) - 1)  # of one, two or three digits about equally often
 
 
 # --- phrasing ------------------------------------------------------------------------------------
@@ -156,17 +129,11 @@ def ask(rng: random.Random, phrasing: str, **values: object) -> str:
         varied = rng.choice(world()["openings"]) + _uncapitalized(varied)
     elif rng.random() < 0.2:
         varied = _uncapitalized(varied)
-    return articled((phrasing if template(varied) in held_out() else varied).format(**values))
+    return articled((phrasing if template(varied) in world()["held_out"] else varied).format(**values))
 
 
 def _uncapitalized(said: str) -> str:
     return said[0].lower() + said[1:]
-
-
-@cache
-def held_out() -> frozenset[str]:
-    """The templates of all phrasings of validation and test."""
-    return frozenset(template(text) for split, text in texts(world()) if split in ("validation", "test"))
 
 
 def template(phrasing: str) -> str:
@@ -174,11 +141,11 @@ def template(phrasing: str) -> str:
     return " ".join(re.findall(r"[a-z0-9']+|\{\w+\}|[-+*]", phrasing.lower()))
 
 
-def sentence(said: str) -> str:
-    """`said` with a capital at the beginning and fitting articles."""
-    return articled(said[:1].upper() + said[1:])
-
-
 def articled(said: str) -> str:
     """`said` with "an" in place of "a" before a vowel."""
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", said)
+
+
+def sentence(said: str) -> str:
+    """`said` with a capital at the beginning and fitting articles."""
+    return articled(said[:1].upper() + said[1:])
