@@ -8,8 +8,8 @@ Choices keep their labels, A to E, or 1 to 5 in about one question in thirty, so
 Every label is one character, hence one token (`common.render_choices`).
 """
 
-from tasks.common import Conversation, Task, choice_conversation
-from tasks.loading import HubSplit, Rows
+from tasks.common import Conversation, choice_conversation
+from tasks.loading import HubSplit, HubTask, Rows
 
 REPO = "allenai/ai2_arc"
 NUM_ROWS = {
@@ -20,7 +20,7 @@ COLUMNS = {"question": str, "choices": {"text": [str], "label": [str]}, "answerK
 LABELS = frozenset("ABCDE12345")
 
 
-class ARC(Task):
+class ARC(HubTask):
     """`subset` is "ARC-Easy" or "ARC-Challenge", `split` "train", "validation" or "test"."""
 
     kind = "categorical"
@@ -31,9 +31,6 @@ class ARC(Task):
         self.name, self.purpose = subset, split
         is_measured = split != "train"
         self.rows = Rows(HubSplit(REPO, subset, split, COLUMNS, NUM_ROWS[subset, split], is_measured))
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def conversation(self, index: int) -> Conversation:
         row = self.rows[index]

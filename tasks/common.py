@@ -1,9 +1,8 @@
 """What all tasks share: `Task`, slices and mixtures of tasks, multiple-choice text, numbers in answers.
 
-A task is a list of conversations (the format of `nanochat.data.chat`) whose last message is the right answer; tasks
-that can be examined also judge other answers. Constructors read and fetch nothing: the data come with the first
-`len(task)` or `task[i]`, and are the same in every process.
-Not here: rows from the hub (`loading.py`), models, tokens, the evaluation loops (`nanochat.evals.chat_eval`).
+A task is a list of conversations (the format of `nanochat.data.chat`) that end with the right answer, and often a
+judge of other answers. Constructors read and fetch nothing: the data come with the first `len(task)` or `task[i]`, and
+are the same in every process. Not here: models, tokens, the evaluation loops (`nanochat.evals.chat_eval`).
 """
 
 import random
@@ -29,19 +28,13 @@ def single_turn(question: str, answer: Completion, **extra: Any) -> Conversation
 
 
 class Task(ABC):
-    """Conversations by index, and the judge of answers to them.
-
-    `name`: what tables call it. `kind`: "categorical" when the answer is one of `letters(conversation)`, "generative"
-    when it has to be written, None when the task is only there to be trained on. `baseline`: accuracy of guessing, 0
-    to 1. `purpose`: what the rows may be used for: stages train on "train" and watch "validation"; only an evaluation
-    that is reported reads "test". `has_reward`: whether `reward` may be called.
-    """
+    """Conversations by index, and the judge of answers to them."""
 
     name: str
-    kind: Kind = None
-    baseline: float = 0.0
-    purpose: Purpose = "train"
-    has_reward: bool = False
+    kind: Kind = None  # an answer is one of `letters(conversation)`, or has to be written; None: cannot be judged
+    baseline: float = 0.0  # accuracy of guessing, 0 to 1
+    purpose: Purpose = "train"  # stages train on "train" and watch "validation"; only reported evaluations read "test"
+    has_reward: bool = False  # whether `reward` may be called
 
     @abstractmethod
     def __len__(self) -> int:
@@ -87,9 +80,6 @@ def reference_text(conversation: Conversation) -> str:
     return visible_text(conversation["messages"][-1]["content"])
 
 
-# --- slices and mixtures -------------------------------------------------------------------------
-
-
 class TaskSlice(Task):
     """Some conversations of a task, in the order of `indices`; everything else is as in that task."""
 
@@ -110,8 +100,7 @@ class TaskSlice(Task):
 class TaskMixture(Task):
     """The conversations of all tasks, each exactly once, in an order that depends on `seed` alone.
 
-    So the order is the same in every process and for any number of processes. Weights are whole epochs: each
-    conversation of a task that is given twice comes twice.
+    So the order is the same for any number of processes. Weights are whole epochs: a task given twice comes twice.
     """
 
     name = "mixture"
@@ -158,8 +147,8 @@ def render_choices(question: str, choices: Sequence[str], letters: Sequence[str]
     answer: a blank or other sign just before letters may be joined to them (" A" and "=A" are not "A"), but
     `SPLIT_PATTERN` joins only one, so " [" is always cut from the letter, or from the digits "1" to "5".
     """
-    lines = [f"- {choice.strip()} [{letter}]" for choice, letter in zip(choices, letters, strict=True)]
-    return "\n".join([f"Multiple choice: {question.strip()}", *lines, "Answer with the letter of the right choice."])
+    lines = [f"- {choice.strip()} [{letter}]\n" for choice, letter in zip(choices, letters, strict=True)]
+    return f"Multiple choice: {question.strip()}\n{''.join(lines)}Answer with the letter of the right choice."
 
 
 def choice_conversation(
@@ -180,10 +169,7 @@ _MAX_DIGITS = 100  # no answer is longer, and Python refuses to parse more than 
 
 
 def last_number(text: str) -> Fraction | None:
-    """Value of the last number in `text`, None when there is none.
-
-    `1,000`, `$5`, `-$5`, `72.`, `10.0` and `.5` are numbers, and a percent sign after one is ignored.
-    """
+    """Value of the last number in `text`, such as `1,000`, `$5`, `-$5`, `72.`, `10.0`, `.5` or `50%`; None without."""
     found = _NUMBER.findall(text)
     return _value(found[-1]) if found else None
 
@@ -202,10 +188,9 @@ def _value(number: str) -> Fraction | None:
 
 
 class NumericTask(Task):
-    """Questions whose answer is a number, on the last line of the reference after `####`.
+    """Questions whose reference ends with a line `#### 72`. Answers count by value: `72.`, `$72` and `72.0` are right.
 
-    `evaluate` takes the last number of the text for the answer. The "strict" score, which is also the reward, wants it
-    in the form of the reference. Numbers are compared by value: `72.`, `$72` and `72.0` are all 72.
+    `evaluate` takes the last number of the text for the answer; the "strict" score, also the reward, wants that line.
     """
 
     kind = "generative"

@@ -6,11 +6,9 @@ Each line is `{"messages": [...]}` or just the list of messages, in the format o
     [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": [{"type": "python", "text": "2+3"},
         {"type": "python_output", "text": "5"}, {"type": "text", "text": "That is 5."}]}]           (in one line)
 
-Blank lines are skipped; every other line is checked before the first conversation is given out.
-
-In reinforcement learning, the last answer of each conversation is the reference. The reward is 1 for an answer that
-agrees with it: by value, on a line `#### 42` at the end, where the reference has one, otherwise by text, without regard
-to letter case and spacing.
+Blank lines are skipped; every other line is checked before the first conversation is given out. In reinforcement
+learning the last answer is the reference, and the reward is 1 for an answer that agrees with it: by value, on a line
+`#### 42` at the end, if the reference has one, otherwise by text, without regard to letter case and spacing.
 """
 
 import json
@@ -24,10 +22,8 @@ from tasks.common import Completion, Conversation, Task, marked_number, referenc
 
 
 class CustomJSON(Task):
-    """The conversations of the file `path`, read at the first use.
-
-    That raises `UserError`, with file and line, for anything that is not a conversation with an answer.
-    """
+    """The conversations of the file `path`, read at the first use, which raises `UserError` with file and line for
+    anything that is not a conversation with an answer."""
 
     has_reward = True
 
@@ -46,19 +42,18 @@ class CustomJSON(Task):
             raise UserError(f"cannot read the conversations in {path} ({error.strerror}); check the path") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text ({error}); write it as JSON lines in UTF-8") from error
-        for number, line in enumerate(lines, start=1):
+        kept = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+        for number, line in kept:
             try:
-                if line.strip():
-                    _check(_messages(line))
+                _check(_messages(line))
             except UserError as error:
                 raise UserError(f"{path}, line {number}: {error}") from error
             except (ValueError, RecursionError) as error:  # nested too deeply, or a number with thousands of digits
-                fault = f"is not JSON ({error}); write one conversation a line"
-                raise UserError(f"{path}, line {number} {fault}") from error
-        kept = [line for line in lines if line.strip()]
+                what = f"{path}, line {number} is not JSON"
+                raise UserError(f"{what} ({error}); write one conversation a line") from error
         if not kept:
             raise UserError(f"{path} holds no conversations")
-        return kept
+        return [line for _, line in kept]
 
     def __len__(self) -> int:
         return len(self._lines)

@@ -9,10 +9,9 @@ Cobbe et al., "Training Verifiers to Solve Math Word Problems", arXiv 2110.14168
 | test | 1,319 | reporting |
 
 An answer reads `48/2 = <<48/2=24>>24 clips` and ends with a line `#### 72`. The expression in brackets becomes a tool
-call. Its result is our calculator's, since that is what the model will see when it makes the call: "24.0" here, or
-"0.30000000000000004" for 3*.10, after which the text goes on with the rounded number. A call whose result in the data
-has another value (by more than a 10^9th) would teach the model to distrust the tool, so only its text is kept. In the
-published data that never happens.
+call whose result is our calculator's, since that is what the model will see: "24.0" here, or "0.30000000000000004" for
+3*.10, after which the text goes on with the rounded number. A result of another value in the data would teach the model
+to distrust the tool, so only the text of such a call is kept; the published data have none.
 """
 
 import math
@@ -21,42 +20,34 @@ import re
 from nanochat.data.chat import as_parts
 from nanochat.engine.calculator import calculate
 from tasks.common import ANSWER_MARK, Conversation, NumericTask, last_number, marked_number, single_turn
-from tasks.loading import HubSplit, Rows
+from tasks.loading import HubSplit, HubTask, Rows
 
 REPO = "openai/gsm8k"
 NUM_ROWS = {"train": 7473, "test": 1319}
-NUM_TRAIN_ROWS = 7000  # of the hub's train split; the others are the validation split
+PARTS = {"train": slice(7000), "validation": slice(7000, None), "test": slice(None)}  # of the hub's split
 COLUMNS = {"question": str, "answer": str}
 _CALL = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 
 
-class GSM8K(NumericTask):
+class GSM8K(HubTask, NumericTask):
     """`subset` is "main", `split` as in the table above."""
 
     name = "GSM8K"
 
     def __init__(self, subset: str, split: str) -> None:
         assert subset == "main", subset
-        assert split in ("train", "validation", "test"), split
-        self.split = self.purpose = split
+        assert split in PARTS, split
+        self.purpose = split
         hub_split = "test" if split == "test" else "train"
         # Scores are measured on rows of the hub's train split too, so it has to be complete.
-        self.rows = Rows(HubSplit(REPO, subset, hub_split, COLUMNS, NUM_ROWS[hub_split], is_measured=True))
-
-    @property
-    def _places(self) -> range:
-        """The rows of the hub's split that belong to this one."""
-        parts = {"train": slice(NUM_TRAIN_ROWS), "validation": slice(NUM_TRAIN_ROWS, None), "test": slice(None)}
-        return range(len(self.rows))[parts[self.split]]
-
-    def __len__(self) -> int:
-        return len(self._places)
+        self.rows = Rows(
+            HubSplit(REPO, subset, hub_split, COLUMNS, NUM_ROWS[hub_split], is_measured=True), PARTS[split]
+        )
 
     def conversation(self, index: int) -> Conversation:
-        place = self._places[index]
-        row = self.rows[place]
+        row = self.rows[index]
         if marked_number(row["answer"]) is None:
-            raise self.rows.error(place, f"the answer does not end with {ANSWER_MARK} and a number")
+            raise self.rows.error(index, f"the answer does not end with {ANSWER_MARK} and a number")
         return single_turn(row["question"], answer_parts(row["answer"]))
 
 

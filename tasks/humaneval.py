@@ -1,9 +1,7 @@
 """HumanEval, Python functions to be written from their signature and docstring, judged by running their tests.
 
 Chen et al., "Evaluating Large Language Models Trained on Code", arXiv 2107.03374. Hub: openai/openai_humaneval, MIT.
-Its one split is for reporting only.
-
-Not here: running untrusted code (`nanochat.evals.execution`).
+Its one split is for reporting only. Not here: running untrusted code (`nanochat.evals.execution`).
 """
 
 import re
@@ -12,8 +10,8 @@ from collections.abc import Sequence
 
 from nanochat.data.chat import visible_text
 from nanochat.evals import execution
-from tasks.common import Completion, Conversation, Task, single_turn
-from tasks.loading import HubSplit, Rows
+from tasks.common import Completion, Conversation, single_turn
+from tasks.loading import HubSplit, HubTask, Rows
 
 REPO = "openai/openai_humaneval"
 NUM_ROWS = 164
@@ -24,7 +22,7 @@ _BODY_END = re.compile(r"^[^\s)\]}]", re.MULTILINE)  # a line that is not indent
 _CODE_LINE = re.compile(r"^(?:from \S+ import |import |def |async def |class |@)", re.MULTILINE)
 
 
-class HumanEval(Task):
+class HumanEval(HubTask):
     """Without `allow_unsafe_execution`, judging raises `UserError` where the system offers no isolation.
 
     A conversation also has `task_id`, `prompt` (the beginning of the function), `tests` and `entry_point`.
@@ -37,9 +35,6 @@ class HumanEval(Task):
     def __init__(self, *, allow_unsafe_execution: bool = False) -> None:
         self.allow_unsafe_execution = allow_unsafe_execution
         self.rows = Rows(HubSplit(REPO, "openai_humaneval", "test", COLUMNS, NUM_ROWS, is_measured=True))
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def conversation(self, index: int) -> Conversation:
         row = self.rows[index]
@@ -56,10 +51,7 @@ class HumanEval(Task):
         return self.evaluate_many([(conversation, completion)])[0]
 
     def evaluate_many(self, pairs: Sequence[tuple[Conversation, Completion]]) -> list[bool]:
-        """Whether the program in each completion passes the tests; several run at a time.
-
-        Raises `UserError` when the system cannot isolate them and running them without isolation is not allowed.
-        """
+        """Whether the program in each completion passes the tests; several run at a time."""
         problems = [
             execution.Problem(
                 program=extract_program(question, completion),

@@ -1,9 +1,8 @@
 """Rows of data sets from the Hugging Face hub, or the mirror named by `HF_ENDPOINT`, checked before anyone uses them.
 
 The `datasets` library fetches and caches them (below `HF_HOME`), with its own lock against other processes. A split
-that scores are measured on must have exactly the number of rows it is known for: with other rows, a score would be that
-of another benchmark under the same name. For a split that is only trained on, another number of rows is a warning,
-since a mirror may carry a part. Not here: what the rows mean.
+that scores are measured on must have exactly the number of rows it is known for, or a score would be that of another
+benchmark under the same name; for a split that is only trained on, another number (of a partial mirror) is a warning.
 """
 
 import logging
@@ -15,6 +14,7 @@ from typing import Any
 
 from nanochat.common import UserError
 from nanochat.data.hub import endpoint
+from tasks.common import Task
 
 logger = logging.getLogger(__name__)
 
@@ -42,33 +42,47 @@ class HubSplit:
 
 
 class Rows:
-    """The rows of a `HubSplit` as dictionaries, loaded at the first use; each row is checked when it is read."""
+    """The rows of a `HubSplit`, or a `part` of them, as dictionaries: loaded at the first use, checked when read."""
 
-    def __init__(self, source: HubSplit) -> None:
-        self.source = source
+    def __init__(self, source: HubSplit, part: slice = slice(None)) -> None:
+        self.source, self.part = source, part
 
     @cached_property
     def _dataset(self):
         return load_split(self.source)
 
+    @property
+    def _places(self) -> range:
+        return range(len(self._dataset))[self.part]
+
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The columns of row `index` that the source names. Raises `UserError` when they are not as specified."""
-        row = self._dataset[index]
+        row = self._dataset[self._places[index]]
         columns = {name: row.get(name) for name in self.source.columns}
         if fault := _fault(columns, self.source.columns, "the row"):
             raise self.error(index, fault)
         return columns
 
     def column(self, name: str) -> list[Any]:
-        """All values of a column, unchecked."""
+        """All values of a column of the whole split, unchecked."""
         return self._dataset[name][:]
 
     def error(self, index: int, fault: str) -> UserError:
         """The error for a row that is not as it should be."""
-        return UserError(f"{self.source} is not the data set this task is made for: in row {index}, {fault}")
+        place = self._places[index]
+        return UserError(f"{self.source} is not the data set this task is made for: in row {place}, {fault}")
+
+
+class HubTask(Task):
+    """A task with one conversation for each of its `rows`."""
+
+    rows: Rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 def load_split(source: HubSplit):

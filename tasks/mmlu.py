@@ -8,16 +8,15 @@ Hendrycks et al., "Measuring Massive Multitask Language Understanding", arXiv 20
 | all | validation, dev | watching a run |
 | all | test | reporting |
 
-MMLU's authors collected the auxiliary questions from other public school and science sets. None of them is in the test
-split with the same choices; 14 test questions share their text, but not their choices, with one of the 8,336 that the
-mirror has.
+The auxiliary questions were collected by MMLU's authors from other public sets. None is in the test split with the same
+choices; 14 test questions share their text, but not their choices, with one of the 8,336 that the mirror has.
 """
 
 from functools import cached_property
 
 from nanochat.common import UserError
-from tasks.common import Conversation, Task, choice_conversation
-from tasks.loading import HubSplit, Rows
+from tasks.common import Conversation, choice_conversation
+from tasks.loading import HubSplit, HubTask, Rows
 
 REPO = "cais/mmlu"
 LETTERS = ("A", "B", "C", "D")
@@ -28,7 +27,7 @@ NUM_ROWS = {
 COLUMNS = {"question": str, "subject": str, "choices": [str], "answer": int}
 
 
-class MMLU(Task):
+class MMLU(HubTask):
     """`subset` and `split` as in the table above. A conversation has its `subject`, "" in auxiliary_train."""
 
     name = "MMLU"
@@ -50,9 +49,6 @@ class MMLU(Task):
         if self.source.is_measured and (found := len(set(rows.column("subject")))) != NUM_SUBJECTS:
             raise UserError(f"{self.source} has {found} subjects instead of {NUM_SUBJECTS}; set HF_ENDPOINT to the hub")
         return rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def conversation(self, index: int) -> Conversation:
         row = self.rows[index]

@@ -6,15 +6,15 @@ Ben Allal et al., "SmolLM2: When Smol Goes Big", arXiv 2502.02737. Hub: HuggingF
 
 from nanochat.common import UserError
 from nanochat.data.chat import check_conversation
-from tasks.common import Conversation, Task
-from tasks.loading import HubSplit, Rows
+from tasks.common import Conversation
+from tasks.loading import HubSplit, HubTask, Rows
 
 REPO = "HuggingFaceTB/smol-smoltalk"
 NUM_ROWS = {"train": 460341, "test": 24229}
 COLUMNS = {"messages": [{"role": str, "content": str}]}
 
 
-class SmolTalk(Task):
+class SmolTalk(HubTask):
     """`split` is "train", or "test" for validation; smaller copies are accepted with a warning."""
 
     name = "SmolTalk"
@@ -23,9 +23,6 @@ class SmolTalk(Task):
         assert split in NUM_ROWS, split
         self.purpose = "train" if split == "train" else "validation"
         self.rows = Rows(HubSplit(REPO, "default", split, COLUMNS, NUM_ROWS[split], is_measured=False))
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def conversation(self, index: int) -> Conversation:
         messages = [{"role": m["role"], "content": m["content"]} for m in self.rows[index]["messages"]]

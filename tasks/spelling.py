@@ -1,12 +1,10 @@
 """Spelling words, and counting a letter in them: tokens hide the letters, so a model has to learn them by heart.
 
 In the manner of nanochat's SpellingBee: words of a public list (dwyl/english-words, words_alpha.txt, Unlicense) and
-questions phrased in many ways. Each conversation is generated from its index and split by a random generator of its
-own, so a task is the same in every process and can have any size.
-
-A hash of the word decides its split: 80 % of the words are for training, 10 % for validation and 10 % for testing, and
-no word is in two, however it is asked about. The list is fetched once (`NANOCHAT_WORDS`: another address or a file). If
-that fails, the common words in `words.txt` take its place for all stages of the work folder, so that these agree.
+questions phrased in many ways (`spelling.json`), generated from index and split alone. A hash of the word decides its
+split: 80 % are for training, 10 % for validation, 10 % for testing, and no word is in two, however it is asked about.
+The list is fetched once (`NANOCHAT_WORDS`: another address or a file). If that fails, the common words in `words.txt`
+take its place for all stages of the work folder, so that these agree.
 """
 
 import hashlib
@@ -15,6 +13,7 @@ import logging
 import os
 import random
 import re
+import string
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -33,9 +32,6 @@ MIN_WORDS = 100  # a shorter list is useless, and most likely not a word list
 FETCH_ATTEMPTS = 3  # without pauses: there is a fallback, and machines without a network should not wait
 FETCH_TIMEOUT_SECONDS = 10
 SPLITS = ("train", "validation", "test")
-ALPHABET = "abcdefghijklmnopqrstuvwxyz"
-
-# --- words ---------------------------------------------------------------------------------------
 
 
 def split_of(word: str) -> str:
@@ -47,9 +43,7 @@ def split_of(word: str) -> str:
 @lru_cache(maxsize=3)
 def words_of(split: str, source: str, folder: Path) -> tuple[str, ...]:
     """The words of `split` in the list `source` (an address or a file; "": the public list), fetched into `folder`.
-
-    Raises `UserError` when a list that was named cannot be had.
-    """
+    Raises `UserError` when a list that was named cannot be had."""
     words = tuple(word for word in _read_words(source, folder) if split_of(word) == split)
     assert words, split
     return words
@@ -70,7 +64,7 @@ def _read_words(source: str, folder: Path) -> list[str]:
 
 
 def _parse_words(text: str, name: str) -> list[str]:
-    """The words in `text`, one a line, each once, in order; lines that are no plain English word are left out."""
+    """The plain English words in `text`, each once, in order."""
     words = [word for word in dict.fromkeys(text.lower().split()) if WORD.fullmatch(word)]
     if len(words) < MIN_WORDS:
         raise UserError(f"{name} is no word list: it has only {len(words)} words of 3 to 15 letters, one a line")
@@ -96,9 +90,6 @@ def _fetch_words(source: str, partial: Path) -> None:
         text = OWN_WORDS.read_text(encoding="utf-8")
     with disk_errors("the word list", partial.parent):
         partial.write_text(text, encoding="utf-8")
-
-
-# --- tasks ---------------------------------------------------------------------------------------
 
 
 class WordTask(Task):
@@ -151,11 +142,8 @@ class Spelling(WordTask):
 
 
 def counting_answer(word: str, letter: str) -> list[dict[str, str]]:
-    """The parts of the answer to how often `letter` is in `word`.
-
-    Every letter of the spelling has a blank before it and a blank or a bracket after it, so that each is a token which
-    all words share; the running count is given where it changes.
-    """
+    """The parts of the answer to how often `letter` is in `word`. A blank before each letter of the spelling, and a
+    blank or a bracket after it, make it a token that all words share."""
     spelled, count = [], 0
     for character in word:
         count += character == letter
@@ -176,9 +164,6 @@ def _letter_rows(text: str) -> list[str]:
     return [re.sub("[^a-z]", "", row) for row in rows]
 
 
-# --- questions -----------------------------------------------------------------------------------
-
-
 @cache
 def questions() -> dict[str, list[str]]:
     """The phrasings of both tasks' questions."""
@@ -190,7 +175,7 @@ def draw_letter(word: str, rng: random.Random) -> str:
     would be 1."""
     share = rng.random()
     if share < 0.2:
-        return rng.choice(ALPHABET)
+        return rng.choice(string.ascii_lowercase)
     most = max(map(word.count, word))
     return rng.choice(word if share < 0.5 else [letter for letter in word if word.count(letter) == most])
 

@@ -12,11 +12,8 @@ from typing import Any, NamedTuple
 
 from nanochat.engine.calculator import calculate
 from tasks.common import Conversation, choice_conversation
-
-from tasks.small_world.words import (  # isort: skip
-    any_word, articled, ask, draw_name, draw_numbers, draw_word, foreign_word, plain_words, sentence, world,
-)  # fmt: skip
-from tasks.spelling import draw_letter
+from tasks.small_world.words import articled, ask, draw_name, draw_word, foreign_word, plain_words, sentence, world
+from tasks.spelling import draw_letter, split_of
 
 CHOICE_LETTERS = "ABCD"
 LETTER_ONLY_SHARE = 0.3  # of the multiple choice in training; more of it did not help (dev/LOG.md)
@@ -60,6 +57,21 @@ def sums(rng: random.Random, split: str) -> list[Exchange]:
         if not 0 <= total <= 999:
             break
     return exchanges
+
+
+def draw_numbers(rng: random.Random, split: str, sign: str, first: int | None) -> tuple[int, int]:
+    """Two numbers whose sum or difference belongs to `split`, most differences not negative; `first` may be given."""
+    while True:
+        a, b = _draw_number(rng) if first is None else first, _draw_number(rng)
+        if sign == "-" and a < b and rng.random() < 0.8:
+            continue
+        key = f"{min(a, b)}+{max(a, b)}" if sign == "+" else f"{a}-{b}"  # 5 + 3 is in the same split as 3 + 5
+        if split_of(key) == split:
+            return a, b
+
+
+def _draw_number(rng: random.Random) -> int:
+    return rng.randint(0, 10 ** rng.randint(1, 3) - 1)  # of one, two or three digits about equally often
 
 
 def products(rng: random.Random, split: str) -> list[Exchange]:
@@ -249,18 +261,18 @@ def _ask_long(rng: random.Random) -> str:
     tables, kind = world(), rng.choices(("story", "study", "work", "errand"), (4, 3, 3, 1))[0]
     if kind == "story":
         told = [*rng.sample(tables["story"], rng.choice((1, 2, 3, 4, 5))), rng.choice(tables["story_questions"])]
-        values = _values(rng, any_word)  # the same names and things in every sentence, but other numbers
+        values = _values(rng, _any_word)  # the same names and things in every sentence, but other numbers
         return articled(" ".join(line.format(**values | _amounts(rng)) for line in told))
     if kind == "study":
         told = [_nonsense(rng) for _ in range(rng.choice((0, 0, 1, 1, 2, 3)))]
-        return articled(" ".join([*told, rng.choice(tables["study"]).format(**_values(rng, any_word))]))
+        return articled(" ".join([*told, rng.choice(tables["study"]).format(**_values(rng, _any_word))]))
     if kind == "errand":
         return ask(rng, rng.choice(tables["errands"]), **_values(rng, foreign_word))
     templates = (*tables["study"], *tables["outside_templates"]["train"])
-    question = rng.choice(templates).format(**_values(rng, any_word))
+    question = rng.choice(templates).format(**_values(rng, _any_word))
     template = rng.choice(tables["text_work"])
     text = " ".join(_nonsense(rng) for _ in range(rng.choice((1, 1, 2, 3, 4) if "{q}" not in template else (1,))))
-    return articled(template.format(**_values(rng, any_word), t=text, q=question))
+    return articled(template.format(**_values(rng, _any_word), t=text, q=question))
 
 
 def _nonsense(rng: random.Random) -> str:
@@ -271,12 +283,17 @@ def _nonsense(rng: random.Random) -> str:
         if share < 0.45:
             said.append(rng.choice(world()["link_words"]))
         elif share < 0.9:
-            said.append(any_word(rng))
+            said.append(_any_word(rng))
         else:
             said.append(draw_name(rng) if share < 0.95 else str(rng.randint(1, 10 ** rng.randint(1, 4))))
     if rng.random() < 0.3:
         said[rng.randrange(len(said) - 1)] += ","
     return f"{sentence(' '.join(said))}{rng.choice('....?')}"
+
+
+def _any_word(rng: random.Random) -> str:
+    """A training word that facts may be about."""
+    return rng.choice(world()["long_known_words"]) if rng.random() < 0.4 else foreign_word(rng)
 
 
 def _values(rng: random.Random, draw: Callable[[random.Random], str]) -> dict[str, object]:

@@ -1,10 +1,9 @@
-"""What the small world is made of: its tables of facts and phrasings, and words, names and numbers drawn for a split.
+"""What the small world is made of: tables of facts and phrasings, words and names drawn for a split, varied questions.
 
 The tables are the JSON files beside this module. Where a table has the keys "train", "validation" and "test", each
-split has phrasings of its own; everything else is the same in all splits. Templates are filled in by name: {x} is what
-a fact is about and {y} its answer, {v} something the user said, {w} a word, {l} a letter, {n} a name, {c} a city or
-country, {a} {b} {k} a number, {t} a thing that can be counted (in `text_work`: some sentences), {q} a question,
-{p} the phrasing that a polite form wraps; a digit after the letter tells several of a kind apart.
+split has its own entries; everything else is shared by all splits. Placeholders: {x} is what a fact is about, {y} its
+answer, {v} something the user said, {w} a word, {l} a letter, {n} a name, {c} a city or country, {a} {b} {k} a number,
+{t} a thing that can be counted (in `text_work`: some sentences), {q} a question, {p} the phrasing that is made polite.
 """
 
 import json
@@ -19,12 +18,12 @@ from tasks.spelling import OWN_WORDS, split_of
 
 @cache
 def world() -> dict[str, Any]:
-    """All tables by name, "held_out" (the templates of validation and test) and "known_words" (of facts); read-only.
+    """All tables by name, with "held_out" (templates of validation and test) and "known_words" (of facts); read-only.
 
-    A relation has `facts` (what is asked about to the answer), which the file may instead give as those of another
-    relation the other way round (`inverse_of`), or mean in both directions (`both_ways`). Its `follow_ups` ask the same
-    about something else. A topic (in "identity" and "small_talk") has `answers` to choose from; any answer is right
-    that has a word of each entry of `needed`, where | separates alternatives.
+    A relation has `facts` from what is asked about to the answer; the file may give them as those of another relation,
+    swapped (`inverse_of`), or mean both directions (`both_ways`). Its `follow_ups` ask the same about something else.
+    A topic has `answers` to choose from; any answer is right that has a word of each entry of `needed`, where |
+    separates alternatives.
     """
     held_out: set[str] = set()
 
@@ -51,9 +50,6 @@ def world() -> dict[str, Any]:
 def plain_words(said: str) -> str:
     """The words of a text in lower case, each with a blank before and after it."""
     return f" {' '.join(re.findall(r'[a-z0-9]+', said.lower()))} "
-
-
-# --- words, names and numbers --------------------------------------------------------------------
 
 
 @cache
@@ -86,32 +82,9 @@ def foreign_word(rng: random.Random) -> str:
     return word
 
 
-def any_word(rng: random.Random) -> str:
-    """A training word that facts may be about."""
-    return rng.choice(world()["long_known_words"]) if rng.random() < 0.4 else foreign_word(rng)
-
-
 def draw_name(rng: random.Random) -> str:
     """A training name, every second one made up, since people have very many."""
     return rng.choice(world()["names"]["train"]) if rng.random() < 0.5 else made_up(rng).capitalize()
-
-
-def draw_numbers(rng: random.Random, split: str, sign: str, first: int | None = None) -> tuple[int, int]:
-    """Two numbers whose sum or difference belongs to `split`, most differences not negative; `first` may be given."""
-    while True:
-        a, b = _draw_number(rng) if first is None else first, _draw_number(rng)
-        if sign == "-" and a < b and rng.random() < 0.8:
-            continue
-        key = f"{min(a, b)}+{max(a, b)}" if sign == "+" else f"{a}-{b}"  # 5 + 3 is in the same split as 3 + 5
-        if split_of(key) == split:
-            return a, b
-
-
-def _draw_number(rng: random.Random) -> int:
-    return rng.randint(0, 10 ** rng.randint(1, 3) - 1)  # of one, two or three digits about equally often
-
-
-# --- phrasing ------------------------------------------------------------------------------------
 
 
 def ask(rng: random.Random, phrasing: str, **values: object) -> str:
