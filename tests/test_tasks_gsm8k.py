@@ -13,7 +13,7 @@ def rows(monkeypatch):
     train = [gsm8k_row(a, 4) for a in range(10)]
     test = [gsm8k_row(a, 8) for a in range(3)]
     monkeypatch.setattr(gsm8k, "NUM_ROWS", {"train": 10, "test": 3})
-    monkeypatch.setattr(gsm8k, "NUM_TRAIN_ROWS", 7)
+    monkeypatch.setattr(gsm8k, "PARTS", {"train": slice(7), "validation": slice(7, None), "test": slice(None)})
     serve_rows(monkeypatch, {(gsm8k.REPO, "main", "train"): train, (gsm8k.REPO, "main", "test"): test})
     return train, test
 
@@ -76,7 +76,8 @@ def test_training_and_validation_share_no_row_and_no_test_row(rows):
 
 
 def test_the_real_split_points():
-    assert (gsm8k.NUM_ROWS, gsm8k.NUM_TRAIN_ROWS) == ({"train": 7473, "test": 1319}, 7000)
+    assert gsm8k.NUM_ROWS == {"train": 7473, "test": 1319}
+    assert {"train": slice(7000), "validation": slice(7000, None), "test": slice(None)} == gsm8k.PARTS
 
 
 @pytest.mark.parametrize(

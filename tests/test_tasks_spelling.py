@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +15,7 @@ from nanochat.common import UserError
 from nanochat.data.chat import check_conversation, visible_text
 from nanochat.engine.calculator import calculate
 from tasks import spelling
-from tasks.spelling import (
-    COUNT_QUESTIONS,
-    OWN_WORDS,
-    SPELL_QUESTIONS,
-    SPLITS,
-    LetterCounting,
-    Spelling,
-    counting_answer,
-    split_of,
-    words_of,
-)
+from tasks.spelling import OWN_WORDS, SPLITS, LetterCounting, Spelling, counting_answer, split_of, words_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -173,8 +164,8 @@ def test_questions_are_varied_and_in_order():
     assert 50 < counts.count("0") < 200
     assert counts.count("1") < 700
     assert sum(int(count) > 1 for count in counts) > 250
-    assert len(COUNT_QUESTIONS) >= 30
-    assert len(SPELL_QUESTIONS) >= 20
+    assert len(spelling.questions()["counting"]) >= 30
+    assert len(spelling.questions()["spelling"]) >= 20
 
 
 def test_counts_are_judged_by_value_with_a_strict_score():
@@ -212,9 +203,9 @@ def test_every_letter_of_a_spelling_is_a_token_that_all_words_share():
     """With a vocabulary that knows the letters behind blanks, which any trained on much text does."""
     from nanochat.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 
-    texts = [" ".join(spelling.ALPHABET) + " the of strawberry (1)(2)\n"] * 30
+    texts = [" ".join(string.ascii_lowercase) + " the of strawberry (1)(2)\n"] * 30
     tokenizer = Tokenizer.train(texts, MIN_VOCAB_SIZE + 60)
-    ids = {letter: tokenizer.encode(f" {letter}") for letter in spelling.ALPHABET}
+    ids = {letter: tokenizer.encode(f" {letter}") for letter in string.ascii_lowercase}
     assert all(len(letter_ids) == 1 for letter_ids in list(ids.values())[1:])
     word, letter = "strawberry", "r"
     line = counting_answer(word, letter)[0]["text"].split("\n")[0]
