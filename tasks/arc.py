@@ -8,8 +8,8 @@ Choices keep their labels, A to E, or 1 to 5 in about one question in thirty, so
 Every label is one character, hence one token (`common.render_choices`).
 """
 
-from tasks.common import Conversation, choice_conversation
-from tasks.loading import HubSplit, HubTask, Rows
+from tasks.common import Conversation, Task, choice_conversation
+from tasks.loading import HubSplit, Rows
 
 REPO = "allenai/ai2_arc"
 NUM_ROWS = {
@@ -20,7 +20,7 @@ COLUMNS = {"question": str, "choices": {"text": [str], "label": [str]}, "answerK
 LABELS = frozenset("ABCDE12345")
 
 
-class ARC(HubTask):
+class ARC(Task):
     """`subset` is "ARC-Easy" or "ARC-Challenge", `split` "train", "validation" or "test"."""
 
     kind = "categorical"

@@ -28,8 +28,12 @@ def single_turn(question: str, answer: Completion, **extra: Any) -> Conversation
 
 
 class Task(ABC):
-    """Conversations by index, and the judge of answers to them."""
+    """Conversations by index, one for each of `rows`, and the judge of answers to them.
 
+    Reading `rows` raises `UserError` when the data cannot be had or are not as expected.
+    """
+
+    rows: Sequence[Any]
     name: str
     kind: Kind = None  # an answer is one of `letters(conversation)`, or has to be written; None: cannot be judged
     baseline: float = 0.0  # accuracy of guessing, 0 to 1
@@ -37,15 +41,14 @@ class Task(ABC):
     has_reward: bool = False  # whether `reward` may be called
 
     @abstractmethod
-    def __len__(self) -> int:
-        """Number of conversations. Raises `UserError` when the data cannot be had or are not as expected."""
-
-    @abstractmethod
     def conversation(self, index: int) -> Conversation:
-        """Conversation `index`, 0 to len - 1: a new object that the caller may change. Raises like `len`."""
+        """Conversation `index`, 0 to len - 1: a new object that the caller may change."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def __getitem__(self, index: int | slice) -> "Conversation | TaskSlice":
-        """`task[i]` is a conversation, `task[start:stop:step]` a task. Raises `IndexError`, and like `len`."""
+        """`task[i]` is a conversation, `task[start:stop:step]` a task."""
         found = range(len(self))[index]
         return TaskSlice(self, found) if isinstance(index, slice) else self.conversation(found)
 
@@ -84,17 +87,14 @@ class TaskSlice(Task):
     """Some conversations of a task, in the order of `indices`; everything else is as in that task."""
 
     def __init__(self, task: Task, indices: Sequence[int]) -> None:
-        self.task, self.indices = task, indices
+        self.task, self.rows = task, indices
         for name in ("name", "kind", "baseline", "purpose", "has_reward"):
             setattr(self, name, getattr(task, name))
         for judge in ("letters", "evaluate", "evaluate_many", "score", "reward"):
             setattr(self, judge, getattr(task, judge))
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
     def conversation(self, index: int) -> Conversation:
-        return self.task.conversation(self.indices[index])
+        return self.task.conversation(self.rows[index])
 
 
 class TaskMixture(Task):
@@ -108,18 +108,16 @@ class TaskMixture(Task):
     def __init__(self, tasks: Sequence[Task], *, seed: int = 0) -> None:
         self.tasks, self.seed = list(tasks), seed
 
-    def __len__(self) -> int:
-        return sum(map(len, self.tasks))
-
     @cached_property
-    def _order(self) -> array:
-        order = array("q", range(len(self)))
+    def rows(self) -> Sequence[int]:
+        """Places in the sequence of all conversations of all tasks, shuffled."""
+        order = array("q", range(sum(map(len, self.tasks))))
         random.Random(self.seed).shuffle(order)
         return order
 
     def locate(self, index: int) -> tuple[Task, int]:
         """The task that conversation `index` is from, and its index there."""
-        place = self._order[index]
+        place = self.rows[index]
         for task in self.tasks:
             if place < len(task):
                 return task, place

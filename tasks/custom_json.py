@@ -32,7 +32,7 @@ class CustomJSON(Task):
         self.name = self.path.stem
 
     @cached_property
-    def _lines(self) -> list[str]:
+    def rows(self) -> list[str]:
         """The checked lines as text, which is smaller than what it parses to and gives each caller a new object."""
         path = self.path
         try:
@@ -55,11 +55,8 @@ class CustomJSON(Task):
             raise UserError(f"{path} holds no conversations")
         return [line for _, line in kept]
 
-    def __len__(self) -> int:
-        return len(self._lines)
-
     def conversation(self, index: int) -> Conversation:
-        return {"messages": _messages(self._lines[index])}
+        return {"messages": _messages(self.rows[index])}
 
     def reward(self, conversation: Conversation, completion: Completion) -> float:
         said, reference = visible_text(completion), reference_text(conversation)

@@ -20,7 +20,7 @@ import re
 from nanochat.data.chat import as_parts
 from nanochat.engine.calculator import calculate
 from tasks.common import ANSWER_MARK, Conversation, NumericTask, last_number, marked_number, single_turn
-from tasks.loading import HubSplit, HubTask, Rows
+from tasks.loading import HubSplit, Rows
 
 REPO = "openai/gsm8k"
 NUM_ROWS = {"train": 7473, "test": 1319}
@@ -29,7 +29,7 @@ COLUMNS = {"question": str, "answer": str}
 _CALL = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 
 
-class GSM8K(HubTask, NumericTask):
+class GSM8K(NumericTask):
     """`subset` is "main", `split` as in the table above."""
 
     name = "GSM8K"

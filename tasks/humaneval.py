@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from nanochat.data.chat import visible_text
 from nanochat.evals import execution
-from tasks.common import Completion, Conversation, single_turn
-from tasks.loading import HubSplit, HubTask, Rows
+from tasks.common import Completion, Conversation, Task, single_turn
+from tasks.loading import HubSplit, Rows
 
 REPO = "openai/openai_humaneval"
 NUM_ROWS = 164
@@ -22,7 +22,7 @@ _BODY_END = re.compile(r"^[^\s)\]}]", re.MULTILINE)  # a line that is not indent
 _CODE_LINE = re.compile(r"^(?:from \S+ import |import |def |async def |class |@)", re.MULTILINE)
 
 
-class HumanEval(HubTask):
+class HumanEval(Task):
     """Without `allow_unsafe_execution`, judging raises `UserError` where the system offers no isolation.
 
     A conversation also has `task_id`, `prompt` (the beginning of the function), `tests` and `entry_point`.

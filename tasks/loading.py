@@ -14,12 +14,10 @@ from typing import Any
 
 from nanochat.common import UserError
 from nanochat.data.hub import endpoint
-from tasks.common import Task
 
 logger = logging.getLogger(__name__)
 
-LOAD_ATTEMPTS = 4  # when the hub is busy or a connection breaks; `datasets` itself retries when nobody answers
-FIRST_PAUSE_SECONDS = 1.0  # doubled after each attempt
+PAUSES_SECONDS = (1, 2, 4)  # before further attempts, when the hub is busy or a connection breaks
 BUSY_STATUSES = (408, 429, 500, 502, 503, 504)
 
 Spec = Any  # what a value must be: str, int, a list of one spec, or a mapping of names to specs
@@ -76,20 +74,9 @@ class Rows:
         return UserError(f"{self.source} is not the data set this task is made for: in row {place}, {fault}")
 
 
-class HubTask(Task):
-    """A task with one conversation for each of its `rows`."""
-
-    rows: Rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
 def load_split(source: HubSplit):
-    """The `datasets.Dataset` of `source`, from the cache or fetched.
-
-    Raises `UserError` when it cannot be had, lacks a column, or is measured on and has another number of rows.
-    """
+    """The `datasets.Dataset` of `source`, from the cache or fetched. Raises `UserError` when it cannot be had, lacks a
+    column, or is measured on and has another number of rows."""
     from datasets.exceptions import DatasetsError  # importing `datasets` takes 1.5 s
     from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
     from httpx import HTTPError
@@ -126,15 +113,14 @@ def _fetch(source: HubSplit):
     from httpx import TransportError
     from huggingface_hub.errors import HfHubHTTPError
 
-    for attempt in range(LOAD_ATTEMPTS):
+    for pause in PAUSES_SECONDS:
         try:
             return datasets.load_dataset(source.repo, source.config, split=source.split)
         except (TransportError, HfHubHTTPError) as error:
-            is_final = isinstance(error, HfHubHTTPError) and error.response.status_code not in BUSY_STATUSES
-            if is_final or attempt == LOAD_ATTEMPTS - 1:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code not in BUSY_STATUSES:
                 raise
-            time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
-    raise AssertionError("the last attempt returned or raised")
+            time.sleep(pause)
+    return datasets.load_dataset(source.repo, source.config, split=source.split)
 
 
 def _fault(value: Any, spec: Spec, name: str) -> str:

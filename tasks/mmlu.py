@@ -15,8 +15,8 @@ choices; 14 test questions share their text, but not their choices, with one of 
 from functools import cached_property
 
 from nanochat.common import UserError
-from tasks.common import Conversation, choice_conversation
-from tasks.loading import HubSplit, HubTask, Rows
+from tasks.common import Conversation, Task, choice_conversation
+from tasks.loading import HubSplit, Rows
 
 REPO = "cais/mmlu"
 LETTERS = ("A", "B", "C", "D")
@@ -27,7 +27,7 @@ NUM_ROWS = {
 COLUMNS = {"question": str, "subject": str, "choices": [str], "answer": int}
 
 
-class MMLU(HubTask):
+class MMLU(Task):
     """`subset` and `split` as in the table above. A conversation has its `subject`, "" in auxiliary_train."""
 
     name = "MMLU"

@@ -6,15 +6,15 @@ Ben Allal et al., "SmolLM2: When Smol Goes Big", arXiv 2502.02737. Hub: HuggingF
 
 from nanochat.common import UserError
 from nanochat.data.chat import check_conversation
-from tasks.common import Conversation
-from tasks.loading import HubSplit, HubTask, Rows
+from tasks.common import Conversation, Task
+from tasks.loading import HubSplit, Rows
 
 REPO = "HuggingFaceTB/smol-smoltalk"
 NUM_ROWS = {"train": 460341, "test": 24229}
 COLUMNS = {"messages": [{"role": str, "content": str}]}
 
 
-class SmolTalk(HubTask):
+class SmolTalk(Task):
     """`split` is "train", or "test" for validation; smaller copies are accepted with a warning."""
 
     name = "SmolTalk"

@@ -99,12 +99,8 @@ class WordTask(Task):
     has_reward = True
 
     def __init__(self, size: int, split: str) -> None:
-        assert size >= 0, size
         assert split in SPLITS, split
-        self.size, self.split, self.purpose = size, split, split
-
-    def __len__(self) -> int:
-        return self.size
+        self.rows, self.split, self.purpose = range(size), split, split
 
     def draw(self, index: int) -> tuple[random.Random, str]:
         """The random generator of conversation `index`, and the word it is about."""

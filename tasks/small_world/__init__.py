@@ -17,6 +17,7 @@ makes the tasks. How many conversations a stage trains on is in `tasks/mixtures.
 import random
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from nanochat.data.chat import visible_text
@@ -49,10 +50,7 @@ class SmallWorld(Task):
 
     def __init__(self, size: int, split: str, *, edition: str = "") -> None:
         assert split in SPLITS, split
-        self.size, self.split, self.purpose, self.edition = size, split, split, edition
-
-    def __len__(self) -> int:
-        return self.size
+        self.rows, self.split, self.purpose, self.edition = range(size), split, split, edition
 
     def conversation(self, index: int) -> Conversation:
         rng = random.Random(f"small world {self.edition} {self.split} {index}")
@@ -89,10 +87,17 @@ class Exam(Task):
         if subject == "choice_letters":
             self.kind, self.baseline = "categorical", 1 / len(CHOICE_LETTERS)
 
-    def __len__(self) -> int:
-        if self.subject in TOPICS:
-            return sum(len(topic["questions"][self.split]) for topic in world()[self.subject].values())
-        return EXAM_SIZE[self.split]
+    @cached_property
+    def rows(self) -> Sequence[Any]:
+        """The topics and phrasings of an exam that asks each once, the real questions of "outside"."""
+        size = EXAM_SIZE[self.split]
+        if self.subject == "outside":
+            return [*world()["outside_questions"].get(self.split, ()), *[""] * size][:size]
+        if self.subject not in TOPICS:
+            return range(size)
+        return [
+            (topic, phrasing) for topic in world()[self.subject].values() for phrasing in topic["questions"][self.split]
+        ]
 
     def conversation(self, index: int) -> Conversation:
         rng = random.Random(f"exam {self.subject} {self.split} {index}")
@@ -103,10 +108,9 @@ class Exam(Task):
 
     def _ask(self, rng: random.Random, index: int) -> list[Exchange]:
         if self.subject in TOPICS:
-            return SKILLS[self.subject](rng, self.split, index=index)
+            return [skills.about_topic(rng, *self.rows[index])]
         if self.subject == "outside":
-            real_questions = world()["outside_questions"].get(self.split, [])
-            return skills.outside(rng, self.split, real_questions[index] if index < len(real_questions) else "")
+            return skills.outside(rng, self.split, self.rows[index])
         if self.subject == "inside":
             exchanges = SKILLS[rng.choice(INSIDE)](rng, self.split)
             return [*exchanges[:-1], exchanges[-1]._replace(judge={"declined": False})]

@@ -7,7 +7,6 @@ exam may ask the question, the exchange carries the judge of other answers (`sma
 import random
 import string
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 from nanochat.engine.calculator import calculate
@@ -30,8 +29,6 @@ class Exchange(NamedTuple):
 
 
 Skill = Callable[[random.Random, str], list[Exchange]]
-
-# --- numbers and letters -------------------------------------------------------------------------
 
 
 def _call(expression: str, reply: str) -> list[dict[str, str]]:
@@ -98,9 +95,6 @@ def spelling(rng: random.Random, split: str) -> list[Exchange]:
     quotes = rng.choice(QUOTES)
     question = ask(rng, rng.choice(world()["spellings"][split]), w=quotes.format(word))
     return [Exchange(question, f"The word {word} is spelled {' '.join(word)}.", {"spelled": word})]
-
-
-# --- facts and multiple choice -------------------------------------------------------------------
 
 
 def facts(rng: random.Random, split: str) -> list[Exchange]:
@@ -170,22 +164,20 @@ def marks(rng: random.Random, split: str) -> list[Exchange]:
     return exchanges
 
 
-# --- conversation --------------------------------------------------------------------------------
+def identity(rng: random.Random, split: str) -> list[Exchange]:
+    """Who and what the model is, and how it came about."""
+    topic = rng.choice(list(world()["identity"].values()))
+    return [about_topic(rng, topic, rng.choice(topic["questions"][split]))]
 
 
-def topic(rng: random.Random, split: str, *, kind: str, index: int | None = None) -> list[Exchange]:
-    """Who the model is and how it came about ("identity"), or greetings, thanks and so on ("small_talk"): any question,
-    or number `index` of the split."""
-    topics = world()[kind].values()
-    if index is None:
-        drawn = rng.choice(list(topics))
-        phrasing = rng.choice(drawn["questions"][split])
-    else:
-        drawn, phrasing = [(topic, phrasing) for topic in topics for phrasing in topic["questions"][split]][index]
-    return [Exchange(ask(rng, phrasing), rng.choice(drawn["answers"]), {"words": list(drawn["needed"])})]
+def small_talk(rng: random.Random, split: str) -> list[Exchange]:
+    """Greetings, thanks, and so on."""
+    topic = rng.choice(list(world()["small_talk"].values()))
+    return [about_topic(rng, topic, rng.choice(topic["questions"][split]))]
 
 
-identity, small_talk = partial(topic, kind="identity"), partial(topic, kind="small_talk")
+def about_topic(rng: random.Random, topic: Mapping[str, Any], phrasing: str) -> Exchange:
+    return Exchange(ask(rng, phrasing), rng.choice(topic["answers"]), {"words": list(topic["needed"])})
 
 
 def memory(rng: random.Random, split: str) -> list[Exchange]:
@@ -233,9 +225,6 @@ def told_by_system(rng: random.Random, split: str) -> tuple[str, list[Exchange]]
     judges = [{**exchange.judge, "words": [*exchange.judge["words"], title]} for exchange in told]
     answers = [Exchange(e.question, f"{title}: {e.answer}", judge) for e, judge in zip(told, judges, strict=True)]
     return rng.choice(messages).format(t=title), answers
-
-
-# --- outside the small world ---------------------------------------------------------------------
 
 
 def outside(rng: random.Random, split: str, question: str = "") -> list[Exchange]:
