@@ -27,7 +27,6 @@ class SmolTalk(Task):
     def conversation(self, index: int) -> Conversation:
         messages = [{"role": m["role"], "content": m["content"]} for m in self.rows[index]["messages"]]
         try:
-            check_conversation({"messages": messages})
+            return {"messages": check_conversation({"messages": messages})}
         except UserError as error:
             raise self.rows.error(index, str(error)) from error
-        return {"messages": messages}

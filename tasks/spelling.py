@@ -14,7 +14,7 @@ import os
 import random
 import re
 import string
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 from nanochat.common import UserError, base_dir, disk_errors, fetch_once
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/master/words_alpha.txt"
 WORDS_VARIABLE = "NANOCHAT_WORDS"
+QUESTIONS = json.loads(Path(__file__).with_name("spelling.json").read_text(encoding="utf-8"))
 OWN_WORDS = Path(__file__).with_name("words.txt")
 WORD = re.compile("[a-z]{3,15}")  # no letter names, no chemistry
 MIN_WORDS = 100  # a shorter list is useless, and most likely not a word list
@@ -117,7 +118,7 @@ class LetterCounting(NumericTask, WordTask):
     def conversation(self, index: int) -> Conversation:
         rng, word = self.draw(index)
         letter = draw_letter(word, rng)
-        question = rng.choice(questions()["counting"]).format(word=_quoted(word, rng), letter=_quoted(letter, rng))
+        question = rng.choice(QUESTIONS["counting"]).format(word=_quoted(word, rng), letter=_quoted(letter, rng))
         return single_turn(_vary(question, rng), counting_answer(word, letter))
 
 
@@ -129,7 +130,7 @@ class Spelling(WordTask):
 
     def conversation(self, index: int) -> Conversation:
         rng, word = self.draw(index)
-        question = rng.choice(questions()["spelling"]).format(word=_quoted(word, rng))
+        question = rng.choice(QUESTIONS["spelling"]).format(word=_quoted(word, rng))
         return single_turn(_vary(question, rng), f"{word}: {' '.join(word)}")
 
     def evaluate(self, conversation: Conversation, completion: Completion) -> bool:
@@ -160,15 +161,8 @@ def _letter_rows(text: str) -> list[str]:
     return [re.sub("[^a-z]", "", row) for row in rows]
 
 
-@cache
-def questions() -> dict[str, list[str]]:
-    """The phrasings of both tasks' questions."""
-    return json.loads(Path(__file__).with_name("spelling.json").read_text(encoding="utf-8"))
-
-
 def draw_letter(word: str, rng: random.Random) -> str:
-    """A letter to count: any, one of the word, or one of the most frequent in it. Drawn evenly, three answers in four
-    would be 1."""
+    """A letter to count: any, one of the word, or one of the most frequent in it; evenly, most answers would be 1."""
     share = rng.random()
     if share < 0.2:
         return rng.choice(string.ascii_lowercase)

@@ -164,8 +164,8 @@ def test_questions_are_varied_and_in_order():
     assert 50 < counts.count("0") < 200
     assert counts.count("1") < 700
     assert sum(int(count) > 1 for count in counts) > 250
-    assert len(spelling.questions()["counting"]) >= 30
-    assert len(spelling.questions()["spelling"]) >= 20
+    assert len(spelling.QUESTIONS["counting"]) >= 30
+    assert len(spelling.QUESTIONS["spelling"]) >= 20
 
 
 def test_counts_are_judged_by_value_with_a_strict_score():

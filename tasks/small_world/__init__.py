@@ -3,15 +3,12 @@
 A model of a few million parameters that sees a million or two tokens cannot learn about the world, but it can learn a
 small one: who it is, greetings, sums with the calculator (and "and 15 more?"), letters in words, some six hundred
 everyday facts, multiple choice about them, what the user or a system message said earlier, and that it does not know
-the rest. Each conversation is drawn by a random generator of its own, so a task is the same in every process and can
-have any size. Nothing is fetched: the words are those of `words.txt`.
+the rest. Everything is generated offline, from index and split alone.
 
 Two things are never trained on, so that an exam measures more than memory: the phrasings of validation and test, and
 the numbers and words of those splits, which a hash assigns as in `spelling.py`. Facts are shared by all splits, since
-nobody can know what was never told.
-
-`words.py` has the tables (the JSON files) and draws from them; `skills.py` makes questions and answers; this module
-makes the tasks. How many conversations a stage trains on is in `tasks/mixtures.py`.
+nobody can know what was never told. `words.py` has the tables (the JSON files) and draws from them, `skills.py` makes
+questions and answers, this module the tasks; `tasks/mixtures.py` says how many conversations a stage trains on.
 """
 
 import random
@@ -23,7 +20,7 @@ from typing import Any
 from nanochat.data.chat import visible_text
 from tasks.common import Completion, Conversation, Task, last_number, single_turn
 from tasks.small_world import skills
-from tasks.small_world.skills import CHOICE_LETTERS, DECLINED, Exchange, Skill, choice_letter, told_by_system
+from tasks.small_world.skills import DECLINED, Exchange, about_topic, choice_letter, outside, told_by_system
 from tasks.small_world.words import plain_words, world
 from tasks.spelling import SPLITS
 
@@ -31,7 +28,7 @@ MIX = {  # how often each skill is drawn in conversations without a system messa
     "sums": 0.13, "products": 0.02, "letters": 0.13, "spelling": 0.17, "facts": 0.17, "choices": 0.16, "marks": 0.10,
     "identity": 0.13, "small_talk": 0.04, "outside": 0.15, "memory": 0.04,
 }  # fmt: skip
-SKILLS: dict[str, Skill] = {name: getattr(skills, name) for name in MIX}
+SKILLS = {name: getattr(skills, name) for name in MIX}
 NUM_SKILLS = {1: 0.4, 2: 0.3, 3: 0.2, 4: 0.1}  # skills in a conversation, and how often
 SYSTEM_SHARE = 0.12  # of the conversations
 EXAMS = (
@@ -72,8 +69,8 @@ class Exam(Task):
     """Questions of `split` about `subject`, one of `EXAMS`; the last answer of each conversation is asked for.
 
     "choices" wants the right choice and its letter; "choice_letters" is categorical and wants the letter alone.
-    "outside" asks the real questions of the split first, then templates; "inside" asks a bit of everything and only
-    judges that the model does not decline. "identity" and "small_talk" have as many questions as phrasings.
+    "outside" asks real questions first, then templates; "inside" asks a bit of everything and only judges that the
+    model does not decline.
     """
 
     kind = "generative"
@@ -85,37 +82,35 @@ class Exam(Task):
         self.subject, self.split, self.purpose = subject, split, split
         self.name = f"SmallWorld-{subject}"
         if subject == "choice_letters":
-            self.kind, self.baseline = "categorical", 1 / len(CHOICE_LETTERS)
+            self.kind, self.baseline = "categorical", 1 / len(skills.CHOICE_LETTERS)
 
     @cached_property
     def rows(self) -> Sequence[Any]:
-        """The topics and phrasings of an exam that asks each once, the real questions of "outside"."""
+        """What is asked, as far as it is not drawn: topic and phrasing, or a real question of "outside"."""
+        if self.subject in TOPICS:
+            topics = world()[self.subject].values()
+            return [(topic, phrasing) for topic in topics for phrasing in topic["questions"][self.split]]
         size = EXAM_SIZE[self.split]
-        if self.subject == "outside":
-            return [*world()["outside_questions"].get(self.split, ()), *[""] * size][:size]
-        if self.subject not in TOPICS:
-            return range(size)
-        return [
-            (topic, phrasing) for topic in world()[self.subject].values() for phrasing in topic["questions"][self.split]
-        ]
+        return [*world()["outside_questions"].get(self.split, ()), *[""] * size][:size]
 
     def conversation(self, index: int) -> Conversation:
-        rng = random.Random(f"exam {self.subject} {self.split} {index}")
+        rng, system = random.Random(f"exam {self.subject} {self.split} {index}"), ""
         if self.subject == "choice_letters":
             return choice_letter(rng, self.split)[0]
-        system, exchanges = told_by_system(rng, self.split) if self.subject == "system" else ("", self._ask(rng, index))
-        return {**_conversation(system, exchanges), "judge": exchanges[-1].judge}
-
-    def _ask(self, rng: random.Random, index: int) -> list[Exchange]:
-        if self.subject in TOPICS:
-            return [skills.about_topic(rng, *self.rows[index])]
-        if self.subject == "outside":
-            return skills.outside(rng, self.split, self.rows[index])
-        if self.subject == "inside":
+        if self.subject == "system":
+            system, exchanges = told_by_system(rng, self.split)
+        elif self.subject in TOPICS:
+            exchanges = [about_topic(rng, *self.rows[index])]
+        elif self.subject == "outside":
+            exchanges = outside(rng, self.split, self.rows[index])
+        elif self.subject == "inside":
             exchanges = SKILLS[rng.choice(INSIDE)](rng, self.split)
-            return [*exchanges[:-1], exchanges[-1]._replace(judge={"declined": False})]
-        exchanges = SKILLS[self.subject](rng, self.split)
-        return exchanges[:1] if self.subject == "facts" else exchanges  # follow-ups have the phrasings of training
+            exchanges[-1] = exchanges[-1]._replace(judge={"declined": False})
+        else:
+            exchanges = SKILLS[self.subject](rng, self.split)
+        if self.subject == "facts":
+            exchanges = exchanges[:1]  # its follow-ups have the phrasings of training
+        return {**_conversation(system, exchanges), "judge": exchanges[-1].judge}
 
     def evaluate(self, conversation: Conversation, completion: Completion) -> bool:
         if self.subject == "choice_letters":
@@ -124,14 +119,9 @@ class Exam(Task):
 
 
 def is_right(judge: Mapping[str, Any], completion: Completion) -> bool:
-    """Whether `completion` satisfies `judge`, which has one of these keys:
-
-    - number: its last number is this one.
-    - words: it has a word of each entry, where | separates alternatives, and none of a second key, `never`.
-    - only: it says nothing but this.
-    - spelled: it has the letters of this word with blanks between them.
-    - declined: whether it says that it does not know.
-    """
+    """Whether `completion` is as `judge` wants it. `number`: that is its last number. `words`: it has a word of each
+    entry, where | separates alternatives, and none of `never`. `only`: it says nothing else. `spelled`: it has the
+    letters of that word with blanks between them. `declined`: whether it says that it does not know."""
     said = visible_text(completion)
     plain = plain_words(said)
     if "number" in judge:

@@ -7,6 +7,7 @@ exam may ask the question, the exchange carries the judge of other answers (`sma
 import random
 import string
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from nanochat.engine.calculator import calculate
@@ -26,9 +27,6 @@ class Exchange(NamedTuple):
     question: str
     answer: str | list[dict[str, str]]
     judge: Mapping[str, Any] | None = None  # None: only there to be trained on
-
-
-Skill = Callable[[random.Random, str], list[Exchange]]
 
 
 def _call(expression: str, reply: str) -> list[dict[str, str]]:
@@ -131,10 +129,8 @@ def choices(rng: random.Random, split: str) -> list[Exchange]:
 
 
 def choice_letter(rng: random.Random, split: str) -> tuple[Conversation, str]:
-    """A multiple-choice question about a fact, to be answered with a letter, and the right choice.
-
-    In training some questions name the choice itself: finding it among the others is half of what has to be learned.
-    """
+    """A multiple-choice question about a fact, answered with a letter, and the right choice. In training some questions
+    name the choice itself: finding it among the others is half of what has to be learned."""
     relation = _draw_relation(rng)
     x = rng.choice(list(relation["facts"]))
     right = relation["facts"][x]
@@ -164,16 +160,13 @@ def marks(rng: random.Random, split: str) -> list[Exchange]:
     return exchanges
 
 
-def identity(rng: random.Random, split: str) -> list[Exchange]:
-    """Who and what the model is, and how it came about."""
-    topic = rng.choice(list(world()["identity"].values()))
+def _draw_topic(kind: str, rng: random.Random, split: str) -> list[Exchange]:
+    topic = rng.choice(list(world()[kind].values()))
     return [about_topic(rng, topic, rng.choice(topic["questions"][split]))]
 
 
-def small_talk(rng: random.Random, split: str) -> list[Exchange]:
-    """Greetings, thanks, and so on."""
-    topic = rng.choice(list(world()["small_talk"].values()))
-    return [about_topic(rng, topic, rng.choice(topic["questions"][split]))]
+identity = partial(_draw_topic, "identity")  # who and what the model is, and how it came about
+small_talk = partial(_draw_topic, "small_talk")  # greetings, thanks, and so on
 
 
 def about_topic(rng: random.Random, topic: Mapping[str, Any], phrasing: str) -> Exchange:
@@ -243,10 +236,8 @@ def _ask_outside(rng: random.Random, split: str) -> str:
 
 
 def _ask_long(rng: random.Random) -> str:
-    """A story full of numbers, statements with a question after them, a text to do something with, or an errand.
-
-    Nobody could answer most of them, and known words occur in them too.
-    """
+    """A story full of numbers, statements with a question after them, a text to do something with, or an errand; all of
+    them mostly nonsense, in which known words occur too."""
     tables, kind = world(), rng.choices(("story", "study", "work", "errand"), (4, 3, 3, 1))[0]
     if kind == "story":
         told = [*rng.sample(tables["story"], rng.choice((1, 2, 3, 4, 5))), rng.choice(tables["story_questions"])]
