@@ -2,11 +2,8 @@
 
 Cobbe et al., "Training Verifiers to Solve Math Word Problems", arXiv 2110.14168. Hub: openai/gsm8k, MIT.
 
-| split | rows | for |
-|---|---:|---|
-| train | 7,000 | training: all of the hub's train split but its last 473 rows |
-| validation | 473 | watching a run: those rows, as the hub has no such split |
-| test | 1,319 | reporting |
+Train is for training and has all rows of the hub's train split but the last 473, which are the validation split, for
+watching a run; test, 1,319 rows, is for reporting.
 
 An answer reads `48/2 = <<48/2=24>>24 clips` and ends with a line `#### 72`. The expression in brackets becomes a tool
 call whose result is our calculator's, since that is what the model will see: "24.0" here, or "0.30000000000000004" for
@@ -30,7 +27,7 @@ _CALL = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 
 
 class GSM8K(NumericTask):
-    """`subset` is "main", `split` as in the table above."""
+    """`subset` is "main", `split` "train", "validation" or "test"."""
 
     name = "GSM8K"
 

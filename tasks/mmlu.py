@@ -2,14 +2,10 @@
 
 Hendrycks et al., "Measuring Massive Multitask Language Understanding", arXiv 2009.03300. Hub: cais/mmlu, MIT.
 
-| subset | split | for |
-|---|---|---|
-| auxiliary_train | train | training: 99,842 questions without a subject |
-| all | validation, dev | watching a run |
-| all | test | reporting |
-
-The auxiliary questions were collected by MMLU's authors from other public sets. None is in the test split with the same
-choices; 14 test questions share their text, but not their choices, with one of the 8,336 that the mirror has.
+Of the subset "all", validation and dev are for watching a run, test for reporting. The subset "auxiliary_train", 99,842
+questions without a subject, is for training: MMLU's authors collected it from other public sets. None of it is in the
+test split with the same choices; 14 test questions share their text, but not their choices, with one of the 8,336 that
+the mirror has.
 """
 
 from functools import cached_property
@@ -28,7 +24,7 @@ COLUMNS = {"question": str, "subject": str, "choices": [str], "answer": int}
 
 
 class MMLU(Task):
-    """`subset` and `split` as in the table above. A conversation has its `subject`, "" in auxiliary_train."""
+    """`subset` and `split` as above, "train" of auxiliary_train. A conversation has its `subject`, "" in the latter."""
 
     name = "MMLU"
     kind = "categorical"
