@@ -28,10 +28,8 @@ def single_turn(question: str, answer: Completion, **extra: Any) -> Conversation
 
 
 class Task(ABC):
-    """Conversations by index, one for each of `rows`, and the judge of answers to them.
-
-    Reading `rows` raises `UserError` when the data cannot be had or are not as expected.
-    """
+    """Conversations by index, one for each of `rows`, and the judge of answers to them. Reading the rows raises
+    `UserError` when the data cannot be had or are not as expected."""
 
     rows: Sequence[Any]
     name: str
@@ -129,9 +127,6 @@ class TaskMixture(Task):
         return task.conversation(inner)
 
 
-# --- multiple choice -----------------------------------------------------------------------------
-
-
 def render_choices(question: str, choices: Sequence[str], letters: Sequence[str]) -> str:
     """A multiple-choice question as a user writes it:
 
@@ -156,8 +151,6 @@ def choice_conversation(
     assert right in letters, (right, letters)
     return single_turn(render_choices(question, choices, letters), right, letters=tuple(letters), **extra)
 
-
-# --- numbers in answers --------------------------------------------------------------------------
 
 ANSWER_MARK = "####"  # stands before the number at the end of an answer, as in GSM8K
 # Digits with or without groups of thousands, decimals, one sign; "5-3" is 5 and 3, and "72." is 72.

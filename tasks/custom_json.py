@@ -36,8 +36,7 @@ class CustomJSON(Task):
         """The checked lines as text, which is smaller than what it parses to and gives each caller a new object."""
         path = self.path
         try:
-            # splitlines would also cut at characters that JSON may contain
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at U+2028 and others
         except OSError as error:
             raise UserError(f"cannot read the conversations in {path} ({error.strerror}); check the path") from error
         except UnicodeDecodeError as error:

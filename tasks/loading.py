@@ -26,7 +26,7 @@ Spec = Any  # what a value must be: str, int, a list of one spec, or a mapping o
 @dataclass(frozen=True)
 class HubSplit:
     """A split of a data set on the hub: repository, configuration, split, a `Spec` for each column it needs, the number
-    of rows it is known to have (0: not known), and whether scores are measured on it."""
+    of rows it is known to have, and whether scores are measured on it."""
 
     repo: str
     config: str
@@ -70,8 +70,8 @@ class Rows:
 
     def error(self, index: int, fault: str) -> UserError:
         """The error for a row that is not as it should be."""
-        place = self._places[index]
-        return UserError(f"{self.source} is not the data set this task is made for: in row {place}, {fault}")
+        expected = f"{self.source} is not the data set this task is made for"
+        return UserError(f"{expected}: in row {self._places[index]}, {fault}")
 
 
 def load_split(source: HubSplit):
@@ -99,7 +99,7 @@ def load_split(source: HubSplit):
             f"{source} has no column {', '.join(missing)}, only {', '.join(dataset.column_names)}; "
             f"is {endpoint()} the hub, or a true mirror of it?"
         )
-    if source.num_rows and len(dataset) != source.num_rows:
+    if len(dataset) != source.num_rows:
         what = f"{source} has {len(dataset):,} rows at {endpoint()} instead of the {source.num_rows:,} it is known for"
         if source.is_measured:
             raise UserError(f"{what}: scores on it could not be compared; set HF_ENDPOINT to a complete copy")

@@ -72,21 +72,17 @@ MID_MIXTURES: Mixtures = {MIXTURE: mid_mixture, SMALL_WORLD: lambda: small_world
 SFT_MIXTURES: Mixtures = {MIXTURE: sft_mixture, SMALL_WORLD: lambda: small_world(SFT_SMALL_WORLD, edition="sft")}
 
 
-def some_of(task: Task, count: int, *, seed: int = 0) -> Task:
+def some_of(task: Task, count: int) -> Task:
     """`count` conversations drawn from all of `task`, in their order; all of them when there are no more."""
-    total = len(task)
-    return TaskSlice(task, sorted(random.Random(seed).sample(range(total), min(count, total))))
+    return TaskSlice(task, sorted(random.Random(0).sample(range(len(task)), min(count, len(task)))))
 
 
 def load_corpus(
     names: Sequence[str], mixtures: Mixtures, *, seed: int = 0, max_conversations: int = 0
 ) -> tuple[Task, Task]:
     """All conversations of `names` to train on, at most `max_conversations` (0: all), and those to validate on, both
-    shuffled by `seed`.
-
-    A name is a key of `mixtures` or a file of conversations (`custom_json.py`), of which one in twenty is held out for
-    validation. Raises `UserError` like the tasks.
-    """
+    shuffled by `seed`. A name is a key of `mixtures`, or a file of conversations (`custom_json.py`) of which one in
+    twenty is held out for validation. Raises `UserError` like the tasks."""
     train, val = [], []
     for name in names:
         if name in mixtures:

@@ -2,10 +2,9 @@
 
 Hendrycks et al., "Measuring Massive Multitask Language Understanding", arXiv 2009.03300. Hub: cais/mmlu, MIT.
 
-Of the subset "all", validation and dev are for watching a run, test for reporting. The subset "auxiliary_train", 99,842
-questions without a subject, is for training: MMLU's authors collected it from other public sets. None of it is in the
-test split with the same choices; 14 test questions share their text, but not their choices, with one of the 8,336 that
-the mirror has.
+Of the subset "all", validation and dev are for watching a run, test for reporting. The subset "auxiliary_train", whose
+questions MMLU's authors collected from other public sets, is for training. None of these is in the test split with the
+same choices; 14 test questions share their text, but not their choices, with one of the 8,336 that a mirror has.
 """
 
 from functools import cached_property
@@ -24,7 +23,7 @@ COLUMNS = {"question": str, "subject": str, "choices": [str], "answer": int}
 
 
 class MMLU(Task):
-    """`subset` and `split` as above, "train" of auxiliary_train. A conversation has its `subject`, "" in the latter."""
+    """`subset` is "all", or "auxiliary_train" with the split "train". A conversation has a `subject`, there ""."""
 
     name = "MMLU"
     kind = "categorical"

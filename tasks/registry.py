@@ -1,7 +1,5 @@
 """The tasks a chat model is examined in, by the names that tables and the flag `--task` use."""
 
-from collections.abc import Callable
-
 from nanochat.common import UserError
 from tasks.arc import ARC
 from tasks.common import Purpose, Task
@@ -15,8 +13,7 @@ from tasks.spelling import LetterCounting, Spelling
 NUM_WORD_QUESTIONS = {"train": 8192, "validation": 512, "test": 256}
 TASK_NAMES = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")  # ChatCORE is their mean
 SMALL_WORLD = "small_world"  # the name of all exams of the miniature together
-_EXAM_OF = {f"SmallWorld-{subject}": subject for subject in EXAMS}
-SMALL_WORLD_NAMES = tuple(_EXAM_OF)
+SMALL_WORLD_NAMES = tuple(f"SmallWorld-{subject}" for subject in EXAMS)
 ALL_NAMES = (*TASK_NAMES, "Spelling", *SMALL_WORLD_NAMES)
 
 
@@ -32,7 +29,7 @@ def get_task(name: str, *, purpose: Purpose = "test", allow_unsafe_execution: bo
 
     Raises `UserError` for an unknown name, or when the task has no rows for that purpose.
     """
-    makers: dict[str, Callable[[], Task]] = {
+    makers = {
         "ARC-Easy": lambda: ARC("ARC-Easy", purpose),
         "ARC-Challenge": lambda: ARC("ARC-Challenge", purpose),
         "MMLU": lambda: MMLU("auxiliary_train" if purpose == "train" else "all", purpose),
@@ -43,7 +40,7 @@ def get_task(name: str, *, purpose: Purpose = "test", allow_unsafe_execution: bo
     }
     if name not in ALL_NAMES:
         raise UserError(f"there is no task {name!r}; there are {', '.join(ALL_NAMES)}")
-    task = Exam(_EXAM_OF[name], purpose) if name in _EXAM_OF else makers[name]()
+    task = makers[name]() if name in makers else Exam(name.removeprefix("SmallWorld-"), purpose)
     if task.purpose != purpose:
         raise UserError(f"{name} is only for the purpose {task.purpose!r}: it has no {purpose} split")
     return task

@@ -110,8 +110,7 @@ class WordTask(Task):
 
 
 class LetterCounting(NumericTask, WordTask):
-    """How often a letter occurs in a word. The answer spells the word, counting on the way, has Python count too, and
-    ends with `#### 3`."""
+    """How often a letter occurs in a word. The answer counts while spelling, has Python count too, ends `#### 3`."""
 
     name = "SpellingBee"
 

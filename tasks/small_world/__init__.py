@@ -24,7 +24,7 @@ from tasks.small_world.skills import DECLINED, Exchange, about_topic, choice_let
 from tasks.small_world.words import plain_words, world
 from tasks.spelling import SPLITS
 
-MIX = {  # how often each skill is drawn in conversations without a system message
+MIX = {  # how often each skill is drawn in conversations without a system message; another order draws other ones
     "sums": 0.13, "products": 0.02, "letters": 0.13, "spelling": 0.17, "facts": 0.17, "choices": 0.16, "marks": 0.10,
     "identity": 0.13, "small_talk": 0.04, "outside": 0.15, "memory": 0.04,
 }  # fmt: skip
@@ -79,19 +79,17 @@ class Exam(Task):
     def __init__(self, subject: str, split: str) -> None:
         assert subject in EXAMS, subject
         assert split in SPLITS, split
-        self.subject, self.split, self.purpose = subject, split, split
-        self.name = f"SmallWorld-{subject}"
+        self.name, self.subject, self.split, self.purpose = f"SmallWorld-{subject}", subject, split, split
         if subject == "choice_letters":
             self.kind, self.baseline = "categorical", 1 / len(skills.CHOICE_LETTERS)
 
     @cached_property
     def rows(self) -> Sequence[Any]:
-        """What is asked, as far as it is not drawn: topic and phrasing, or a real question of "outside"."""
-        if self.subject in TOPICS:
-            topics = world()[self.subject].values()
-            return [(topic, phrasing) for topic in topics for phrasing in topic["questions"][self.split]]
-        size = EXAM_SIZE[self.split]
-        return [*world()["outside_questions"].get(self.split, ()), *[""] * size][:size]
+        """Numbers, or in `TOPICS` each topic with each of its phrasings."""
+        if self.subject not in TOPICS:
+            return range(EXAM_SIZE[self.split])
+        topics = world()[self.subject].values()
+        return [(topic, phrasing) for topic in topics for phrasing in topic["questions"][self.split]]
 
     def conversation(self, index: int) -> Conversation:
         rng, system = random.Random(f"exam {self.subject} {self.split} {index}"), ""
@@ -102,7 +100,8 @@ class Exam(Task):
         elif self.subject in TOPICS:
             exchanges = [about_topic(rng, *self.rows[index])]
         elif self.subject == "outside":
-            exchanges = outside(rng, self.split, self.rows[index])
+            real_questions = world()["outside_questions"].get(self.split, [])
+            exchanges = outside(rng, self.split, *real_questions[index : index + 1])
         elif self.subject == "inside":
             exchanges = SKILLS[rng.choice(INSIDE)](rng, self.split)
             exchanges[-1] = exchanges[-1]._replace(judge={"declined": False})
@@ -119,9 +118,9 @@ class Exam(Task):
 
 
 def is_right(judge: Mapping[str, Any], completion: Completion) -> bool:
-    """Whether `completion` is as `judge` wants it. `number`: that is its last number. `words`: it has a word of each
-    entry, where | separates alternatives, and none of `never`. `only`: it says nothing else. `spelled`: it has the
-    letters of that word with blanks between them. `declined`: whether it says that it does not know."""
+    """Whether `completion` is as `judge` wants it: the last number is `number`; it has one of the alternatives of each
+    entry of `words` (separated by |) and none of `never`; it says `only` this; it has the letters of the word `spelled`
+    with blanks between them; or, if `declined`, it says that it does not know, and otherwise that it does."""
     said = visible_text(completion)
     plain = plain_words(said)
     if "number" in judge:

@@ -83,8 +83,7 @@ def letters(rng: random.Random, split: str) -> list[Exchange]:
     phrasing = rng.choice(world()["counts"][split])
     question = ask(rng, phrasing, w=quotes.format(word), l=rng.choice(("{}", quotes)).format(letter))
     # Double quotes, because after a single one the tokenizer cuts off an s, d, m or t like the end of a contraction.
-    answer = _call(f'"{word}".count("{letter}")', "I count {r}.")
-    return [Exchange(question, answer, {"number": word.count(letter)})]
+    return [Exchange(question, _call(f'"{word}".count("{letter}")', "I count {r}."), {"number": word.count(letter)})]
 
 
 def spelling(rng: random.Random, split: str) -> list[Exchange]:
@@ -105,8 +104,8 @@ def facts(rng: random.Random, split: str) -> list[Exchange]:
         question = ask(rng, rng.choice(relation["follow_ups"] if exchanges else relation["questions"][split]), x=x)
         said = plain_words(f"{x} {y}")
         wrong = sorted({other for other in relation["facts"].values() if plain_words(other) not in said})
-        answer = sentence(relation["answer"].format(x=x, y=y))
-        exchanges.append(Exchange(question, answer, {"words": [y], "never": wrong}))
+        told = sentence(relation["answer"].format(x=x, y=y))
+        exchanges.append(Exchange(question, told, {"words": [y], "never": wrong}))
     return exchanges
 
 
@@ -216,8 +215,8 @@ def told_by_system(rng: random.Random, split: str) -> tuple[str, list[Exchange]]
         return rng.choice(messages), told
     title = rng.choice(world()["titles"])
     judges = [{**exchange.judge, "words": [*exchange.judge["words"], title]} for exchange in told]
-    answers = [Exchange(e.question, f"{title}: {e.answer}", judge) for e, judge in zip(told, judges, strict=True)]
-    return rng.choice(messages).format(t=title), answers
+    told = [Exchange(e.question, f"{title}: {e.answer}", judge) for e, judge in zip(told, judges, strict=True)]
+    return rng.choice(messages).format(t=title), told
 
 
 def outside(rng: random.Random, split: str, question: str = "") -> list[Exchange]:

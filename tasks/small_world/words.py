@@ -22,8 +22,7 @@ def world() -> dict[str, Any]:
 
     A relation has `facts` from what is asked about to the answer; the file may give them as those of another relation,
     swapped (`inverse_of`), or mean both directions (`both_ways`). Its `follow_ups` ask the same about something else.
-    A topic has `answers` to choose from; any answer is right that has a word of each entry of `needed`, where |
-    separates alternatives.
+    A topic has `answers` to choose from; any is right that has a word of each entry of `needed` (|: alternatives).
     """
     held_out: set[str] = set()
 
