@@ -179,21 +179,18 @@ def test_choices_offer_the_right_answer_once():
 @pytest.mark.parametrize(
     ("judge", "answer", "right"),
     [
-        ({"number": 42}, "That is 42.", True),
-        ({"number": 42}, "42 and 3 is 45.", False),
+        ({"number": 42}, "That is 42.", True), ({"number": 42}, "42 and 3 is 45.", False),
         ({"words": ["New Delhi"], "never": ["Paris"]}, "It is new delhi!", True),
         ({"words": ["Paris"], "never": ["Rome"]}, "It is Paris or Rome.", False),
         ({"words": ["ice"]}, "It is nice.", False),
         ({"words": ["program|language model", "small"]}, "I am a small language model.", True),
-        ({"only": "Paris"}, "paris.", True),
-        ({"only": "Paris"}, "It is Paris.", False),
-        ({"spelled": "cat"}, "It is spelled c a t.", True),
-        ({"spelled": "cat"}, "It is spelled s c a t.", False),
+        ({"only": "Paris"}, "paris.", True), ({"only": "Paris"}, "It is Paris.", False),
+        ({"spelled": "cat"}, "It is c a t.", True), ({"spelled": "cat"}, "It is s c a t.", False),
         ({"spelled": "cat"}, "It is spelled c a t s.", False),
-        ({"declined": True}, "Sorry, I don't know.", True),
-        ({"declined": False}, "It is Paris.", True),
+        ({"declined": True}, "Sorry, I don't know.", True), ({"declined": False}, "It is Paris.", True),
+        ({"declined": True}, "It is Paris.", False), ({"declined": False}, "I don't know that.", False),
         ({"number": 2}, [{"type": "python_output", "text": "2"}, {"type": "text", "text": "Yes."}], False),
     ],
-)
+)  # fmt: skip
 def test_judges_by_kind(judge, answer, right):
     assert is_right(judge, answer) == right

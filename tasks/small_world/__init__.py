@@ -24,7 +24,7 @@ from tasks.small_world.skills import DECLINED, Exchange, about_topic, choice_let
 from tasks.small_world.words import plain_words, world
 from tasks.spelling import SPLITS
 
-MIX = {  # how often each skill is drawn in conversations without a system message; another order draws other ones
+MIX = {  # how often each skill is drawn, without a system message; the order of the entries matters to the draws
     "sums": 0.13, "products": 0.02, "letters": 0.13, "spelling": 0.17, "facts": 0.17, "choices": 0.16, "marks": 0.10,
     "identity": 0.13, "small_talk": 0.04, "outside": 0.15, "memory": 0.04,
 }  # fmt: skip
@@ -118,9 +118,9 @@ class Exam(Task):
 
 
 def is_right(judge: Mapping[str, Any], completion: Completion) -> bool:
-    """Whether `completion` is as `judge` wants it: the last number is `number`; it has one of the alternatives of each
-    entry of `words` (separated by |) and none of `never`; it says `only` this; it has the letters of the word `spelled`
-    with blanks between them; or, if `declined`, it says that it does not know, and otherwise that it does."""
+    """Whether `completion` is as `judge` wants it: its last number is `number`; it has one of the alternatives (divided
+    by |) of each entry of `words`, and none of `never`; it says `only` this; it has the letters of the word `spelled`
+    with blanks between them; it says that it does not know if `declined`, and does not say so otherwise."""
     said = visible_text(completion)
     plain = plain_words(said)
     if "number" in judge:

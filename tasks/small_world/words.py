@@ -1,9 +1,9 @@
 """What the small world is made of: tables of facts and phrasings, words and names drawn for a split, varied questions.
 
 The tables are the JSON files beside this module. Where a table has the keys "train", "validation" and "test", each
-split has its own entries; everything else is shared by all splits. Placeholders: {x} is what a fact is about, {y} its
-answer, {v} something the user said, {w} a word, {l} a letter, {n} a name, {c} a city or country, {a} {b} {k} a number,
-{t} a thing that can be counted (in `text_work`: some sentences), {q} a question, {p} the phrasing that is made polite.
+split has its own entries; everything else is shared by all splits. Placeholders: {x} what a fact is about, {y} its
+answer (in outside.json: a year), {v} something the user said, {w} {w2} words, {l} a letter, {n} a name, {c} a city or
+country, {a} {b} {k} numbers, {t} things to count (in "text_work": some sentences), {q} a question, {p} a phrasing.
 """
 
 import json
