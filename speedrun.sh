@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main run: from raw text to a chat model and its report, sized to the machine it runs on. Without a GPU, and so
 # perhaps without a network, it is a miniature: the same stages in less than 20 minutes, pretrained on documentation
-# found on this machine, and a model that chats about a small world (tasks/small_world.py).
+# found on this machine, and a model that chats about a small world (tasks/small_world/).
 #
 #   bash speedrun.sh                                     # 8 GPUs: depth 20; fewer: the same, longer; none: a miniature
 #   bash speedrun.sh --dry-run                           # what it takes on GPUs: tokens, disk, memory, hours, dollars

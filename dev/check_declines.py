@@ -30,11 +30,9 @@ BENCHMARKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K")
 def first_question(task: Task, index: int) -> str:
     """The first user message of conversation `index`; for multiple choice only the question."""
     message = next(message for message in task[index]["messages"] if message["role"] == "user")
-    return (
-        message["content"].partition("\n")[0].removeprefix("Multiple choice: ")
-        if task.num_choices
-        else message["content"]
-    )
+    if task.kind == "categorical":
+        return message["content"].partition("\n")[0].removeprefix("Multiple choice: ")
+    return message["content"]
 
 
 def parse_args() -> argparse.Namespace:

@@ -4,23 +4,18 @@ Clark et al., "Think you have Solved Question Answering? Try ARC, the AI2 Reason
 Hub: allenai/ai2_arc, CC BY-SA 4.0. Train is for training, validation for watching a run, test for reporting.
 As published, 3 of ARC-Easy's 2,376 test questions are in its train split as well.
 
-Choices keep the labels they have: A to E, or 1 to 5 in about one question in thirty, so `letters` differs from row to
-row. Every label is one character, hence one token (`common.render_choices`).
+Choices keep their labels, A to E, or 1 to 5 in about one question in thirty, so `letters` differs from row to row.
+Every label is one character, hence one token (`common.render_choices`).
 """
 
 from tasks.common import Conversation, Task, choice_conversation
 from tasks.loading import HubSplit, Rows
 
 REPO = "allenai/ai2_arc"
-SUBSETS = ("ARC-Easy", "ARC-Challenge")
 NUM_ROWS = {
-    ("ARC-Easy", "train"): 2251,
-    ("ARC-Easy", "validation"): 570,
-    ("ARC-Easy", "test"): 2376,
-    ("ARC-Challenge", "train"): 1119,
-    ("ARC-Challenge", "validation"): 299,
-    ("ARC-Challenge", "test"): 1172,
-}
+    ("ARC-Easy", "train"): 2251, ("ARC-Easy", "validation"): 570, ("ARC-Easy", "test"): 2376,
+    ("ARC-Challenge", "train"): 1119, ("ARC-Challenge", "validation"): 299, ("ARC-Challenge", "test"): 1172,
+}  # fmt: skip
 COLUMNS = {"question": str, "choices": {"text": [str], "label": [str]}, "answerKey": str}
 LABELS = frozenset("ABCDE12345")
 
@@ -29,17 +24,13 @@ class ARC(Task):
     """`subset` is "ARC-Easy" or "ARC-Challenge", `split` "train", "validation" or "test"."""
 
     kind = "categorical"
-    num_choices = 4
     baseline = 0.25  # the mean of 1 / choices is within 0.0007 of it in every split
 
     def __init__(self, subset: str, split: str) -> None:
         assert (subset, split) in NUM_ROWS, (subset, split)
         self.name, self.purpose = subset, split
-        num_rows = NUM_ROWS[subset, split]
-        self.rows = Rows(HubSplit(REPO, subset, split, COLUMNS, num_rows, is_measured=split != "train"))
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        is_measured = split != "train"
+        self.rows = Rows(HubSplit(REPO, subset, split, COLUMNS, NUM_ROWS[subset, split], is_measured))
 
     def conversation(self, index: int) -> Conversation:
         row = self.rows[index]

@@ -1,20 +1,18 @@
-"""What all tasks share: the `Task` itself, views on tasks, multiple-choice text, numbers in answers.
+"""What all tasks share: `Task`, slices and mixtures of tasks, multiple-choice text, numbers in answers.
 
-A task is a list of conversations (the format of `nanochat.chat`), each with the right answer as its last message, and,
-where it can be examined, the judge of answers. Constructors read and fetch nothing: the data come with the first
-`len(task)` or `task[i]`, and are the same in every process.
-Not here: getting rows from the hub (`loading.py`), models, tokens, the loops of an evaluation (`nanochat.chat_eval`).
+A task is a list of conversations (the format of `nanochat.data.chat`) that end with the right answer, and often a
+judge of other answers. Constructors read and fetch nothing: the data come with the first `len(task)` or `task[i]`, and
+are the same in every process. Not here: models, tokens, the evaluation loops (`nanochat.evals.chat_eval`).
 """
 
 import random
 import re
 from abc import ABC, abstractmethod
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from itertools import accumulate
-from typing import Any, Literal, overload
+from functools import cached_property
+from typing import Any, Literal
 
 from nanochat.data.chat import visible_text
 
@@ -24,147 +22,109 @@ Kind = Literal["categorical", "generative"] | None
 Purpose = Literal["train", "validation", "test"]
 
 
+def single_turn(question: str, answer: Completion, **extra: Any) -> Conversation:
+    """A conversation of one question and its answer, with `extra` as further keys."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **extra}
+
+
 class Task(ABC):
-    """Conversations by index, and what is known about judging answers to them.
+    """Conversations by index, one for each of `rows`, and the judge of answers to them. Reading the rows raises
+    `UserError` when the data cannot be had or are not as expected."""
 
-    `name`: what tables call it. `kind`: "categorical" when the answer is one of `letters(conversation)`, "generative"
-    when it has to be written, None when it is only there to be trained on. `baseline`: accuracy of guessing, 0 to 1.
-    `num_choices`: how many answers most of its questions offer, 0 unless categorical. `purpose`: what its rows may be
-    used for; a stage trains on "train", watches "validation", and only an evaluation that is reported reads "test".
-    `has_reward`: whether `reward` can be asked.
-    """
-
+    rows: Sequence[Any]
     name: str
-    kind: Kind = None
-    baseline: float = 0.0
-    num_choices: int = 0
-    purpose: Purpose = "train"
-    has_reward: bool = False
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of conversations. Raises `UserError` when the data cannot be had or are not what they should be."""
+    kind: Kind = None  # an answer is one of `letters(conversation)`, or has to be written; None: cannot be judged
+    baseline: float = 0.0  # accuracy of guessing, 0 to 1
+    purpose: Purpose = "train"  # stages train on "train" and watch "validation"; only reported evaluations read "test"
+    has_reward: bool = False  # whether `reward` may be called
 
     @abstractmethod
     def conversation(self, index: int) -> Conversation:
-        """Conversation number `index`, 0 to len - 1: a new object that the caller may change. Raises like `len`."""
+        """Conversation `index`, 0 to len - 1: a new object that the caller may change."""
 
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, index: slice) -> "TaskSlice": ...
-    def __getitem__(self, index):
-        """`task[i]` is a conversation, `task[start:stop:step]` a task of some of them. Raises `IndexError`, and like
-        `len`."""
-        if isinstance(index, slice):
-            return TaskSlice(self, range(len(self))[index])
-        return self.conversation(range(len(self))[index])
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | slice) -> "Conversation | TaskSlice":
+        """`task[i]` is a conversation, `task[start:stop:step]` a task."""
+        found = range(len(self))[index]
+        return TaskSlice(self, found) if isinstance(index, slice) else self.conversation(found)
 
     def __iter__(self) -> Iterator[Conversation]:
         return map(self.conversation, range(len(self)))
 
     def letters(self, conversation: Conversation) -> tuple[str, ...]:
-        """The answers a categorical conversation offers, in the order of its choices."""
+        """The answers that a categorical conversation offers, in the order of its choices."""
         return conversation["letters"]
 
     def evaluate(self, conversation: Conversation, completion: Completion) -> bool:
-        """Whether `completion` answers `conversation` rightly; for a categorical task it is one of its letters."""
+        """Whether `completion` is right; a categorical task wants exactly the letter of the right choice."""
         assert self.kind == "categorical", f"{self.name} cannot tell right from wrong"
-        return visible_text(completion).strip() == visible_text(conversation["messages"][-1]["content"])
+        return visible_text(completion).strip() == reference_text(conversation)
 
     def evaluate_many(self, pairs: Sequence[tuple[Conversation, Completion]]) -> list[bool]:
-        """`evaluate` of each pair, for tasks that can do many at a time faster than one after the other."""
+        """`evaluate` of each pair; a task overrides it when it can judge several at a time."""
         return [self.evaluate(conversation, completion) for conversation, completion in pairs]
 
     def score(self, conversation: Conversation, completion: Completion) -> dict[str, float]:
-        """Further scores of an answer by name, each 0 to 1, where a task has more than right and wrong."""
+        """Further scores of an answer by name, 0 to 1, for tasks that have more than right and wrong."""
         return {}
 
     def reward(self, conversation: Conversation, completion: Completion) -> float:
-        """What reinforcement learning is paid for the answer, 0 to 1; only where `has_reward`."""
-        raise AssertionError(f"{self.name} has no reward")
+        """The reward of reinforcement learning, 0 to 1; only for tasks with `has_reward`."""
+        assert self.has_reward, f"{self.name} has no reward"
+        return float(self.evaluate(conversation, completion))
 
 
-# --- views ---------------------------------------------------------------------------------------
+def reference_text(conversation: Conversation) -> str:
+    """What the right answer says, without its tool calls."""
+    return visible_text(conversation["messages"][-1]["content"])
 
 
 class TaskSlice(Task):
-    """Some conversations of a task, in a given order; everything else is that task's."""
+    """Some conversations of a task, in the order of `indices`; everything else is as in that task."""
 
     def __init__(self, task: Task, indices: Sequence[int]) -> None:
-        self.task, self.indices = task, indices
-        self.name, self.kind, self.baseline = task.name, task.kind, task.baseline
-        self.num_choices, self.purpose, self.has_reward = task.num_choices, task.purpose, task.has_reward
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def conversation(self, index: int) -> Conversation:
-        return self.task.conversation(self.indices[index])
-
-    def letters(self, conversation: Conversation) -> tuple[str, ...]:
-        return self.task.letters(conversation)
-
-    def evaluate(self, conversation: Conversation, completion: Completion) -> bool:
-        return self.task.evaluate(conversation, completion)
-
-    def evaluate_many(self, pairs: Sequence[tuple[Conversation, Completion]]) -> list[bool]:
-        return self.task.evaluate_many(pairs)
-
-    def score(self, conversation: Conversation, completion: Completion) -> dict[str, float]:
-        return self.task.score(conversation, completion)
-
-    def reward(self, conversation: Conversation, completion: Completion) -> float:
-        return self.task.reward(conversation, completion)
-
-
-class TaskSequence(Task):
-    """Tasks one after the other, as one task to train on. A task given twice comes twice."""
-
-    name = "sequence"
-
-    def __init__(self, tasks: Sequence[Task]) -> None:
-        self.tasks = list(tasks)
-        self._ends: list[int] | None = None  # of each task in the row of all conversations
-
-    def __len__(self) -> int:
-        if self._ends is None:
-            self._ends = list(accumulate(map(len, self.tasks)))
-        return self._ends[-1] if self._ends else 0
-
-    def locate(self, index: int) -> tuple[Task, int]:
-        """The task that conversation `index` is from, and its index there."""
-        assert 0 <= index < len(self), (index, len(self))
-        number = bisect_right(self._ends, index)
-        return self.tasks[number], index - (self._ends[number - 1] if number else 0)
+        self.task, self.rows = task, indices
+        for name in ("name", "kind", "baseline", "purpose", "has_reward"):
+            setattr(self, name, getattr(task, name))
+        for judge in ("letters", "evaluate", "evaluate_many", "score", "reward"):
+            setattr(self, judge, getattr(task, judge))
 
     def conversation(self, index: int) -> Conversation:
-        task, inner = self.locate(index)
-        return task.conversation(inner)
+        return self.task.conversation(self.rows[index])
 
 
-class TaskMixture(TaskSequence):
-    """The conversations of all tasks, each exactly once, in an order drawn from `seed` alone.
+class TaskMixture(Task):
+    """The conversations of all tasks, each exactly once, in an order that depends on `seed` alone.
 
-    So the order is the same in every process and for any number of them, and does not touch or depend on the state of
-    other generators. Weights are whole epochs: give a task twice and each of its conversations comes twice.
+    So the order is the same for any number of processes. Weights are whole epochs: a task given twice comes twice.
     """
 
     name = "mixture"
 
     def __init__(self, tasks: Sequence[Task], *, seed: int = 0) -> None:
-        super().__init__(tasks)
-        self.seed = seed
-        self._order: array | None = None
+        self.tasks, self.seed = list(tasks), seed
+
+    @cached_property
+    def rows(self) -> Sequence[int]:
+        """Places in the sequence of all conversations of all tasks, shuffled."""
+        order = array("q", range(sum(map(len, self.tasks))))
+        random.Random(self.seed).shuffle(order)
+        return order
 
     def locate(self, index: int) -> tuple[Task, int]:
-        if self._order is None:
-            self._order = array("q", range(len(self)))
-            random.Random(self.seed).shuffle(self._order)
-        return super().locate(self._order[index])
+        """The task that conversation `index` is from, and its index there."""
+        place = self.rows[index]
+        for task in self.tasks:
+            if place < len(task):
+                return task, place
+            place -= len(task)
+        raise AssertionError(f"a task became shorter: {[len(task) for task in self.tasks]}")
 
-
-# --- multiple choice -----------------------------------------------------------------------------
+    def conversation(self, index: int) -> Conversation:
+        task, inner = self.locate(index)
+        return task.conversation(inner)
 
 
 def render_choices(question: str, choices: Sequence[str], letters: Sequence[str]) -> str:
@@ -175,52 +135,38 @@ def render_choices(question: str, choices: Sequence[str], letters: Sequence[str]
         - silk [B]
         Answer with the letter of the right choice.
 
-    The letter follows its choice, so that finding the choice that was meant leaves only one thing to do, to copy what
-    comes after it; small models can do that long before they can look back from a choice to what stood before it.
-    And it stands in brackets because the answer must be one token and the very one of the prompt. Where the tokenizer
-    cuts text, a blank or any other single sign is drawn to the letters after it (" A" and "=A" may be tokens of their
-    own, different from "A"), but " [" is cut from "A" by every vocabulary trained with `SPLIT_PATTERN`, as the pattern
-    takes only one sign along and that one has to stand directly before the letters. In the answer, "A" follows a
-    special token. Labels that are a digit ("1" to "5") are cut the same way.
+    The letter follows its choice because small models learn to copy what comes after the right choice long before they
+    can look back to a letter in front of it. It stands in brackets so that it is the same single token in prompt and
+    answer: a blank or other sign just before letters may be joined to them (" A" and "=A" are not "A"), but
+    `SPLIT_PATTERN` joins only one, so " [" is always cut from the letter, or from the digits "1" to "5".
     """
-    assert len(choices) == len(letters), (choices, letters)
-    lines = [f"- {choice.strip()} [{letter}]" for choice, letter in zip(choices, letters, strict=True)]
-    return "\n".join([f"Multiple choice: {question.strip()}", *lines, "Answer with the letter of the right choice."])
+    lines = [f"- {choice.strip()} [{letter}]\n" for choice, letter in zip(choices, letters, strict=True)]
+    return f"Multiple choice: {question.strip()}\n{''.join(lines)}Answer with the letter of the right choice."
 
 
 def choice_conversation(
     question: str, choices: Sequence[str], letters: Sequence[str], right: str, **extra: Any
 ) -> Conversation:
-    """The conversation of a multiple-choice question whose answer is the letter `right`, with `letters` and `extra` as
-    further keys."""
+    """A multiple-choice question answered with the letter `right`, with `letters` and `extra` as further keys."""
     assert right in letters, (right, letters)
-    messages = [
-        {"role": "user", "content": render_choices(question, choices, letters)},
-        {"role": "assistant", "content": right},
-    ]
-    return {"messages": messages, "letters": tuple(letters), **extra}
+    return single_turn(render_choices(question, choices, letters), right, letters=tuple(letters), **extra)
 
 
-# --- numbers in answers --------------------------------------------------------------------------
-
-ANSWER_MARK = "####"  # before the number that an answer ends with, as GSM8K writes it
+ANSWER_MARK = "####"  # stands before the number at the end of an answer, as in GSM8K
 # Digits with or without groups of thousands, decimals, one sign; "5-3" is 5 and 3, and "72." is 72.
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(rf"(?:(?<![\w.)\]])[-−])?\$?(?:(?<=\$)[-−])?(?:{_DIGITS})", re.ASCII)
-_MAX_DIGITS = 100  # what is longer is no answer to anything, and Python refuses to read more than a few thousand
+_MAX_DIGITS = 100  # no answer is longer, and Python refuses to parse more than a few thousand digits
 
 
 def last_number(text: str) -> Fraction | None:
-    """Value of the last number in `text`, None when there is none.
-
-    `1,000`, `$5`, `-$5`, `72.`, `10.0` and `.5` are numbers, and a percent sign after them counts for nothing.
-    """
+    """Value of the last number in `text`, such as `1,000`, `$5`, `-$5`, `72.`, `10.0`, `.5` or `50%`; None without."""
     found = _NUMBER.findall(text)
     return _value(found[-1]) if found else None
 
 
 def marked_number(text: str) -> Fraction | None:
-    """Value of the number after `####`, when it is all that stands on the last line of `text`; else None."""
+    """Value of the number after `####` if the last line of `text` has nothing else, otherwise None."""
     last_line = text.rstrip().rsplit("\n", 1)[-1].strip()
     if not last_line.startswith(ANSWER_MARK):
         return None
@@ -230,3 +176,23 @@ def marked_number(text: str) -> Fraction | None:
 
 def _value(number: str) -> Fraction | None:
     return Fraction(re.sub(r"[$,]", "", number).replace("−", "-")) if len(number) <= _MAX_DIGITS else None
+
+
+class NumericTask(Task):
+    """Questions whose reference ends with a line `#### 72`. Answers count by value: `72.`, `$72` and `72.0` are right.
+
+    `evaluate` takes the last number of the text for the answer; the "strict" score, also the reward, wants that line.
+    """
+
+    kind = "generative"
+    has_reward = True
+
+    def score(self, conversation: Conversation, completion: Completion) -> dict[str, float]:
+        said, truth = visible_text(completion), marked_number(reference_text(conversation))
+        return {"flexible": float(last_number(said) == truth), "strict": float(marked_number(said) == truth)}
+
+    def evaluate(self, conversation: Conversation, completion: Completion) -> bool:
+        return bool(self.score(conversation, completion)["flexible"])
+
+    def reward(self, conversation: Conversation, completion: Completion) -> float:
+        return self.score(conversation, completion)["strict"]

@@ -1,7 +1,6 @@
-"""Who the model is: conversations about nanochat, written for it by us and kept in `identity.jsonl`.
+"""Who the model is: conversations about nanochat from `identity.jsonl`, for training only.
 
-`dev/make_identity.py` generates the file from templates, without a network; running it again gives the same bytes.
-They are for training only.
+`dev/make_identity.py` writes that file from templates of ours, offline and reproducibly.
 """
 
 from pathlib import Path
@@ -12,8 +11,6 @@ PATH = Path(__file__).with_name("identity.jsonl")
 
 
 class Identity(CustomJSON):
-    """The conversations of `identity.jsonl`."""
-
     def __init__(self) -> None:
         super().__init__(PATH)
         self.name = "Identity"

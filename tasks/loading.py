@@ -1,16 +1,15 @@
 """Rows of data sets from the Hugging Face hub, or the mirror named by `HF_ENDPOINT`, checked before anyone uses them.
 
-The `datasets` library fetches and keeps them (below `HF_HOME`), with a lock of its own against other processes.
-A split that is measured on (test, validation) must have exactly the rows it is known to have: with others a score
-would be that of another benchmark under the same name. Of a split that is only trained on, another number of rows is
-worth a warning, as a mirror may carry a part. Not here: what rows mean.
+The `datasets` library fetches and caches them (below `HF_HOME`), with its own lock against other processes. A split
+that scores are measured on must have exactly the number of rows it is known for, or a score would be that of another
+benchmark under the same name; for a split that is only trained on, another number (of a partial mirror) is a warning.
 """
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from nanochat.common import UserError
@@ -18,19 +17,16 @@ from nanochat.data.hub import endpoint
 
 logger = logging.getLogger(__name__)
 
-LOAD_ATTEMPTS = (
-    4  # when the hub is busy or a connection breaks; that nobody answers at all is tried again by `datasets`
-)
-FIRST_PAUSE_SECONDS = 1.0  # doubled after each attempt
+PAUSES_SECONDS = (1, 2, 4)  # before further attempts, when the hub is busy or a connection breaks
 BUSY_STATUSES = (408, 429, 500, 502, 503, 504)
 
-Spec = Any  # str, int, a list of one spec, or a mapping of names to specs: what a value must be
+Spec = Any  # what a value must be: str, int, a list of one spec, or a mapping of names to specs
 
 
 @dataclass(frozen=True)
 class HubSplit:
-    """A split of a data set on the hub: repository, configuration, split, the columns it needs as name to `Spec`, the
-    number of rows it is known to have (0: not known), and whether scores are measured on it."""
+    """A split of a data set on the hub: repository, configuration, split, a `Spec` for each column it needs, the number
+    of rows it is known to have, and whether scores are measured on it."""
 
     repo: str
     config: str
@@ -44,51 +40,66 @@ class HubSplit:
 
 
 class Rows:
-    """The rows of a `HubSplit` as dictionaries, loaded when first asked for; each is checked when it is read."""
+    """The rows of a `HubSplit`, or a `part` of them, as dictionaries: loaded at the first use, checked when read."""
 
-    def __init__(self, source: HubSplit) -> None:
-        self.source = source
-        self._dataset = None
+    def __init__(self, source: HubSplit, part: slice = slice(None)) -> None:
+        self.source, self.part = source, part
 
-    def _load(self):
-        if self._dataset is None:
-            self._dataset = load_split(self.source)
-        return self._dataset
+    @cached_property
+    def _dataset(self):
+        return load_split(self.source)
+
+    @property
+    def _places(self) -> range:
+        return range(len(self._dataset))[self.part]
 
     def __len__(self) -> int:
-        return len(self._load())
+        return len(self._places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Row `index`, only the columns of the source. Raises `UserError` when they do not hold what they should."""
-        row = self._load()[index]
+        """The columns of row `index` that the source names. Raises `UserError` when they are not as specified."""
+        row = self._dataset[self._places[index]]
         columns = {name: row.get(name) for name in self.source.columns}
         if fault := _fault(columns, self.source.columns, "the row"):
             raise self.error(index, fault)
         return columns
 
     def column(self, name: str) -> list[Any]:
-        """All values of a column, unchecked."""
-        return self._load()[name][:]
+        """All values of a column of the whole split, unchecked."""
+        return self._dataset[name][:]
 
     def error(self, index: int, fault: str) -> UserError:
-        """The error for a row that is not what it should be."""
-        return UserError(f"{self.source} is not the data set this task is made for: in row {index}, {fault}")
+        """The error for a row that is not as it should be."""
+        expected = f"{self.source} is not the data set this task is made for"
+        return UserError(f"{expected}: in row {self._places[index]}, {fault}")
 
 
 def load_split(source: HubSplit):
-    """The `datasets.Dataset` of `source`, from the cache or fetched.
+    """The `datasets.Dataset` of `source`, from the cache or fetched. Raises `UserError` when it cannot be had, lacks a
+    column, or is measured on and has another number of rows."""
+    from datasets.exceptions import DatasetsError  # importing `datasets` takes 1.5 s
+    from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
+    from httpx import HTTPError
 
-    Raises `UserError` when it cannot be had, lacks a column, or is measured on and has not the rows it should have.
-    """
-    with _load_errors(source), _quietly():
+    had_progress_bars = is_progress_bar_enabled()
+    disable_progress_bars()  # converting takes seconds, and eight processes would draw eight bars
+    try:
         dataset = _fetch(source)
-    missing = [name for name in source.columns if name not in dataset.column_names]
-    if missing:
+    except (OSError, ValueError, DatasetsError, HTTPError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"cannot load {source} from {endpoint()} ({reason}); check the network, set HF_ENDPOINT to a mirror "
+            f"before the start, or copy the cache of a machine that has it to HF_HOME and set HF_HUB_OFFLINE=1"
+        ) from error
+    finally:
+        if had_progress_bars:
+            enable_progress_bars()
+    if missing := [name for name in source.columns if name not in dataset.column_names]:
         raise UserError(
             f"{source} has no column {', '.join(missing)}, only {', '.join(dataset.column_names)}; "
             f"is {endpoint()} the hub, or a true mirror of it?"
         )
-    if source.num_rows and len(dataset) != source.num_rows:
+    if len(dataset) != source.num_rows:
         what = f"{source} has {len(dataset):,} rows at {endpoint()} instead of the {source.num_rows:,} it is known for"
         if source.is_measured:
             raise UserError(f"{what}: scores on it could not be compared; set HF_ENDPOINT to a complete copy")
@@ -97,55 +108,23 @@ def load_split(source: HubSplit):
 
 
 def _fetch(source: HubSplit):
-    """What `datasets` has for `source`, asked for again where that may help."""
-    import datasets  # 1.5 s
+    """What `datasets` has for `source`; tried again where that may help."""
+    import datasets
     from httpx import TransportError
     from huggingface_hub.errors import HfHubHTTPError
 
-    for attempt in range(LOAD_ATTEMPTS):
+    for pause in PAUSES_SECONDS:
         try:
             return datasets.load_dataset(source.repo, source.config, split=source.split)
         except (TransportError, HfHubHTTPError) as error:
-            is_final = isinstance(error, HfHubHTTPError) and error.response.status_code not in BUSY_STATUSES
-            if is_final or attempt == LOAD_ATTEMPTS - 1:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code not in BUSY_STATUSES:
                 raise
-            time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
-    raise AssertionError("the last attempt returned or raised")
-
-
-@contextmanager
-def _load_errors(source: HubSplit) -> Iterator[None]:
-    """What `datasets` raises about the network, the hub or the files, as `UserError` with what to do."""
-    from datasets.exceptions import DatasetsError
-    from httpx import HTTPError
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        yield
-    except (OSError, ValueError, DatasetsError, HTTPError, HfHubHTTPError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(
-            f"cannot load {source} from {endpoint()} ({reason}); check the network, set HF_ENDPOINT to a mirror "
-            f"before the start, or copy the cache of a machine that has it to HF_HOME and set HF_HUB_OFFLINE=1"
-        ) from error
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """No progress bars while the files are converted: seconds of work, and eight processes would draw eight."""
-    from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
-
-    enabled = is_progress_bar_enabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if enabled:
-            enable_progress_bars()
+            time.sleep(pause)
+    return datasets.load_dataset(source.repo, source.config, split=source.split)
 
 
 def _fault(value: Any, spec: Spec, name: str) -> str:
-    """What keeps `value` from being what `spec` says, "" when nothing does."""
+    """What is wrong with `value`, called `name`, according to `spec`; "" when nothing is."""
     if isinstance(spec, Mapping):
         if not isinstance(value, Mapping):
             return f"{name} is {value!r:.80} instead of an object"

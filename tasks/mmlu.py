@@ -2,14 +2,9 @@
 
 Hendrycks et al., "Measuring Massive Multitask Language Understanding", arXiv 2009.03300. Hub: cais/mmlu, MIT.
 
-| subset | split | for |
-|---|---|---|
-| auxiliary_train | train | training: 99,842 questions of other school and science sets, without a subject |
-| all | validation, dev | watching a run |
-| all | test | reporting |
-
-The auxiliary questions were collected by MMLU's authors from other public sets. No question is in the test split with
-the same choices; 14 test questions share their text with one of the 8,336 that the mirror has, with other choices.
+Of the subset "all", validation and dev are for watching a run, test for reporting. The subset "auxiliary_train", whose
+questions MMLU's authors collected from other public sets, is for training. None of these is in the test split with the
+same choices; 14 test questions share their text, but not their choices, with one of the 8,336 that a mirror has.
 """
 
 from functools import cached_property
@@ -20,67 +15,40 @@ from tasks.loading import HubSplit, Rows
 
 REPO = "cais/mmlu"
 LETTERS = ("A", "B", "C", "D")
+NUM_SUBJECTS = 57
 NUM_ROWS = {
-    ("auxiliary_train", "train"): 99842,
-    ("all", "validation"): 1531,
-    ("all", "dev"): 285,
-    ("all", "test"): 14042,
-}
+    ("auxiliary_train", "train"): 99842, ("all", "validation"): 1531, ("all", "dev"): 285, ("all", "test"): 14042,
+}  # fmt: skip
 COLUMNS = {"question": str, "subject": str, "choices": [str], "answer": int}
-SUBJECTS = tuple(
-    """abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
-    college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
-    econometrics electrical_engineering elementary_mathematics formal_logic global_facts high_school_biology
-    high_school_chemistry high_school_computer_science high_school_european_history high_school_geography
-    high_school_government_and_politics high_school_macroeconomics high_school_mathematics high_school_microeconomics
-    high_school_physics high_school_psychology high_school_statistics high_school_us_history high_school_world_history
-    human_aging human_sexuality international_law jurisprudence logical_fallacies machine_learning management marketing
-    medical_genetics miscellaneous moral_disputes moral_scenarios nutrition philosophy prehistory
-    professional_accounting professional_law professional_medicine professional_psychology public_relations
-    security_studies sociology us_foreign_policy virology world_religions""".split()
-)
 
 
 class MMLU(Task):
-    """`subset` and `split` as in the table above; `subject`, one of `SUBJECTS`, keeps only its questions.
+    """`subset` is "all", or "auxiliary_train" with the split "train". A conversation has a `subject`, there ""."""
 
-    A conversation's `subject` is the row's, "" in auxiliary_train. Raises `UserError` for an unknown subject.
-    """
-
+    name = "MMLU"
     kind = "categorical"
-    num_choices = 4
     baseline = 0.25
 
-    def __init__(self, subset: str, split: str, *, subject: str = "") -> None:
+    def __init__(self, subset: str, split: str) -> None:
         assert (subset, split) in NUM_ROWS, (subset, split)
-        if subject and (subject not in SUBJECTS or subset != "all"):
-            raise UserError(f"MMLU ({subset}) has no subject {subject!r}; there are {', '.join(SUBJECTS)}")
-        self.name, self.subset, self.subject = "MMLU", subset, subject
         self.purpose = "validation" if split == "dev" else split
-        # On the hub, auxiliary_train is a split of the configuration "all" in these columns, and a configuration of its
-        # own in other ones; mirrors have the former.
+        # The hub has auxiliary_train both as a split of the configuration "all", with these columns, and as a
+        # configuration with other columns; mirrors have the former.
         hub_split = "auxiliary_train" if subset == "auxiliary_train" else split
-        num_rows, is_measured = NUM_ROWS[subset, split], subset == "all"
-        self.rows = Rows(HubSplit(REPO, "all", hub_split, COLUMNS, num_rows, is_measured))
+        self.source = HubSplit(REPO, "all", hub_split, COLUMNS, NUM_ROWS[subset, split], is_measured=subset == "all")
 
     @cached_property
-    def _indices(self) -> range | list[int]:
-        """The rows of this task; all subjects are there, or the split is not MMLU's."""
-        if self.subset == "auxiliary_train":
-            return range(len(self.rows))
-        subjects = self.rows.column("subject")
-        if set(subjects) != set(SUBJECTS):
-            odd = sorted(set(subjects) ^ set(SUBJECTS))
-            raise UserError(f"{self.rows.source} should have {len(SUBJECTS)} subjects; missing or unknown: {odd[:5]}")
-        return [i for i, subject in enumerate(subjects) if self.subject in ("", subject)]
-
-    def __len__(self) -> int:
-        return len(self._indices)
+    def rows(self) -> Rows:
+        """The rows. Raises `UserError` unless a split that is measured on has all of the subjects."""
+        rows = Rows(self.source)
+        if self.source.is_measured and (found := len(set(rows.column("subject")))) != NUM_SUBJECTS:
+            raise UserError(f"{self.source} has {found} subjects instead of {NUM_SUBJECTS}; set HF_ENDPOINT to the hub")
+        return rows
 
     def conversation(self, index: int) -> Conversation:
-        row = self.rows[self._indices[index]]
+        row = self.rows[index]
         if len(row["choices"]) != len(LETTERS) or row["answer"] not in range(len(LETTERS)):
             fault = f"there are {len(row['choices'])} choices and the answer is number {row['answer']}"
-            raise self.rows.error(self._indices[index], fault)
+            raise self.rows.error(index, fault)
         right = LETTERS[row["answer"]]
         return choice_conversation(row["question"], row["choices"], LETTERS, right, subject=row["subject"])

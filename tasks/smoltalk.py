@@ -1,7 +1,7 @@
 """SmolTalk, general conversations, in the shorter selection for small models.
 
-Ben Allal et al., "SmolLM2: When Smol Goes Big", arXiv 2502.02737. Hub: HuggingFaceTB/smol-smoltalk, Apache-2.0, 460,341
-conversations to train on and 24,229 more, which are no benchmark and serve as validation.
+Ben Allal et al., "SmolLM2: When Smol Goes Big", arXiv 2502.02737. Hub: HuggingFaceTB/smol-smoltalk, Apache-2.0, with
+460,341 conversations to train on; the 24,229 of its test split, which is no benchmark, serve as validation.
 """
 
 from nanochat.common import UserError
@@ -15,7 +15,7 @@ COLUMNS = {"messages": [{"role": str, "content": str}]}
 
 
 class SmolTalk(Task):
-    """`split` is "train", or "test" for validation; smaller copies are taken with a warning."""
+    """`split` is "train", or "test" for validation; smaller copies are accepted with a warning."""
 
     name = "SmolTalk"
 
@@ -24,13 +24,9 @@ class SmolTalk(Task):
         self.purpose = "train" if split == "train" else "validation"
         self.rows = Rows(HubSplit(REPO, "default", split, COLUMNS, NUM_ROWS[split], is_measured=False))
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def conversation(self, index: int) -> Conversation:
         messages = [{"role": m["role"], "content": m["content"]} for m in self.rows[index]["messages"]]
         try:
-            check_conversation({"messages": messages})
+            return {"messages": check_conversation({"messages": messages})}
         except UserError as error:
             raise self.rows.error(index, str(error)) from error
-        return {"messages": messages}

@@ -31,9 +31,7 @@ def test_only_the_right_label_is_right(task):
 
 
 def test_a_task_says_what_its_rows_are_for(task):
-    assert (task.name, task.kind, task.purpose, task.baseline, task.num_choices) == (
-        "ARC-Easy", "categorical", "validation", 0.25, 4,
-    )  # fmt: skip
+    assert (task.name, task.kind, task.purpose, task.baseline) == ("ARC-Easy", "categorical", "validation", 0.25)
     assert ARC("ARC-Challenge", "test").purpose == "test"
     assert ARC("ARC-Challenge", "train").purpose == "train"
 

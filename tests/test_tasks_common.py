@@ -12,23 +12,19 @@ from tasks.common import (
     Conversation,
     Task,
     TaskMixture,
-    TaskSequence,
     choice_conversation,
     last_number,
     marked_number,
     render_choices,
-)
+)  # fmt: skip
 
 
 class Numbers(Task):
     """Conversations that only have a number; counts how often they are made."""
 
     def __init__(self, name: str, size: int) -> None:
-        self.name, self.size = name, size
+        self.name, self.rows = name, range(size)
         self.num_made = 0
-
-    def __len__(self) -> int:
-        return self.size
 
     def conversation(self, index: int) -> Conversation:
         self.num_made += 1
@@ -46,8 +42,8 @@ def numbers(task: Task) -> list[int]:
 def test_a_slice_is_the_same_slice_of_a_list(slice_):
     task = Numbers("a", 10)
     assert numbers(task[slice_]) == list(range(10))[slice_]
+    assert task.num_made == len(task[slice_]) == len(range(10)[slice_]), "only what is asked for is made"
     assert numbers(task[1:9][slice_]) == list(range(10))[1:9][slice_]
-    assert len(task[slice_]) == len(range(10)[slice_])
 
 
 def test_indices_behave_like_those_of_a_list():
@@ -60,15 +56,9 @@ def test_indices_behave_like_those_of_a_list():
             task[1:3][index]
 
 
-def test_a_slice_makes_only_the_conversations_that_are_asked_for():
-    task = Numbers("a", 1000)
-    assert task[100:200][5]["number"] == 105
-    assert task.num_made == 1
-
-
 def test_a_slice_judges_answers_like_its_task():
     class Judge(Numbers):
-        kind, baseline, num_choices, purpose, has_reward = "generative", 0.1, 3, "validation", True
+        kind, baseline, purpose, has_reward = "generative", 0.1, "validation", True
 
         def evaluate(self, conversation, completion):
             return completion == str(conversation["number"])
@@ -83,19 +73,13 @@ def test_a_slice_judges_answers_like_its_task():
             return ("x",)
 
     part = Judge("judge", 9)[4:]
-    assert (part.name, part.kind, part.baseline, part.num_choices) == ("judge", "generative", 0.1, 3)
+    assert (part.name, part.kind, part.baseline) == ("judge", "generative", 0.1)
     assert (part.purpose, part.has_reward) == ("validation", True)
     assert part.evaluate(part[0], "4")
     assert part.evaluate_many([(part[0], "4"), (part[1], "4")]) == [True, False]
     assert part.score(part[0], "four") == {"length": 4}
     assert part.reward(part[0], "4") == 0.5
     assert part.letters(part[0]) == ("x",)
-
-
-def test_a_sequence_is_its_tasks_in_order():
-    sequence = TaskSequence([Numbers("a", 3), Numbers("empty", 0), Numbers("b", 2)])
-    assert [(c["from"], c["number"]) for c in sequence] == [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)]
-    assert len(TaskSequence([])) == 0
 
 
 @given(st.lists(st.integers(0, 30), max_size=5), st.integers(0, 3))
@@ -123,11 +107,8 @@ def test_the_order_of_a_mixture_depends_on_its_seed_only():
     random.seed(2)
     assert first == [(c["from"], c["number"]) for c in TaskMixture(tasks, seed=5)]
     assert first != [(c["from"], c["number"]) for c in TaskMixture(tasks, seed=6)]
-
-
-def test_the_order_of_a_mixture_is_fixed_for_good():
-    """A checkpoint that goes on in the middle of an epoch depends on it."""
-    assert [c["number"] for c in TaskMixture([Numbers("a", 10)], seed=0)] == [7, 8, 1, 5, 3, 4, 2, 0, 9, 6]
+    # fixed for good: a checkpoint that goes on in the middle of an epoch depends on it
+    assert numbers(TaskMixture([Numbers("a", 10)], seed=0)) == [7, 8, 1, 5, 3, 4, 2, 0, 9, 6]
 
 
 def test_a_task_to_train_on_cannot_be_examined():
@@ -200,35 +181,13 @@ def test_categorical_answers_are_right_only_when_they_are_the_letter():
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("so 72.", 72),
-        ("10.0", 10),
-        ("1,000", 1000),
-        ("12,345,678.50", Fraction(2469135700, 200)),
-        ("$5", 5),
-        ("-$5", -5),
-        ("$-5", -5),
-        ("$1,234.50!", Fraction(2469, 2)),
-        (".5", Fraction(1, 2)),
-        ("50%", 50),
-        ("-3", -3),
-        ("−3", -3),
-        ("x=-3", -3),
-        ("8-3", 3),
-        ("8 - 3", 3),
-        ("(8)-3", 3),
-        ("10-12 of them", 12),
-        ("- 4 apples", 4),
-        ("2 of 1,2", 2),
-        ("in 1999,", 1999),
-        ("1,00", 0),
-        ("#### 7\n\nanything", 7),
-        ("none at all", None),
-        ("", None),
-        ("$", None),
-        ("٣", None),
-        ("9" * 5000, None),
+        ("so 72.", 72), ("10.0", 10), ("1,000", 1000), ("12,345,678.50", Fraction(2469135700, 200)), ("50%", 50),
+        ("$5", 5), ("-$5", -5), ("$-5", -5), ("$1,234.50!", Fraction(2469, 2)), (".5", Fraction(1, 2)), ("1,00", 0),
+        ("-3", -3), ("−3", -3), ("x=-3", -3), ("8-3", 3), ("8 - 3", 3), ("(8)-3", 3), ("10-12 of them", 12),
+        ("- 4 apples", 4), ("2 of 1,2", 2), ("in 1999,", 1999), ("#### 7\n\nanything", 7),
+        ("none at all", None), ("", None), ("$", None), ("٣", None), ("9" * 5000, None),
     ],
-)
+)  # fmt: skip
 def test_the_last_number_of_a_text(text, value):
     assert last_number(text) == value
 
@@ -236,22 +195,11 @@ def test_the_last_number_of_a_text(text, value):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("so\n#### 72", 72),
-        ("####72.0\n", 72),
-        ("a\n#### $1,000", 1000),
-        ("#### -5", -5),
-        ("#### 40%", 40),
-        ("#### 40.", 40),
-        ("#### 72 apples", None),
-        ("#### 72\nThat is all.", None),
-        ("72", None),
-        ("so #### 72", None),
-        ("####", None),
-        ("##### 5", None),
-        ("#### 5 6", None),
-        ("", None),
+        ("so\n#### 72", 72), ("####72.0\n", 72), ("a\n#### $1,000", 1000), ("#### -5", -5), ("#### 40%", 40),
+        ("#### 40.", 40), ("#### 72 apples", None), ("#### 72\nThat is all.", None), ("72", None),
+        ("so #### 72", None), ("####", None), ("##### 5", None), ("#### 5 6", None), ("", None),
     ],
-)
+)  # fmt: skip
 def test_a_marked_number_has_the_last_line_to_itself(text, value):
     assert marked_number(text) == value
 

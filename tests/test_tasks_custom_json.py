@@ -21,12 +21,8 @@ def write(tmp_path):
 
 def test_lines_are_objects_or_bare_lists(write):
     with_parts = [TURNS[0], {"role": "assistant", "content": PARTS}]
-    task = write(
-        json.dumps({"messages": TURNS, "source": "here"}),
-        "",
-        json.dumps(with_parts),
-        json.dumps(TURNS, ensure_ascii=False),
-    )
+    lines = [json.dumps({"messages": TURNS, "source": "here"}), "", json.dumps(with_parts)]
+    task = write(*lines, json.dumps(TURNS, ensure_ascii=False))
     assert list(task) == [{"messages": TURNS}, {"messages": with_parts}, {"messages": TURNS}]
     assert (task.name, task.kind, task.purpose) == ("mine", None, "train")
 
@@ -35,36 +31,27 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(write):
     assert list(write(json.dumps(TURNS) + "\r", json.dumps(TURNS), encoding="utf-8-sig")) == [{"messages": TURNS}] * 2
 
 
-def test_changing_a_conversation_leaves_the_task_as_it_was(write):
-    task = write(json.dumps(TURNS))
-    task[0]["messages"].clear()
-    assert task[0]["messages"] == TURNS
-
-
-def test_the_file_is_read_at_the_first_use_only(tmp_path):
+def test_the_file_is_read_at_the_first_use_and_conversations_may_be_changed(tmp_path):
     task = CustomJSON(tmp_path / "later.jsonl")
     (tmp_path / "later.jsonl").write_text(json.dumps(TURNS))
     assert len(task) == 1
     (tmp_path / "later.jsonl").unlink()
+    task[0]["messages"].clear()
     assert task[0]["messages"] == TURNS
 
 
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ("{", "is not JSON"),
-        ("3", "a conversation must be"),
-        ("[]", "at least one message"),
-        ('{"message": []}', "a conversation must be"),
-        ("[" * 100_000, "is not JSON"),
-        ("9" * 5000, "is not JSON"),
+        ("{", "is not JSON"), ("3", "a conversation must be"), ("[]", "at least one message"),
+        ('{"message": []}', "a conversation must be"), ("[" * 100_000, "is not JSON"), ("9" * 5000, "is not JSON"),
         (json.dumps(TURNS[:1]), "the last message must be the assistant's"),
         (json.dumps(TURNS[1:]), "message 1 must have the role 'user'"),
         (json.dumps([TURNS[0], {"role": "bot", "content": ""}]), "message 2 has the role 'bot'"),
         (json.dumps([TURNS[0], {"role": "assistant", "content": [{"type": "image"}]}]), "message 2 has the part"),
         (json.dumps([TURNS[0], {"role": "assistant", "content": "\ud800"}]), "not valid Unicode"),
     ],
-)
+)  # fmt: skip
 def test_a_line_that_is_no_conversation_is_named(write, line, fault):
     with pytest.raises(UserError, match=rf"mine\.jsonl, line 3.*{fault}"):
         len(write(json.dumps(TURNS), "", line))
@@ -87,12 +74,9 @@ def test_files_that_cannot_be_read_are_named(write, tmp_path):
         ("It is 1,000.\n#### 1,000", "#### 1000.0", 1.0),
         ("It is 1,000.\n#### 1,000", "1000", 0.0),  # the mark is part of what is asked for
         ("It is 1,000.\n#### 1,000", "#### 1001", 0.0),
-        ("Paris", " paris\n", 1.0),
-        ("New  York", "new york", 1.0),
-        ("Paris", "Paris.", 0.0),
-        ("Paris", "", 0.0),
+        ("Paris", " paris\n", 1.0), ("New  York", "new york", 1.0), ("Paris", "Paris.", 0.0), ("Paris", "", 0.0),
     ],
-)
+)  # fmt: skip
 def test_the_reward_is_for_agreeing_with_the_last_answer(write, reference, said, reward):
     task = write(json.dumps([*TURNS, TURNS[0], {"role": "assistant", "content": reference}]))
     assert task.has_reward

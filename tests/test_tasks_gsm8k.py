@@ -13,7 +13,7 @@ def rows(monkeypatch):
     train = [gsm8k_row(a, 4) for a in range(10)]
     test = [gsm8k_row(a, 8) for a in range(3)]
     monkeypatch.setattr(gsm8k, "NUM_ROWS", {"train": 10, "test": 3})
-    monkeypatch.setattr(gsm8k, "NUM_TRAIN_ROWS", 7)
+    monkeypatch.setattr(gsm8k, "PARTS", {"train": slice(7), "validation": slice(7, None), "test": slice(None)})
     serve_rows(monkeypatch, {(gsm8k.REPO, "main", "train"): train, (gsm8k.REPO, "main", "test"): test})
     return train, test
 
@@ -30,27 +30,18 @@ def test_calls_become_parts_with_the_result_the_tool_will_give():
 @pytest.mark.parametrize(
     ("call", "result"),
     [
-        ("3*.10=.3", "0.30000000000000004"),
-        ("1,000+1=1,001", "1001"),
-        ("5-5=0", "0"),
-        (".3-.1*3=0", "-5.551115123125783e-17"),
-        ("1+1=3", None),
-        ("1/3=.33", None),
-        ("x+1=2", None),
-        ("'a'+'b'=2", None),
-        ("1/0=0", None),
-        ("2=two", None),
+        ("3*.10=.3", "0.30000000000000004"), ("1,000+1=1,001", "1001"), ("5-5=0", "0"),
+        (".3-.1*3=0", "-5.551115123125783e-17"), ("1+1=3", None), ("1/3=.33", None), ("x+1=2", None),
+        ("'a'+'b'=2", None), ("1/0=0", None), ("2=two", None),
     ],
-)
+)  # fmt: skip
 def test_a_call_is_kept_only_if_the_calculator_agrees(call, result):
     parts = answer_parts(f"It is <<{call}>>so much.")
     if result is None:
         assert parts == [{"type": "text", "text": "It is so much."}]
     else:
-        assert parts[1:3] == [
-            {"type": "python", "text": call.split("=")[0]},
-            {"type": "python_output", "text": result},
-        ]
+        call = {"type": "python", "text": call.split("=")[0]}
+        assert parts[1:3] == [call, {"type": "python_output", "text": result}]
 
 
 def test_an_answer_without_its_calls_is_the_text_of_the_data(rows):
@@ -76,30 +67,21 @@ def test_training_and_validation_share_no_row_and_no_test_row(rows):
 
 
 def test_the_real_split_points():
-    assert (gsm8k.NUM_ROWS, gsm8k.NUM_TRAIN_ROWS) == ({"train": 7473, "test": 1319}, 7000)
+    assert gsm8k.NUM_ROWS == {"train": 7473, "test": 1319}
+    assert {"train": slice(7000), "validation": slice(7000, None), "test": slice(None)} == gsm8k.PARTS
 
 
 @pytest.mark.parametrize(
     ("completion", "flexible", "strict"),
     [
-        ("Half is 6.\n#### 6", 1, 1),
-        ("#### 6.0", 1, 1),
-        ("#### $6", 1, 1),
-        ("#### 06", 1, 1),
-        ("It is 6.", 1, 0),
-        ("It is 6 pens, not more", 1, 0),
-        ("#### 6 pens", 1, 0),
-        ("#### 6\nIs that right?", 1, 0),
-        ("#### 7", 0, 0),
-        ("6\n#### 7", 0, 0),
-        ("#### 6\n#### 7", 0, 0),
-        ("", 0, 0),
-        ("six", 0, 0),
+        ("Half is 6.\n#### 6", 1, 1), ("#### 6.0", 1, 1), ("#### $6", 1, 1), ("#### 06", 1, 1), ("It is 6.", 1, 0),
+        ("It is 6 pens, not more", 1, 0), ("#### 6 pens", 1, 0), ("#### 6\nIs that right?", 1, 0), ("#### 7", 0, 0),
+        ("6\n#### 7", 0, 0), ("#### 6\n#### 7", 0, 0), ("", 0, 0), ("six", 0, 0),
     ],
-)
+)  # fmt: skip
 def test_answers_count_by_value_with_a_strict_score_beside_the_flexible_one(rows, completion, flexible, strict):
     task = GSM8K("main", "test")
-    question = task[4 - 3]  # 1 + 8 pens: 4.5
+    question = task[1]
     question["messages"][-1]["content"] = "Half is 6.\n#### 6"
     assert task.evaluate(question, completion) == bool(flexible)
     assert task.score(question, completion) == {"flexible": flexible, "strict": strict}

@@ -23,9 +23,7 @@ RIGHT = {
     "prose and the whole program": f"Here you are:\n\n{PROMPT}{SOLUTION}",
     "a block of the whole program": f"Sure!\n```python\n{PROMPT}{SOLUTION}```\nThis doubles it.",
     "a block of the function alone": f"```\n{FUNCTION}```",
-    "a block with two functions": "```python\ndef twice(x):\n    return x + x\n\n"
-    + FUNCTION.replace("2 * x", "twice(x)")
-    + "```",
+    "a block with two functions": f"```\ndef twice(x):\n    return x + x\n\n{FUNCTION.replace('2 * x', 'twice(x)')}```",
     "the second of two blocks": f"```sh\npip install maths\n```\nThen\n```python\n{FUNCTION}```",
     "an indented block": f"1. Do this:\n   ```python\n{FUNCTION}   ```",
     "a block without an end": f"```python\n{FUNCTION}",
@@ -100,9 +98,8 @@ def test_answers_are_judged_by_running_them(task):
     conversation = task[0]
     answers = [*RIGHT.values(), *WRONG.values()]
     verdicts = task.evaluate_many([(conversation, answer) for answer in answers])
-    assert dict(zip([*RIGHT, *WRONG], verdicts, strict=True)) == dict.fromkeys(RIGHT, True) | dict.fromkeys(
-        WRONG, False
-    )
+    expected = dict.fromkeys(RIGHT, True) | dict.fromkeys(WRONG, False)
+    assert dict(zip([*RIGHT, *WRONG], verdicts, strict=True)) == expected
     assert task.evaluate(conversation, conversation["messages"][-1]["content"])
 
 

@@ -1,4 +1,5 @@
 import logging
+import re
 import time
 
 import datasets
@@ -37,22 +38,17 @@ def test_rows_are_loaded_at_their_first_use_and_only_once(monkeypatch):
 @pytest.mark.parametrize(
     "error",
     [
-        ConnectionError("Couldn't reach it"),
-        TimeoutError("timed out"),
-        ValueError("BuilderConfig 'main' not found"),
-        DatasetNotFoundError("no such data set"),
-        DatasetGenerationError("damaged file"),
-        httpx.DecodingError("garbled"),
+        ConnectionError("Couldn't reach it"), TimeoutError("timed out"), ValueError("BuilderConfig 'main' not found"),
+        DatasetNotFoundError("no such data set"), DatasetGenerationError("damaged"), httpx.DecodingError("garbled"),
     ],
-)
+)  # fmt: skip
 def test_what_keeps_a_data_set_from_loading_is_told_with_its_remedy(monkeypatch, error):
     def load_dataset(*args, **options):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        UserError, match=r"cannot load some/thing \(main, test\) from http.*HF_ENDPOINT.*HF_HUB_OFFLINE"
-    ):
+    remedy = r"cannot load some/thing \(main, test\) from http.*HF_ENDPOINT.*HF_HUB_OFFLINE"
+    with pytest.raises(UserError, match=remedy):
         len(Rows(source()))
 
 
@@ -62,11 +58,7 @@ def answer(status: int) -> HfHubHTTPError:
 
 @pytest.mark.parametrize(
     ("errors", "num_asked"),
-    [
-        ([answer(503), httpx.ReadError("broke"), None], 3),
-        ([answer(429)] * 9, 4),
-        ([answer(404)] * 9, 1),
-    ],
+    [([answer(503), httpx.ReadError("broke"), None], 3), ([answer(429)] * 9, 4), ([answer(404)] * 9, 1)],
 )
 def test_a_busy_hub_is_asked_again_with_growing_pauses(monkeypatch, errors, num_asked):
     asked = serve(monkeypatch, ROW, ROW)
@@ -101,19 +93,22 @@ def test_a_missing_column_is_named(monkeypatch):
         len(Rows(source()))
 
 
-def test_another_number_of_rows_is_an_error_where_scores_are_measured(monkeypatch, caplog):
-    serve(monkeypatch, ROW)
-    with pytest.raises(UserError, match=r"has 1 rows at .* instead of the 2"):
-        len(Rows(source()))
-    assert caplog.records == []
-
-
-def test_another_number_of_rows_is_a_warning_where_they_are_only_trained_on(monkeypatch, caplog):
+def test_another_number_of_rows_is_an_error_where_scores_are_measured_and_a_warning_elsewhere(monkeypatch, caplog):
     serve(monkeypatch, ROW)
     with caplog.at_level(logging.WARNING):
+        with pytest.raises(UserError, match=r"has 1 rows at .* instead of the 2"):
+            len(Rows(source()))
+        assert caplog.records == []
         assert len(Rows(source(is_measured=False))) == 1
-    assert "1 rows" in caplog.text
-    assert "instead of the 2" in caplog.text
+    assert re.search("has 1 rows at .* instead of the 2", caplog.text)
+
+
+def test_a_part_of_the_rows_is_numbered_from_its_beginning(monkeypatch):
+    serve(monkeypatch, ROW, ROW | {"answer": 2}, ROW | {"answer": 3})
+    rows = Rows(source(num_rows=3), slice(1, None))
+    assert len(rows) == 2
+    assert rows[0]["answer"] == 2
+    assert "in row 2, it is wrong" in str(rows.error(1, "it is wrong"))
 
 
 @pytest.mark.parametrize(
@@ -135,9 +130,8 @@ def test_a_row_of_another_shape_is_named_when_it_is_read(monkeypatch, change, fa
 @pytest.mark.parametrize("enabled", [True, False])
 def test_progress_bars_are_as_before_after_loading(monkeypatch, enabled):
     seen = []
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *args, **options: seen.append(is_progress_bar_enabled()) or 1 / 0
-    )
+    fail = lambda *args, **options: seen.append(is_progress_bar_enabled()) or 1 / 0  # noqa: E731
+    monkeypatch.setattr(datasets, "load_dataset", fail)
     (enable_progress_bars if enabled else disable_progress_bars)()
     try:
         with pytest.raises(ZeroDivisionError):

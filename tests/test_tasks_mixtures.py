@@ -51,8 +51,8 @@ def test_some_of_a_task_are_drawn_from_all_of_it_and_always_the_same(own):
     part = some_of(task, 10)
     assert isinstance(part, TaskSlice)
     assert len(part) == 10
-    assert list(part.indices) == sorted(set(part.indices)) != list(range(10))
-    assert list(some_of(task, 10).indices) == list(part.indices)
+    assert list(part.rows) == sorted(set(part.rows)) != list(range(10))
+    assert list(some_of(task, 10).rows) == list(part.rows)
     assert len(some_of(task, 1000)) == 40
 
 

@@ -2,43 +2,36 @@ import json
 import random
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from nanochat.data.chat import as_parts, check_conversation, visible_text
 from nanochat.engine.calculator import calculate
-from tasks import small_world_outside, small_world_words
-from tasks import small_world_text as text
+from tasks import small_world
 from tasks.small_world import EXAMS, SKILLS, Exam, SmallWorld, is_right
-from tasks.small_world_facts import RELATIONS
-from tasks.small_world_words import UNSEEN, sum_key
-from tasks.spelling import split_of
+from tasks.small_world.skills import DECLINED, draw_numbers
+from tasks.small_world.words import ask, template, world
+from tasks.spelling import SPLITS, split_of
 
-SPLITS = ("train", "validation", "test")
-LONG_TABLES = tuple(
-    getattr(small_world_outside, name) for name in ("STORY", "STORY_QUESTIONS", "STUDY", "TEXT_WORK", "ERRANDS")
-)
+FILES = sorted(Path(small_world.__file__).parent.glob("*.json"))
+LONG_TABLES = ("story", "story_questions", "study", "text_work", "errands")
 
 
 def plain(phrasing: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+|\{\w+\}|[+*-]", phrasing.lower()))
 
 
-def phrasings(tree) -> set[str]:
+def texts(tree, split: str = ""):
+    """All texts in a table, each with its split, "" where it has none."""
     if isinstance(tree, dict):
-        return set().union(*map(phrasings, tree.values()))
-    return {plain(phrasing) for phrasing in tree}
-
-
-def trained_phrasings() -> set[str]:
-    relations = [table for r in RELATIONS.values() for table in (r.questions, r.follow_ups)]
-    topics = [topic.questions for table in (text.IDENTITY, text.SMALL_TALK) for topic in table.values()]
-    memories = [table for memory in text.MEMORIES.values() for table in memory[:2]]
-    others = [
-        text.SUMS, text.DIFFERENCES, text.MORE, text.LESS, text.PRODUCTS, text.COUNTS, text.SPELLINGS, text.NAMES,
-        small_world_outside.OUTSIDE, *LONG_TABLES,
-    ]  # fmt: skip
-    return set().union(*map(phrasings, [*relations, *topics, *memories, *others]))
+        for key, branch in tree.items():
+            yield from texts(branch, key if key in SPLITS else split)
+    elif isinstance(tree, list):
+        for item in tree:
+            yield from texts(item, split)
+    elif isinstance(tree, str):
+        yield split, tree
 
 
 def questions(task) -> list[str]:
@@ -48,7 +41,7 @@ def questions(task) -> list[str]:
 # --- conversations -------------------------------------------------------------------------------
 
 
-def test_conversations_are_in_order_and_the_same_everywhere():
+def test_conversations_are_valid_and_the_same_everywhere():
     state = random.getstate()
     first, again = ([SmallWorld(300, "train")[i] for i in order] for order in (range(300), reversed(range(300))))
     assert random.getstate() == state
@@ -62,95 +55,100 @@ def test_conversations_are_in_order_and_the_same_everywhere():
 def test_tool_results_are_the_calculators():
     for conversation in SmallWorld(500, "train"):
         for message in conversation["messages"]:
-            parts = as_parts(message["content"])
-            for call, output in pairwise(parts):
+            for call, output in pairwise(as_parts(message["content"])):
                 if call["type"] == "python":
                     assert output == {"type": "python_output", "text": str(calculate(call["text"]))}
 
 
-def test_only_the_answers_to_what_is_outside_say_that_they_do_not_know():
-    for name, skill in SKILLS.items():
-        for i in range(200):
-            for exchange in skill(random.Random(i), "train"):
-                assert (small_world_outside.DECLINED in visible_text(exchange.answer)) == (name == "outside"), exchange
+@pytest.mark.parametrize("name", SKILLS)
+def test_only_the_answers_to_what_is_outside_say_that_they_do_not_know(name):
+    for i in range(200):
+        for exchange in SKILLS[name](random.Random(i), "train"):
+            assert (DECLINED in visible_text(exchange.answer)) == (name == "outside"), exchange
 
 
 def test_outside_questions_are_long_in_training_only_and_of_every_form():
-    asked = {split: [small_world_outside.ask_outside(random.Random(i), split) for i in range(3000)] for split in SPLITS}
+    asked = {split: [SKILLS["outside"](random.Random(i), split)[0].question for i in range(3000)] for split in SPLITS}
     assert not [question for questions in asked.values() for question in questions if re.search(r"[{}]", question)]
     assert len(set(asked["train"])) > 2900
     long = {split: sum(len(question) > 120 for question in questions) / 3000 for split, questions in asked.items()}
     assert 0.15 < long["train"] < 0.4
     assert long["validation"] < 0.01 > long["test"]
-    beginnings = [re.split(r"\{\w+\}", phrasing)[0].strip() for table in LONG_TABLES for phrasing in table]
+    beginnings = [re.split(r"\{\w+\}", phrasing)[0].strip() for name in LONG_TABLES for phrasing in world()[name]]
     plain_asked = "\n".join(asked["train"]).lower()
     assert all(beginning.lower() in plain_asked for beginning in beginnings if len(beginning) > 2)
 
 
-def test_facts_are_a_few_hundred_and_unique():
-    assert sum(len(relation.facts) for relation in RELATIONS.values()) > 500
-    for name, relation in RELATIONS.items():
-        assert len(relation.questions) >= 8, name
-        assert len(set(map(plain, relation.questions))) == len(relation.questions), name
+# --- tables --------------------------------------------------------------------------------------
 
 
-# --- what is never trained on --------------------------------------------------------------------
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_no_entry_of_a_table_is_given_twice(path):
+    def check(pairs):
+        assert len(dict(pairs)) == len(pairs), pairs
+        return dict(pairs)
+
+    json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=check)
+    assert len(FILES) == 3
+
+
+def test_facts_are_a_few_hundred_and_questions_unique():
+    assert sum(len(relation["facts"]) for relation in world()["relations"].values()) > 500
+    for name, relation in world()["relations"].items():
+        trained = relation["questions"]["train"]
+        assert len(set(map(plain, trained))) == len(trained) >= 8, name
 
 
 def test_no_phrasing_of_validation_or_test_is_trained_on_or_shared():
-    unseen = json.loads(UNSEEN.read_text(encoding="utf-8"))
-    validation, test = phrasings(unseen["validation"]), phrasings(unseen["test"])
-    trained = trained_phrasings()
-    assert not trained & validation
-    assert not trained & test
-    assert not validation & test
+    found = {split: {plain(text) for where, text in texts(world()) if where == split} for split in ("", *SPLITS)}
+    assert not (found["train"] | found[""]) & (found["validation"] | found["test"])
+    assert not found["validation"] & found["test"]
+    assert world()["held_out"] == {template(text) for where, text in texts(world()) if where in ("validation", "test")}
 
 
-def test_no_way_of_asking_politely_leads_to_a_phrasing_that_is_held_out():
-    held_out = small_world_words._held_out()
+def test_no_variation_of_a_phrasing_is_held_out():
+    held_out, politeness = world()["held_out"], world()["politeness"]
     candidates = 0
     for phrasing in ("Spell {w}.", "Add {a} and {b}.", "What are you?", "How are you doing?"):
-        asked = {small_world_words.ask(random.Random(i), phrasing, w="{w}", a="{a}", b="{b}") for i in range(3000)}
+        asked = {ask(random.Random(i), phrasing, w="{w}", a="{a}", b="{b}") for i in range(3000)}
         assert len(asked) > 20
-        assert not {small_world_words._template(question) for question in asked} & held_out
-        candidates += any(small_world_words._template(form.format(p=phrasing[0].lower() + phrasing[1:-1])) in held_out
-                          for form in text.REQUESTS + text.INQUIRIES)  # fmt: skip
-    assert candidates >= 3  # so that the guard was needed
+        assert not {template(question) for question in asked} & held_out
+        forms = [form.format(p=phrasing[0].lower() + phrasing[1:-1]) for _, form in texts(politeness) if "{p}" in form]
+        candidates += any(template(form) in held_out for form in forms)
+    assert candidates >= 3, "the guard was needed"
 
 
-def test_every_relation_and_topic_has_phrasings_of_its_own_in_each_split():
-    unseen = json.loads(UNSEEN.read_text(encoding="utf-8"))
-    tables = {
-        "relations": RELATIONS, "identity": text.IDENTITY, "small_talk": text.SMALL_TALK, "memories": text.MEMORIES
-    }  # fmt: skip
-    for split in ("validation", "test"):
-        for kind, table in tables.items():
-            assert unseen[split][kind].keys() == table.keys()
+def test_every_relation_topic_and_memory_has_phrasings_of_its_own_in_each_split():
+    for kind in ("relations", "identity", "small_talk", "memories"):
+        for name, table in world()[kind].items():
+            assert tuple(table["questions"]) == SPLITS, name
+            assert all(table["questions"].values()), name
+
+
+# --- splits --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_sums_and_words_belong_to_their_split(split):
-    for subject, pattern in (("sums", r"\d+[+-]\d+"), ("letters", r'(?<=")\w+(?="\.)')):
-        for i in range(200):
+    for i in range(200):
+        for subject, pattern in (("sums", r"(\d+)([+-])(\d+)"), ("letters", r'"(\w+)"\.count.*')):
             for exchange in SKILLS[subject](random.Random(i), split):
                 [call] = [part["text"] for part in exchange.answer if part["type"] == "python"]
-                [key] = re.findall(pattern, call)
-                if subject == "sums":
-                    a, sign, b = re.fullmatch(r"(\d+)([+-])(\d+)", key).groups()
-                    key = sum_key(int(a), int(b), sign)
-                assert split_of(key) == split
+                key = re.fullmatch(pattern, call).groups()
+                if "+" in key:
+                    key = (min(key[::2], key=int), "+", max(key[::2], key=int))  # 5 + 3 belongs with 3 + 5
+                assert split_of("".join(key)) == split
 
 
-def test_a_sum_belongs_with_the_one_of_the_other_order():
-    assert sum_key(5, 3, "+") == sum_key(3, 5, "+")
-    assert sum_key(5, 3, "-") != sum_key(3, 5, "-")
+def test_a_given_first_number_is_kept():
+    assert {draw_numbers(random.Random(i), "test", "+", 7)[0] for i in range(20)} == {7}
 
 
 def test_exams_of_the_test_split_ask_nothing_that_is_trained_on():
     trained = set(map(plain, questions(SmallWorld(5000, "train"))))
     for subject in ("sums", "letters", "facts", "identity", "outside"):
         asked = [plain(conversation["messages"][-2]["content"]) for conversation in Exam(subject, "test")]
-        # only what follows on a sum, such as "+ 5", may be short enough to be said again
+        # only a short continuation of a sum, such as "+ 5", may occur in both
         assert sum(question in trained for question in asked) <= 0.01 * len(asked), subject
 
 
@@ -172,25 +170,27 @@ def test_exams_accept_their_own_answers_and_no_others(subject, split):
 
 def test_choices_offer_the_right_answer_once():
     exam = Exam("choice_letters", "test")
-    assert exam.kind == "categorical"
+    assert (exam.kind, exam.baseline) == ("categorical", 0.25)
     rights = [conversation["messages"][-1]["content"] for conversation in exam]
     assert all(right in exam.letters(conversation) for right, conversation in zip(rights, exam, strict=True))
     assert all(rights.count(letter) > 0.15 * len(rights) for letter in "ABC")
 
 
-def test_judges_by_kind():
-    assert is_right({"number": 42}, "That is 42.")
-    assert not is_right({"number": 42}, "42 and 3 is 45.")
-    assert is_right({"words": ["New Delhi"], "never": ["Paris"]}, "It is new delhi!")
-    assert not is_right({"words": ["Paris"], "never": ["Rome"]}, "It is Paris or Rome.")
-    assert not is_right({"words": ["ice"]}, "It is nice.")
-    assert is_right({"words": ["program|language model", "small"]}, "I am a small language model.")
-    assert is_right({"only": "Paris"}, "paris.")
-    assert not is_right({"only": "Paris"}, "It is Paris.")
-    assert is_right({"spelled": "cat"}, "It is spelled c a t.")
-    assert not is_right({"spelled": "cat"}, "It is spelled s c a t.")
-    assert not is_right({"spelled": "cat"}, "It is spelled c a t s.")
-    assert is_right({"declined": True}, "Sorry, I don't know.")
-    assert is_right({"declined": False}, "It is Paris.")
-    tool = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, {"type": "text", "text": "Yes."}]
-    assert not is_right({"number": 2}, tool)
+@pytest.mark.parametrize(
+    ("judge", "answer", "right"),
+    [
+        ({"number": 42}, "That is 42.", True), ({"number": 42}, "42 and 3 is 45.", False),
+        ({"words": ["New Delhi"], "never": ["Paris"]}, "It is new delhi!", True),
+        ({"words": ["Paris"], "never": ["Rome"]}, "It is Paris or Rome.", False),
+        ({"words": ["ice"]}, "It is nice.", False),
+        ({"words": ["program|language model", "small"]}, "I am a small language model.", True),
+        ({"only": "Paris"}, "paris.", True), ({"only": "Paris"}, "It is Paris.", False),
+        ({"spelled": "cat"}, "It is c a t.", True), ({"spelled": "cat"}, "It is s c a t.", False),
+        ({"spelled": "cat"}, "It is spelled c a t s.", False),
+        ({"declined": True}, "Sorry, I don't know.", True), ({"declined": False}, "It is Paris.", True),
+        ({"declined": True}, "It is Paris.", False), ({"declined": False}, "I don't know that.", False),
+        ({"number": 2}, [{"type": "python_output", "text": "2"}, {"type": "text", "text": "Yes."}], False),
+    ],
+)  # fmt: skip
+def test_judges_by_kind(judge, answer, right):
+    assert is_right(judge, answer) == right

@@ -1,9 +1,11 @@
 import json
 import logging
 import os
+import string
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_fixtures import refuse_network
@@ -14,17 +16,7 @@ from nanochat.common import UserError
 from nanochat.data.chat import check_conversation, visible_text
 from nanochat.engine.calculator import calculate
 from tasks import spelling
-from tasks.spelling import (
-    COUNT_QUESTIONS,
-    OWN_WORDS,
-    SPELL_QUESTIONS,
-    SPLITS,
-    LetterCounting,
-    Spelling,
-    counting_answer,
-    split_of,
-    words_of,
-)
+from tasks.spelling import OWN_WORDS, SPLITS, LetterCounting, Spelling, counting_answer, split_of, words_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,11 +39,8 @@ def word_of(conversation) -> str:
 
 
 def test_every_word_belongs_to_one_split_for_good(base_folder):
-    words = {split: set(words_of(split, str(OWN_WORDS), base_folder)) for split in SPLITS}
-    assert not words["train"] & words["test"]
-    assert not words["train"] & words["validation"]
-    assert not words["validation"] & words["test"]
-    assert set.union(*words.values()) == set(OWN_WORDS.read_text().split())
+    words = {split: words_of(split, str(OWN_WORDS), base_folder) for split in SPLITS}
+    assert sorted(word for split in SPLITS for word in words[split]) == OWN_WORDS.read_text().split()
     assert len(words["train"]) > 6 * len(words["test"]) > 300
     assert [split_of(word) for word in ("apple", "strawberry", "mississippi")] == ["train"] * 3
 
@@ -98,18 +87,9 @@ def test_a_named_address_without_an_answer_is_an_error(monkeypatch, base_folder)
 def test_what_is_fetched_is_checked_and_kept(monkeypatch, base_folder):
     import requests
 
-    class Response:
-        def raise_for_status(self):
-            pass
-
     pages = iter(["<html>Sign in</html>", OWN_WORDS.read_text() + "zyzzyva\n"])
-
-    def get(url, timeout):
-        response = Response()
-        response.text = next(pages)
-        return response
-
-    monkeypatch.setattr(requests, "get", get)
+    respond = lambda url, timeout: SimpleNamespace(text=next(pages), raise_for_status=lambda: None)  # noqa: E731
+    monkeypatch.setattr(requests, "get", respond)
     url = "http://somewhere/words.txt"
     assert sum(len(words_of(split, url, base_folder)) for split in SPLITS) == 1 + len(OWN_WORDS.read_text().split())
     assert len(list(base_folder.glob("*.txt"))) == 1
@@ -120,10 +100,7 @@ def test_what_is_fetched_is_checked_and_kept(monkeypatch, base_folder):
 
 def test_the_answer_spells_counts_and_calls_the_tool():
     assert counting_answer("strawberry", "r") == [
-        {
-            "type": "text",
-            "text": "Spelled out: s t r(1) a w b e r(2) r(3) y\nThat makes 3. Python counts ",
-        },
+        {"type": "text", "text": "Spelled out: s t r(1) a w b e r(2) r(3) y\nThat makes 3. Python counts "},
         {"type": "python", "text": "'strawberry'.count('r')"},
         {"type": "python_output", "text": "3"},
         {"type": "text", "text": "3, so the letter r is in strawberry 3 times.\n\n#### 3"},
@@ -143,24 +120,18 @@ def test_the_count_is_pythons_for_every_word_and_letter(word, letter):
 def test_a_generated_task_is_the_same_everywhere_and_reads_no_global_state():
     first = [LetterCounting(20, "train")[i] for i in range(20)]
     assert first == list(LetterCounting(500, "train")[:20])
-    code = (
-        "import json; from tasks.spelling import LetterCounting; print(json.dumps(list(LetterCounting(20, 'train'))))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONHASHSEED": "5"},
-        capture_output=True,
-        check=True,
-    )
+    code = "import json; from tasks.spelling import LetterCounting as T; print(json.dumps(list(T(20, 'train'))))"
+    environment = os.environ | {"PYTHONHASHSEED": "5"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
     assert json.loads(done.stdout) == first
 
 
-def test_questions_stay_within_the_words_of_their_split():
-    for split in SPLITS:
-        task = LetterCounting(300, split)
-        assert {split_of(word_of(conversation)) for conversation in task} == {split}
-        assert task.purpose == split
+@pytest.mark.parametrize("split", SPLITS)
+def test_questions_stay_within_the_words_of_their_split(split):
+    task = LetterCounting(300, split)
+    assert {split_of(word_of(conversation)) for conversation in task} == {split}
+    assert task.purpose == split
 
 
 def test_questions_are_varied_and_in_order():
@@ -173,8 +144,8 @@ def test_questions_are_varied_and_in_order():
     assert 50 < counts.count("0") < 200
     assert counts.count("1") < 700
     assert sum(int(count) > 1 for count in counts) > 250
-    assert len(COUNT_QUESTIONS) >= 30
-    assert len(SPELL_QUESTIONS) >= 20
+    assert len(spelling.QUESTIONS["counting"]) >= 30
+    assert len(spelling.QUESTIONS["spelling"]) >= 20
 
 
 def test_counts_are_judged_by_value_with_a_strict_score():
@@ -212,9 +183,9 @@ def test_every_letter_of_a_spelling_is_a_token_that_all_words_share():
     """With a vocabulary that knows the letters behind blanks, which any trained on much text does."""
     from nanochat.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 
-    texts = [" ".join(spelling.ALPHABET) + " the of strawberry (1)(2)\n"] * 30
+    texts = [" ".join(string.ascii_lowercase) + " the of strawberry (1)(2)\n"] * 30
     tokenizer = Tokenizer.train(texts, MIN_VOCAB_SIZE + 60)
-    ids = {letter: tokenizer.encode(f" {letter}") for letter in spelling.ALPHABET}
+    ids = {letter: tokenizer.encode(f" {letter}") for letter in string.ascii_lowercase}
     assert all(len(letter_ids) == 1 for letter_ids in list(ids.values())[1:])
     word, letter = "strawberry", "r"
     line = counting_answer(word, letter)[0]["text"].split("\n")[0]
