@@ -53,7 +53,7 @@ def test_no_two_files_of_the_library_import_each_other():
 
 
 def test_tasks_and_scripts_import_no_script():
-    for path in [*(ROOT / "tasks").glob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+    for path in [*(ROOT / "tasks").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
         assert not imports_of(path, "scripts"), path.name
 
 
