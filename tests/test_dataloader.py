@@ -58,7 +58,6 @@ def small_reads(monkeypatch):
     monkeypatch.setattr(dataloader, "BUFFER_DOCS", 3)
     monkeypatch.setattr(dataloader, "DOCS_PER_READ", 7)
     monkeypatch.setattr(dataloader, "READS_AHEAD", 2)
-    monkeypatch.setattr(dataloader, "POLL_SECONDS", 0.005)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +69,7 @@ def no_thread_survives():
 
 def wait_for_reader_threads(seconds=5.0):
     deadline = time.monotonic() + seconds
-    while any(thread.name == "text reader" for thread in threading.enumerate()):
+    while any(thread.name.startswith("text reader") for thread in threading.enumerate()):
         assert time.monotonic() < deadline, "a reader thread is still alive"
         time.sleep(0.01)
 
