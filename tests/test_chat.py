@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from nanochat.common import UserError
 from nanochat.data.chat import (
     ReplyReader,
-    StreamDecoder,
     as_parts,
     check_conversation,
     render,
@@ -158,20 +157,20 @@ def test_what_is_no_conversation_is_refused_by_name(conversation, fault):
 def test_streamed_text_joined_is_the_whole_text(tokenizer, text, rng):
     text = text.encode("utf-8", "ignore").decode() + "👩‍👩‍👧 東京 é" * rng.randrange(2)
     ids = tokenizer.encode(text)
-    decoder, pieces = StreamDecoder(tokenizer), []
+    reader, deltas = ReplyReader(tokenizer), []
     while ids:
         count = rng.randrange(1, 4)
-        pieces.append(decoder.add(ids[:count]))
+        deltas += reader.add(ids[:count])
         ids = ids[count:]
-    assert all("\ufffd" not in piece for piece in pieces if "\ufffd" not in text)
-    assert "".join(pieces) + decoder.finish() == text
+    assert all("\ufffd" not in delta.text for delta in deltas if "\ufffd" not in text)
+    assert "".join(delta.text for delta in [*deltas, *reader.finish()]) == text
 
 
 def test_bytes_that_no_token_can_make_whole_become_replacement_characters(tokenizer):
     ids = [next(i for i in range(256) if tokenizer.decode_bytes([i]) == bytes([byte])) for byte in (0xE6, 0x41, 0xF0)]
-    decoder = StreamDecoder(tokenizer)
-    assert [decoder.add([i]) for i in ids] == ["", "\ufffdA", ""]
-    assert decoder.finish() == "\ufffd"
+    reader = ReplyReader(tokenizer)
+    assert [reader.add([i]) for i in ids] == [[], [("text", "\ufffdA")], []]
+    assert reader.finish() == [("text", "\ufffd")]
 
 
 def test_a_reply_is_read_back_into_its_parts(tokenizer):
