@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 
 from nanochat.common import UserError
 from nanochat.data import dataloader
-from nanochat.data.dataloader import Packer, TextLoader
+from nanochat.data.dataloader import Stream, TextLoader
 from nanochat.model.loss import IGNORE_INDEX
 
 T = 16
@@ -175,7 +175,7 @@ document_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
 @given(document_lengths, st.integers(2, 20))
 def test_packing_follows_the_rule_in_words(lengths, row_tokens):
-    packer, starts = Packer(row_tokens, bos_id=0), np.cumsum([1, *lengths])
+    packer, starts = Stream(row_tokens, bos_id=0), np.cumsum([1, *lengths])
     for start, length in zip(starts, lengths, strict=False):
         packer.add(np.arange(start, start + length, dtype=np.int32))
     for pieces in reference_rows(lengths, row_tokens):
@@ -186,7 +186,7 @@ def test_packing_follows_the_rule_in_words(lengths, row_tokens):
 
 @given(document_lengths, document_lengths, st.integers(2, 20))
 def test_packing_loses_nothing_and_fills_rows_while_documents_last(lengths, later_lengths, row_tokens):
-    packer, starts, rows = Packer(row_tokens, bos_id=0), np.cumsum([1, *lengths, *later_lengths]), []
+    packer, starts, rows = Stream(row_tokens, bos_id=0), np.cumsum([1, *lengths, *later_lengths]), []
     for i, length in enumerate(lengths + later_lengths):
         packer.add(np.arange(starts[i], starts[i] + length, dtype=np.int32))
         assert packer.num_tokens == sum(len(document) + 1 for document in packer.documents)
@@ -203,7 +203,7 @@ def test_packing_loses_nothing_and_fills_rows_while_documents_last(lengths, late
 
 
 def test_a_long_document_is_cut_into_rows_without_being_copied_again():
-    packer, document = Packer(T, bos_id=0), np.arange(1, 10**6, dtype=np.int32)
+    packer, document = Stream(T, bos_id=0), np.arange(1, 10**6, dtype=np.int32)
     packer.add(document)
     packer.next_row()
     assert np.shares_memory(packer.documents[0], document)

@@ -7,14 +7,10 @@ answer fits; both are counted. So every supervised token that fits the context i
 no token of a user, a system message or a tool's output ever is. Mid-training and finetuning share this.
 
 All conversations are measured once, before the first step; the ranks share the work. From the lengths every process
-computes the same rows, so the number of steps of an epoch is known, and a position in the data is one number:
-
-    rows      r0 r1 r2 ...        packed once; every epoch goes through all of them in an order of its own
-    ranks     r_n -> rank n mod world size               (counted over the whole run, all epochs)
-
-So every world size gives the same global batches, and a resumed run continues with the very next row.
-Conversations are rendered again when their row is due: memory holds the lengths, not the tokens.
-
+computes the same rows, so the number of steps of an epoch is known, and a position in the data is one number. Every
+epoch goes through all rows in an order of its own, and row n of the whole run belongs to rank n mod world size: every
+world size gives the same global batches, and a resumed run continues with the very next row. Conversations are
+rendered again when their row is due: memory holds the lengths, not the tokens.
 Not here: the packer of pretraining (`dataloader.py`), which cuts documents so that every row is full.
 """
 
@@ -166,17 +162,9 @@ class ChatLoader:
     """
 
     def __init__(
-        self,
-        packed: Rows,
-        batch_size: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        epochs: int | None = None,
-        step_rows: int = 1,
-        seed: int = 0,
-    ):
+        self, packed: Rows, batch_size: int, *, rank: int = 0, world_size: int = 1,
+        device: torch.device | str = "cpu", epochs: int | None = None, step_rows: int = 1, seed: int = 0,
+    ):  # fmt: skip
         assert batch_size >= 1, batch_size
         self.packed, self.batch_size, self.seed = packed, batch_size, seed
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)

@@ -2,22 +2,17 @@
 
 Every row starts with BOS and is full. Of the documents at hand, the largest that still fits is taken (best fit); when
 none fits, the longest is cut and its rest becomes a document of its own, so no token is ever dropped. A row has
-T + 1 tokens: inputs and next-token targets overlap by T, and each token except the BOS at the start of the row is a
-target exactly once.
+T + 1 tokens: inputs and next-token targets overlap by T, and each token except a row's first is a target exactly once.
 
-The batches of the whole run do not depend on the number of processes. Documents are dealt in turn to `NUM_STREAMS`
-streams, and each stream is packed on its own. Row n of the run comes from stream n mod NUM_STREAMS and belongs to
-rank n mod world size:
+Batches do not depend on the number of processes. Documents are dealt in turn to `NUM_STREAMS` streams, each packed on
+its own; row n of the run comes from stream n mod NUM_STREAMS and belongs to rank n mod world size:
 
     documents  d0 d1 d2 ...          d_n -> stream n mod 8      (counted over the whole run, all epochs)
     rows       r0 r1 r2 ...          r_n <- stream n mod 8      (4 ranks: rank 1 packs streams 1 and 5)
 
-So every world size that divides `NUM_STREAMS` gives the same global batches, and a run resumed at another world size
-continues with the very next row. The state is the tokens each stream has in hand and where it continues reading.
-
-At the end of the last epoch the streams run dry one after another and are skipped from then on, so ranks may end
-some batches apart.
-
+So every world size that divides `NUM_STREAMS` gives the same global batches, and a run resumed at another one
+continues with the very next row. At the end of the last epoch the streams run dry one after another and are skipped
+from then on, so ranks may end some batches apart.
 Not here: reading files (`dataset.py`).
 """
 
@@ -25,7 +20,7 @@ import bisect
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -80,11 +75,14 @@ def make_batch(tokens: np.ndarray, counts: np.ndarray, device: torch.device, epo
     return Batch(send(tokens[:, :-1]), send(targets), int(counts[:, 1:].sum()), epoch)
 
 
-class Packer:
-    """Best-fit packing of documents into rows of `row_tokens` tokens, with `bos_id` in front of each document.
+class Stream:
+    """The documents one stream has in hand, packed by best fit into rows of `row_tokens` tokens, with `bos_id` in
+    front of each document. Documents are token arrays without BOS.
 
-    documents: token arrays without BOS, by length, equal ones oldest first.
+    documents: those to choose from, by length, equal ones oldest first.
     num_tokens: what they take up in rows, BOS included.
+    waiting: documents that are not yet among them; ready: rows packed but not consumed.
+    place: where reading continues.
     """
 
     def __init__(self, row_tokens: int, bos_id: int):
@@ -92,13 +90,26 @@ class Packer:
         self.row_tokens, self.bos_id = row_tokens, bos_id
         self.documents: list[np.ndarray] = []
         self.num_tokens = 0
+        self.waiting: deque[np.ndarray] = deque()
+        self.ready: deque[np.ndarray] = deque()
+        self.place = Place()
 
     def add(self, document: np.ndarray) -> None:
         bisect.insort(self.documents, document, key=len)
         self.num_tokens += 1 + len(document)
 
+    def fill(self) -> bool:
+        """Add waiting documents until there are enough to choose from; False when it takes more than there are."""
+        while len(self.documents) < BUFFER_DOCS or self.num_tokens < self.row_tokens:
+            if not self.waiting:
+                return False
+            self.add(self.waiting.popleft())
+        return True
+
     def next_row(self) -> np.ndarray:
         """One row, int32; shorter than `row_tokens` only when the documents ran out. There must be one at least."""
+        if self.ready:
+            return self.ready.popleft()
         row, end = np.full(self.row_tokens, self.bos_id, dtype=np.int32), 0
         while end < self.row_tokens and self.documents:
             part = self._take(self.row_tokens - end - 1, starts_row=end == 0)
@@ -122,26 +133,6 @@ class Packer:
         return document
 
 
-@dataclass
-class Stream:
-    """The documents and rows one stream has in hand. `waiting` are documents not yet offered to the packer, `ready`
-    rows that were packed but not consumed; reading continues at `place`."""
-
-    packer: Packer
-    place: Place = field(default_factory=Place)
-    waiting: deque[np.ndarray] = field(default_factory=deque)
-    ready: deque[np.ndarray] = field(default_factory=deque)
-
-    def fill(self) -> bool:
-        """Offer waiting documents to the packer until it has enough; False when it needs more than there are."""
-        packer = self.packer
-        while len(packer.documents) < BUFFER_DOCS or packer.num_tokens < packer.row_tokens:
-            if not self.waiting:
-                return False
-            packer.add(self.waiting.popleft())
-        return True
-
-
 class TextLoader:
     """Iterator of `Batch` for one rank over the documents of parquet shards; see the module's header.
 
@@ -150,17 +141,9 @@ class TextLoader:
     """
 
     def __init__(
-        self,
-        tokenizer,
-        paths: Sequence[Path],
-        batch_size: int,
-        sequence_len: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        epochs: int | None = None,
-    ):
+        self, tokenizer, paths: Sequence[Path], batch_size: int, sequence_len: int, *,
+        rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu", epochs: int | None = None,
+    ):  # fmt: skip
         assert batch_size >= 1, batch_size
         self.tokenizer, self.paths, self.epochs = tokenizer, list(paths), epochs
         self.batch_size, self.sequence_len = batch_size, sequence_len
@@ -203,8 +186,8 @@ class TextLoader:
     # --- rows ---
 
     def _new_streams(self) -> dict[int, Stream]:
-        row_tokens, bos_id = self.sequence_len + 1, self.tokenizer.bos_id
-        return {s: Stream(Packer(row_tokens, bos_id)) for s in range(self.rank, self.num_streams, self.world_size)}
+        own = range(self.rank, self.num_streams, self.world_size)
+        return {number: Stream(self.sequence_len + 1, self.tokenizer.bos_id) for number in own}
 
     def _rows(self) -> Iterator[tuple[int, np.ndarray]]:
         """The next rows of this rank with their numbers, in order; ends when all streams are dry."""
@@ -214,11 +197,10 @@ class TextLoader:
             if not stream.ready:
                 self._read_for(stream)
             self.row += self.world_size
-            if stream.ready or stream.packer.documents:
+            num_dry += 1
+            if stream.ready or stream.documents:
                 num_dry = 0
-                yield number, stream.ready.popleft() if stream.ready else stream.packer.next_row()
-            else:
-                num_dry += 1
+                yield number, stream.next_row()
 
     def _read_for(self, stream: Stream) -> None:
         """Give `stream` documents to choose from: as many as its buffer holds, or all that are left."""
@@ -230,11 +212,12 @@ class TextLoader:
             dealt = self._reader.next()
             if dealt is None:
                 return
-            for number, documents in dealt.documents.items():
+            place, next_place, documents = dealt
+            for number, dealt_documents in documents.items():
                 receiver = self.streams[number]
-                if dealt.place >= receiver.place:  # after a resume, streams may have read unequally far
-                    receiver.waiting.extend(documents)
-                    receiver.place = dealt.next_place
+                if place >= receiver.place:  # after a resume, streams may have read unequally far
+                    receiver.waiting.extend(dealt_documents)
+                    receiver.place = next_place
 
     def _send(self, rows: list[tuple[int, np.ndarray]]) -> Batch:
         shape = (self.batch_size, self.sequence_len + 1)
@@ -254,8 +237,7 @@ class TextLoader:
                  "sequence_len": torch.tensor(self.sequence_len)}  # fmt: skip
         for number, stream in self.streams.items():
             given_back = [row for n, row in unused if n % self.num_streams == number]
-            held = {"ready": given_back + list(stream.ready), "buffer": stream.packer.documents,
-                    "waiting": list(stream.waiting)}  # fmt: skip
+            held = {"ready": [*given_back, *stream.ready], "buffer": stream.documents, "waiting": stream.waiting}
             state[f"{number}.place"] = torch.tensor(stream.place)
             for name, arrays in held.items():
                 state[f"{number}.{name}.tokens"] = torch.from_numpy(np.concatenate([np.empty(0, np.int32), *arrays]))
@@ -293,7 +275,7 @@ class TextLoader:
             stream.ready.extend(_split(merged, f"{number}.ready"))
             stream.waiting.extend(_split(merged, f"{number}.waiting"))
             for document in _split(merged, f"{number}.buffer"):
-                stream.packer.add(document)
+                stream.add(document)
 
 
 def _split(state: dict[str, Tensor], name: str) -> list[np.ndarray]:
@@ -304,12 +286,8 @@ def _split(state: dict[str, Tensor], name: str) -> list[np.ndarray]:
 # --- reading ahead -------------------------------------------------------------------------------
 
 
-class _Dealt(NamedTuple):
-    """Tokenized documents by stream, of those read from `place` to `next_place`."""
-
-    place: Place
-    next_place: Place
-    documents: dict[int, list[np.ndarray]]
+# Tokenized documents by stream, and the places that reading them began and ended at.
+Dealt = tuple[Place, Place, dict[int, list[np.ndarray]]]
 
 
 class _Reader:
@@ -319,11 +297,11 @@ class _Reader:
     daemon: one that is inside the encoder when Python shuts down would take the process down with it.
     """
 
-    def __init__(self, work: Iterator[_Dealt]):
+    def __init__(self, work: Iterator[Dealt]):
         self._work, self._pool = work, ThreadPoolExecutor(1, "text reader")
         self._ahead: deque[Future] = deque(self._pool.submit(next, work, None) for _ in range(READS_AHEAD))
 
-    def next(self) -> _Dealt | None:
+    def next(self) -> Dealt | None:
         """The next item, or None at the end. Raises what the thread raised, each time it is asked."""
         oldest = self._ahead[0]
         if oldest.exception() is None and oldest.result() is not None:
@@ -337,7 +315,7 @@ class _Reader:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _deal(tokenizer, paths, start: Place, epochs: int | None, num_streams: int, own) -> Iterator[_Dealt]:
+def _deal(tokenizer, paths, start: Place, epochs: int | None, num_streams: int, own) -> Iterator[Dealt]:
     """Read the shards over and over from `start` on, tokenize the documents of the `own` streams, deal them out."""
     epoch, shard, row_group, first, number = start
     while epochs is None or epoch < epochs:
@@ -347,7 +325,7 @@ def _deal(tokenizer, paths, start: Place, epochs: int | None, num_streams: int, 
                 piece = texts[offset : offset + DOCS_PER_READ]
                 place, number = Place(epoch, *position, offset, number), number + len(piece)
                 next_place = Place(epoch, *position, offset + len(piece), number)
-                yield _Dealt(place, next_place, _tokenize(tokenizer, piece, place.number, num_streams, own))
+                yield place, next_place, _tokenize(tokenizer, piece, place.number, num_streams, own)
             first = 0
         if is_whole_epoch and number == number_before:
             raise UserError(f"the shards of {Path(paths[0]).parent} hold no documents" if paths else "no shards given")

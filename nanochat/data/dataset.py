@@ -108,8 +108,7 @@ def document_batches(
         with _open_shard(paths[shard]) as parquet:
             first = start[1] if shard == start[0] else 0
             for row_group in range(first, parquet.num_row_groups):
-                with _shard_errors(paths[shard]):
-                    texts = _non_empty(parquet.read_row_group(row_group, columns=["text"]).column("text"))
+                texts = _non_empty(parquet.read_row_group(row_group, columns=["text"]).column("text"))
                 if len(texts):
                     yield Position(shard, row_group), texts
 
@@ -121,10 +120,13 @@ def _non_empty(column: pa.ChunkedArray) -> pa.StringArray:
 
 
 @contextmanager
-def _shard_errors(path: Path) -> Iterator[None]:
+def _open_shard(path: Path) -> Iterator[pq.ParquetFile]:
+    """The opened shard. Raises `UserError` when it is missing, cannot be read, or has no `text` column of strings."""
     command = "run python -m nanochat.data.dataset again"
     try:
-        yield
+        with pq.ParquetFile(path) as parquet:
+            _check_columns(parquet, str(path))
+            yield parquet
     except FileNotFoundError as error:
         raise UserError(f"the shard {path} is missing; {command}") from error
     except (pa.ArrowException, OSError) as error:
@@ -132,14 +134,6 @@ def _shard_errors(path: Path) -> Iterator[None]:
         raise UserError(
             f"the shard {path} cannot be read ({reason}); if it is damaged, delete it and {command}"
         ) from error
-
-
-def _open_shard(path: Path) -> pq.ParquetFile:
-    """The opened shard. Raises `UserError` when it is missing, unreadable, or has no `text` column of strings."""
-    with _shard_errors(path):
-        parquet = pq.ParquetFile(path)
-    _check_columns(parquet, str(path))
-    return parquet
 
 
 def _check_columns(parquet: pq.ParquetFile, name: str) -> None:
@@ -152,13 +146,15 @@ def _check_columns(parquet: pq.ParquetFile, name: str) -> None:
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    """Parquet files at any depth below `folder`, hidden ones left out, in natural order (2 before 10)."""
-    found = [path.relative_to(folder) for path in folder.rglob("*.parquet")]
-    return [
-        folder / path
-        for path in sorted(found, key=lambda path: natural_key(path.as_posix()))
-        if not any(part.startswith(".") for part in path.parts)
-    ]
+    """Parquet files at any depth below `folder`, in natural order (2 before 10)."""
+    found = _visible_files(folder, "*.parquet")
+    return sorted(found, key=lambda path: natural_key(path.relative_to(folder).as_posix()))
+
+
+def _visible_files(folder: Path, pattern: str) -> list[Path]:
+    """Files at any depth below `folder`, sorted; hidden ones, and those in hidden folders, are left out."""
+    found = [path.relative_to(folder) for path in sorted(folder.rglob(pattern)) if path.is_file()]
+    return [folder / path for path in found if not any(part.startswith(".") for part in path.parts)]
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
@@ -236,7 +232,8 @@ def prepare(data: str, num_train: int, *, workers: int = 8) -> Path:
     folder, path = data_dir(data), Path(data).expanduser()
     if folder == path:
         for shard in _parquet_files(folder):
-            _open_shard(shard).close()
+            with _open_shard(shard):
+                pass
         return folder
     with _only_one_process(folder):
         if data == LOCAL_TEXT:
@@ -337,14 +334,8 @@ def _only_one_process(folder: Path) -> Iterator[None]:
 
 def _source_files(path: Path) -> list[Path]:
     """The file itself, or every file below the folder that can be made into shards, hidden ones left out."""
-    found = [path] if path.is_file() else sorted(path.rglob("*"))
-    files = [
-        file
-        for file in found
-        if file.name.endswith(SUFFIXES)
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+    found = [path] if path.is_file() else _visible_files(path, "*")
+    files = [file for file in found if file.name.endswith(SUFFIXES)]
     if not files:
         raise UserError(f"{path} has no {', '.join(SUFFIXES)} file; give --data another folder or a hub repository")
     return files
@@ -398,20 +389,15 @@ def _convert(data: str, version: str, get_sources: Callable[[], list[Source]], f
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fetch or convert pretraining text; the last shard is for validation.")
     parser.add_argument(
-        "-n",
-        "--num-train",
-        type=int,
-        default=DEFAULT_TRAIN_SHARDS,
-        metavar="N",
+        "-n", "--num-train", type=int, default=DEFAULT_TRAIN_SHARDS, metavar="N",
         help="train shards to fetch from a hub repository, -1 for all (default: %(default)s); the "
         "validation shard always comes with them, local text is always taken whole",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--data",
-        default=DEFAULT_DATA,
+        "--data", default=DEFAULT_DATA,
         help="hub repository owner/name or owner/name/folder, a local folder or file of parquet, jsonl "
         "or text, or 'local' for documentation found on this machine (default: %(default)s)",
-    )
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=8, help="files fetched at a time (default: %(default)s)")
     return parser.parse_args()
 

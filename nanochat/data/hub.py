@@ -36,15 +36,18 @@ PIECE_BYTES = 1 << 20  # a broken connection loses at most this much of what had
 T = TypeVar("T")
 
 
+@dataclass(eq=False)
 class TransferError(Exception):
     """A request failed or its answer is not usable. `is_final`: asking again is useless; `is_unreachable`: nobody
     answered at all; `asked_seconds`: how long the server asked to wait."""
 
-    def __init__(
-        self, reason: str, *, is_final: bool = False, is_unreachable: bool = False, asked_seconds: float = 0.0
-    ) -> None:
-        super().__init__(reason)
-        self.is_final, self.is_unreachable, self.asked_seconds = is_final, is_unreachable, asked_seconds
+    reason: str
+    is_final: bool = False
+    is_unreachable: bool = False
+    asked_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def _check_answer(response: Any) -> None:
         remedy = "; it is private or gated: ask for access on its page and set HF_TOKEN" if status in (401, 403) else ""
         pauses = [headers.get("Retry-After", "")]
         if status == 429:
-            pauses += re.findall(r"\bt=(\d+)", headers.get("RateLimit", ""))  # seconds until requests count anew
+            pauses += re.findall(r"\bt=(\d+)", headers.get("RateLimit", ""))  # seconds until the hub counts anew
         raise TransferError(
             f"HTTP status {status}{remedy}",
             is_final=status < 500 and status not in RETRY_STATUSES,
@@ -225,21 +228,17 @@ def fetch_files(
     from tqdm import tqdm
 
     repo, _ = split_repository(data)
+    stop = threading.Event()
     bar = tqdm(
         desc=f"{len(files)} files", total=sum(file.size for file in files),
         initial=sum(size_of(partial_path(folder / file.name)) for file in files), unit="B", unit_scale=True,
         unit_divisor=1024, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15.0,
     )  # fmt: skip
-    bar_lock, stop = threading.Lock(), threading.Event()
-
-    def on_bytes(num_bytes: int) -> None:
-        with bar_lock:
-            bar.update(num_bytes)
 
     def fetch(file: HubFile) -> None:
         url = hf_hub_url(repo, file.name, repo_type="dataset", revision=revision, endpoint=endpoint())
         path = folder / file.name
-        request = partial(_fetch_once, url, path, file, check, on_bytes, stop)
+        request = partial(_fetch_once, url, path, file, check, bar.update, stop)
         _persist(request, stop, lambda: size_of(partial_path(path)))
 
     failed = {file.name: "not tried to the end" for file in files}

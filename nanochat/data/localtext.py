@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,7 +69,7 @@ class Source:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The documents of one file: those of a jsonl file's `text` fields, or a text file's, cut where it is long.
+    """The documents of one file: the `text` fields of a jsonl file, or a text file cut into pieces where it is long.
 
     Raises `UserError` with file and line when something is malformed, or the file cannot be read.
     """
@@ -87,10 +87,8 @@ def read_texts(path: Path) -> Iterator[str]:
 def _read_jsonl(path: Path) -> Iterator[str]:
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
             try:
-                text = json.loads(line)["text"]
+                text = json.loads(line)["text"] if line.strip() else None
                 if text is not None:
                     text.encode()  # a lone surrogate (half of an escaped emoji) cannot be stored
                     yield text
@@ -161,11 +159,9 @@ def _choose_val_sources(sources: Sequence[Source], target: int, rng: random.Rand
     chosen: set[str] = set()
     size = 0
     for source in rng.sample(sources, len(sources)):
-        if size + source.num_bytes <= 1.5 * target:
+        if size < target and size + source.num_bytes <= 1.5 * target:
             chosen.add(source.name)
             size += source.num_bytes
-        if size >= target:
-            break
     return chosen if size >= 0.5 * target else set()
 
 
@@ -211,8 +207,7 @@ def machine_sources() -> list[Source]:
             if sum(map(len, paragraphs)) >= MIN_DOCUMENT_CHARS:
                 documents.extend(cut_text("\n\n".join([title, *paragraphs])))
         if documents:
-            num_bytes = sum(len(document.encode()) for document in documents)
-            sources.append(Source(package, num_bytes, partial(iter, documents)))
+            sources.append(Source(package, sum(len(d.encode()) for d in documents), partial(iter, documents)))
     return sources
 
 
@@ -220,15 +215,14 @@ def _packages() -> dict[str, list[tuple[str, Path]]]:
     """Titles and files with documentation by package, the standard library's first, public modules first."""
     packages: dict[str, list[tuple[str, Path]]] = {}
     for root in _roots():
-        found: dict[str, list[tuple[str, Path]]] = {}
+        found = []
         for path in _documented_files(root):
             parts = path.relative_to(root).with_suffix("").parts
             package = parts[0].partition("-")[0].lower()  # name-1.0.dist-info belongs to name
             title = package if path.name == "METADATA" else ".".join(parts).removesuffix(".__init__")
-            found.setdefault(package, []).append((title, path))
-        for package in sorted(found):
-            files = sorted(found[package], key=lambda file: ("._" in file[0], file[0], str(file[1])))
-            packages.setdefault(package, []).extend(files)
+            found.append((package, "._" in title, title, str(path)))
+        for package, _, title, path in sorted(found):
+            packages.setdefault(package, []).append((title, Path(path)))
     return packages
 
 
@@ -265,13 +259,11 @@ def _passages(path: Path, content: bytes) -> Iterator[tuple[str, str]]:
         text = content.decode("utf-8", errors="ignore").replace("\r\n", "\n")
         yield "", text.partition("\n\n")[2] if path.name == "METADATA" else text
         return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's files
-            code = compile(content, str(path), "exec", dont_inherit=True, optimize=0)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return
-    yield from _strings(code)
+    with warnings.catch_warnings(), suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        warnings.simplefilter("ignore")  # invalid escapes in other people's files
+        code = compile(content, str(path), "exec", dont_inherit=True, optimize=0)
+        passages = list(_strings(code))
+    yield from passages
 
 
 def _strings(code: CodeType) -> Iterator[tuple[str, str]]:
