@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -259,11 +259,13 @@ def _passages(path: Path, content: bytes) -> Iterator[tuple[str, str]]:
         text = content.decode("utf-8", errors="ignore").replace("\r\n", "\n")
         yield "", text.partition("\n\n")[2] if path.name == "METADATA" else text
         return
-    with warnings.catch_warnings(), suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-        warnings.simplefilter("ignore")  # invalid escapes in other people's files
-        code = compile(content, str(path), "exec", dont_inherit=True, optimize=0)
-        passages = list(_strings(code))
-    yield from passages
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's files
+            code = compile(content, str(path), "exec", dont_inherit=True, optimize=0)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    yield from _strings(code)
 
 
 def _strings(code: CodeType) -> Iterator[tuple[str, str]]:
