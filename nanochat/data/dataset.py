@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -40,13 +39,6 @@ MANIFEST = "nanochat-shards.json"  # a name no folder of the user will have for 
 SUFFIXES = (".parquet", *localtext.SUFFIXES)
 TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())
 DISK_MARGIN_BYTES = 64 << 20  # on top of 5 %: room for the logs and the file system's own needs
-
-
-class Position(NamedTuple):
-    """Where a batch of documents comes from: index of the shard in the list given, and of the row group in it."""
-
-    shard: int
-    row_group: int
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -98,8 +90,9 @@ def shard_paths(data: str, split: str) -> list[Path]:
 
 def document_batches(
     paths: Sequence[Path], *, start: tuple[int, int] = (0, 0)
-) -> Iterator[tuple[Position, pa.StringArray]]:
-    """The documents of the shards in order, one row group at a time, from row group `start` on.
+) -> Iterator[tuple[tuple[int, int], pa.StringArray]]:
+    """The documents of the shards in order, one row group at a time, from row group `start` on. With them comes their
+    position: index of the shard in `paths`, and of the row group in it.
 
     Only one row group is in memory. Nulls and empty texts are left out, and a row group of nothing else with them.
     Raises `UserError` for a shard that is missing or cannot be read, at the moment it is reached.
@@ -110,7 +103,7 @@ def document_batches(
             for row_group in range(first, parquet.num_row_groups):
                 texts = _non_empty(parquet.read_row_group(row_group, columns=["text"]).column("text"))
                 if len(texts):
-                    yield Position(shard, row_group), texts
+                    yield (shard, row_group), texts
 
 
 def _non_empty(column: pa.ChunkedArray) -> pa.StringArray:

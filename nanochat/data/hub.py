@@ -60,10 +60,8 @@ class HubFile:
 
     def is_whole(self, folder: Path) -> bool:
         """Whether it is in `folder` with its size; files get their final name only after they were verified."""
-        try:
-            return (folder / self.name).stat().st_size == self.size
-        except OSError:
-            return False
+        path = folder / self.name
+        return path.is_file() and size_of(path) == self.size
 
 
 OnBytes = Callable[[int], Any]  # told how many bytes came in; negative when some were thrown away
