@@ -60,24 +60,26 @@ def documents(paths: list[Path]) -> list[str]:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def test_batches_are_row_groups_in_order_with_their_positions(tmp_path):
+@pytest.fixture
+def two_shards(tmp_path):
+    """Five documents each, "0.0" to "1.4", in row groups of two."""
     for shard in range(2):
         texts = [f"{shard}.{index}" for index in range(5)]
         (tmp_path / f"{shard}.parquet").write_bytes(parquet_bytes(texts, row_group_size=2))
-    batches = list(document_batches([tmp_path / "0.parquet", tmp_path / "1.parquet"]))
-    assert [tuple(position) for position, _ in batches] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    return [tmp_path / "0.parquet", tmp_path / "1.parquet"]
+
+
+def test_batches_are_row_groups_in_order_with_their_positions(two_shards):
+    batches = list(document_batches(two_shards))
+    assert [position for position, _ in batches] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert [texts.to_pylist() for _, texts in batches][:3] == [["0.0", "0.1"], ["0.2", "0.3"], ["0.4"]]
     assert all(isinstance(texts, pa.StringArray) for _, texts in batches)
 
 
 @pytest.mark.parametrize("start", [(0, 0), (0, 2), (1, 0), (1, 2), (2, 0)])
-def test_reading_from_a_position_gives_the_rest_of_reading_all(tmp_path, start):
-    for shard in range(2):
-        texts = [f"{shard}.{index}" for index in range(5)]
-        (tmp_path / f"{shard}.parquet").write_bytes(parquet_bytes(texts, row_group_size=2))
-    paths = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
-    rest = [(position, texts.to_pylist()) for position, texts in document_batches(paths, start=start)]
-    whole = [(position, texts.to_pylist()) for position, texts in document_batches(paths)]
+def test_reading_from_a_position_gives_the_rest_of_reading_all(two_shards, start):
+    rest = [(position, texts.to_pylist()) for position, texts in document_batches(two_shards, start=start)]
+    whole = [(position, texts.to_pylist()) for position, texts in document_batches(two_shards)]
     assert rest == [batch for batch in whole if batch[0] >= start]
 
 
@@ -98,22 +100,15 @@ def test_large_strings_read_like_strings(tmp_path):
 
 
 def test_missing_and_damaged_shards_are_named_with_the_remedy(tmp_path):
-    whole = parquet_bytes(["x" * 1000] * 100)
+    whole = parquet_bytes([random.Random(0).randbytes(3000).hex()])
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "page.parquet").write_bytes(b"<html>" * 50)
+    (tmp_path / "html.parquet").write_bytes(b"<html>" * 50)
+    (tmp_path / "page.parquet").write_bytes(whole[:100] + bytes(2900) + whole[3000:])
     with pytest.raises(UserError, match=r"gone.parquet is missing; run python -m nanochat.data.dataset"):
         list(document_batches([tmp_path / "gone.parquet"]))
-    for name in ("cut", "page"):
+    for name in ("cut", "html", "page"):
         with pytest.raises(UserError, match=rf"{name}.parquet cannot be read .*delete it"):
             list(document_batches([tmp_path / f"{name}.parquet"]))
-
-
-def test_damaged_page_of_a_shard_is_named(tmp_path):
-    content = bytearray(parquet_bytes([random.Random(0).randbytes(3000).hex()]))
-    content[100:3000] = bytes(2900)
-    (tmp_path / "bad.parquet").write_bytes(content)
-    with pytest.raises(UserError, match=r"bad.parquet cannot be read"):
-        list(document_batches([tmp_path / "bad.parquet"]))
 
 
 def test_shard_without_text_column_is_refused(tmp_path):
@@ -251,15 +246,19 @@ def test_dead_network_ends_the_run_before_every_shard_was_tried(server, monkeypa
     assert capsys.readouterr().err.count("not tried to the end") == 2
 
 
-def test_repository_without_text_column_is_refused(server):
-    server.files = {f"{index}.parquet": parquet_bytes(["x"], column="content") for index in range(2)}
-    with pytest.raises(UserError, match="no column text of strings"):
-        prepare(REPO, -1)
-
-
-def test_repository_without_anything_of_use_is_refused(server):
-    server.files = {"README.md": b"text", "picture.png": b"png"}
-    with pytest.raises(UserError, match=r"has no .parquet, .jsonl, .* file"):
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        (
+            {f"{index}.parquet": parquet_bytes(["x"], column="content") for index in range(2)},
+            "no column text of strings",
+        ),
+        ({"README.md": b"text", "picture.png": b"png"}, r"has no .parquet, .jsonl, .* file"),
+    ],
+)
+def test_repository_without_anything_of_use_is_refused(server, files, fault):
+    server.files = files
+    with pytest.raises(UserError, match=fault):
         prepare(REPO, -1)
 
 

@@ -18,8 +18,8 @@ Not here: reading files (`dataset.py`).
 
 import bisect
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -151,7 +151,7 @@ class TextLoader:
         self.num_streams = NUM_STREAMS if NUM_STREAMS % world_size == 0 else world_size
         self.streams = self._new_streams()
         self.row = rank  # of the whole run: the next one this rank packs
-        self._reader: _Reader | None = None
+        self._reader: Generator[Dealt, None, None] | None = None
         self._sent: deque[tuple[list[tuple[int, np.ndarray]], Batch]] = deque()  # rows by number, and as a batch
         self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.batches_ahead = 1 if self._copy_stream else 0  # on a GPU the next batch travels while this one is used
@@ -206,17 +206,20 @@ class TextLoader:
         """Give `stream` documents to choose from: as many as its buffer holds, or all that are left."""
         while not stream.fill():
             if self._reader is None:
-                start = min(s.place for s in self.streams.values())
-                own = frozenset(self.streams)
-                self._reader = _Reader(_deal(self.tokenizer, self.paths, start, self.epochs, self.num_streams, own))
-            dealt = self._reader.next()
-            if dealt is None:
+                start, own = min(s.place for s in self.streams.values()), frozenset(self.streams)
+                work = _deal(self.tokenizer, self.paths, start, self.epochs, self.num_streams, own)
+                self._reader = _read_ahead(work)
+            try:
+                place, next_place, dealt = next(self._reader)
+            except StopIteration:
                 return
-            place, next_place, documents = dealt
-            for number, dealt_documents in documents.items():
+            except BaseException:
+                self._reader = None  # whoever goes on iterating meets the same error again
+                raise
+            for number, documents in dealt.items():
                 receiver = self.streams[number]
                 if place >= receiver.place:  # after a resume, streams may have read unequally far
-                    receiver.waiting.extend(dealt_documents)
+                    receiver.waiting.extend(documents)
                     receiver.place = next_place
 
     def _send(self, rows: list[tuple[int, np.ndarray]]) -> Batch:
@@ -285,34 +288,22 @@ def _split(state: dict[str, Tensor], name: str) -> list[np.ndarray]:
 
 # --- reading ahead -------------------------------------------------------------------------------
 
-
-# Tokenized documents by stream, and the places that reading them began and ended at.
+# Tokenized documents by stream, and the places where reading them began and ended.
 Dealt = tuple[Place, Place, dict[int, list[np.ndarray]]]
 
 
-class _Reader:
-    """Items of `work`, made in a thread up to `READS_AHEAD` before they are asked for.
-
-    The thread holds no reference to this object or the loader, so it ends when a loader is abandoned. It is no
-    daemon: one that is inside the encoder when Python shuts down would take the process down with it.
-    """
-
-    def __init__(self, work: Iterator[Dealt]):
-        self._work, self._pool = work, ThreadPoolExecutor(1, "text reader")
-        self._ahead: deque[Future] = deque(self._pool.submit(next, work, None) for _ in range(READS_AHEAD))
-
-    def next(self) -> Dealt | None:
-        """The next item, or None at the end. Raises what the thread raised, each time it is asked."""
-        oldest = self._ahead[0]
-        if oldest.exception() is None and oldest.result() is not None:
-            self._ahead.popleft()
-            self._ahead.append(self._pool.submit(next, self._work, None))
-        else:
-            self.close()
-        return oldest.result()
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+def _read_ahead(work: Iterator[Dealt]) -> Generator[Dealt, None, None]:
+    """The items of `work`, made in a thread up to `READS_AHEAD` before they are asked for. The thread ends when this
+    iterator is closed, or abandoned, and is no daemon: one that is inside the encoder when Python shuts down would
+    take the process down with it."""
+    pool = ThreadPoolExecutor(1, "text reader")
+    try:
+        ahead = deque(pool.submit(next, work, None) for _ in range(READS_AHEAD))
+        while (dealt := ahead.popleft().result()) is not None:
+            ahead.append(pool.submit(next, work, None))
+            yield dealt
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _deal(tokenizer, paths, start: Place, epochs: int | None, num_streams: int, own) -> Iterator[Dealt]:
