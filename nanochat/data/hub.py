@@ -223,9 +223,12 @@ def fetch_files(
     what `check` raises besides `TransferError`.
     """
     from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
     from tqdm import tqdm
 
     repo, _ = split_repository(data)
+    headers = {**build_hf_headers(library_name="nanochat"), "Accept-Encoding": "identity"}
     stop = threading.Event()
     bar = tqdm(
         desc=f"{len(files)} files", total=sum(file.size for file in files),
@@ -236,7 +239,7 @@ def fetch_files(
     def fetch(file: HubFile) -> None:
         url = hf_hub_url(repo, file.name, repo_type="dataset", revision=revision, endpoint=endpoint())
         path = folder / file.name
-        request = partial(_fetch_once, url, path, file, check, bar.update, stop)
+        request = partial(_fetch_once, partial(http_get, url, headers=headers), path, file, check, bar.update, stop)
         _persist(request, stop, lambda: size_of(partial_path(path)))
 
     failed = {file.name: "not tried to the end" for file in files}
@@ -260,11 +263,10 @@ def fetch_files(
     return failed
 
 
-def _fetch_once(url: str, path: Path, file: HubFile, check: Check, on_bytes: OnBytes, stop: threading.Event) -> None:
-    """Complete and verify the partial file of `path`, then give it its name."""
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
+def _fetch_once(
+    get: Callable[..., None], path: Path, file: HubFile, check: Check, on_bytes: OnBytes, stop: threading.Event
+) -> None:
+    """Complete and verify the partial file of `path`, then give it its name. `get` is `http_get` of its address."""
     part = partial_path(path)
     have = size_of(part)
 
@@ -281,10 +283,9 @@ def _fetch_once(url: str, path: Path, file: HubFile, check: Check, on_bytes: OnB
     with disk_errors(path.name, path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         if have < file.size:
-            headers = {**build_hf_headers(library_name="nanochat"), "Accept-Encoding": "identity"}
             with open(part, "ab") as output:
                 with _network_errors():
-                    http_get(url, output, resume_size=have, headers=headers, tqdm_class=progress_bar)
+                    get(output, resume_size=have, tqdm_class=progress_bar)
                 output.flush()
                 os.fsync(output.fileno())
         verify_or_discard(part, file, check, on_bytes)
