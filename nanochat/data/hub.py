@@ -31,7 +31,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # seconds between attempts; the hub lim
 GIVE_UP_FAILURES = 8  # files in a row that ran out of attempts: the network is gone, the rest need not be tried
 RETRY_STATUSES = (408, 416, 425, 429)  # of the 4xx; asking again does not change the others
 LISTING_SECONDS = 60  # limit of each network operation of a listing; HF_HUB_DOWNLOAD_TIMEOUT is that of a download
-PIECE_BYTES = 1 << 20  # a broken connection loses at most this much of what had arrived
+PIECE_BYTES = 1 << 18  # a broken connection loses at most this much of what had arrived
 
 T = TypeVar("T")
 
