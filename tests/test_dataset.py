@@ -182,17 +182,13 @@ def test_no_fault_leads_to_a_wrong_shard(server, monkeypatch, with_sha256):
     assert not list(folder.rglob("*.partial"))
 
 
-def test_second_run_asks_the_hub_for_nothing(server):
-    prepare(REPO, -1)
-    before = len(server.requests)
-    prepare(REPO, 2)
-    assert len(server.requests) == before
-
-
-def test_a_later_run_fetches_only_what_is_new(server):
+def test_a_later_run_fetches_only_what_is_new_and_asks_for_nothing_when_all_is_here(server):
     prepare(REPO, 1)
     prepare(REPO, -1)
     assert {path: server.fetched(path) for path in SHARDS} == dict.fromkeys(SHARDS, 1)
+    before = len(server.requests)
+    prepare(REPO, 2)
+    assert len(server.requests) == before
 
 
 def test_damaged_and_deleted_shards_are_noticed_and_fetched_again(server):
@@ -217,22 +213,16 @@ def test_shards_deleted_to_save_space_are_not_missed_when_fewer_are_asked_for(se
 
 def test_what_cannot_be_fetched_is_listed_and_the_rest_kept(server, capsys):
     server.faults["data/shard_1.parquet"] = ["404"]
-    with pytest.raises(UserError, match=r"1 of 4 files of someone/texts could not be fetched.*run the same command"):
+    server.faults[VAL] = ["404"]
+    with pytest.raises(UserError, match=r"2 of 4 files of someone/texts could not be fetched.*run the same command"):
         prepare(REPO, -1)
     assert "missing: data/shard_1.parquet (HTTP status 404)" in capsys.readouterr().err
     # Shard 2 is here, but reading it now and shard 1 in front of it later would change the order of the documents.
     assert names(shard_paths(REPO, "train")) == ["shard_0.parquet"]
+    with pytest.raises(UserError, match="no val shard of someone/texts"):  # never replaced by another
+        shard_paths(REPO, "val")
     prepare(REPO, -1)
     assert server.fetched("data/shard_2.parquet") == 1
-    assert len(shard_paths(REPO, "train")) == 3
-
-
-def test_validation_shard_that_is_not_here_is_never_replaced_by_another(server):
-    server.faults[VAL] = ["404"]
-    with pytest.raises(UserError, match="could not be fetched"):
-        prepare(REPO, -1)
-    with pytest.raises(UserError, match="no val shard of someone/texts"):
-        shard_paths(REPO, "val")
     assert len(shard_paths(REPO, "train")) == 3
 
 
