@@ -3,6 +3,9 @@
 import hashlib
 import json
 import re
+import socket
+import struct
+import time
 from collections import defaultdict
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,12 +26,14 @@ class FakeHub:
     """Context manager. `faults[path]` is a list of what to do with the next requests of that file ("listing": of the
     listings), "" being no fault:
 
-    "503", "404"    that status                      "wrong"       other bytes, as many
-    "truncate"      half of the body                 "disguised"   HTML said to be a file
-    "stall"         half, silence until the end      "no-range"    the whole body, whatever was asked
+    "503", "404"    any status                       "wrong"       other bytes, as many
+    "429"           that status, wait 2 seconds      "disguised"   HTML said to be a file
+    "truncate"      half of the body                 "no-range"    the whole body, whatever was asked
+    "reset"         half, then a reset connection    "shifted"     the rest from another place than asked
+    "stall"         half, silence until the end      "silence"     no answer until the end
     "html"          HTML with status 200
 
-    `requests` has (path, range, status) of each request.
+    `requests` has (path, range, status) of each request, `tokens` their Authorization headers.
     """
 
     def __init__(self, files: dict[str, bytes], *, page_size: int = 1000, with_sha256: bool = True) -> None:
@@ -37,6 +42,7 @@ class FakeHub:
         self.with_sha256 = with_sha256
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.requests: list[tuple[str, str, int]] = []
+        self.tokens: set[str] = set()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.closing = Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -52,10 +58,11 @@ class FakeHub:
         self.server.server_close()
 
     def entries(self) -> list[dict]:
-        listed: list[dict] = [{"type": "directory", "path": "data", "size": 0}]
+        listed: list[dict] = [{"type": "directory", "path": "data", "oid": "", "size": 0}]
         for path, content in self.files.items():
-            lfs = {"lfs": {"oid": hashlib.sha256(content).hexdigest()}} if self.with_sha256 else {}
-            listed.append({"type": "file", "path": path, "size": len(content), **lfs})
+            lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+            entry = {"type": "file", "path": path, "oid": "", "size": len(content)}
+            listed.append(entry | {"lfs": lfs} if self.with_sha256 else entry)
         return listed
 
     def fetched(self, path: str) -> int:
@@ -79,8 +86,12 @@ class _Handler(BaseHTTPRequestHandler):
         content = re.fullmatch(rf"/datasets/{REPO}/resolve/{REVISION}/(.*)", path)
         name = content[1] if content else "listing"
         fault = self.hub.faults[name].pop(0) if self.hub.faults[name] else ""
-        if fault in ("503", "404"):
-            self.answer(name, int(fault), b"{}", "application/json", **{"Retry-After": "0"})
+        self.hub.tokens.add(self.headers.get("Authorization", ""))
+        if fault == "silence":
+            self.hub.closing.wait(30)
+            self.close_connection = True
+        elif fault.isdigit():
+            self.answer(name, int(fault), b"{}", "application/json", **{"Retry-After": "2" if fault == "429" else "0"})
         elif fault == "html":
             self.answer(name, 200, HTML, "text/html; charset=utf-8")
         elif content:
@@ -111,12 +122,17 @@ class _Handler(BaseHTTPRequestHandler):
             body = HTML
         start = int(re.sub(r"\D", "", self.headers.get("Range", "")) or 0) if fault != "no-range" else 0
         headers = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
-        send = (len(body) - start) // 2 if fault in ("truncate", "stall") else None
-        status = 206 if start else 200
-        self.answer(name, status, body[start:], "application/octet-stream", send=send, **headers)
+        if fault == "shifted" and start:
+            headers["Content-Range"] = f"bytes 0-{len(body) - start - 1}/{len(body)}"
+        send = (len(body) - start) // 2 if fault in ("truncate", "reset", "stall") else None
+        self.answer(name, 206 if start else 200, body[start:], "application/octet-stream", send=send, **headers)
+        self.wfile.flush()
         if fault == "stall":
-            self.wfile.flush()
             self.hub.closing.wait(30)
+        if fault == "reset":
+            time.sleep(0.2)  # let the client read what was sent
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
 
     def answer(self, name: str, status: int, body: bytes, kind: str, send: int | None = None, **headers: str) -> None:
         self.hub.requests.append((name, self.headers.get("Range", ""), status))

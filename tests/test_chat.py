@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from nanochat.common import UserError
 from nanochat.data.chat import (
     ReplyReader,
-    StreamDecoder,
     as_parts,
     check_conversation,
     render,
@@ -51,15 +50,9 @@ def test_turns_stand_between_their_tokens_without_line_breaks(tokenizer):
     assert rendered.num_dropped == 0
 
 
-def test_the_system_message_stands_before_the_first_question_only(tokenizer):
-    text = tokenizer.decode(
-        render(tokenizer, chat(user("a"), assistant("b"), user("c"), assistant("d"), system="S")).ids
-    )
-    assert text.startswith("<|bos|><|user_start|>S\n\na<|user_end|>")
-    assert text.count("S\n\n") == 1
-
-
-def test_system_and_question_are_encoded_as_one_text(tokenizer):
+def test_the_system_message_stands_before_the_first_question_only_and_is_one_text_with_it(tokenizer):
+    conversation = chat(user(" b\n"), assistant("b"), user("c"), assistant("d"), system="a.")
+    assert tokenizer.decode(render(tokenizer, conversation).ids).count("a.\n\n") == 1
     ids = render_for_completion(tokenizer, chat(user(" b\n"), system="a.")).ids
     assert ids[2:-2] == tokenizer.encode("a.\n\n b\n")
 
@@ -97,17 +90,13 @@ def test_a_last_question_without_an_answer_is_not_learnt_from(tokenizer):
     assert render(tokenizer, chat(user("one"))).ids == []
 
 
-def test_a_prompt_ends_where_the_assistant_speaks(tokenizer):
-    prompt = render_for_completion(tokenizer, chat(user("one"), assistant("first"), user("two")))
-    assert tokenizer.decode(prompt.ids) == (
-        "<|bos|><|user_start|>one<|user_end|><|assistant_start|>first<|assistant_end|>"
-        "<|user_start|>two<|user_end|><|assistant_start|>"
+def test_a_prompt_ends_where_the_assistant_speaks_or_goes_on(tokenizer):
+    messages = [user("one"), assistant("first"), user("two")]
+    begun = "<|bos|><|user_start|>one<|user_end|><|assistant_start|>first"
+    assert tokenizer.decode(render_for_completion(tokenizer, chat(*messages)).ids) == (
+        begun + "<|assistant_end|><|user_start|>two<|user_end|><|assistant_start|>"
     )
-
-
-def test_an_answer_can_be_continued(tokenizer):
-    prompt = render_for_completion(tokenizer, chat(user("one"), assistant("first")))
-    assert tokenizer.decode(prompt.ids) == "<|bos|><|user_start|>one<|user_end|><|assistant_start|>first"
+    assert tokenizer.decode(render_for_completion(tokenizer, chat(*messages[:2])).ids) == begun
 
 
 @pytest.mark.parametrize("system", [None, "S"])
@@ -158,37 +147,33 @@ def test_what_is_no_conversation_is_refused_by_name(conversation, fault):
 def test_streamed_text_joined_is_the_whole_text(tokenizer, text, rng):
     text = text.encode("utf-8", "ignore").decode() + "👩‍👩‍👧 東京 é" * rng.randrange(2)
     ids = tokenizer.encode(text)
-    decoder, pieces = StreamDecoder(tokenizer), []
+    reader, deltas = ReplyReader(tokenizer), []
     while ids:
         count = rng.randrange(1, 4)
-        pieces.append(decoder.add(ids[:count]))
+        deltas += reader.add(ids[:count])
         ids = ids[count:]
-    assert all("\ufffd" not in piece for piece in pieces if "\ufffd" not in text)
-    assert "".join(pieces) + decoder.finish() == text
+    assert all("\ufffd" not in delta.text for delta in deltas if "\ufffd" not in text)
+    assert "".join(delta.text for delta in [*deltas, *reader.finish()]) == text
 
 
 def test_bytes_that_no_token_can_make_whole_become_replacement_characters(tokenizer):
     ids = [next(i for i in range(256) if tokenizer.decode_bytes([i]) == bytes([byte])) for byte in (0xE6, 0x41, 0xF0)]
-    decoder = StreamDecoder(tokenizer)
-    assert [decoder.add([i]) for i in ids] == ["", "\ufffdA", ""]
-    assert decoder.finish() == "\ufffd"
+    reader = ReplyReader(tokenizer)
+    assert [reader.add([i]) for i in ids] == [[], [("text", "\ufffdA")], []]
+    assert reader.finish() == [("text", "\ufffd")]
 
 
 def test_a_reply_is_read_back_into_its_parts(tokenizer):
     rendered = render(tokenizer, chat(user("x"), assistant(TOOL_PARTS)))
-    prompt = render_for_completion(tokenizer, chat(user("x"))).ids
-    reply = rendered.ids[len(prompt) :]
+    reply = rendered.ids[len(render_for_completion(tokenizer, chat(user("x"))).ids) :]
     reader, deltas = ReplyReader(tokenizer), []
     for token in reply:
         deltas += reader.add([token])
     deltas += reader.finish()
     assert reader.parts == TOOL_PARTS
-    for part_type in ("python", "python_output"):
-        assert (
-            "".join(d.text for d in deltas if d.type == part_type)
-            == {"python": "3*4", "python_output": "12"}[part_type]
-        )
-    assert "".join(d.text for d in deltas if d.type == "text") == visible_text(TOOL_PARTS) == "Let me see: It is 12."
+    for part_type, text in {"python": "3*4", "python_output": "12", "text": visible_text(TOOL_PARTS)}.items():
+        assert "".join(d.text for d in deltas if d.type == part_type) == text
+    assert visible_text(TOOL_PARTS) == "Let me see: It is 12."
 
 
 def test_an_empty_tool_call_is_a_part(tokenizer):

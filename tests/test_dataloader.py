@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 
 from nanochat.common import UserError
 from nanochat.data import dataloader
-from nanochat.data.dataloader import Packer, TextLoader
+from nanochat.data.dataloader import Stream, TextLoader
 from nanochat.model.loss import IGNORE_INDEX
 
 T = 16
@@ -58,7 +58,6 @@ def small_reads(monkeypatch):
     monkeypatch.setattr(dataloader, "BUFFER_DOCS", 3)
     monkeypatch.setattr(dataloader, "DOCS_PER_READ", 7)
     monkeypatch.setattr(dataloader, "READS_AHEAD", 2)
-    monkeypatch.setattr(dataloader, "POLL_SECONDS", 0.005)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +69,7 @@ def no_thread_survives():
 
 def wait_for_reader_threads(seconds=5.0):
     deadline = time.monotonic() + seconds
-    while any(thread.name == "text reader" for thread in threading.enumerate()):
+    while any(thread.name.startswith("text reader") for thread in threading.enumerate()):
         assert time.monotonic() < deadline, "a reader thread is still alive"
         time.sleep(0.01)
 
@@ -176,7 +175,7 @@ document_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
 @given(document_lengths, st.integers(2, 20))
 def test_packing_follows_the_rule_in_words(lengths, row_tokens):
-    packer, starts = Packer(row_tokens, bos_id=0), np.cumsum([1, *lengths])
+    packer, starts = Stream(row_tokens, bos_id=0), np.cumsum([1, *lengths])
     for start, length in zip(starts, lengths, strict=False):
         packer.add(np.arange(start, start + length, dtype=np.int32))
     for pieces in reference_rows(lengths, row_tokens):
@@ -187,7 +186,7 @@ def test_packing_follows_the_rule_in_words(lengths, row_tokens):
 
 @given(document_lengths, document_lengths, st.integers(2, 20))
 def test_packing_loses_nothing_and_fills_rows_while_documents_last(lengths, later_lengths, row_tokens):
-    packer, starts, rows = Packer(row_tokens, bos_id=0), np.cumsum([1, *lengths, *later_lengths]), []
+    packer, starts, rows = Stream(row_tokens, bos_id=0), np.cumsum([1, *lengths, *later_lengths]), []
     for i, length in enumerate(lengths + later_lengths):
         packer.add(np.arange(starts[i], starts[i] + length, dtype=np.int32))
         assert packer.num_tokens == sum(len(document) + 1 for document in packer.documents)
@@ -204,7 +203,7 @@ def test_packing_loses_nothing_and_fills_rows_while_documents_last(lengths, late
 
 
 def test_a_long_document_is_cut_into_rows_without_being_copied_again():
-    packer, document = Packer(T, bos_id=0), np.arange(1, 10**6, dtype=np.int32)
+    packer, document = Stream(T, bos_id=0), np.arange(1, 10**6, dtype=np.int32)
     packer.add(document)
     packer.next_row()
     assert np.shares_memory(packer.documents[0], document)
@@ -224,7 +223,7 @@ def assert_epochs_are_whole(rows, lengths, num_epochs):
 
 
 @pytest.mark.parametrize("num_epochs", [1, 2, 3])
-@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (5, 1), (3, 2), (2, 8), (2, 3)])
+@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (5, 1), (3, 2), (2, 8), (2, 3), (1, 5), (2, 16)])
 def test_epochs_hold_every_token_of_every_document_exactly_once_each(paths, num_epochs, batch_size, world_size):
     by_rank = rows_by_rank(make_world(paths, batch_size, world_size, epochs=num_epochs))
     assert_epochs_are_whole([row for rows in by_rank for row in rows], LENGTHS, num_epochs)
@@ -251,16 +250,14 @@ def test_whole_documents_arrive_as_they_were_tokenized(shards, texts, tokenizer)
 def test_rows_of_an_endless_loader_are_full_and_start_with_bos(paths):
     for batch in islice(make_loader(paths, 3), 150):
         assert (batch.idx[:, 0] == 0).all()
-        assert (batch.targets != IGNORE_INDEX).all()
-        assert batch.num_targets == 3 * T
+        assert batch.num_targets == (batch.targets != IGNORE_INDEX).sum() == 3 * T
 
 
 def test_rows_are_full_however_short_the_documents(tmp_path):
     paths = [write_shard(tmp_path / "a.parquet", numbered_texts([1] * 900), row_group_size=200)]
     batches = list(make_loader(paths, 2, epochs=1))
-    assert all((batch.targets != IGNORE_INDEX).all() for batch in batches[:-8])
+    assert all(batch.num_targets == 2 * T for batch in [*batches[:-8], *islice(make_loader(paths, 2), 300)])
     assert_epochs_are_whole([row for batch in batches for row in rows_of(batch)], [1] * 900, 1)
-    assert all((b.targets != IGNORE_INDEX).all() for b in islice(make_loader(paths, 2), 300))
 
 
 def test_documents_of_many_rows_come_whole_and_in_order(tmp_path):
@@ -319,13 +316,6 @@ def test_global_batches_do_not_depend_on_processes_or_device_batch(paths, world_
     assert rows_in_order(make_world(paths, batch_size, world_size), 192) == expected
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4, 5, 8, 16])
-def test_ranks_are_disjoint(paths, world_size):
-    by_rank = rows_by_rank(make_world(paths, 2, world_size, epochs=1))
-    tokens = [token for rows in by_rank for token in {token for row in rows for token in row} - {0}]
-    assert sorted(tokens) == list(range(1, sum(LENGTHS) + 1))
-
-
 # --- resuming ---
 
 
@@ -368,16 +358,6 @@ def test_a_state_read_is_saved_as_it_was(paths, world_size):
     for before, after in zip(states, saved_and_read(resumed_world(paths, states, 3, world_size)), strict=True):
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-def test_a_state_is_the_same_however_it_was_come_by(paths):
-    straight, broken = make_loader(paths, 2), make_loader(paths, 2)
-    list(islice(straight, 40))
-    for _ in range(8):
-        list(islice(broken, 5))
-        (broken,) = resumed_world(paths, saved_and_read([broken]), 2, 1)
-    expected = rows_by_rank([straight], 50)
-    assert rows_by_rank([broken], 50) == expected
 
 
 @pytest.mark.parametrize(
@@ -455,12 +435,6 @@ def test_a_loader_can_be_closed_and_used_again(paths):
     assert_same(batches, list(islice(make_loader(paths), 50)))
 
 
-def test_batches_sent_ahead_are_the_same(paths):
-    ahead = make_loader(paths, 3, epochs=2)
-    ahead.batches_ahead = 2
-    assert_same(list(ahead), list(make_loader(paths, 3, epochs=2)))
-
-
 def test_draining_validation_changes_no_training_batch(paths):
     loader, straight = make_loader(paths[:2]), make_loader(paths[:2])
     batches = []
@@ -485,19 +459,16 @@ def test_shards_without_documents_are_refused(tmp_path):
                 next(make_loader(paths, epochs=epochs))
 
 
-def test_an_error_of_the_reading_thread_is_raised_where_batches_are_asked_for_every_time(paths):
+@pytest.mark.parametrize("fault", ["is missing", "cannot be read"])
+def test_an_error_of_the_reading_thread_is_raised_where_batches_are_asked_for_every_time(paths, fault):
+    content = paths[1].read_bytes()
     paths[1].unlink()
+    if fault == "cannot be read":
+        paths[1].write_bytes(content[:-20])
     loader = make_loader(paths)
-    with pytest.raises(UserError, match=r"shard_1.parquet is missing"):
-        list(loader)
-    with pytest.raises(UserError, match=r"shard_1.parquet is missing"):
-        list(loader)
-
-
-def test_a_truncated_shard_is_an_error(paths):
-    paths[2].write_bytes(paths[2].read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"shard_2.parquet cannot be read"):
-        list(make_loader(paths))
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"shard_1.parquet {fault}"):
+            list(loader)
 
 
 def test_even_a_panic_in_the_encoder_surfaces(paths):

@@ -18,7 +18,6 @@ from fake_hub import REPO, FakeHub, parquet_bytes, write_shards
 from nanochat.common import UserError, base_dir
 from nanochat.data import dataset, hub, localtext
 from nanochat.data.dataset import document_batches, prepare, shard_paths
-from nanochat.data.hub import Retry
 
 NUM_SHARDS = 4
 FOLDER = REPO.replace("/", "--")
@@ -38,6 +37,8 @@ VAL = f"data/shard_{NUM_SHARDS - 1}.parquet"
 def server(monkeypatch):
     with FakeHub({"README.md": b"# Texts", **SHARDS}) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setattr(hub, "FIRST_PAUSE", 0.001)
+        monkeypatch.setattr(hub, "PIECE_BYTES", 1 << 14)
         yield server
 
 
@@ -46,10 +47,6 @@ def inputs(tmp_path):
     """A folder of the user, apart from the base folder."""
     (tmp_path / "inputs").mkdir()
     return tmp_path / "inputs"
-
-
-def retry(attempts: int = 4) -> Retry:
-    return Retry(attempts=attempts, sleep=lambda seconds: None, rng=random.Random(0))
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -63,24 +60,26 @@ def documents(paths: list[Path]) -> list[str]:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def test_batches_are_row_groups_in_order_with_their_positions(tmp_path):
+@pytest.fixture
+def two_shards(tmp_path):
+    """Five documents each, "0.0" to "1.4", in row groups of two."""
     for shard in range(2):
         texts = [f"{shard}.{index}" for index in range(5)]
         (tmp_path / f"{shard}.parquet").write_bytes(parquet_bytes(texts, row_group_size=2))
-    batches = list(document_batches([tmp_path / "0.parquet", tmp_path / "1.parquet"]))
-    assert [tuple(position) for position, _ in batches] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    return [tmp_path / "0.parquet", tmp_path / "1.parquet"]
+
+
+def test_batches_are_row_groups_in_order_with_their_positions(two_shards):
+    batches = list(document_batches(two_shards))
+    assert [position for position, _ in batches] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert [texts.to_pylist() for _, texts in batches][:3] == [["0.0", "0.1"], ["0.2", "0.3"], ["0.4"]]
     assert all(isinstance(texts, pa.StringArray) for _, texts in batches)
 
 
 @pytest.mark.parametrize("start", [(0, 0), (0, 2), (1, 0), (1, 2), (2, 0)])
-def test_reading_from_a_position_gives_the_rest_of_reading_all(tmp_path, start):
-    for shard in range(2):
-        texts = [f"{shard}.{index}" for index in range(5)]
-        (tmp_path / f"{shard}.parquet").write_bytes(parquet_bytes(texts, row_group_size=2))
-    paths = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
-    rest = [(position, texts.to_pylist()) for position, texts in document_batches(paths, start=start)]
-    whole = [(position, texts.to_pylist()) for position, texts in document_batches(paths)]
+def test_reading_from_a_position_gives_the_rest_of_reading_all(two_shards, start):
+    rest = [(position, texts.to_pylist()) for position, texts in document_batches(two_shards, start=start)]
+    whole = [(position, texts.to_pylist()) for position, texts in document_batches(two_shards)]
     assert rest == [batch for batch in whole if batch[0] >= start]
 
 
@@ -101,22 +100,15 @@ def test_large_strings_read_like_strings(tmp_path):
 
 
 def test_missing_and_damaged_shards_are_named_with_the_remedy(tmp_path):
-    whole = parquet_bytes(["x" * 1000] * 100)
+    whole = parquet_bytes([random.Random(0).randbytes(3000).hex()])
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "page.parquet").write_bytes(b"<html>" * 50)
+    (tmp_path / "html.parquet").write_bytes(b"<html>" * 50)
+    (tmp_path / "page.parquet").write_bytes(whole[:100] + bytes(2900) + whole[3000:])
     with pytest.raises(UserError, match=r"gone.parquet is missing; run python -m nanochat.data.dataset"):
         list(document_batches([tmp_path / "gone.parquet"]))
-    for name in ("cut", "page"):
+    for name in ("cut", "html", "page"):
         with pytest.raises(UserError, match=rf"{name}.parquet cannot be read .*delete it"):
             list(document_batches([tmp_path / f"{name}.parquet"]))
-
-
-def test_damaged_page_of_a_shard_is_named(tmp_path):
-    content = bytearray(parquet_bytes([random.Random(0).randbytes(3000).hex()]))
-    content[100:3000] = bytes(2900)
-    (tmp_path / "bad.parquet").write_bytes(content)
-    with pytest.raises(UserError, match=r"bad.parquet cannot be read"):
-        list(document_batches([tmp_path / "bad.parquet"]))
 
 
 def test_shard_without_text_column_is_refused(tmp_path):
@@ -162,7 +154,7 @@ def test_natural_order_reads_digits_as_numbers():
 
 
 def test_first_shards_and_the_last_are_fetched(server):
-    folder = prepare(REPO, 2, retry=retry())
+    folder = prepare(REPO, 2)
     assert folder == base_dir() / "data" / FOLDER
     assert names(shard_paths(REPO, "train")) == ["shard_0.parquet", "shard_1.parquet"]
     assert names(shard_paths(REPO, "val")) == ["shard_3.parquet"]
@@ -171,104 +163,100 @@ def test_first_shards_and_the_last_are_fetched(server):
 
 
 def test_asking_for_more_than_there_is_takes_all_and_says_so(server, capsys):
-    prepare(REPO, 99, retry=retry())
+    prepare(REPO, 99)
     assert len(shard_paths(REPO, "train")) == NUM_SHARDS - 1
     assert "has only 4 files: taking all of them" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("with_sha256", [True, False])
-def test_no_fault_leads_to_a_wrong_shard(server, with_sha256):
+def test_no_fault_leads_to_a_wrong_shard(server, monkeypatch, with_sha256):
+    monkeypatch.setattr(hub, "ATTEMPTS", 20)
     server.with_sha256 = with_sha256
     rng = random.Random(3)
     kinds = ["503", "truncate", "html", "wrong", "disguised", ""]
     for path in SHARDS:
         server.faults[path] = rng.choices(kinds, k=6)
     server.faults["listing"] = ["503", "html"]
-    folder = prepare(REPO, -1, retry=retry(attempts=20))
+    folder = prepare(REPO, -1)
     assert {name: (folder / name).read_bytes() for name in SHARDS} == SHARDS
     assert not list(folder.rglob("*.partial"))
 
 
-def test_second_run_asks_the_hub_for_nothing(server):
-    prepare(REPO, -1, retry=retry())
+def test_a_later_run_fetches_only_what_is_new_and_asks_for_nothing_when_all_is_here(server):
+    prepare(REPO, 1)
+    prepare(REPO, -1)
+    assert {path: server.fetched(path) for path in SHARDS} == dict.fromkeys(SHARDS, 1)
     before = len(server.requests)
-    prepare(REPO, 2, retry=retry())
+    prepare(REPO, 2)
     assert len(server.requests) == before
 
 
-def test_a_later_run_fetches_only_what_is_new(server):
-    prepare(REPO, 1, retry=retry())
-    prepare(REPO, -1, retry=retry())
-    assert {path: server.fetched(path) for path in SHARDS} == dict.fromkeys(SHARDS, 1)
-
-
 def test_damaged_and_deleted_shards_are_noticed_and_fetched_again(server):
-    folder = prepare(REPO, -1, retry=retry())
+    folder = prepare(REPO, -1)
     first, second, third = (folder / f"data/shard_{index}.parquet" for index in range(3))
     first.unlink()
     os.truncate(second, 1000)
     third.write_bytes(bytes(third.stat().st_size))
     with pytest.raises(UserError, match=r"shard_0.parquet is gone or no longer has its [\d,]+ bytes; run"):
         shard_paths(REPO, "train")
-    prepare(REPO, -1, retry=retry())
+    prepare(REPO, -1)
     assert {name: (folder / name).read_bytes() for name in SHARDS} == SHARDS
     assert server.fetched(VAL) == 1
 
 
 def test_shards_deleted_to_save_space_are_not_missed_when_fewer_are_asked_for(server):
-    folder = prepare(REPO, -1, retry=retry())
+    folder = prepare(REPO, -1)
     (folder / "data/shard_2.parquet").unlink()
-    prepare(REPO, 2, retry=retry())
+    prepare(REPO, 2)
     assert names(shard_paths(REPO, "train")) == ["shard_0.parquet", "shard_1.parquet"]
 
 
 def test_what_cannot_be_fetched_is_listed_and_the_rest_kept(server, capsys):
     server.faults["data/shard_1.parquet"] = ["404"]
-    with pytest.raises(UserError, match=r"1 of 4 files of someone/texts could not be fetched.*run the same command"):
-        prepare(REPO, -1, retry=retry())
+    server.faults[VAL] = ["404"]
+    with pytest.raises(UserError, match=r"2 of 4 files of someone/texts could not be fetched.*run the same command"):
+        prepare(REPO, -1)
     assert "missing: data/shard_1.parquet (HTTP status 404)" in capsys.readouterr().err
     # Shard 2 is here, but reading it now and shard 1 in front of it later would change the order of the documents.
     assert names(shard_paths(REPO, "train")) == ["shard_0.parquet"]
-    prepare(REPO, -1, retry=retry())
+    with pytest.raises(UserError, match="no val shard of someone/texts"):  # never replaced by another
+        shard_paths(REPO, "val")
+    prepare(REPO, -1)
     assert server.fetched("data/shard_2.parquet") == 1
     assert len(shard_paths(REPO, "train")) == 3
 
 
-def test_validation_shard_that_is_not_here_is_never_replaced_by_another(server):
-    server.faults[VAL] = ["404"]
-    with pytest.raises(UserError, match="could not be fetched"):
-        prepare(REPO, -1, retry=retry())
-    with pytest.raises(UserError, match="no val shard of someone/texts"):
-        shard_paths(REPO, "val")
-    assert len(shard_paths(REPO, "train")) == 3
-
-
 def test_dead_network_ends_the_run_before_every_shard_was_tried(server, monkeypatch, capsys):
-    monkeypatch.setattr(dataset, "GIVE_UP_FAILURES", 2)
+    monkeypatch.setattr(hub, "GIVE_UP_FAILURES", 2)
+    monkeypatch.setattr(hub, "ATTEMPTS", 2)
     for path in SHARDS:
         server.faults[path] = ["503"] * 20
     with pytest.raises(UserError, match="4 of 4 files"):
-        prepare(REPO, -1, workers=1, retry=retry(attempts=2))
+        prepare(REPO, -1, workers=1)
     assert capsys.readouterr().err.count("not tried to the end") == 2
 
 
-def test_repository_without_text_column_is_refused(server):
-    server.files = {f"{index}.parquet": parquet_bytes(["x"], column="content") for index in range(2)}
-    with pytest.raises(UserError, match="no column text of strings"):
-        prepare(REPO, -1, retry=retry())
-
-
-def test_repository_without_anything_of_use_is_refused(server):
-    server.files = {"README.md": b"text", "picture.png": b"png"}
-    with pytest.raises(UserError, match=r"has no .parquet, .jsonl, .* file"):
-        prepare(REPO, -1, retry=retry())
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        (
+            {f"{index}.parquet": parquet_bytes(["x"], column="content") for index in range(2)},
+            "no column text of strings",
+        ),
+        ({"README.md": b"text", "picture.png": b"png"}, r"has no .parquet, .jsonl, .* file"),
+    ],
+)
+def test_repository_without_anything_of_use_is_refused(server, files, fault):
+    server.files = files
+    with pytest.raises(UserError, match=fault):
+        prepare(REPO, -1)
 
 
 def test_full_disk_is_said_before_anything_is_fetched(server, monkeypatch):
     usage = shutil.disk_usage(base_dir())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000_000))
     with pytest.raises(UserError, match=rf"{FOLDER}: 0.07 GB needed, 0.05 GB free"):
-        prepare(REPO, -1, retry=retry())
+        prepare(REPO, -1)
     assert not any(server.fetched(path) for path in SHARDS)
 
 
@@ -279,11 +267,11 @@ def test_text_files_of_a_repository_are_made_into_shards(server):
         "a/one.jsonl": "\n".join(lines[:30]).encode(),
         "two.jsonl.gz": gzip.compress("\n".join(lines[30:]).encode()),
     }
-    prepare(REPO, -1, retry=retry())
+    prepare(REPO, -1)
     train, val = documents(shard_paths(REPO, "train")), documents(shard_paths(REPO, "val"))
     assert sorted(train + val) == sorted(f"document {index}" for index in range(50))
     before = len(server.requests)
-    prepare(REPO, -1, retry=retry())
+    prepare(REPO, -1)
     assert len(server.requests) == before
 
 
@@ -315,7 +303,7 @@ def test_killed_download_goes_on_where_it_was(server):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     have = hub.size_of(partial)
-    prepare(REPO, -1, retry=retry())
+    prepare(REPO, -1)
     assert [asked for name, asked, _ in server.requests if name == "data/shard_1.parquet"] == ["", f"bytes={have}-"]
     assert {name: (folder / name).read_bytes() for name in SHARDS} == SHARDS
     assert [server.fetched(path) for path in SHARDS] == [1, 2, 1, 1]

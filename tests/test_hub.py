@@ -1,84 +1,98 @@
 """Listing and fetching from a hub that answers badly in every way we know of."""
 
+import hashlib
 import random
 import threading
 from pathlib import Path
 
+import httpx
 import pytest
 from fake_hub import REPO, REVISION, FakeHub
+from huggingface_hub import constants, get_session
 
 from nanochat.common import UserError
 from nanochat.data import hub
-from nanochat.data.hub import HubFile, Retry, TransferError
+from nanochat.data.hub import HubFile, TransferError
 
+NAME = "data/a.bin"
 CONTENT = random.Random(1).randbytes(400_000)
-
-
-class Pauses:
-    """Stands in for `time.sleep` and remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def __call__(self, seconds: float) -> None:
-        self.seconds.append(seconds)
+FILE = HubFile(NAME, len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
 
 
 @pytest.fixture
 def server(monkeypatch):
-    with FakeHub({"data/a.bin": CONTENT, "b.bin": b"b" * 10}) as server:
+    with FakeHub({NAME: CONTENT, "b.bin": b"b" * 10}) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setattr(hub, "FIRST_PAUSE", 0.001)
+        monkeypatch.setattr(hub, "PIECE_BYTES", 1 << 14)
+        monkeypatch.setattr(hub, "ATTEMPTS", 4)
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
         yield server
 
 
-def retry(attempts: int = 4) -> Retry:
-    return Retry(attempts=attempts, sleep=Pauses(), rng=random.Random(0))
+def fetch(folder: Path, check=lambda path, file: None) -> str:
+    """Why the file could not be fetched, "" when it is there."""
+    return hub.fetch_files(REPO, REVISION, [FILE], folder, workers=2, check=check).get(NAME, "")
 
 
-def fetch(path: Path, **options) -> None:
-    _, files = hub.list_files(REPO, retry())
-    hub.fetch_file(hub.file_url(REPO, REVISION, files[0]), path, files[0], **{"retry": retry(), **options})
+def write_partial(folder: Path, content: bytes) -> None:
+    path = hub.partial_path(folder / NAME)
+    path.parent.mkdir()
+    path.write_bytes(content)
+
+
+def ranges(server: FakeHub) -> list[str]:
+    return [asked for name, asked, _ in server.requests if name == NAME]
 
 
 def test_listing_gives_commit_sizes_and_checksums(server):
-    revision, files = hub.list_files(REPO, retry())
+    revision, files = hub.list_files(REPO)
     assert revision == REVISION
-    assert [(file.name, file.size, len(file.sha256)) for file in files] == [
-        ("data/a.bin", len(CONTENT), 64),
-        ("b.bin", 10, 64),
-    ]
+    assert [(file.name, file.size, len(file.sha256)) for file in files] == [(NAME, len(CONTENT), 64), ("b.bin", 10, 64)]
+    assert files[0] == FILE
 
 
-def test_listing_goes_through_all_pages_and_survives_faults_on_each(server):
+def test_listing_goes_through_all_pages_and_survives_faults_on_each(server, monkeypatch):
+    monkeypatch.setattr(hub, "ATTEMPTS", 5)
     server.page_size = 1
     server.faults["listing"] = ["503", "html", "", "503", "", "503"]
-    assert [file.name for file in hub.list_files(REPO, retry())[1]] == ["data/a.bin", "b.bin"]
+    assert [file.name for file in hub.list_files(REPO)[1]] == [NAME, "b.bin"]
 
 
 def test_listing_drops_names_that_lead_out_of_the_folder(server):
     server.files = {"../evil.bin": b"1", "/etc/evil": b"2", "good.bin": b"3"}
-    assert [file.name for file in hub.list_files(REPO, retry())[1]] == ["good.bin"]
+    assert [file.name for file in hub.list_files(REPO)[1]] == ["good.bin"]
 
 
-def test_missing_repository_is_reported_at_once_with_the_endpoint(server):
-    server.faults["listing"] = ["404"]
-    with pytest.raises(UserError, match=rf"{server.endpoint} \(HTTP status 404\).*HF_ENDPOINT"):
-        hub.list_files(REPO, retry())
+@pytest.mark.parametrize(("status", "remedy"), [("404", "HF_ENDPOINT"), ("401", "private or gated: .* set HF_TOKEN")])
+def test_listing_that_is_refused_is_reported_at_once_with_the_endpoint(server, status, remedy):
+    server.faults["listing"] = [status]
+    with pytest.raises(UserError, match=rf"{server.endpoint} \(HTTP status {status}.*{remedy}"):
+        hub.list_files(REPO)
     assert len(server.requests) == 1
 
 
-def test_unreachable_hub_is_given_up_after_few_attempts(monkeypatch):
+def test_unreachable_hub_is_given_up_after_few_attempts(server, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    patience = retry(attempts=50)
+    monkeypatch.setattr(hub, "ATTEMPTS", 50)
+    pauses = []
+    monkeypatch.setattr(threading.Event, "wait", lambda event, seconds=None: pauses.append(seconds))
     with pytest.raises(UserError, match=r"cannot list someone/texts on the hub at http://127\.0\.0\.1:9"):
-        hub.list_files(REPO, patience)
-    assert len(patience.sleep.seconds) == hub.UNREACHABLE_ATTEMPTS - 1
+        hub.list_files(REPO)
+    assert len(pauses) == hub.UNREACHABLE_ATTEMPTS - 1
+
+
+def test_listing_of_a_hub_that_does_not_answer_ends(server, monkeypatch):
+    monkeypatch.setattr(hub, "LISTING_SECONDS", 0.1)
+    server.faults["listing"] = ["silence", "", "silence"] * 2
+    with pytest.raises(UserError, match="ReadTimeout"):
+        hub.list_files(REPO)
 
 
 def test_answers_that_are_not_a_hubs_are_named(server, monkeypatch):
     monkeypatch.setattr(server, "entries", lambda: ["surprise"])
     with pytest.raises(UserError, match="does not answer like a hub"):
-        hub.list_files(REPO, retry())
+        hub.list_files(REPO)
 
 
 @pytest.mark.parametrize("name", ["", "owner", "./owner/name", "owner/../name", "owner/name/../..", "a b/c", "-/x"])
@@ -92,77 +106,70 @@ def test_folders_of_a_repository_can_be_named():
     assert hub.split_repository("owner/na.me/sample/10BT") == ("owner/na.me", "sample/10BT")
 
 
-@pytest.mark.parametrize("fault", ["503", "truncate", "html", "wrong", "disguised"])
+FAULTS = ["503", "408", "416", "truncate", "reset", "html", "wrong", "disguised", "stall", "silence"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_file_arrives_whole_after_each_kind_of_fault(server, tmp_path, fault):
-    server.faults["data/a.bin"] = [fault, fault]
-    fetch(tmp_path / "a.bin")
-    assert (tmp_path / "a.bin").read_bytes() == CONTENT
-    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+    server.faults[NAME] = [fault, fault] if fault not in ("stall", "silence") else [fault]
+    assert fetch(tmp_path) == ""
+    assert (tmp_path / NAME).read_bytes() == CONTENT
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["a.bin"]
 
 
-def test_truncated_transfer_goes_on_where_it_broke(server, tmp_path):
-    server.faults["data/a.bin"] = ["truncate"]
-    counted = []
-    fetch(tmp_path / "a.bin", on_bytes=counted.append)
-    first, second = [asked for name, asked, _ in server.requests if name == "data/a.bin"]
+@pytest.mark.parametrize("fault", ["truncate", "reset"])
+def test_broken_transfer_goes_on_where_it_broke(server, tmp_path, fault):
+    server.faults[NAME] = [fault]
+    assert fetch(tmp_path) == ""
+    first, second = ranges(server)
     start = int(second.removeprefix("bytes=").removesuffix("-"))
     assert first == ""
     assert len(CONTENT) // 2 - hub.PIECE_BYTES <= start <= len(CONTENT) // 2
-    assert sum(counted) == len(CONTENT)
 
 
-def test_html_answer_does_not_cost_what_had_arrived(server, tmp_path):
-    partial = hub.partial_path(tmp_path / "a.bin")
-    partial.write_bytes(CONTENT[:300_000])
-    server.faults["data/a.bin"] = ["html", "disguised"]
-    fetch(tmp_path / "a.bin")
-    assert [asked for name, asked, _ in server.requests if name == "data/a.bin"] == ["bytes=300000-"] * 3
-    assert (tmp_path / "a.bin").read_bytes() == CONTENT
+@pytest.mark.parametrize("fault", ["html", "503", "shifted", "silence"])
+def test_bad_answer_does_not_cost_what_had_arrived(server, tmp_path, fault):
+    write_partial(tmp_path, CONTENT[:300_000])
+    server.faults[NAME] = [fault]
+    assert fetch(tmp_path) == ""
+    assert set(ranges(server)) == {"bytes=300000-"}
+    assert (tmp_path / NAME).read_bytes() == CONTENT
 
 
-def test_partial_file_with_wrong_bytes_is_found_out_and_fetched_anew(server, tmp_path):
-    hub.partial_path(tmp_path / "a.bin").write_bytes(bytes(100_000))
-    counted = []
-    fetch(tmp_path / "a.bin", on_bytes=counted.append)
-    assert (tmp_path / "a.bin").read_bytes() == CONTENT
-    assert sum(counted) == len(CONTENT) - 100_000
+@pytest.mark.parametrize(
+    ("partial", "fault"),
+    [(bytes(100_000), ""), (bytes(len(CONTENT)), ""), (bytes(len(CONTENT) + 1), ""), (CONTENT[:100_000], "no-range")],
+    ids=["wrong", "wrong and whole", "too long", "not resumed"],
+)
+def test_partial_file_that_is_of_no_use_is_fetched_anew(server, tmp_path, partial, fault):
+    write_partial(tmp_path, partial)
+    server.faults[NAME] = [fault]
+    assert fetch(tmp_path) == ""
+    assert (tmp_path / NAME).read_bytes() == CONTENT
 
 
-def test_server_without_resume_sends_all_again(server, tmp_path):
-    hub.partial_path(tmp_path / "a.bin").write_bytes(CONTENT[:100_000])
-    server.faults["data/a.bin"] = ["no-range"]
-    fetch(tmp_path / "a.bin")
-    assert (tmp_path / "a.bin").read_bytes() == CONTENT
+@pytest.mark.parametrize(
+    ("fault", "reason", "num_requests"), [("503", "status 503", 4), ("wrong", "sha256", 4), ("404", "status 404", 1)]
+)
+def test_attempts_end_when_nothing_moves(server, tmp_path, fault, reason, num_requests):
+    server.faults[NAME] = [fault] * 20
+    assert reason in fetch(tmp_path)
+    assert len(server.requests) == num_requests
+    assert not (tmp_path / NAME).exists()
 
 
-def test_attempts_end_when_nothing_moves_and_keep_what_arrived(server, tmp_path):
-    server.faults["data/a.bin"] = ["truncate", *["503"] * 10]
-    with pytest.raises(TransferError, match="HTTP status 503"):
-        fetch(tmp_path / "a.bin", retry=retry(attempts=3))
-    assert len([1 for name, _, _ in server.requests if name == "data/a.bin"]) == 3
-    assert not (tmp_path / "a.bin").exists()
-    assert CONTENT.startswith(hub.partial_path(tmp_path / "a.bin").read_bytes())
+def test_what_arrived_is_kept_when_attempts_end(server, tmp_path):
+    server.faults[NAME] = ["truncate", *["503"] * 10]
+    assert fetch(tmp_path) == "HTTP status 503"
+    arrived = hub.partial_path(tmp_path / NAME).read_bytes()
+    assert len(arrived) > 100_000
+    assert CONTENT.startswith(arrived)
 
 
 def test_progress_resets_the_count_of_failures(server, tmp_path):
-    server.faults["data/a.bin"] = ["truncate", "503"] * 3
-    fetch(tmp_path / "a.bin", retry=retry(attempts=3))
-    assert (tmp_path / "a.bin").read_bytes() == CONTENT
-
-
-def test_file_that_is_always_wrong_ends_after_the_attempts(server, tmp_path):
-    server.faults["data/a.bin"] = ["wrong"] * 20
-    with pytest.raises(TransferError, match="sha256"):
-        fetch(tmp_path / "a.bin", retry=retry(attempts=3))
-    assert list(tmp_path.iterdir()) == []
-    assert server.fetched("data/a.bin") == 3
-
-
-def test_missing_file_is_not_asked_for_twice(server, tmp_path):
-    server.faults["data/a.bin"] = ["404"]
-    with pytest.raises(TransferError, match="HTTP status 404"):
-        fetch(tmp_path / "a.bin")
-    assert len([1 for name, _, _ in server.requests if name == "data/a.bin"]) == 1
+    server.faults[NAME] = ["truncate", "503", "503"] * 3
+    assert fetch(tmp_path) == ""
+    assert (tmp_path / NAME).read_bytes() == CONTENT
 
 
 def test_check_of_the_caller_has_the_last_word(server, tmp_path):
@@ -173,35 +180,62 @@ def test_check_of_the_caller_has_the_last_word(server, tmp_path):
         if len(seen) == 1:
             raise TransferError("not to my taste")
 
-    fetch(tmp_path / "a.bin", check=check)
+    assert fetch(tmp_path, check) == ""
     assert seen == [True, True]
 
 
-def test_stop_ends_a_transfer(server, tmp_path):
-    stop = threading.Event()
-    with pytest.raises(TransferError, match="stopped"):
-        fetch(tmp_path / "a.bin", on_bytes=lambda num_bytes: stop.set(), stop=stop)
-    assert not (tmp_path / "a.bin").exists()
+def test_error_in_one_file_ends_the_other_transfers(server, tmp_path):
+    server.faults[NAME] = ["stall"] * 100
+
+    def check(path: Path, file: HubFile) -> None:
+        raise UserError("no column text")
+
+    with pytest.raises(UserError, match="no column text"):
+        hub.fetch_files(REPO, REVISION, [FILE, HubFile("b.bin", 10)], tmp_path, workers=2, check=check)
+    assert not (tmp_path / NAME).exists()
 
 
-def test_pauses_double_with_jitter_up_to_a_limit_and_heed_the_server():
-    patience = Retry(sleep=Pauses(), rng=random.Random(0), first_seconds=1.0, longest_seconds=20.0)
-    for failures in range(1, 8):
-        patience.pause(failures, TransferError(""), threading.Event())
-    patience.pause(1, TransferError("", asked_seconds=7.0), threading.Event())
-    *backoffs, asked = patience.sleep.seconds
-    assert asked == 7.0
-    for failures, seconds in enumerate(backoffs, start=1):
-        assert min(2 ** (failures - 1) / 2, 20) <= seconds <= min(2 ** (failures - 1), 20)
+@pytest.mark.parametrize(("asked", "shortest"), [(0.0, 0.0), (7.0, 7.0), (1e9, 20.0)])
+def test_pauses_double_with_jitter_up_to_a_limit_and_heed_the_server(monkeypatch, asked, shortest):
+    class Stop(threading.Event):
+        def wait(self, seconds: float) -> None:
+            pauses.append(seconds)
+
+    def request() -> None:
+        raise TransferError("busy", asked_seconds=asked)
+
+    pauses: list[float] = []
+    monkeypatch.setattr(hub, "ATTEMPTS", 8)
+    monkeypatch.setattr(hub, "LONGEST_PAUSE", 20.0)
+    with pytest.raises(TransferError, match="busy"):
+        hub._persist(request, Stop(), lambda: 0)
+    assert len(pauses) == 7
+    for failures, seconds in enumerate(pauses):
+        assert max(min(2**failures / 2, 20), shortest) <= seconds <= max(min(2**failures, 20), shortest)
+
+
+@pytest.mark.parametrize("headers", [{"Retry-After": "55"}, {"RateLimit": '"api";r=0;t=55'}])
+def test_busy_hub_is_given_the_time_it_asks_for(headers):
+    answer = httpx.Response(429, headers=headers, request=httpx.Request("GET", "http://hub"))
+    with pytest.raises(TransferError, match="429") as raised:
+        hub._check_answer(answer)
+    assert (raised.value.asked_seconds, raised.value.is_final) == (55.0, False)
 
 
 def test_full_disk_is_a_user_error_and_no_reason_to_retry(server, tmp_path):
-    hub.partial_path(tmp_path / "a.bin").mkdir()  # what open() then raises is an OSError, as a full disk would
+    hub.partial_path(tmp_path / NAME).mkdir(parents=True)  # open() then raises an OSError, as for a full disk
     with pytest.raises(UserError, match=r"cannot write .*a.bin"):
-        fetch(tmp_path / "a.bin")
-    assert server.fetched("data/a.bin") == 1
+        fetch(tmp_path)
+    assert server.fetched(NAME) <= 1
 
 
-def test_token_is_sent_when_there_is_one(monkeypatch):
+def test_token_is_sent_when_there_is_one(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert hub.request_headers()["Authorization"] == "Bearer hf_secret"
+    hub.list_files(REPO)
+    fetch(tmp_path)
+    assert server.tokens == {"Bearer hf_secret"}
+
+
+def test_other_requests_of_the_library_keep_its_own_client(server, tmp_path):
+    fetch(tmp_path)
+    assert get_session().event_hooks["response"] == []

@@ -1,8 +1,8 @@
-"""The one conversation format: messages to token ids with a loss mask, prompts for a reply, replies back to text.
+"""The conversation format: messages to token ids with a loss mask, prompts for a reply, replies back to text.
 
-A conversation is `{"messages": [{"role": ..., "content": ...}, ...]}`: perhaps one system message, then user and
+A conversation is `{"messages": [{"role": ..., "content": ...}, ...]}`: an optional system message, then user and
 assistant in turn. Content is a text; an assistant's may also be a list of parts `{"type": ..., "text": ...}` of the
-kinds in `PART_TYPES`: what it says, what it asks the Python tool, and what the tool answered. As tokens:
+kinds in `PART_TYPES`: what it says, what it asks the Python tool, and what the tool answers. As tokens:
 
     <|bos|><|user_start|>SYSTEM\\n\\nUSER<|user_end|><|assistant_start|>TEXT<|python_start|>EXPRESSION<|python_end|>
     <|output_start|>RESULT<|output_end|>TEXT<|assistant_end|><|user_start|>...
@@ -14,6 +14,7 @@ Not here: calling a model (`engine.py`), evaluating an expression (`calculator.p
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, cycle
 from typing import Any, NamedTuple
 
 from nanochat.common import UserError
@@ -56,15 +57,10 @@ def check_conversation(conversation: Any) -> list[dict[str, Any]]:
     messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise UserError('a conversation must be {"messages": [...]} with at least one message')
-    has_system = False
-    for number, message in enumerate(messages, start=1):
-        fault = _message_fault(message)
-        if not fault:
-            has_system = has_system or (number == 1 and message["role"] == "system")
-            expected = _expected_role(number, has_system)
-            if message["role"] != expected:
-                fault = f"must have the role {expected!r}, not {message['role']!r}: after a system message, if any, "
-                fault += "user and assistant take turns"
+    has_system = isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
+    roles = chain(["system"] * has_system, cycle(("user", "assistant")))
+    for number, (message, role) in enumerate(zip(messages, roles, strict=False), start=1):
+        fault = _message_fault(message, role)
         if fault:
             raise UserError(f"message {number} {fault}")
     if has_system and len(messages) == 1:
@@ -72,28 +68,27 @@ def check_conversation(conversation: Any) -> list[dict[str, Any]]:
     return list(messages)
 
 
-def _expected_role(number: int, has_system: bool) -> str:
-    if number == 1:
-        return "system" if has_system else "user"
-    return "user" if (number - has_system) % 2 else "assistant"
-
-
-def _message_fault(message: Any) -> str:
-    """What keeps `message` from being one, "" when nothing does."""
+def _message_fault(message: Any, expected_role: str) -> str:
+    """What is wrong with `message`, "" when nothing is."""
     if not isinstance(message, Mapping):
         return f"must be an object with role and content, not {type(message).__name__}"
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         return f"has the role {role!r}; known are {', '.join(ROLES)}"
-    if isinstance(content, str):
-        return ""
-    if role != "assistant":
-        return f"has a content of type {type(content).__name__}; of the role {role} it must be a text"
-    if not isinstance(content, Sequence):
-        return f"has a content of type {type(content).__name__}; it must be a text or a list of parts"
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type") not in PART_TYPES or not isinstance(part.get("text"), str):
-            return f"has the part {part!r}; a part has a type ({', '.join(PART_TYPES)}) and a text"
+    if not isinstance(content, str):
+        if role != "assistant":
+            return f"has a content of type {type(content).__name__}; of the role {role} it must be a text"
+        if not isinstance(content, Sequence):
+            return f"has a content of type {type(content).__name__}; it must be a text or a list of parts"
+        for part in content:
+            is_part = isinstance(part, Mapping) and part.get("type") in PART_TYPES
+            if not is_part or not isinstance(part.get("text"), str):
+                return f"has the part {part!r}; a part has a type ({', '.join(PART_TYPES)}) and a text"
+    if role != expected_role:
+        return (
+            f"must have the role {expected_role!r}, not {role!r}: after a system message, if any, "
+            f"user and assistant take turns"
+        )
     return ""
 
 
@@ -101,19 +96,19 @@ def _message_fault(message: Any) -> str:
 
 
 def render(tokenizer: Tokenizer, conversation: Conversation, *, max_tokens: int | None = None) -> Rendered:
-    """A conversation to learn from, at most `max_tokens` long (None: as long as it is).
+    """A conversation to learn from, at most `max_tokens` long (None: no limit).
 
-    What is too long loses whole messages at its end, so that an answer is there whole or not at all and never
-    without its question; so does a last question without an answer. Ids are empty where not even the first answer
-    fits. Raises `UserError` for a conversation that is not in order.
+    One that is too long loses whole messages at its end: an answer is there whole or not at all, and never without its
+    question. A last question without an answer is dropped too. Ids are empty where not even the first answer fits.
+    Raises `UserError` for a conversation that is not in order.
     """
     system, messages = _split_system(check_conversation(conversation))
     ids, mask = [tokenizer.bos_id], [False]
     length, num_kept = 0, 0  # of ids, and messages, up to the last answer that fits
     for number, message in enumerate(messages, start=1):
-        turn = _turn(tokenizer, message, system if number == 1 else "")
-        ids += turn.ids
-        mask += turn.mask
+        turn_ids, turn_mask = _turn(tokenizer, message, system if number == 1 else "")
+        ids += turn_ids
+        mask += turn_mask
         if max_tokens is not None and len(ids) > max_tokens:
             break
         if message["role"] == "assistant":
@@ -122,40 +117,28 @@ def render(tokenizer: Tokenizer, conversation: Conversation, *, max_tokens: int 
 
 
 def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, *, max_tokens: int | None = None) -> Prompt:
-    """The prompt for the assistant's next words, at most `max_tokens` long (None: as long as it is).
+    """The prompt for the assistant's next words, at most `max_tokens` long (None: no limit).
 
-    After a user message that is a new answer; after an assistant message the same answer goes on. What is too long
-    loses its oldest questions with their answers; beginning-of-sequence token, system message and the last question
-    stay. Raises `UserError` where these alone are too long, and for a conversation that is not in order.
+    After a user message that is a new answer; after an assistant message the same answer goes on. A prompt that is too
+    long loses its oldest questions with their answers; the beginning-of-sequence token, the system message and the
+    last question stay. Raises `UserError` where these alone are too long, and for a conversation that is not in order.
     """
     system, messages = _split_system(check_conversation(conversation))
-    turns = [_turn(tokenizer, message).ids for message in messages]
+    turns = [_turn(tokenizer, message)[0] for message in messages]
+    opened = []
     if messages[-1]["role"] == "assistant":
         turns[-1].pop()  # the end of the turn
     else:
-        turns[-1].append(tokenizer.special_ids["<|assistant_start|>"])
-    lengths = [len(turn) for turn in turns]
-    first, last_question = 0, (len(messages) - 1) // 2 * 2  # questions stand at even places
-    while True:
-        opening = _turn(tokenizer, messages[first], system).ids
-        if first == len(messages) - 1:
-            opening.append(tokenizer.special_ids["<|assistant_start|>"])
-        length = 1 + len(opening) + sum(lengths[first + 1 :])
+        opened = [tokenizer.special_ids["<|assistant_start|>"]]
+    for first in range(0, len(messages), 2):  # questions stand at even places
+        question, later = _turn(tokenizer, messages[first], system)[0], turns[first + 1 :]
+        length = 1 + len(question) + sum(map(len, later)) + len(opened)
         if max_tokens is None or length <= max_tokens:
-            break
-        if first == last_question:
-            raise UserError(
-                f"the last message, with the system message if there is one, has {length} tokens, but only "
-                f"{max_tokens} fit; shorten it"
-            )
-        first += 2
-    ids = [tokenizer.bos_id, *opening, *(token for turn in turns[first + 1 :] for token in turn)]
-    return Prompt(ids, first)
-
-
-class _Turn(NamedTuple):
-    ids: list[int]
-    mask: list[bool]
+            return Prompt([tokenizer.bos_id, *question, *chain.from_iterable(later), *opened], first)
+    raise UserError(
+        f"the last message, with the system message if there is one, has {length} tokens, but only "
+        f"{max_tokens} fit; shorten it"
+    )
 
 
 def _split_system(messages: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
@@ -165,13 +148,13 @@ def _split_system(messages: list[dict[str, Any]]) -> tuple[str, list[dict[str, A
     return messages[0]["content"] + SYSTEM_SEPARATOR, messages[1:]
 
 
-def _turn(tokenizer: Tokenizer, message: Mapping[str, Any], system: str = "") -> _Turn:
-    """A question, with the system message in front of the first one, or an answer."""
+def _turn(tokenizer: Tokenizer, message: Mapping[str, Any], system: str = "") -> tuple[list[int], list[bool]]:
+    """Ids and mask of a question, with the system message in front of the first one, or of an answer."""
     special = tokenizer.special_ids
     if message["role"] == "user":
         text = tokenizer.encode(system + message["content"])
         ids = [special["<|user_start|>"], *text, special["<|user_end|>"]]
-        return _Turn(ids, [False] * len(ids))
+        return ids, [False] * len(ids)
     ids, mask = [special["<|assistant_start|>"]], [False]
     for part in as_parts(message["content"]):
         piece = tokenizer.encode(part["text"])
@@ -180,13 +163,13 @@ def _turn(tokenizer: Tokenizer, message: Mapping[str, Any], system: str = "") ->
             piece = [special[start], *piece, special[end]]
         ids += piece
         mask += [part["type"] != "python_output"] * len(piece)
-    return _Turn([*ids, special["<|assistant_end|>"]], [*mask, True])
+    return [*ids, special["<|assistant_end|>"]], [*mask, True]
 
 
 def as_parts(content: str | Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """An assistant's content as a list of parts: `as_parts("Hi") == [{"type": "text", "text": "Hi"}]`.
 
-    Neighbouring texts become one, as they are one to whoever reads the tokens.
+    Neighbouring texts become one part, because their tokens cannot be told apart.
     """
     parts: list[dict[str, str]] = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
@@ -198,31 +181,11 @@ def as_parts(content: str | Sequence[Mapping[str, str]]) -> list[dict[str, str]]
 
 
 def visible_text(content: str | Sequence[Mapping[str, str]]) -> str:
-    """What an assistant says, without its tool calls and their results."""
+    """What the assistant says, without its tool calls and their results."""
     return "".join(part["text"] for part in as_parts(content) if part["type"] == "text")
 
 
 # --- tokens to messages --------------------------------------------------------------------------
-
-
-class StreamDecoder:
-    """Text of tokens that come one by one: a character is given out when its last byte is there.
-
-    The pieces joined are what `Tokenizer.decode` makes of all ids; a replacement character stands only for bytes that
-    no further token could have made whole.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def add(self, ids: Iterable[int]) -> str:
-        """The text that `ids` complete, perhaps none."""
-        return self._decoder.decode(self._tokenizer.decode_bytes(ids))
-
-    def finish(self) -> str:
-        """What is left: replacement characters for an unfinished character, else nothing."""
-        return self._decoder.decode(b"", final=True)
 
 
 class Delta(NamedTuple):
@@ -233,11 +196,12 @@ class Delta(NamedTuple):
 
 
 class ReplyReader:
-    """A reply's tokens, as they come, to pieces of text by kind of part; `parts` is the message's content so far.
+    """Turns a reply's tokens, as they come, into pieces of text by kind of part; `parts` is its content so far.
 
-    Tokens that belong in no reply (ends of turns, a new document) give no text. What the assistant says ends before
-    the first of the texts `stops`, wherever tokens divide it: then `is_stopped` is set and nothing more comes. Text
-    that may be the beginning of one is held back until that is decided.
+    A character is given out when its last byte is there; a replacement character stands only for bytes that no further
+    token could complete. Special tokens that do not belong in a reply give no text. What the assistant says ends
+    before the first of the texts `stops`, also one that begins in one token and ends in another: then `is_stopped` is
+    set and nothing more comes. Text that may be the beginning of a stop is held back until that is decided.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
@@ -245,8 +209,8 @@ class ReplyReader:
         self.is_stopped = False
         self._types = {tokenizer.special_ids[start]: type_ for type_, (start, _) in _PART_TOKENS.items()}
         self._special = frozenset(tokenizer.special_ids.values())
-        self._decoder = StreamDecoder(tokenizer)
-        self._stops = stops
+        self._tokenizer, self._stops = tokenizer, stops
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self._type, self._is_new = "text", True
 
@@ -255,7 +219,7 @@ class ReplyReader:
         deltas: list[Delta] = []
         for token in ids:
             if token not in self._special:
-                self._append(deltas, self._decoder.add((token,)))
+                self._append(deltas, self._decoder.decode(self._tokenizer.decode_bytes((token,))))
                 continue
             deltas += self.finish()
             if self.is_stopped:
@@ -268,7 +232,7 @@ class ReplyReader:
     def finish(self) -> list[Delta]:
         """What is left: text held back, and replacement characters for an unfinished character."""
         deltas: list[Delta] = []
-        self._append(deltas, self._decoder.finish())
+        self._append(deltas, self._decoder.decode(b"", final=True))
         if self._held:
             self._put(deltas, self._held)
             self._held = ""
@@ -288,7 +252,7 @@ class ReplyReader:
         deltas.append(Delta(self._type, text))
 
     def _before_stop(self, text: str) -> str:
-        """Of the text held back and `text`, what certainly comes before a stop."""
+        """The beginning of held-back text and `text` that cannot belong to a stop; the rest is held back."""
         if self.is_stopped:
             return ""
         text, self._held = self._held + text, ""
@@ -296,9 +260,7 @@ class ReplyReader:
         if places:
             self.is_stopped = True
             return text[: min(places)]
-        # the longest end of the text that is the beginning of a stop
-        sizes = range(min(len(text), max(map(len, self._stops)) - 1), 0, -1)
-        size = next((n for n in sizes if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
-        cut = len(text) - size
-        self._held = text[cut:]
-        return text[:cut]
+        longest = min(len(text), max(map(len, self._stops)) - 1)
+        suffixes = (text[len(text) - size :] for size in range(longest, 0, -1))
+        self._held = next((end for end in suffixes if any(stop.startswith(end) for stop in self._stops)), "")
+        return text[: len(text) - len(self._held)]

@@ -1,20 +1,16 @@
 """Token rows of conversations: whole ones packed into (B, T) batches, with targets only where the assistant speaks.
 
-A row holds T + 1 tokens, inputs and next-token targets overlapping by T. It is filled with whole conversations, each
-beginning with its BOS, and padded at the end with targets that do not count. Nothing is ever cut inside a turn: what
-is longer than a row loses whole turns at its end (`chat.render`), and is left out where not even the first answer
-fits; both are counted. So every supervised token that fits the context is a target exactly once an epoch, and no
-token of a user, a system message or a tool's output ever is; mid-training and finetuning alike.
+A row has T + 1 tokens: inputs and next-token targets overlap by T. It is filled with whole conversations, each
+beginning with its BOS, and padded at the end with targets that do not count. Nothing is cut inside a turn: a
+conversation longer than a row loses whole turns at its end (`chat.render`) and is left out where not even the first
+answer fits; both are counted. So every supervised token that fits the context is a target exactly once per epoch, and
+no token of a user, a system message or a tool's output ever is. Mid-training and finetuning share this.
 
-All conversations are measured once, before the first step, the ranks sharing the work. From the lengths every process
-works out the same rows, so the number of steps of an epoch is known, and a position in the data is one number:
-
-    rows      r0 r1 r2 ...        packed once; every epoch goes through all of them in an order of its own
-    ranks     r_n -> rank n modulo the world size        (counted over the whole run, all epochs)
-
-Any world size therefore sees the same global batches, and a resumed run goes on with the very next row.
-Conversations are rendered again when their row is due: memory holds the lengths, not the tokens.
-
+All conversations are measured once, before the first step; the ranks share the work. From the lengths every process
+computes the same rows, so the number of steps of an epoch is known, and a position in the data is one number. Every
+epoch goes through all rows in an order of its own, and row n of the whole run belongs to rank n mod world size: every
+world size gives the same global batches, and a resumed run continues with the very next row. Conversations are
+rendered again when their row is due: memory holds the lengths, not the tokens.
 Not here: the packer of pretraining (`dataloader.py`), which cuts documents so that every row is full.
 """
 
@@ -24,6 +20,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -34,8 +31,7 @@ from torch import Tensor
 
 from nanochat.common import Runtime, UserError
 from nanochat.data import chat
-from nanochat.data.dataloader import Batch
-from nanochat.model.loss import IGNORE_INDEX
+from nanochat.data.dataloader import Batch, make_batch
 from nanochat.tokenizer import Tokenizer
 
 CHOICE = 1024  # conversations a row is chosen from: of rows of 512 of the mid mixture, 0.9 % is then padding
@@ -48,9 +44,9 @@ Conversations = Sequence[Mapping[str, Any]]
 class Rows:
     """Conversations packed into rows of `sequence_len` + 1 tokens.
 
-    `rows`: the indices of each row's conversations. `num_tokens` are in them, of which `num_targets` are supervised.
+    `rows`: the indices of each row's conversations, which have `num_tokens`, `num_targets` of them supervised.
     `num_cut` conversations lost turns at their end, `num_left_out` are in no row. `fingerprint` differs where the
-    lengths or the supervised tokens do.
+    lengths or the numbers of supervised tokens do.
     """
 
     conversations: Conversations
@@ -82,16 +78,35 @@ def pack_conversations(conversations: Conversations, tokenizer: Tokenizer, seque
     table = _measure_all(conversations, tokenizer, sequence_len + 1)
     lengths = table[:, 0]
     return Rows(
-        conversations,
-        tokenizer,
-        sequence_len,
-        pack_whole(lengths.tolist(), sequence_len + 1),
-        num_tokens=int(lengths.sum()),
-        num_targets=int(table[:, 1].sum()),
-        num_cut=int(((table[:, 2] > 0) & (lengths > 0)).sum()),
-        num_left_out=int((lengths == 0).sum()),
+        conversations, tokenizer, sequence_len, pack_whole(lengths.tolist(), sequence_len + 1),
+        num_tokens=int(lengths.sum()), num_targets=int(table[:, 1].sum()),
+        num_cut=int(((table[:, 2] > 0) & (lengths > 0)).sum()), num_left_out=int((lengths == 0).sum()),
         fingerprint=int.from_bytes(hashlib.sha256(table.astype("<i8").tobytes()).digest()[:7], "little"),
-    )
+    )  # fmt: skip
+
+
+def _measure_all(conversations: Conversations, tokenizer: Tokenizer, max_tokens: int) -> np.ndarray:
+    """(N, 3) int64: of each conversation its tokens, the supervised ones, and the messages that do not fit."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    own: list[tuple[int, int, int]] | UserError = []
+    try:
+        for i in range(rank, len(conversations), world_size):
+            rendered = chat.render(tokenizer, conversations[i], max_tokens=max_tokens)
+            own.append((len(rendered.ids), sum(rendered.mask), rendered.num_dropped))
+    except UserError as error:
+        if world_size == 1:
+            raise
+        own = UserError(str(error))  # raised below: the other ranks must not wait for this one
+    parts = [own]
+    if world_size > 1:
+        parts = [None] * world_size
+        dist.all_gather_object(parts, own)
+    table = np.zeros((len(conversations), 3), dtype=np.int64)
+    for first, part in enumerate(parts):
+        if isinstance(part, UserError):
+            raise part
+        table[first::world_size] = np.array(part, dtype=np.int64).reshape(-1, 3)
+    return table
 
 
 def pack_whole(lengths: Sequence[int], row_tokens: int, *, choice: int = CHOICE) -> list[list[int]]:
@@ -111,9 +126,8 @@ def pack_whole(lengths: Sequence[int], row_tokens: int, *, choice: int = CHOICE)
         row, room, taken = [], row_tokens, bisect.bisect_left(at_hand, first)
         while taken >= 0:
             item = at_hand.pop(taken)
-            at_hand_next = next(upcoming, None)
-            if at_hand_next is not None:
-                bisect.insort(at_hand, at_hand_next)
+            for newcomer in islice(upcoming, 1):
+                bisect.insort(at_hand, newcomer)
             packed.add(item)
             row.append(-item[1])
             room -= item[0]
@@ -125,43 +139,15 @@ def pack_whole(lengths: Sequence[int], row_tokens: int, *, choice: int = CHOICE)
 def hold_out(conversations: Conversations, share: float = HELD_OUT_SHARE) -> tuple[list[int], list[int]]:
     """Indices of the conversations to train on and of those to validate on, at least `share` of the different ones.
 
-    A hash of its content decides, so equal conversations are on the same side, wherever they stand. A single
+    A hash of its content decides, so equal conversations are on the same side, whatever their order. A single
     conversation is to train on.
     """
     keys = [hashlib.sha256(json.dumps(c, sort_keys=True).encode()).hexdigest() for c in conversations]
     different = sorted(set(keys))
     num_held = min(len(different) - 1, -int(-share * len(different) // 1))
     held = set(different[:num_held])
-    sides = [[i for i, key in enumerate(keys) if (key in held) == is_held] for is_held in (False, True)]
-    return sides[0], sides[1]
-
-
-# --- measuring -----------------------------------------------------------------------------------
-
-
-def _measure_all(conversations: Conversations, tokenizer: Tokenizer, max_tokens: int) -> np.ndarray:
-    """(N, 3) int64: of each conversation its tokens, the supervised ones, and the messages that do not fit."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    try:
-        own = [_measure(chat.render(tokenizer, conversations[i], max_tokens=max_tokens))
-               for i in range(rank, len(conversations), world_size)]  # fmt: skip
-    except UserError as error:  # the others must not wait for this rank
-        own = error
-    parts = [own]
-    if world_size > 1:
-        parts = [None] * world_size
-        dist.all_gather_object(parts, own if isinstance(own, list) else UserError(str(own)))
-    errors = [part for part in parts if isinstance(part, UserError)]
-    if errors:
-        raise own if isinstance(own, UserError) else errors[0]
-    table = np.zeros((len(conversations), 3), dtype=np.int64)
-    for first, part in enumerate(parts):
-        table[first::world_size] = np.array(part, dtype=np.int64).reshape(-1, 3)
-    return table
-
-
-def _measure(rendered: chat.Rendered) -> tuple[int, int, int]:
-    return len(rendered.ids), sum(rendered.mask), rendered.num_dropped
+    train, val = ([i for i, key in enumerate(keys) if (key in held) == is_held] for is_held in (False, True))
+    return train, val
 
 
 # --- batches -------------------------------------------------------------------------------------
@@ -170,31 +156,21 @@ def _measure(rendered: chat.Rendered) -> tuple[int, int, int]:
 class ChatLoader:
     """Iterator of `Batch` for one rank over packed rows; see the module's header.
 
-    Endless with `epochs=None`. Otherwise it ends after so many passes, filled up with empty rows, where nothing
-    counts, to a multiple of `step_rows` over all ranks: a training step's last micro-batches may hold nothing, but
-    every rank has them. `seed` sets the order of rows.
+    Endless with `epochs=None`. Otherwise it ends after that many passes, extended with empty rows, in which nothing
+    counts, to a multiple of `step_rows` over all ranks: every rank has all micro-batches of the last training step.
+    `seed` sets the order of rows.
     """
 
     def __init__(
-        self,
-        packed: Rows,
-        batch_size: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        epochs: int | None = None,
-        step_rows: int = 1,
-        seed: int = 0,
-    ):
+        self, packed: Rows, batch_size: int, *, rank: int = 0, world_size: int = 1,
+        device: torch.device | str = "cpu", epochs: int | None = None, step_rows: int = 1, seed: int = 0,
+    ):  # fmt: skip
         assert batch_size >= 1, batch_size
-        self.packed, self.batch_size = packed, batch_size
+        self.packed, self.batch_size, self.seed = packed, batch_size, seed
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self.seed = seed
         self.row = rank  # of the whole run: the next one of this rank
         self.num_rows = None if epochs is None else epochs * len(packed.rows)
         self.end = None if epochs is None else -(-self.num_rows // step_rows) * step_rows
-        self._order: tuple[int, list[int]] | None = None  # an epoch and its order of rows
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -206,40 +182,19 @@ class ChatLoader:
         if not numbers:
             raise StopIteration
         self.row += self.batch_size * self.world_size
-        B, T = self.batch_size, self.packed.sequence_len
-        tokens = np.full((B, T + 1), self.packed.tokenizer.bos_id, dtype=np.int64)
-        counts = np.zeros((B, T + 1), dtype=bool)
+        packed, shape = self.packed, (self.batch_size, self.packed.sequence_len + 1)
+        tokens, counts = np.full(shape, packed.tokenizer.bos_id, dtype=np.int64), np.zeros(shape, dtype=bool)
         epoch = 0
         for b, number in enumerate(numbers):
-            if self.num_rows is None or number < self.num_rows:
-                epoch, place = divmod(number, len(self.packed.rows))
-                self._fill(tokens[b], counts[b], self._row(epoch, place))
-        targets = np.where(counts[:, 1:], tokens[:, 1:], IGNORE_INDEX)
-        return Batch(self._send(tokens[:, :-1]), self._send(targets), int(counts[:, 1:].sum()), epoch)
-
-    def _row(self, epoch: int, place: int) -> list[int]:
-        if self._order is None or self._order[0] != epoch:
-            order = list(range(len(self.packed.rows)))
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._order = epoch, order
-        return self.packed.rows[self._order[1][place]]
-
-    def _fill(self, tokens: np.ndarray, counts: np.ndarray, row: list[int]) -> None:
-        """Write a row's conversations into `tokens` and `counts`, (T + 1,)."""
-        end = 0
-        for index in row:
-            conversation = self.packed.conversations[index]
-            rendered = chat.render(self.packed.tokenizer, conversation, max_tokens=len(tokens))
-            begin, end = end, end + len(rendered.ids)
-            tokens[begin:end], counts[begin:end] = rendered.ids, rendered.mask
-
-    def _send(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
-
-    # --- state ---
+            if self.num_rows is not None and number >= self.num_rows:
+                break
+            epoch, place = divmod(number, len(packed.rows))
+            end = 0
+            for index in packed.rows[_row_order(self.seed, epoch, len(packed.rows))[place]]:
+                one = chat.render(packed.tokenizer, packed.conversations[index], max_tokens=shape[1])
+                begin, end = end, end + len(one.ids)
+                tokens[b, begin:end], counts[b, begin:end] = one.ids, one.mask
+        return make_batch(tokens, counts, self.device, epoch)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where the run stands after the batches given out, the same on all ranks that gave out equally many."""
@@ -247,7 +202,7 @@ class ChatLoader:
         return {name: torch.tensor(number) for name, number in numbers.items()}
 
     def load_state_dict(self, shards: list[dict[str, Tensor]]) -> None:
-        """Go on where the ranks that saved `shards` stood, however many they were.
+        """Continue where the ranks that saved `shards` stood, however many they were.
 
         Raises `UserError` when they had other conversations.
         """
@@ -261,9 +216,16 @@ class ChatLoader:
         self.row = rows.pop() + self.rank
 
 
+@lru_cache(maxsize=4)
+def _row_order(seed: int, epoch: int, num_rows: int) -> list[int]:
+    order = list(range(num_rows))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
 def validation_batches(packed: Rows, runtime: Runtime, batch_size: int, num_tokens: int = 0) -> Iterator[Batch]:
-    """One pass over `packed`, in batches of `batch_size` rows on every rank: of its first `num_tokens` places, rounded
-    up to whole batches, or of all with 0."""
+    """One pass over `packed`, in batches of `batch_size` rows on every rank: over its first `num_tokens` positions,
+    rounded up to whole batches, or with 0 over all."""
     loader = ChatLoader(
         packed, batch_size, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device, epochs=1
     )

@@ -1,32 +1,26 @@
-"""Token rows for training and evaluation: documents, tokenized ahead in a thread, packed into (B, T) batches.
+"""Token rows for training and evaluation: documents are tokenized ahead in a thread and packed into (B, T) batches.
 
-Every row starts with BOS and is full. Of the documents at hand the largest that still fits is taken (best fit);
-when none fits, the longest is cut, and the rest of it comes back as a document of its own: no token is ever
-dropped. A row holds T + 1 tokens, inputs and next-token targets overlapping by T, so each token but a row's first,
-always a BOS, is a target exactly once.
+Every row starts with BOS and is full. Of the documents at hand, the largest that still fits is taken (best fit); when
+none fits, the longest is cut and its rest becomes a document of its own, so no token is ever dropped. A row has
+T + 1 tokens: inputs and next-token targets overlap by T, and each token except a row's first is a target exactly once.
 
-What every process sees must not depend on how many there are. The documents are dealt in turn to `NUM_STREAMS`
-streams, each packed on its own; row n of the whole run comes from stream n modulo their number, and belongs to rank
-n modulo the world size:
+Batches do not depend on the number of processes. Documents are dealt in turn to `NUM_STREAMS` streams, each packed on
+its own; row n of the run comes from stream n mod NUM_STREAMS and belongs to rank n mod world size:
 
     documents  d0 d1 d2 ...          d_n -> stream n mod 8      (counted over the whole run, all epochs)
     rows       r0 r1 r2 ...          r_n <- stream n mod 8      (4 ranks: rank 1 packs streams 1 and 5)
 
-So any world size that divides `NUM_STREAMS` gives the same global batches, and a run resumed on another one goes
-on with the very next row. The state is what each stream has in hand, as tokens, and where it reads on.
-
-At the end of the last epoch streams run dry one after the other and are then passed over, so ranks may end some
-batches apart; until then, they are in step.
-
-Reading files is `dataset.py`'s part.
+So every world size that divides `NUM_STREAMS` gives the same global batches, and a run resumed at another one
+continues with the very next row. At the end of the last epoch the streams run dry one after another and are skipped
+from then on, so ranks may end some batches apart.
+Not here: reading files (`dataset.py`).
 """
 
 import bisect
-import queue
-import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -40,15 +34,15 @@ from nanochat.common import UserError
 from nanochat.data.dataset import document_batches
 from nanochat.model.loss import IGNORE_INDEX
 
-NUM_STREAMS = 8  # a fixed number, or rows would depend on the number of processes
+NUM_STREAMS = 8  # fixed, or rows would depend on the number of processes
 BUFFER_DOCS = 128  # per stream, and enough for a row: best fit chooses among about a thousand documents in all
 DOCS_PER_READ = 1024  # tokenized and dealt at a time
-READS_AHEAD = 2
-POLL_SECONDS = 0.2  # how often a reader that is far enough ahead looks whether it is still wanted
+READS_AHEAD = 3
 
 
 class Place(NamedTuple):
-    """Where reading goes on: the document `first` of a row group, the `number`-th of the run. Later is larger."""
+    """Where reading continues: document `first` of a row group, the `number`-th of the run. Later places compare
+    greater."""
 
     epoch: int = 0
     shard: int = 0
@@ -70,11 +64,25 @@ class Batch:
     weights: Tensor | None = None
 
 
-class Packer:
-    """Best-fit packing of documents into rows of `row_tokens` tokens, with `bos_id` in front of each document.
+def make_batch(tokens: np.ndarray, counts: np.ndarray, device: torch.device, epoch: int) -> Batch:
+    """The `Batch` of `tokens`, (B, T + 1) int64; `counts`, (B, T + 1) bool, says which of them are targets."""
 
-    documents: token arrays without BOS, by length, equal ones oldest first.
+    def send(array: np.ndarray) -> Tensor:
+        tensor, is_cuda = torch.from_numpy(np.ascontiguousarray(array)), device.type == "cuda"
+        return (tensor.pin_memory() if is_cuda else tensor).to(device, non_blocking=is_cuda)
+
+    targets = np.where(counts[:, 1:], tokens[:, 1:], IGNORE_INDEX)
+    return Batch(send(tokens[:, :-1]), send(targets), int(counts[:, 1:].sum()), epoch)
+
+
+class Stream:
+    """The documents one stream has in hand, packed by best fit into rows of `row_tokens` tokens, with `bos_id` in
+    front of each document. Documents are token arrays without BOS.
+
+    documents: those to choose from, by length, equal ones oldest first.
     num_tokens: what they take up in rows, BOS included.
+    waiting: documents that are not yet among them; ready: rows packed but not consumed.
+    place: where reading continues.
     """
 
     def __init__(self, row_tokens: int, bos_id: int):
@@ -82,13 +90,26 @@ class Packer:
         self.row_tokens, self.bos_id = row_tokens, bos_id
         self.documents: list[np.ndarray] = []
         self.num_tokens = 0
+        self.waiting: deque[np.ndarray] = deque()
+        self.ready: deque[np.ndarray] = deque()
+        self.place = Place()
 
     def add(self, document: np.ndarray) -> None:
         bisect.insort(self.documents, document, key=len)
         self.num_tokens += 1 + len(document)
 
+    def fill(self) -> bool:
+        """Add waiting documents until there are enough to choose from; False when it takes more than there are."""
+        while len(self.documents) < BUFFER_DOCS or self.num_tokens < self.row_tokens:
+            if not self.waiting:
+                return False
+            self.add(self.waiting.popleft())
+        return True
+
     def next_row(self) -> np.ndarray:
-        """One row, int32; shorter than `row_tokens` only when the documents ran out. One at least must be there."""
+        """One row, int32; shorter than `row_tokens` only when the documents ran out. There must be one at least."""
+        if self.ready:
+            return self.ready.popleft()
         row, end = np.full(self.row_tokens, self.bos_id, dtype=np.int32), 0
         while end < self.row_tokens and self.documents:
             part = self._take(self.row_tokens - end - 1, starts_row=end == 0)
@@ -97,8 +118,8 @@ class Packer:
         return row[:end]
 
     def _take(self, room: int, *, starts_row: bool) -> np.ndarray:
-        """The next at most `room` tokens of a row behind a BOS: a whole document, or all the room of a longer one.
-        Without room that is nothing, and the BOS of a document that comes later fills the row."""
+        """The next tokens of a row after a BOS: a whole document of at most `room` tokens, or as many of a longer
+        one. Without any room that is nothing: the row ends with the BOS of a document that begins in a later row."""
         num_fitting = bisect.bisect_right(self.documents, room, key=len)
         if num_fitting and not (starts_row and num_fitting < len(self.documents)):
             return self._pop(bisect.bisect_left(self.documents, len(self.documents[num_fitting - 1]), key=len))
@@ -112,26 +133,6 @@ class Packer:
         return document
 
 
-@dataclass
-class Stream:
-    """One stream's documents and rows in hand. `waiting` are documents not yet offered to the packer, `ready` rows
-    that were packed but not consumed; reading goes on at `place`."""
-
-    packer: Packer
-    place: Place = field(default_factory=Place)
-    waiting: deque[np.ndarray] = field(default_factory=deque)
-    ready: deque[np.ndarray] = field(default_factory=deque)
-
-    def fill(self) -> bool:
-        """Offer the packer what is waiting, as far as it needs it; False when it needs more than that."""
-        packer = self.packer
-        while len(packer.documents) < BUFFER_DOCS or packer.num_tokens < packer.row_tokens:
-            if not self.waiting:
-                return False
-            packer.add(self.waiting.popleft())
-        return True
-
-
 class TextLoader:
     """Iterator of `Batch` for one rank over the documents of parquet shards; see the module's header.
 
@@ -140,26 +141,17 @@ class TextLoader:
     """
 
     def __init__(
-        self,
-        tokenizer,
-        paths: Sequence[Path],
-        batch_size: int,
-        sequence_len: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        epochs: int | None = None,
-    ):
+        self, tokenizer, paths: Sequence[Path], batch_size: int, sequence_len: int, *,
+        rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu", epochs: int | None = None,
+    ):  # fmt: skip
         assert batch_size >= 1, batch_size
-        self.tokenizer, self.paths = tokenizer, list(paths)
+        self.tokenizer, self.paths, self.epochs = tokenizer, list(paths), epochs
         self.batch_size, self.sequence_len = batch_size, sequence_len
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self.epochs = epochs
         self.num_streams = NUM_STREAMS if NUM_STREAMS % world_size == 0 else world_size
         self.streams = self._new_streams()
         self.row = rank  # of the whole run: the next one this rank packs
-        self._reader: _Reader | None = None
+        self._reader: Generator[Dealt, None, None] | None = None
         self._sent: deque[tuple[list[tuple[int, np.ndarray]], Batch]] = deque()  # rows by number, and as a batch
         self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.batches_ahead = 1 if self._copy_stream else 0  # on a GPU the next batch travels while this one is used
@@ -172,28 +164,30 @@ class TextLoader:
             rows = list(islice(self._rows(), self.batch_size))
             if not rows:
                 break
-            self._sent.append((rows, self._send(rows)))
+            with torch.cuda.stream(self._copy_stream):  # no effect without one
+                self._sent.append((rows, self._send(rows)))
         if not self._sent:
             self.close()
             raise StopIteration
         batch = self._sent.popleft()[1]
         if self._copy_stream:
-            torch.cuda.current_stream(self.device).wait_stream(self._copy_stream)
-            for tensor in (batch.idx, batch.targets):
-                tensor.record_stream(torch.cuda.current_stream(self.device))
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._copy_stream)
+            batch.idx.record_stream(current)
+            batch.targets.record_stream(current)
         return batch
 
     def close(self) -> None:
-        """Stop the reading thread. Reading may go on afterwards, with a new one."""
+        """Stop the reading thread. Iterating again starts a new one."""
         if self._reader is not None:
-            self._reader.stop()
+            self._reader.close()
             self._reader = None
 
     # --- rows ---
 
     def _new_streams(self) -> dict[int, Stream]:
-        row_tokens, bos_id = self.sequence_len + 1, self.tokenizer.bos_id
-        return {s: Stream(Packer(row_tokens, bos_id)) for s in range(self.rank, self.num_streams, self.world_size)}
+        own = range(self.rank, self.num_streams, self.world_size)
+        return {number: Stream(self.sequence_len + 1, self.tokenizer.bos_id) for number in own}
 
     def _rows(self) -> Iterator[tuple[int, np.ndarray]]:
         """The next rows of this rank with their numbers, in order; ends when all streams are dry."""
@@ -203,60 +197,50 @@ class TextLoader:
             if not stream.ready:
                 self._read_for(stream)
             self.row += self.world_size
-            if stream.ready:
-                yield number, stream.ready.popleft()
-            elif stream.packer.documents:
-                yield number, stream.packer.next_row()
-            else:
-                num_dry += 1
-                continue
-            num_dry = 0
+            num_dry += 1
+            if stream.ready or stream.documents:
+                num_dry = 0
+                yield number, stream.next_row()
 
     def _read_for(self, stream: Stream) -> None:
         """Give `stream` documents to choose from: as many as its buffer holds, or all that are left."""
         while not stream.fill():
             if self._reader is None:
-                start = min(s.place for s in self.streams.values())
-                self._reader = _Reader(self.tokenizer, self.paths, start, self.epochs, self.num_streams, self.streams)
-            dealt = self._reader.next()
-            if dealt is None:
+                start, own = min(s.place for s in self.streams.values()), frozenset(self.streams)
+                work = _deal(self.tokenizer, self.paths, start, self.epochs, self.num_streams, own)
+                self._reader = _read_ahead(work)
+            try:
+                place, next_place, dealt = next(self._reader)
+            except StopIteration:
                 return
-            for number, documents in dealt.documents.items():
+            except BaseException:
+                self._reader = None  # whoever goes on iterating meets the same error again
+                raise
+            for number, documents in dealt.items():
                 receiver = self.streams[number]
-                if dealt.place >= receiver.place:  # after a resume, streams may have read unequally far
+                if place >= receiver.place:  # after a resume, streams may have read unequally far
                     receiver.waiting.extend(documents)
-                    receiver.place = dealt.next_place
+                    receiver.place = next_place
 
     def _send(self, rows: list[tuple[int, np.ndarray]]) -> Batch:
-        B, T = self.batch_size, self.sequence_len
-        pinned = self._copy_stream is not None
-        idx = torch.full((B, T), self.tokenizer.bos_id, dtype=torch.int64, pin_memory=pinned)
-        targets = torch.full((B, T), IGNORE_INDEX, dtype=torch.int64, pin_memory=pinned)
+        shape = (self.batch_size, self.sequence_len + 1)
+        tokens, counts = np.full(shape, self.tokenizer.bos_id, dtype=np.int64), np.zeros(shape, dtype=bool)
         for b, (_, row) in enumerate(rows):
-            tokens = torch.from_numpy(row.astype(np.int64))
-            idx[b, : min(len(row), T)] = tokens[:T]
-            targets[b, : len(row) - 1] = tokens[1:]
-        num_targets = sum(len(row) - 1 for _, row in rows)
+            tokens[b, : len(row)], counts[b, : len(row)] = row, True
         epoch = self.streams[rows[-1][0] % self.num_streams].place.epoch
-        if pinned:
-            with torch.cuda.stream(self._copy_stream):
-                idx, targets = (x.to(self.device, non_blocking=True) for x in (idx, targets))
-        elif self.device.type != "cpu":
-            idx, targets = idx.to(self.device), targets.to(self.device)
-        return Batch(idx, targets, num_targets, epoch)
+        return make_batch(tokens, counts, self.device, epoch)
 
     # --- state ---
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Where this rank stands after the batches it gave out: the streams' tokens in hand and reading places."""
+        """Where this rank stands after the batches it gave out: the tokens each stream has in hand and its place."""
         unused = [numbered for rows, _ in self._sent for numbered in rows]  # sent ahead, not yet given out
         state = {"row": torch.tensor(unused[0][0] if unused else self.row),
                  "num_streams": torch.tensor(self.num_streams),
                  "sequence_len": torch.tensor(self.sequence_len)}  # fmt: skip
         for number, stream in self.streams.items():
             given_back = [row for n, row in unused if n % self.num_streams == number]
-            held = {"ready": given_back + list(stream.ready), "buffer": stream.packer.documents,
-                    "waiting": list(stream.waiting)}  # fmt: skip
+            held = {"ready": [*given_back, *stream.ready], "buffer": stream.documents, "waiting": stream.waiting}
             state[f"{number}.place"] = torch.tensor(stream.place)
             for name, arrays in held.items():
                 state[f"{number}.{name}.tokens"] = torch.from_numpy(np.concatenate([np.empty(0, np.int32), *arrays]))
@@ -264,7 +248,7 @@ class TextLoader:
         return state
 
     def load_state_dict(self, shards: list[dict[str, Tensor]]) -> None:
-        """Go on where the ranks that saved `shards` stood, however many they were.
+        """Continue where the ranks that saved `shards` stood, however many they were.
 
         Raises `UserError` when the rows of that run cannot be continued by this loader.
         """
@@ -294,7 +278,7 @@ class TextLoader:
             stream.ready.extend(_split(merged, f"{number}.ready"))
             stream.waiting.extend(_split(merged, f"{number}.waiting"))
             for document in _split(merged, f"{number}.buffer"):
-                stream.packer.add(document)
+                stream.add(document)
 
 
 def _split(state: dict[str, Tensor], name: str) -> list[np.ndarray]:
@@ -302,63 +286,27 @@ def _split(state: dict[str, Tensor], name: str) -> list[np.ndarray]:
     return np.split(state[f"{name}.tokens"].numpy(), np.cumsum(lengths)[:-1]) if len(lengths) else []
 
 
-@dataclass(frozen=True)
-class _Dealt:
-    """Tokenized documents by stream, of those read from `place` to `next_place`."""
+# --- reading ahead -------------------------------------------------------------------------------
 
-    place: Place
-    next_place: Place
-    documents: dict[int, list[np.ndarray]]
+# Tokenized documents by stream, and the places where reading them began and ended.
+Dealt = tuple[Place, Place, dict[int, list[np.ndarray]]]
 
 
-class _Reader:
-    """A thread that reads and tokenizes the documents of some streams ahead of their use."""
-
-    def __init__(self, tokenizer, paths, start: Place, epochs: int | None, num_streams: int, own):
-        self._queue: queue.Queue = queue.Queue(maxsize=READS_AHEAD)
-        self._stopped = threading.Event()
-        work = _deal(tokenizer, paths, start, epochs, num_streams, frozenset(own))
-        # The thread holds no reference to this object, so an abandoned loader is collected and its thread ends. It is
-        # no daemon: one that is inside the encoder when Python shuts down would take the process down with it.
-        threading.Thread(target=_pump, args=(work, self._queue, self._stopped), name="text reader").start()
-
-    def next(self) -> _Dealt | None:
-        """What was read next, or None at the end. Raises what the thread raised."""
-        item = self._queue.get()
-        if item is None or isinstance(item, BaseException):
-            self._queue.put(item)  # for whoever asks again
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    __del__ = stop
-
-
-def _pump(work: Iterator[_Dealt], items: queue.Queue, stopped: threading.Event) -> None:
-    """Put `work` into the queue, and at its end None or what it raised, until stopped or the main thread is over."""
-
-    def put(item) -> bool:
-        while not stopped.is_set() and threading.main_thread().is_alive():
-            try:
-                items.put(item, timeout=POLL_SECONDS)
-                return True
-            except queue.Full:
-                continue
-        return False
-
+def _read_ahead(work: Iterator[Dealt]) -> Generator[Dealt, None, None]:
+    """The items of `work`, made in a thread up to `READS_AHEAD` before they are asked for. The thread ends when this
+    iterator is closed, or abandoned, and is no daemon: one that is inside the encoder when Python shuts down would
+    take the process down with it."""
+    pool = ThreadPoolExecutor(1, "text reader")
     try:
-        for dealt in work:
-            if not put(dealt):
-                return
-        put(None)
-    except BaseException as error:  # handed to the thread that asks next; a panic in Rust is no Exception
-        put(error)
+        ahead = deque(pool.submit(next, work, None) for _ in range(READS_AHEAD))
+        while (dealt := ahead.popleft().result()) is not None:
+            ahead.append(pool.submit(next, work, None))
+            yield dealt
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _deal(tokenizer, paths, start: Place, epochs: int | None, num_streams: int, own) -> Iterator[_Dealt]:
+def _deal(tokenizer, paths, start: Place, epochs: int | None, num_streams: int, own) -> Iterator[Dealt]:
     """Read the shards over and over from `start` on, tokenize the documents of the `own` streams, deal them out."""
     epoch, shard, row_group, first, number = start
     while epochs is None or epoch < epochs:
@@ -368,7 +316,7 @@ def _deal(tokenizer, paths, start: Place, epochs: int | None, num_streams: int, 
                 piece = texts[offset : offset + DOCS_PER_READ]
                 place, number = Place(epoch, *position, offset, number), number + len(piece)
                 next_place = Place(epoch, *position, offset + len(piece), number)
-                yield _Dealt(place, next_place, _tokenize(tokenizer, piece, place.number, num_streams, own))
+                yield place, next_place, _tokenize(tokenizer, piece, place.number, num_streams, own)
             first = 0
         if is_whole_epoch and number == number_before:
             raise UserError(f"the shards of {Path(paths[0]).parent} hold no documents" if paths else "no shards given")

@@ -1,4 +1,4 @@
-"""Pretraining text as parquet shards with a `text` column: where they lie, reading them, getting them.
+"""Pretraining text as parquet shards with a `text` column: where they are, reading them, getting them.
 
     python -m nanochat.data.dataset -n 8                                    # 8 train shards of the default data set
     python -m nanochat.data.dataset -n -1 --data karpathy/fineweb-edu-100b-shuffle
@@ -6,7 +6,7 @@
     python -m nanochat.data.dataset --data local                            # documentation found on this machine
 
 Whatever the source, the rest of the code sees shards in a fixed order, the last of which is the validation set.
-Not here: the transfer of one file (`hub.py`), making shards of other files (`localtext.py`), tokenizing, batching.
+Not here: transfers (`hub.py`), making shards of other files (`localtext.py`), tokenizing, batching.
 """
 
 import argparse
@@ -16,16 +16,12 @@ import os
 import re
 import shutil
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,7 +29,7 @@ import pyarrow.parquet as pq
 
 from nanochat.common import UserError, base_dir, disk_errors, print0, run_main, write_atomic
 from nanochat.data import hub, localtext
-from nanochat.data.hub import HubFile, Retry, TransferError
+from nanochat.data.hub import HubFile, TransferError
 from nanochat.data.localtext import Source
 
 DEFAULT_DATA = "karpathy/climbmix-400b-shuffle"
@@ -43,15 +39,6 @@ MANIFEST = "nanochat-shards.json"  # a name no folder of the user will have for 
 SUFFIXES = (".parquet", *localtext.SUFFIXES)
 TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())
 DISK_MARGIN_BYTES = 64 << 20  # on top of 5 %: room for the logs and the file system's own needs
-SAVE_SECONDS = 5.0  # between two writings of the manifest; what a kill loses is only hashed once more
-GIVE_UP_FAILURES = 8  # files in a row that ran out of attempts: the network is gone, the rest need not be tried
-
-
-class Position(NamedTuple):
-    """Where a batch of documents comes from: index of the shard in the list given, and of the row group in it."""
-
-    shard: int
-    row_group: int
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -103,8 +90,9 @@ def shard_paths(data: str, split: str) -> list[Path]:
 
 def document_batches(
     paths: Sequence[Path], *, start: tuple[int, int] = (0, 0)
-) -> Iterator[tuple[Position, pa.StringArray]]:
-    """The documents of the shards in order, one row group at a time, from row group `start` on.
+) -> Iterator[tuple[tuple[int, int], pa.StringArray]]:
+    """The documents of the shards in order, one row group at a time, from row group `start` on. With them comes their
+    position: index of the shard in `paths`, and of the row group in it.
 
     Only one row group is in memory. Nulls and empty texts are left out, and a row group of nothing else with them.
     Raises `UserError` for a shard that is missing or cannot be read, at the moment it is reached.
@@ -113,10 +101,9 @@ def document_batches(
         with _open_shard(paths[shard]) as parquet:
             first = start[1] if shard == start[0] else 0
             for row_group in range(first, parquet.num_row_groups):
-                with _shard_errors(paths[shard]):
-                    texts = _non_empty(parquet.read_row_group(row_group, columns=["text"]).column("text"))
+                texts = _non_empty(parquet.read_row_group(row_group, columns=["text"]).column("text"))
                 if len(texts):
-                    yield Position(shard, row_group), texts
+                    yield (shard, row_group), texts
 
 
 def _non_empty(column: pa.ChunkedArray) -> pa.StringArray:
@@ -126,45 +113,41 @@ def _non_empty(column: pa.ChunkedArray) -> pa.StringArray:
 
 
 @contextmanager
-def _shard_errors(path: Path) -> Iterator[None]:
+def _open_shard(path: Path) -> Iterator[pq.ParquetFile]:
+    """The opened shard. Raises `UserError` when it is missing, cannot be read, or has no `text` column of strings."""
+    command = "run python -m nanochat.data.dataset again"
     try:
-        yield
+        with pq.ParquetFile(path) as parquet:
+            _check_columns(parquet, str(path))
+            yield parquet
     except FileNotFoundError as error:
-        raise UserError(f"the shard {path} is missing; run python -m nanochat.data.dataset again") from error
+        raise UserError(f"the shard {path} is missing; {command}") from error
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"the shard {path} cannot be read ({reason}); if it is damaged, delete it and "
-            f"run python -m nanochat.data.dataset again"
+            f"the shard {path} cannot be read ({reason}); if it is damaged, delete it and {command}"
         ) from error
-
-
-def _open_shard(path: Path) -> pq.ParquetFile:
-    """The opened shard. Raises `UserError` when it is missing, unreadable, or has no `text` column of strings."""
-    with _shard_errors(path):
-        parquet = pq.ParquetFile(path)
-    _check_columns(parquet, str(path))
-    return parquet
 
 
 def _check_columns(parquet: pq.ParquetFile, name: str) -> None:
     columns = {column.name: column.type for column in parquet.schema_arrow}
     if columns.get("text") not in TEXT_TYPES:
-        listed = ", ".join(f"{column} ({kind})" for column, kind in list(columns.items())[:8])
+        listed = ", ".join(f"{column} ({kind})" for column, kind in list(columns.items())[:8]) or "none"
         raise UserError(
-            f"the shard {name} has no column text of strings, only {listed or 'none'}; "
-            f"choose another data set with --data"
+            f"the shard {name} has no column text of strings, only {listed}; choose another data set with --data"
         )
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    """Parquet files at any depth below `folder`, hidden ones left out, in natural order (2 before 10)."""
-    found = [path.relative_to(folder) for path in folder.rglob("*.parquet")]
-    return [
-        folder / path
-        for path in sorted(found, key=lambda path: natural_key(path.as_posix()))
-        if not any(part.startswith(".") for part in path.parts)
-    ]
+    """Parquet files at any depth below `folder`, in natural order (2 before 10)."""
+    found = _visible_files(folder, "*.parquet")
+    return sorted(found, key=lambda path: natural_key(path.relative_to(folder).as_posix()))
+
+
+def _visible_files(folder: Path, pattern: str) -> list[Path]:
+    """Files at any depth below `folder`, sorted; hidden ones, and those in hidden folders, are left out."""
+    found = [path.relative_to(folder) for path in sorted(folder.rglob(pattern)) if path.is_file()]
+    return [folder / path for path in found if not any(part.startswith(".") for part in path.parts)]
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
@@ -204,11 +187,31 @@ class Manifest:
         """Write it into `folder`, atomically."""
         write_atomic(folder / MANIFEST, json.dumps(asdict(self)))
 
+    def update(self, folder: Path, wanted: Sequence[HubFile]) -> list[HubFile]:
+        """Bring `verified` up to date and return those of `wanted` that are not in `folder` or not whole.
+
+        A file that changed, or was never noted, is hashed. One that was deleted and is not wanted is forgotten.
+        """
+        names = {file.name for file in wanted}
+        for file in self.files:
+            path, is_whole = folder / file.name, file.is_whole(folder)
+            if is_whole and (file.name not in names or self.verified.get(file.name) == path.stat().st_mtime_ns):
+                continue
+            self.verified.pop(file.name, None)
+            if file.name in names and path.exists():
+                try:
+                    hub.verify_or_discard(path, file, _check_fetched)
+                    self.verified[file.name] = path.stat().st_mtime_ns
+                except TransferError as error:
+                    print0(f"{path} is not whole ({error}): fetching it again")
+        self.save(folder)
+        return [file for file in wanted if file.name not in self.verified]
+
 
 # --- getting a data set --------------------------------------------------------------------------
 
 
-def prepare(data: str, num_train: int, *, workers: int = 8, retry: Retry | None = None) -> Path:
+def prepare(data: str, num_train: int, *, workers: int = 8) -> Path:
     """Make the shards of `data` ready and return their folder: download a hub repository (the first `num_train`
     train shards, -1 for all, and always the last), or convert local text, or check a local folder of shards.
 
@@ -220,41 +223,40 @@ def prepare(data: str, num_train: int, *, workers: int = 8, retry: Retry | None 
     if workers < 1:
         raise UserError(f"--workers {workers} is out of range; give at least 1")
     folder, path = data_dir(data), Path(data).expanduser()
-    if data == LOCAL_TEXT:
-        with _only_one_process(folder):
-            _convert(data, f"machine {localtext.VERSION}", localtext.machine_sources, folder)
-    elif folder == path:
+    if folder == path:
         for shard in _parquet_files(folder):
-            _open_shard(shard).close()
-    elif path.exists():
-        root = path if path.is_dir() else path.parent
-        with _only_one_process(folder):
-            _convert_files(data, _source_files(path), root, folder)
-    else:
-        with _only_one_process(folder):
-            _download(data, num_train, folder, workers, retry or Retry())
+            with _open_shard(shard):
+                pass
+        return folder
+    with _only_one_process(folder):
+        if data == LOCAL_TEXT:
+            _convert(data, f"machine {localtext.VERSION}", localtext.machine_sources, folder)
+        elif path.exists():
+            _convert_files(data, _source_files(path), path if path.is_dir() else path.parent, folder)
+        else:
+            _download(data, num_train, folder, workers)
     return folder
 
 
-def _download(data: str, num_train: int, folder: Path, workers: int, retry: Retry) -> None:
+def _download(data: str, num_train: int, folder: Path, workers: int) -> None:
     """Fetch the shards of a hub repository into `folder`. Of a repository without parquet shards, the text files are
     fetched into a folder beside it and made into shards. The hub is not asked when nothing is missing."""
     raw_folder = folder.with_name(f"{folder.name}.raw")
-    manifest = Manifest.load(raw_folder) or Manifest.load(folder) or _list_usable(data, retry)
+    manifest = Manifest.load(raw_folder) or Manifest.load(folder) or _list_usable(data)
     files = manifest.files
     is_raw = len(files) < 2 or not all(file.name.endswith(".parquet") for file in files)
     if num_train >= len(files):
         print0(f"{data} has only {len(files):,} files: taking all of them")
     wanted = files[-1:] + (files[:-1] if num_train < 0 else files[:-1][:num_train])
-    _fetch_missing(manifest, raw_folder if is_raw else folder, wanted, workers, retry)
+    _fetch_missing(manifest, raw_folder if is_raw else folder, wanted, workers)
     if is_raw:
         _convert_files(data, [raw_folder / file.name for file in wanted], raw_folder, folder)
 
 
-def _list_usable(data: str, retry: Retry) -> Manifest:
+def _list_usable(data: str) -> Manifest:
     """What there is to fetch: the parquet shards in natural order if there are two or more, else every file that
     can be made into shards, the description of the repository left out."""
-    revision, files = hub.list_files(data, retry)
+    revision, files = hub.list_files(data)
     files = sorted(files, key=lambda file: natural_key(file.name))
     shards = [file for file in files if file.name.endswith(".parquet")]
     usable = [file for file in files if file.name.endswith(SUFFIXES) and file.name != "README.md"]
@@ -263,114 +265,23 @@ def _list_usable(data: str, retry: Retry) -> Manifest:
     return Manifest(data, revision, shards if len(shards) >= 2 else usable)
 
 
-def _fetch_missing(manifest: Manifest, folder: Path, wanted: list[HubFile], workers: int, retry: Retry) -> None:
+def _fetch_missing(manifest: Manifest, folder: Path, wanted: list[HubFile], workers: int) -> None:
     """Fetch those of `wanted` that are not in `folder` and whole. Raises `UserError` when some remain missing."""
-    from tqdm import tqdm
-
-    names = {file.name for file in wanted}
-    for file in manifest.files:
-        if file.name not in names and not file.is_whole(
-            folder
-        ):  # deleted since, and not asked for now: no longer missed
-            manifest.verified.pop(file.name, None)
-    missing = [file for file in wanted if not _is_verified(manifest, folder, file)]
-    manifest.save(folder)
+    missing = manifest.update(folder, wanted)
     if not missing:
         return
-    arrived = sum(hub.size_of(hub.partial_path(folder / file.name)) for file in missing)
-    total = sum(file.size for file in missing)
-    check_disk(folder, total - arrived)
-    headers = hub.request_headers()
-    bar = tqdm(
-        total=total,
-        initial=arrived,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        dynamic_ncols=True,
-        desc=f"{len(missing)} files",
-        mininterval=0.5 if sys.stderr.isatty() else 15.0,
-    )
-    bar_lock, stop = threading.Lock(), threading.Event()
-
-    def advance(num_bytes: int) -> None:
-        with bar_lock:
-            bar.update(num_bytes)
-
-    def fetch(file: HubFile) -> None:
-        url = hub.file_url(manifest.source, manifest.version, file)
-        hub.fetch_file(
-            url,
-            folder / file.name,
-            file,
-            retry=retry,
-            headers=headers,
-            check=_check_fetched,
-            on_bytes=advance,
-            stop=stop,
-        )
-
-    failed: dict[str, str] = {}
-    with bar, ThreadPoolExecutor(workers) as pool:
-        jobs = {pool.submit(fetch, file): file for file in missing}
-        try:
-            _collect(jobs, manifest, folder, failed)
-        finally:  # a user error, Ctrl-C, a dead network: end the other transfers too
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            manifest.save(folder)
-    _report_missing(manifest, folder, wanted, failed)
-
-
-def _collect(jobs: dict[Future[None], HubFile], manifest: Manifest, folder: Path, failed: dict[str, str]) -> None:
-    """Note in the manifest what arrived and in `failed` what did not, until all is done or the network looks dead."""
-    saved = time.monotonic()
-    failures_in_a_row = 0
-    for job in as_completed(jobs):
-        file = jobs[job]
-        try:
-            job.result()
-        except TransferError as error:
-            failed[file.name] = str(error)
-            failures_in_a_row += 1
-            if failures_in_a_row >= GIVE_UP_FAILURES:
-                return
-            continue
-        failures_in_a_row = 0
-        manifest.verified[file.name] = (folder / file.name).stat().st_mtime_ns
-        if time.monotonic() - saved > SAVE_SECONDS:
-            manifest.save(folder)
-            saved = time.monotonic()
-
-
-def _report_missing(manifest: Manifest, folder: Path, wanted: list[HubFile], failed: dict[str, str]) -> None:
-    """Name each file of `wanted` that is not here, then raise `UserError`; nothing when all are here."""
-    missing = [file.name for file in wanted if file.name not in manifest.verified]
-    for name in missing:
-        print(f"missing: {name} ({failed.get(name, 'not tried to the end')})", file=sys.stderr)
-    if missing:
+    check_disk(folder, sum(file.size - hub.size_of(hub.partial_path(folder / file.name)) for file in missing))
+    failed = hub.fetch_files(manifest.source, manifest.version, missing, folder, workers=workers, check=_check_fetched)
+    fetched = [file.name for file in missing if file.name not in failed]
+    manifest.verified.update((name, (folder / name).stat().st_mtime_ns) for name in fetched)
+    manifest.save(folder)
+    for name, reason in failed.items():
+        print(f"missing: {name} ({reason})", file=sys.stderr)
+    if failed:
         raise UserError(
-            f"{len(missing)} of {len(wanted)} files of {manifest.source} could not be fetched from "
+            f"{len(failed)} of {len(wanted)} files of {manifest.source} could not be fetched from "
             f"{hub.endpoint()}; the others are kept in {folder}: run the same command again to go on"
         )
-
-
-def _is_verified(manifest: Manifest, folder: Path, file: HubFile) -> bool:
-    """Whether `file` is here and whole; one that changed since, or was never noted, is checked again."""
-    path = folder / file.name
-    modified = path.stat().st_mtime_ns if path.exists() else None
-    if modified and file.is_whole(folder) and manifest.verified.get(file.name) == modified:
-        return True
-    manifest.verified.pop(file.name, None)
-    if modified is None:
-        return False
-    try:
-        hub.verify_or_discard(path, file, _check_fetched)
-    except TransferError as error:
-        print0(f"{path} is not whole ({error}): fetching it again")
-        return False
-    manifest.verified[file.name] = modified
-    return True
 
 
 def _check_fetched(path: Path, file: HubFile) -> None:
@@ -403,14 +314,12 @@ def _only_one_process(folder: Path) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(f".{folder.name}.lock"))
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             print0(f"another process is preparing {folder}: waiting for it")
-            lock.acquire()
-    try:
+            held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 # --- converting ----------------------------------------------------------------------------------
@@ -418,14 +327,8 @@ def _only_one_process(folder: Path) -> Iterator[None]:
 
 def _source_files(path: Path) -> list[Path]:
     """The file itself, or every file below the folder that can be made into shards, hidden ones left out."""
-    found = [path] if path.is_file() else sorted(path.rglob("*"))
-    files = [
-        file
-        for file in found
-        if file.name.endswith(SUFFIXES)
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+    found = [path] if path.is_file() else _visible_files(path, "*")
+    files = [file for file in found if file.name.endswith(SUFFIXES)]
     if not files:
         raise UserError(f"{path} has no {', '.join(SUFFIXES)} file; give --data another folder or a hub repository")
     return files
@@ -479,20 +382,15 @@ def _convert(data: str, version: str, get_sources: Callable[[], list[Source]], f
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fetch or convert pretraining text; the last shard is for validation.")
     parser.add_argument(
-        "-n",
-        "--num-train",
-        type=int,
-        default=DEFAULT_TRAIN_SHARDS,
-        metavar="N",
+        "-n", "--num-train", type=int, default=DEFAULT_TRAIN_SHARDS, metavar="N",
         help="train shards to fetch from a hub repository, -1 for all (default: %(default)s); the "
         "validation shard always comes with them, local text is always taken whole",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--data",
-        default=DEFAULT_DATA,
+        "--data", default=DEFAULT_DATA,
         help="hub repository owner/name or owner/name/folder, a local folder or file of parquet, jsonl "
         "or text, or 'local' for documentation found on this machine (default: %(default)s)",
-    )
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=8, help="files fetched at a time (default: %(default)s)")
     return parser.parse_args()
 

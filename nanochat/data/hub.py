@@ -1,50 +1,58 @@
-"""Files of a Hugging Face hub (or a mirror of it): list a data set repository, fetch a file whole or go on fetching it.
+"""Files of a data set repository on the Hugging Face hub, or on a mirror of it: list them, fetch them whole.
 
-Plain HTTP with our own judgement: every request has a time limit, transfers go on after any kind of stop, and each body
-is checked (size, sha256, a check of the caller's) before it takes its final name. The hub's client library only
-provides the user's token: its listing waits without limit and its download takes any body of the right length.
-Not here: what the files mean, which of them are wanted, locks between processes (`dataset.py`).
+`huggingface_hub` makes the requests. This module adds what a long download needs: a time limit for every request,
+new attempts after transient failures, partial files that the next attempt or process continues, and a check of size,
+sha256 and content before a file gets its final name.
+Not here: which files are wanted, what they mean, locks between processes (`dataset.py`).
 """
 
 import hashlib
 import os
 import random
 import re
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
-from urllib.parse import quote
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 from nanochat.common import UserError, disk_errors
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
-REPO_PATTERN = re.compile(
-    r"(\w[\w.-]*/\w[\w.-]*)((?:/[\w.=-]+)*)"
-)  # owner/name, or owner/name/folder of the repository
-PIECE_BYTES = 1 << 16  # a broken connection loses at most this much of what had arrived
-CONNECT_SECONDS, READ_SECONDS = 10, 60  # patience of one request: until it is accepted, and between two pieces
-UNREACHABLE_ATTEMPTS = 3  # of a listing when nobody answers at all: a machine without network should say so soon
-RETRY_STATUSES = (408, 416, 425, 429)  # of the 4xx; the others will not change by asking again
+REPO_PATTERN = re.compile(r"(\w[\w.-]*/\w[\w.-]*)((?:/[\w.=-]+)*)")  # owner/name, then folders of the repository
+ATTEMPTS = 6  # requests that may fail in a row without any progress
+UNREACHABLE_ATTEMPTS = 3  # when nobody answers at all: a machine without network should say so soon
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # seconds between attempts; the hub limits requests per five minutes
+GIVE_UP_FAILURES = 8  # files in a row that ran out of attempts: the network is gone, the rest need not be tried
+RETRY_STATUSES = (408, 416, 425, 429)  # of the 4xx; asking again does not change the others
+LISTING_SECONDS = 60  # limit of each network operation of a listing; HF_HUB_DOWNLOAD_TIMEOUT is that of a download
+PIECE_BYTES = 1 << 18  # a broken connection loses at most this much of what had arrived
+
+T = TypeVar("T")
 
 
+@dataclass(eq=False)
 class TransferError(Exception):
-    """A request or its answer was not good: why, whether asking again is useless (`is_final`), whether nobody
-    answered (`is_unreachable`), and how many seconds the server asked to wait."""
+    """A request failed or its answer is not usable. `is_final`: asking again is useless; `is_unreachable`: nobody
+    answered at all; `asked_seconds`: how long the server asked to wait."""
 
-    def __init__(
-        self, reason: str, *, is_final: bool = False, is_unreachable: bool = False, asked_seconds: float = 0.0
-    ) -> None:
-        super().__init__(reason)
-        self.is_final = is_final
-        self.is_unreachable = is_unreachable
-        self.asked_seconds = asked_seconds
+    reason: str
+    is_final: bool = False
+    is_unreachable: bool = False
+    asked_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file as its source lists it: path below the folder, size in bytes, sha256 in hex ("" when not listed)."""
+    """A file as the hub lists it: path below the folder, size in bytes, sha256 in hex ("" when not listed)."""
 
     name: str
     size: int
@@ -52,31 +60,15 @@ class HubFile:
 
     def is_whole(self, folder: Path) -> bool:
         """Whether it is in `folder` with its size; files get their final name only after they were verified."""
-        try:
-            return (folder / self.name).stat().st_size == self.size
-        except OSError:
-            return False
+        path = folder / self.name
+        return path.is_file() and size_of(path) == self.size
 
 
-@dataclass(frozen=True)
-class Retry:
-    """How many requests may fail in a row without getting further, and how long to wait after each: a random share
-    of `first_seconds` x 2^(failures - 1), between half and all of it, so that many clients do not come back at once.
-    `sleep` replaces the waiting in tests."""
-
-    attempts: int = 6
-    first_seconds: float = 1.0
-    longest_seconds: float = 60.0
-    sleep: Callable[[float], Any] | None = None
-    rng: random.Random = field(default_factory=random.Random)
-
-    def pause(self, failures: int, error: TransferError, stop: threading.Event) -> None:
-        """Wait after the `failures`-th failure in a row, at least as long as the server asked for, until `stop`."""
-        backoff = self.first_seconds * 2 ** (failures - 1) * self.rng.uniform(0.5, 1.0)
-        (self.sleep or stop.wait)(min(max(backoff, error.asked_seconds), self.longest_seconds))
+OnBytes = Callable[[int], Any]  # told how many bytes came in; negative when some were thrown away
+Check = Callable[[Path, HubFile], None]  # raises TransferError when the right bytes are still not a good file
 
 
-# --- listing -------------------------------------------------------------------------------------
+# --- requests ------------------------------------------------------------------------------------
 
 
 def endpoint() -> str:
@@ -92,22 +84,111 @@ def split_repository(data: str) -> tuple[str, str]:
     return match[1], match[2].strip("/")
 
 
-def list_files(data: str, retry: Retry) -> tuple[str, list[HubFile]]:
+@contextmanager
+def _strict_client() -> Iterator[None]:
+    """Requests of `huggingface_hub` inside this context end within a time limit (its listings have none otherwise),
+    and an answer that cannot be good raises `TransferError` before its body is read."""
+    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def new_client():
+        client = default_client_factory()
+        client.event_hooks = {"request": [*client.event_hooks["request"], _limit_time], "response": [_check_answer]}
+        return client
+
+    constants.DOWNLOAD_CHUNK_SIZE = PIECE_BYTES
+    set_client_factory(new_client)
+    try:
+        yield
+    finally:
+        set_client_factory(default_client_factory)
+
+
+def _limit_time(request: Any) -> None:
+    limits = request.extensions["timeout"]
+    request.extensions["timeout"] = {kind: limit or LISTING_SECONDS for kind, limit in limits.items()}
+
+
+def _check_answer(response: Any) -> None:
+    status, headers = response.status_code, response.headers
+    if status >= 400:
+        remedy = "; it is private or gated: ask for access on its page and set HF_TOKEN" if status in (401, 403) else ""
+        pauses = [headers.get("Retry-After", "")]
+        if status == 429:
+            pauses += re.findall(r"\bt=(\d+)", headers.get("RateLimit", ""))  # seconds until the hub counts anew
+        raise TransferError(
+            f"HTTP status {status}{remedy}",
+            is_final=status < 500 and status not in RETRY_STATUSES,
+            asked_seconds=max((float(pause) for pause in pauses if pause.isdigit()), default=0.0),
+        )
+    if response.is_success and "text/html" in headers.get("Content-Type", ""):
+        raise TransferError("an HTML page came instead of the file")
+    asked_range = response.request.headers.get("Range", "").removeprefix("bytes=")
+    if status == 206 and not headers.get("Content-Range", "").startswith(f"bytes {asked_range}"):
+        raise TransferError("the server resumed at another place than it was asked for")
+
+
+@contextmanager
+def _network_errors() -> Iterator[None]:
+    """Turn what `huggingface_hub` raises about the network or about an unreadable answer into `TransferError`."""
+    import httpx
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except (httpx.HTTPError, ValueError, OSError) as error:  # ValueError: the body is no JSON; OSError: its length
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's
+            raise
+        raise TransferError(
+            " ".join(f"{type(error).__name__}: {error}".split())[:160],
+            is_final=isinstance(error, (OfflineModeIsEnabled, HFValidationError)),
+            is_unreachable=isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)),
+        ) from error
+
+
+def _persist(request: Callable[[], T], stop: threading.Event, progress: Callable[[], int]) -> T:
+    """The result of `request()`, called again after a `TransferError` until `ATTEMPTS` calls in a row failed without
+    `progress()` getting further, or `stop` is set. Raises the last error."""
+    failures = furthest = 0
+    while True:
+        try:
+            return request()
+        except TransferError as error:
+            reached = progress()
+            failures = 1 if reached > furthest else failures + 1
+            furthest = max(furthest, reached)
+            attempts = min(ATTEMPTS, UNREACHABLE_ATTEMPTS) if error.is_unreachable else ATTEMPTS
+            if error.is_final or failures >= attempts or stop.is_set():
+                raise
+            # Twice as long each time, with jitter so that many clients do not come back at the same moment.
+            pause = FIRST_PAUSE * 2 ** (failures - 1) * random.uniform(0.5, 1.0)
+            stop.wait(min(max(pause, error.asked_seconds), LONGEST_PAUSE))
+
+
+# --- listing -------------------------------------------------------------------------------------
+
+
+def list_files(data: str) -> tuple[str, list[HubFile]]:
     """Newest commit of a data set repository (or of a folder of it), and its files as the hub lists them.
 
     Raises `UserError` when the hub cannot be reached or does not have it.
     """
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
     repo, folder = split_repository(data)
-    address = f"{endpoint()}/api/datasets/{repo}"
+    api = HfApi(endpoint=endpoint(), library_name="nanochat")
+
+    def request() -> tuple[str, list[HubFile]]:
+        with _network_errors():
+            revision = api.dataset_info(repo).sha or "main"
+            entries = api.list_repo_tree(repo, folder or None, recursive=True, revision=revision, repo_type="dataset")
+            files = [entry for entry in entries if isinstance(entry, RepoFile)]
+        return revision, [HubFile(file.path, file.size, file.lfs.sha256 if file.lfs else "") for file in files]
+
     try:
-        info, _ = _get_json(address, retry)
-        revision = info.get("sha") or "main"
-        next_page = f"{address}/tree/{revision}/{quote(folder)}".rstrip("/") + "?recursive=true"
-        entries: list[dict[str, Any]] = []
-        while next_page:
-            page, next_page = _get_json(next_page, retry)
-            entries.extend(entry for entry in page if entry["type"] == "file")
-        files = [HubFile(entry["path"], entry["size"], (entry.get("lfs") or {}).get("oid", "")) for entry in entries]
+        with _strict_client():
+            revision, files = _persist(request, threading.Event(), lambda: 0)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{endpoint()} does not answer like a hub ({error!r}); check HF_ENDPOINT") from error
     except TransferError as error:
@@ -116,78 +197,10 @@ def list_files(data: str, retry: Retry) -> tuple[str, list[HubFile]]:
             f"HF_ENDPOINT to a mirror, or give --data a local folder, or 'local' for text found on this machine"
         ) from error
     # A name from outside must not lead out of the folder it is written to.
-    return revision, [
-        file for file in files if not file.name.startswith("/") and ".." not in PurePosixPath(file.name).parts
-    ]
-
-
-def _get_json(url: str, retry: Retry) -> tuple[Any, str]:
-    """The JSON value at `url`, and the address of the next page ("" for the last).
-
-    Raises `TransferError` when `retry.attempts` requests failed, fewer when nobody answers at all.
-    """
-    failures = 0
-    while True:
-        try:
-            return _get_json_once(url)
-        except TransferError as error:
-            failures += 1
-            attempts = min(UNREACHABLE_ATTEMPTS, retry.attempts) if error.is_unreachable else retry.attempts
-            if error.is_final or failures >= attempts:
-                raise
-            retry.pause(failures, error, threading.Event())
-
-
-def _get_json_once(url: str) -> tuple[Any, str]:
-    import requests
-
-    try:
-        response = requests.get(url, headers=request_headers(), timeout=(CONNECT_SECONDS, READ_SECONDS))
-        if response.status_code != 200:
-            raise _status_error(response.status_code, response.headers)
-        return response.json(), response.links.get("next", {}).get("url", "")
-    except requests.ConnectionError as error:
-        raise TransferError(_reason(error), is_unreachable=True) from error
-    except requests.RequestException as error:  # broken bodies, and what is no JSON
-        raise TransferError(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    """The innermost message of a network error, which is nested five deep, in one short line."""
-    while error.__context__ is not None and isinstance(error.__context__, Exception):
-        error = error.__context__
-    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
-
-
-def _status_error(status: int, headers: Any) -> TransferError:
-    """The error an HTTP status stands for: whether to come back, and when."""
-    remedy = "; it is private or gated: ask for access on its page and set HF_TOKEN" if status in (401, 403) else ""
-    asked = headers.get("Retry-After") or ""
-    return TransferError(
-        f"HTTP status {status}{remedy}",
-        asked_seconds=float(asked) if asked.isdigit() else 0.0,
-        is_final=400 <= status < 500 and status not in RETRY_STATUSES,
-    )
-
-
-def file_url(data: str, revision: str, file: HubFile) -> str:
-    """Address of the content of `file` in commit `revision`."""
-    repo, _ = split_repository(data)
-    return f"{endpoint()}/datasets/{repo}/resolve/{revision}/{quote(file.name)}"
-
-
-def request_headers() -> dict[str, str]:
-    """Headers of a request to the hub, with the user's token (`HF_TOKEN`, or from logging in) where there is one."""
-    from huggingface_hub import get_token
-
-    token = get_token()
-    return {"User-Agent": "nanochat", **({"Authorization": f"Bearer {token}"} if token else {})}
+    return revision, [f for f in files if not f.name.startswith("/") and ".." not in PurePosixPath(f.name).parts]
 
 
 # --- fetching ------------------------------------------------------------------------------------
-
-OnBytes = Callable[[int], Any]  # told how many bytes came in; negative when some were thrown away
-Check = Callable[[Path, HubFile], None]  # raises TransferError when a file with the right bytes is still not good
 
 
 def partial_path(path: Path) -> Path:
@@ -200,101 +213,83 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def fetch_file(
-    url: str,
-    path: Path,
-    file: HubFile,
-    *,
-    retry: Retry,
-    headers: dict[str, str] | None = None,
-    check: Check = lambda path, file: None,
-    on_bytes: OnBytes = lambda num_bytes: None,
-    stop: threading.Event | None = None,
-) -> None:
-    """Fetch `url` to `path`, going on from what an earlier call, of this process or another, left beside it.
+def fetch_files(
+    data: str, revision: str, files: Sequence[HubFile], folder: Path, *, workers: int, check: Check
+) -> dict[str, str]:
+    """Fetch `files` of commit `revision` into `folder`, `workers` at a time, with a progress bar.
 
-    The file takes its final name only when it is what `file` says and passes `check`. Raises `TransferError` when
-    `retry.attempts` requests in a row failed without getting further than before (what arrived is kept) or `stop`
-    is set, `UserError` when the disk is at fault, and what `check` raises.
+    A file gets its name when it has its size and sha256 and passes `check`; a part of it is kept for the next call.
+    Returns the reason by name for those that could not be fetched. Raises `UserError` when the disk is at fault, and
+    what `check` raises besides `TransferError`.
     """
-    partial = partial_path(path)
-    stop = stop or threading.Event()
-    failures = furthest = 0
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+    from tqdm import tqdm
+
+    repo, _ = split_repository(data)
+    headers = {**build_hf_headers(library_name="nanochat"), "Accept-Encoding": "identity"}
+    stop = threading.Event()
+    bar = tqdm(
+        desc=f"{len(files)} files", total=sum(file.size for file in files),
+        initial=sum(size_of(partial_path(folder / file.name)) for file in files), unit="B", unit_scale=True,
+        unit_divisor=1024, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15.0,
+    )  # fmt: skip
+
+    def fetch(file: HubFile) -> None:
+        url = hf_hub_url(repo, file.name, repo_type="dataset", revision=revision, endpoint=endpoint())
+        path = folder / file.name
+        request = partial(_fetch_once, partial(http_get, url, headers=headers), path, file, check, bar.update, stop)
+        _persist(request, stop, lambda: size_of(partial_path(path)))
+
+    failed = {file.name: "not tried to the end" for file in files}
+    failures_in_a_row = 0
+    with _strict_client(), bar, ThreadPoolExecutor(workers) as pool:
+        jobs = {pool.submit(fetch, file): file.name for file in files}
+        try:
+            for job in as_completed(jobs):
+                try:
+                    job.result()
+                    del failed[jobs[job]]
+                    failures_in_a_row = 0
+                except TransferError as error:
+                    failed[jobs[job]] = str(error)
+                    failures_in_a_row += 1
+                    if failures_in_a_row >= GIVE_UP_FAILURES:
+                        break
+        finally:  # also after Ctrl-C or a full disk: end the other transfers
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+    return failed
+
+
+def _fetch_once(
+    get: Callable[..., None], path: Path, file: HubFile, check: Check, on_bytes: OnBytes, stop: threading.Event
+) -> None:
+    """Complete and verify the partial file of `path`, then give it its name. `get` is `http_get` of its address."""
+    part = partial_path(path)
+    have = size_of(part)
+
+    def update(num_bytes: int) -> None:
+        if stop.is_set():
+            raise TransferError("stopped")
+        on_bytes(num_bytes)
+
+    @contextmanager
+    def progress_bar(*, initial: int, **options: Any) -> Iterator[Any]:
+        on_bytes(initial - have)  # a server that does not resume begins anew
+        yield SimpleNamespace(update=update)
+
     with disk_errors(path.name, path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            _receive(url, partial, file, headers or {}, on_bytes, stop)
-            verify_or_discard(partial, file, check, on_bytes)
-            with disk_errors(path.name, path.parent):
-                os.replace(partial, path)
-            return
-        except TransferError as error:
-            have = size_of(partial)
-            failures = 1 if have > furthest else failures + 1
-            furthest = max(furthest, have)
-            if error.is_final or failures >= retry.attempts or stop.is_set():
-                raise
-            retry.pause(failures, error, stop)
-
-
-def _receive(
-    url: str, partial: Path, file: HubFile, headers: dict[str, str], on_bytes: OnBytes, stop: threading.Event
-) -> None:
-    """Bring `partial` to the size of `file` with one request. Raises `TransferError` when it falls short."""
-    import requests
-
-    have = size_of(partial)
-    if have >= file.size:  # nothing to ask for; the verification has the last word
-        return
-    asked = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-    try:
-        response = requests.get(url, headers=asked, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS))
-    except requests.RequestException as error:
-        raise TransferError(f"no answer ({_reason(error)})") from error
-    with response, disk_errors(file.name, partial.parent):
-        start = _check_answer(response, have, file)
-        on_bytes(start - have)
-        with open(partial, "r+b" if start else "wb") as output:
-            output.seek(start)
-            for piece in _pieces(response):
-                if stop.is_set():
-                    raise TransferError("stopped")
-                output.write(piece)
-                on_bytes(len(piece))
-            output.flush()
-            os.fsync(output.fileno())
-    if size_of(partial) < file.size:
-        raise TransferError(f"the body ended at {size_of(partial):,} of {file.size:,} bytes")
-
-
-def _check_answer(response: Any, have: int, file: HubFile) -> int:
-    """Offset in the file at which the body of `response` starts: `have`, or 0 where the server does not resume.
-
-    Raises `TransferError` for a status, type or length that cannot be the rest of `file`; what is here stays then.
-    """
-    if response.status_code not in (200, 206):
-        raise _status_error(response.status_code, response.headers)
-    if "text/html" in response.headers.get("Content-Type", ""):
-        raise TransferError("an HTML page came instead of the file")
-    start = have if response.status_code == 206 else 0
-    content_range = response.headers.get("Content-Range", "")
-    if start and not content_range.startswith(f"bytes {start}-"):
-        raise TransferError(f"the server resumed at another place than {start}: {content_range!r}")
-    announced = response.headers.get("Content-Length", "")
-    if announced.isdigit() and int(announced) != file.size - start:
-        raise TransferError(f"the server announces {int(announced):,} bytes instead of {file.size - start:,}")
-    return start
-
-
-def _pieces(response: Any) -> Iterator[bytes]:
-    """The body piece by piece; a broken connection as `TransferError`, as requests' own would pass for a disk error."""
-    import requests
-
-    try:
-        yield from response.iter_content(PIECE_BYTES)
-    except requests.RequestException as error:
-        raise TransferError(f"the connection broke ({_reason(error)})") from error
+        if have < file.size:
+            with open(part, "ab") as output:
+                with _network_errors():
+                    get(output, resume_size=have, tqdm_class=progress_bar)
+                output.flush()
+                os.fsync(output.fileno())
+        verify_or_discard(part, file, check, on_bytes)
+        os.replace(part, path)
 
 
 def verify_or_discard(path: Path, file: HubFile, check: Check, on_bytes: OnBytes = lambda num_bytes: None) -> None:

@@ -1,9 +1,9 @@
-"""Text that lies on this machine made into parquet shards like those of a hub data set, for runs without a network.
+"""Text on this machine made into parquet shards like those of a hub data set, for runs without a network.
 
-Two kinds of sources: files of the user (a document per jsonl line or per text file), and the documentation that comes
-with Python itself: docstrings and documents of the standard library and of the installed packages, read from their
-source files, never by importing them. `write_shards` turns sources of either kind into shards: without duplicates, in
-an order that depends on nothing but the text, with whole sources (files, packages) on one side of the split.
+There are two kinds of sources: files of the user (one document per jsonl line or per text file), and the documentation
+that comes with Python: docstrings and documents of the standard library and the installed packages, read from their
+files, never by importing them. `write_shards` makes shards of either kind: without duplicates, in an order that
+depends on nothing but the text, each source (file or package) on one side of the split where possible.
 Not here: parquet input and the choice between sources (`dataset.py`), tokenizing.
 """
 
@@ -36,6 +36,7 @@ DOCUMENT_CHARS = 8_000  # longer texts are cut at paragraph borders: about 2,000
 ROW_GROUP_DOCUMENTS = 1_024
 SHARD_BYTES = 64 << 20  # of text; shards of a very large input grow, as no more than MAX_SHARDS are open at a time
 MAX_SHARDS = 256
+SEPARATOR = b"\xff"  # between the documents of a shard in the making: a byte that UTF-8 never has
 VAL_FRAC = 0.05
 MAX_VAL_BYTES = 16 << 20
 
@@ -68,7 +69,7 @@ class Source:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The documents of one file: those of a jsonl file's `text` fields, or a text file's, cut where it is long.
+    """The documents of one file: the `text` fields of a jsonl file, or a text file cut into pieces where it is long.
 
     Raises `UserError` with file and line when something is malformed, or the file cannot be read.
     """
@@ -86,10 +87,8 @@ def read_texts(path: Path) -> Iterator[str]:
 def _read_jsonl(path: Path) -> Iterator[str]:
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
             try:
-                text = json.loads(line)["text"]
+                text = json.loads(line)["text"] if line.strip() else None
                 if text is not None:
                     text.encode()  # a lone surrogate (half of an escaped emoji) cannot be stored
                     yield text
@@ -122,22 +121,23 @@ def cut_text(text: str, max_chars: int = DOCUMENT_CHARS) -> Iterator[str]:
 def write_shards(sources: Sequence[Source], folder: Path, *, seed: int = SEED) -> list[Path]:
     """Write the documents of `sources` to `folder` as shuffled parquet shards; the last one is for validation.
 
-    Documents that repeat an earlier one (white space aside) and blank ones are left out. Validation gets about 5 % of
-    the text, in whole sources where those are small enough, otherwise evenly spread documents. The result depends
-    on names, sizes and texts of the sources alone. Two passes, so that memory holds one shard at a time.
+    Blank documents and those that repeat an earlier one (white space aside) are left out. Validation gets about 5 % of
+    the text: whole sources where those are small enough, otherwise evenly spread documents. The result depends only
+    on names, sizes and texts of the sources. Memory holds one shard at a time.
     Raises `UserError` when there are not two different documents, and what reading a source raises.
     """
     sources = sorted(sources, key=lambda source: source.name)
     total = sum(source.num_bytes for source in sources)
     num_train = max(1, min(MAX_SHARDS, -(-total // SHARD_BYTES)))
     target = max(1, min(int(VAL_FRAC * total), MAX_VAL_BYTES))
-    val_names = _choose_val_sources(sources, target, random.Random(seed))
     folder.mkdir(parents=True, exist_ok=True)
     spools = [folder / f".{shard}.spool" for shard in range(num_train + 1)]
-    counts = _spool(sources, val_names, max(2, round(total / target)), spools, random.Random(seed))
-    if val_names and 0 in (counts[-1], sum(counts[:-1])):  # the chosen sources held nothing new, or all of it
-        counts = _spool(sources, set(), max(2, round(total / target)), spools, random.Random(seed))
-    if 0 in (counts[-1], sum(counts[:-1])):
+    for val_names in (_choose_val_sources(sources, target, random.Random(seed)), set()):
+        counts = _spool(sources, val_names, max(2, round(total / target)), spools, random.Random(seed))
+        if counts[-1] and sum(counts[:-1]):
+            break
+        # The chosen sources held nothing new, or everything: choose single documents.
+    else:
         raise UserError(
             f"only {sum(counts)} different documents in {len(sources)} files: training and validation "
             f"need at least one each; give --data more text"
@@ -145,7 +145,10 @@ def write_shards(sources: Sequence[Source], folder: Path, *, seed: int = SEED) -
     filled = [spool for spool, count in zip(spools, counts, strict=True) if count]
     shards = [folder / f"shard_{index:05d}.parquet" for index in range(len(filled))]
     for index, (spool, shard) in enumerate(zip(filled, shards, strict=True)):
-        _write_shuffled(spool, shard, random.Random(seed + index))
+        texts = [text.decode() for text in spool.read_bytes().split(SEPARATOR)[:-1]]
+        random.Random(seed + index).shuffle(texts)
+        table = pa.table({"text": pa.chunked_array([texts], pa.string())})
+        pq.write_table(table, shard, compression="zstd", row_group_size=ROW_GROUP_DOCUMENTS)
     for spool in spools:
         spool.unlink()
     return shards
@@ -156,25 +159,21 @@ def _choose_val_sources(sources: Sequence[Source], target: int, rng: random.Rand
     chosen: set[str] = set()
     size = 0
     for source in rng.sample(sources, len(sources)):
-        if size + source.num_bytes <= 1.5 * target:
+        if size < target and size + source.num_bytes <= 1.5 * target:
             chosen.add(source.name)
             size += source.num_bytes
-        if size >= target:
-            break
     return chosen if size >= 0.5 * target else set()
 
 
 def _spool(
     sources: Sequence[Source], val_names: set[str], val_period: int, spools: Sequence[Path], rng: random.Random
 ) -> list[int]:
-    """Deal the documents out to one temporary file a shard, and return how many each got: those of the sources in
-    `val_names` to the last, or every `val_period`-th one when that is empty."""
+    """Deal the documents out to one temporary file per shard and return how many each got. The last shard gets those of
+    the sources in `val_names`, or every `val_period`-th one when that is empty."""
     seen: set[bytes] = set()
     counts = [0] * len(spools)
-    schema = pa.schema([("text", pa.string())])
     with ExitStack() as stack:
-        writers = [stack.enter_context(pa.ipc.new_file(str(spool), schema)) for spool in spools]
-        waiting: list[list[str]] = [[] for _ in spools]
+        files = [stack.enter_context(open(spool, "wb")) for spool in spools]
         for source in sources:
             for text in source.read():
                 key = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
@@ -183,22 +182,9 @@ def _spool(
                 seen.add(key)
                 is_val = source.name in val_names if val_names else len(seen) % val_period == 2 % val_period
                 shard = len(spools) - 1 if is_val else rng.randrange(len(spools) - 1)
-                waiting[shard].append(text)
+                files[shard].write(text.encode() + SEPARATOR)
                 counts[shard] += 1
-                if len(waiting[shard]) == ROW_GROUP_DOCUMENTS:
-                    writers[shard].write(pa.table({"text": waiting[shard]}, schema))
-                    waiting[shard] = []
-        for writer, texts in zip(writers, waiting, strict=True):
-            writer.write(pa.table({"text": texts}, schema))
     return counts
-
-
-def _write_shuffled(spool: Path, shard: Path, rng: random.Random) -> None:
-    with pa.ipc.open_file(str(spool)) as reader:
-        texts = reader.read_all().column("text").to_pylist()
-    rng.shuffle(texts)
-    table = pa.table({"text": pa.chunked_array([texts], pa.string())})
-    pq.write_table(table, shard, compression="zstd", row_group_size=ROW_GROUP_DOCUMENTS)
 
 
 # --- documentation on this machine ---------------------------------------------------------------
@@ -213,7 +199,7 @@ def machine_sources() -> list[Source]:
     for package, files in _packages().items():
         documents: list[str] = []
         package_left = min(PACKAGE_BYTES, machine_left)
-        for path, title in files:
+        for title, path in files:
             content = _content(path, package_left)
             package_left -= len(content)
             machine_left -= len(content)
@@ -221,42 +207,32 @@ def machine_sources() -> list[Source]:
             if sum(map(len, paragraphs)) >= MIN_DOCUMENT_CHARS:
                 documents.extend(cut_text("\n\n".join([title, *paragraphs])))
         if documents:
-            num_bytes = sum(len(document.encode()) for document in documents)
-            sources.append(Source(package, num_bytes, partial(iter, documents)))
+            sources.append(Source(package, sum(len(d.encode()) for d in documents), partial(iter, documents)))
     return sources
 
 
-def _packages() -> dict[str, list[tuple[Path, str]]]:
-    """Files with documentation and their titles by package, the standard library's first, public modules first."""
-    packages: dict[str, list[tuple[Path, str]]] = {}
+def _packages() -> dict[str, list[tuple[str, Path]]]:
+    """Titles and files with documentation by package, the standard library's first, public modules first."""
+    packages: dict[str, list[tuple[str, Path]]] = {}
     for root in _roots():
-        found: dict[str, list[tuple[Path, str]]] = {}
+        found = []
         for path in _documented_files(root):
             parts = path.relative_to(root).with_suffix("").parts
             package = parts[0].partition("-")[0].lower()  # name-1.0.dist-info belongs to name
             title = package if path.name == "METADATA" else ".".join(parts).removesuffix(".__init__")
-            found.setdefault(package, []).append((path, title))
-        for package in sorted(found):
-            packages.setdefault(package, []).extend(sorted(found[package], key=_public_first))
+            found.append((package, "._" in title, title, str(path)))
+        for package, _, title, path in sorted(found):
+            packages.setdefault(package, []).append((title, Path(path)))
     return packages
-
-
-def _public_first(file: tuple[Path, str]) -> tuple[bool, str, str]:
-    path, title = file
-    return "._" in title, title, str(path)
 
 
 def _roots() -> list[Path]:
     """Folders of the standard library and of installed packages."""
-    paths = sysconfig.get_paths()
-    installed = [
-        path
-        for path in (paths["purelib"], paths["platlib"], *sys.path)
-        if Path(path).name in ("site-packages", "dist-packages")
-    ]
-    return [
-        path for path in dict.fromkeys(Path(path).resolve() for path in (paths["stdlib"], *installed)) if path.is_dir()
-    ]
+    known = sysconfig.get_paths()
+    folders = [Path(folder) for folder in (known["purelib"], known["platlib"], *sys.path)]
+    installed = [folder for folder in folders if folder.name in ("site-packages", "dist-packages")]
+    roots = dict.fromkeys(folder.resolve() for folder in (Path(known["stdlib"]), *installed))
+    return [root for root in roots if root.is_dir()]
 
 
 def _documented_files(root: Path) -> Iterator[Path]:
@@ -299,20 +275,15 @@ def _strings(code: CodeType) -> Iterator[tuple[str, str]]:
     """
     # The docstring is the first constant of a module or function; in a class its name and line come before.
     places = 1 if code.co_flags & inspect.CO_OPTIMIZED or code.co_name == "<module>" else 3
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    heading = f"{code.co_qualname}({', '.join(arguments)})" if arguments else code.co_qualname
     for index, constant in enumerate(code.co_consts):
         if isinstance(constant, CodeType):
             yield from _strings(constant)
         elif isinstance(constant, str):
             is_docstring = index < places and len(constant) >= DOCSTRING_CHARS
             if is_docstring or len(constant) >= LONG_STRING_CHARS:
-                yield _heading(code) if is_docstring else "", constant
-
-
-def _heading(code: CodeType) -> str:
-    if code.co_name.startswith("<"):
-        return ""
-    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    return f"{code.co_qualname}({', '.join(arguments)})" if arguments else code.co_qualname
+                yield heading if is_docstring and not code.co_name.startswith("<") else "", constant
 
 
 def _new_prose(passages: Iterable[tuple[str, str]], seen: set[str]) -> list[str]:
