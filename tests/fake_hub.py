@@ -29,11 +29,12 @@ class FakeHub:
     "503", "404"    any status                       "wrong"       other bytes, as many
     "429"           that status, wait 2 seconds      "disguised"   HTML said to be a file
     "truncate"      half of the body                 "no-range"    the whole body, whatever was asked
-    "reset"         half, then a reset connection    "shifted"     the rest from another place than asked
+    "reset"         half, then a reset connection
     "stall"         half, silence until the end      "silence"     no answer until the end
     "html"          HTML with status 200
 
-    `requests` has (path, range, status) of each request, `tokens` their Authorization headers.
+    A client asks for a file's metadata first, which only 401, 403 and 404 refuse. `requests` has (path, range, status)
+    of each other request, `tokens` the Authorization headers.
     """
 
     def __init__(self, files: dict[str, bytes], *, page_size: int = 1000, with_sha256: bool = True) -> None:
@@ -81,6 +82,18 @@ class _Handler(BaseHTTPRequestHandler):
         with suppress(ConnectionError):  # the client went away
             super().handle()
 
+    def do_HEAD(self) -> None:
+        name = unquote(self.path).partition(f"/resolve/{REVISION}/")[2]
+        faults, body = self.hub.faults[name], self.hub.files.get(name, b"")
+        if faults and faults[0] in ("401", "403", "404"):
+            self.do_GET()
+            return
+        self.send_response(200 if name in self.hub.files else 404)
+        self.send_header("X-Repo-Commit", REVISION)
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+
     def do_GET(self) -> None:
         path, _, query = unquote(self.path).partition("?")
         content = re.fullmatch(rf"/datasets/{REPO}/resolve/{REVISION}/(.*)", path)
@@ -122,8 +135,6 @@ class _Handler(BaseHTTPRequestHandler):
             body = HTML
         start = int(re.sub(r"\D", "", self.headers.get("Range", "")) or 0) if fault != "no-range" else 0
         headers = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
-        if fault == "shifted" and start:
-            headers["Content-Range"] = f"bytes 0-{len(body) - start - 1}/{len(body)}"
         send = (len(body) - start) // 2 if fault in ("truncate", "reset", "stall") else None
         self.answer(name, 206 if start else 200, body[start:], "application/octet-stream", send=send, **headers)
         self.wfile.flush()
@@ -140,7 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(body[:send])
+        if self.command == "GET":
+            self.wfile.write(body[:send])
         self.close_connection = send is not None
 
 

@@ -270,7 +270,7 @@ def _fetch_missing(manifest: Manifest, folder: Path, wanted: list[HubFile], work
     missing = manifest.update(folder, wanted)
     if not missing:
         return
-    check_disk(folder, sum(file.size - hub.size_of(hub.partial_path(folder / file.name)) for file in missing))
+    check_disk(folder, sum(file.size for file in missing))
     failed = hub.fetch_files(manifest.source, manifest.version, missing, folder, workers=workers, check=_check_fetched)
     fetched = [file.name for file in missing if file.name not in failed]
     manifest.verified.update((name, (folder / name).stat().st_mtime_ns) for name in fetched)
@@ -397,10 +397,11 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     folder = prepare(args.data, args.num_train, workers=args.workers)
-    train, val = shard_paths(args.data, "train"), shard_paths(args.data, "val")
+    train, (val,) = shard_paths(args.data, "train"), shard_paths(args.data, "val")
+    train_mb, val_mb = sum(path.stat().st_size for path in train) / 1e6, val.stat().st_size / 1e6
     print0(
-        f"{args.data}: {len(train):,} train shards ({sum(map(hub.size_of, train)) / 1e6:,.1f} MB) and validation "
-        f"shard {val[0].name} ({hub.size_of(val[0]) / 1e6:,.1f} MB) in {folder}"
+        f"{args.data}: {len(train):,} train shards ({train_mb:,.1f} MB) and validation shard {val.name} "
+        f"({val_mb:,.1f} MB) in {folder}"
     )
 
 

@@ -1,8 +1,8 @@
 """Files of a data set repository on the Hugging Face hub, or on a mirror of it: list them, fetch them whole.
 
-`huggingface_hub` makes the requests. This module adds what a long download needs: a time limit for every request,
-new attempts after transient failures, partial files that the next attempt or process continues, and a check of size,
-sha256 and content before a file gets its final name.
+`huggingface_hub` makes the requests, continues broken transfers, and waits as long as a busy hub asks for. Its settings
+hold: HF_ENDPOINT, HF_TOKEN, HF_HUB_DOWNLOAD_TIMEOUT, HF_HUB_ETAG_TIMEOUT. Added here are a time limit for listings,
+further attempts after it has given up, and a check of size, sha256 and content before a file gets its name.
 Not here: which files are wanted, what they mean, locks between processes (`dataset.py`).
 """
 
@@ -10,44 +10,31 @@ import hashlib
 import os
 import random
 import re
+import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from nanochat.common import UserError, disk_errors
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 REPO_PATTERN = re.compile(r"(\w[\w.-]*/\w[\w.-]*)((?:/[\w.=-]+)*)")  # owner/name, then folders of the repository
-ATTEMPTS = 6  # requests that may fail in a row without any progress
-UNREACHABLE_ATTEMPTS = 3  # when nobody answers at all: a machine without network should say so soon
+ATTEMPTS = 5  # at a listing or a file; within each, huggingface_hub resumes as long as bytes arrive
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # seconds between attempts; the hub limits requests per five minutes
-GIVE_UP_FAILURES = 8  # files in a row that ran out of attempts: the network is gone, the rest need not be tried
-RETRY_STATUSES = (408, 416, 425, 429)  # of the 4xx; asking again does not change the others
-LISTING_SECONDS = 60  # limit of each network operation of a listing; HF_HUB_DOWNLOAD_TIMEOUT is that of a download
-PIECE_BYTES = 1 << 18  # a broken connection loses at most this much of what had arrived
+GIVE_UP_FAILURES = 8  # files in a row that could not be fetched: the network is gone, the rest need not be tried
+REQUEST_SECONDS = 60  # limit of each network operation where huggingface_hub has none
+STAGING = ".fetching"  # folder, beside the files, of those that are not yet whole
 
 T = TypeVar("T")
+Check = Callable[[Path, "HubFile"], None]  # raises TransferError when the right bytes are still not a good file
 
 
-@dataclass(eq=False)
 class TransferError(Exception):
-    """A request failed or its answer is not usable. `is_final`: asking again is useless; `is_unreachable`: nobody
-    answered at all; `asked_seconds`: how long the server asked to wait."""
-
-    reason: str
-    is_final: bool = False
-    is_unreachable: bool = False
-    asked_seconds: float = 0.0
-
-    def __str__(self) -> str:
-        return self.reason
+    """What was asked for did not arrive, or is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +48,7 @@ class HubFile:
     def is_whole(self, folder: Path) -> bool:
         """Whether it is in `folder` with its size; files get their final name only after they were verified."""
         path = folder / self.name
-        return path.is_file() and size_of(path) == self.size
-
-
-OnBytes = Callable[[int], Any]  # told how many bytes came in; negative when some were thrown away
-Check = Callable[[Path, HubFile], None]  # raises TransferError when the right bytes are still not a good file
-
-
-# --- requests ------------------------------------------------------------------------------------
+        return path.is_file() and path.stat().st_size == self.size
 
 
 def endpoint() -> str:
@@ -84,88 +64,16 @@ def split_repository(data: str) -> tuple[str, str]:
     return match[1], match[2].strip("/")
 
 
-@contextmanager
-def _strict_client() -> Iterator[None]:
-    """Requests of `huggingface_hub` inside this context end within a time limit (its listings have none otherwise),
-    and an answer that cannot be good raises `TransferError` before its body is read."""
-    from huggingface_hub import constants, set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
-
-    def new_client():
-        client = default_client_factory()
-        client.event_hooks = {"request": [*client.event_hooks["request"], _limit_time], "response": [_check_answer]}
-        return client
-
-    constants.DOWNLOAD_CHUNK_SIZE = PIECE_BYTES
-    set_client_factory(new_client)
-    try:
-        yield
-    finally:
-        set_client_factory(default_client_factory)
-
-
-def _limit_time(request: Any) -> None:
-    limits = request.extensions["timeout"]
-    request.extensions["timeout"] = {kind: limit or LISTING_SECONDS for kind, limit in limits.items()}
-
-
-def _check_answer(response: Any) -> None:
-    status, headers = response.status_code, response.headers
-    if status >= 400:
-        remedy = "; it is private or gated: ask for access on its page and set HF_TOKEN" if status in (401, 403) else ""
-        pauses = [headers.get("Retry-After", "")]
-        if status == 429:
-            pauses += re.findall(r"\bt=(\d+)", headers.get("RateLimit", ""))  # seconds until the hub counts anew
-        raise TransferError(
-            f"HTTP status {status}{remedy}",
-            is_final=status < 500 and status not in RETRY_STATUSES,
-            asked_seconds=max((float(pause) for pause in pauses if pause.isdigit()), default=0.0),
-        )
-    if response.is_success and "text/html" in headers.get("Content-Type", ""):
-        raise TransferError("an HTML page came instead of the file")
-    asked_range = response.request.headers.get("Range", "").removeprefix("bytes=")
-    if status == 206 and not headers.get("Content-Range", "").startswith(f"bytes {asked_range}"):
-        raise TransferError("the server resumed at another place than it was asked for")
-
-
-@contextmanager
-def _network_errors() -> Iterator[None]:
-    """Turn what `huggingface_hub` raises about the network or about an unreadable answer into `TransferError`."""
+def _limit_requests() -> None:
+    """Give every network operation of `huggingface_hub` a time limit: it asks for listings without one."""
     import httpx
-    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub import set_client_factory
 
-    try:
-        yield
-    except (httpx.HTTPError, ValueError, OSError) as error:  # ValueError: the body is no JSON; OSError: its length
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's
-            raise
-        raise TransferError(
-            " ".join(f"{type(error).__name__}: {error}".split())[:160],
-            is_final=isinstance(error, (OfflineModeIsEnabled, HFValidationError)),
-            is_unreachable=isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)),
-        ) from error
+    def limit(request: httpx.Request) -> None:
+        seconds = request.extensions["timeout"]
+        request.extensions["timeout"] = {kind: given or REQUEST_SECONDS for kind, given in seconds.items()}
 
-
-def _persist(request: Callable[[], T], stop: threading.Event, progress: Callable[[], int]) -> T:
-    """The result of `request()`, called again after a `TransferError` until `ATTEMPTS` calls in a row failed without
-    `progress()` getting further, or `stop` is set. Raises the last error."""
-    failures = furthest = 0
-    while True:
-        try:
-            return request()
-        except TransferError as error:
-            reached = progress()
-            failures = 1 if reached > furthest else failures + 1
-            furthest = max(furthest, reached)
-            attempts = min(ATTEMPTS, UNREACHABLE_ATTEMPTS) if error.is_unreachable else ATTEMPTS
-            if error.is_final or failures >= attempts or stop.is_set():
-                raise
-            # Twice as long each time, with jitter so that many clients do not come back at the same moment.
-            pause = FIRST_PAUSE * 2 ** (failures - 1) * random.uniform(0.5, 1.0)
-            stop.wait(min(max(pause, error.asked_seconds), LONGEST_PAUSE))
-
-
-# --- listing -------------------------------------------------------------------------------------
+    set_client_factory(lambda: httpx.Client(follow_redirects=True, event_hooks={"request": [limit]}))
 
 
 def list_files(data: str) -> tuple[str, list[HubFile]]:
@@ -177,18 +85,17 @@ def list_files(data: str) -> tuple[str, list[HubFile]]:
     from huggingface_hub.hf_api import RepoFile
 
     repo, folder = split_repository(data)
+    _limit_requests()
     api = HfApi(endpoint=endpoint(), library_name="nanochat")
 
-    def request() -> tuple[str, list[HubFile]]:
-        with _network_errors():
-            revision = api.dataset_info(repo).sha or "main"
-            entries = api.list_repo_tree(repo, folder or None, recursive=True, revision=revision, repo_type="dataset")
-            files = [entry for entry in entries if isinstance(entry, RepoFile)]
+    def listing() -> tuple[str, list[HubFile]]:
+        revision = api.dataset_info(repo).sha
+        entries = api.list_repo_tree(repo, folder or None, recursive=True, revision=revision, repo_type="dataset")
+        files = [entry for entry in entries if isinstance(entry, RepoFile)]
         return revision, [HubFile(file.path, file.size, file.lfs.sha256 if file.lfs else "") for file in files]
 
     try:
-        with _strict_client():
-            revision, files = _persist(request, threading.Event(), lambda: 0)
+        revision, files = _persist(listing, threading.Event())
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{endpoint()} does not answer like a hub ({error!r}); check HF_ENDPOINT") from error
     except TransferError as error:
@@ -200,51 +107,52 @@ def list_files(data: str) -> tuple[str, list[HubFile]]:
     return revision, [f for f in files if not f.name.startswith("/") and ".." not in PurePosixPath(f.name).parts]
 
 
-# --- fetching ------------------------------------------------------------------------------------
-
-
-def partial_path(path: Path) -> Path:
-    """Where a file is kept until it is whole and verified."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def size_of(path: Path) -> int:
-    """Bytes of the file, 0 when there is none."""
-    return path.stat().st_size if path.exists() else 0
-
-
 def fetch_files(
     data: str, revision: str, files: Sequence[HubFile], folder: Path, *, workers: int, check: Check
 ) -> dict[str, str]:
     """Fetch `files` of commit `revision` into `folder`, `workers` at a time, with a progress bar.
 
-    A file gets its name when it has its size and sha256 and passes `check`; a part of it is kept for the next call.
-    Returns the reason by name for those that could not be fetched. Raises `UserError` when the disk is at fault, and
-    what `check` raises besides `TransferError`.
+    A file gets its name when it has its size and sha256 and passes `check`; what arrived of it is kept for the next
+    call. Returns the reason by name for those that could not be fetched. Raises `UserError` when the disk is at fault,
+    and what `check` raises besides `TransferError`.
     """
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub import hf_hub_download
     from tqdm import tqdm
 
     repo, _ = split_repository(data)
-    headers = {**build_hf_headers(library_name="nanochat"), "Accept-Encoding": "identity"}
+    _limit_requests()
+    source = {"repo_id": repo, "repo_type": "dataset", "revision": revision, "endpoint": endpoint()}
     stop = threading.Event()
     bar = tqdm(
-        desc=f"{len(files)} files", total=sum(file.size for file in files),
-        initial=sum(size_of(partial_path(folder / file.name)) for file in files), unit="B", unit_scale=True,
+        desc=f"{len(files)} files", total=sum(file.size for file in files), unit="B", unit_scale=True,
         unit_divisor=1024, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15.0,
     )  # fmt: skip
 
+    class Share(tqdm):
+        """The part of one file in the common bar; also where a transfer learns that it must end."""
+
+        def __init__(self, *args: Any, initial: int = 0, **options: Any):
+            super().__init__(*args, disable=True)
+            bar.update(initial)
+
+        def update(self, n: float = 1) -> None:
+            if stop.is_set():
+                raise TransferError("stopped")
+            bar.update(n)
+
     def fetch(file: HubFile) -> None:
-        url = hf_hub_url(repo, file.name, repo_type="dataset", revision=revision, endpoint=endpoint())
-        path = folder / file.name
-        request = partial(_fetch_once, partial(http_get, url, headers=headers), path, file, check, bar.update, stop)
-        _persist(request, stop, lambda: size_of(partial_path(path)))
+        def attempt() -> None:
+            arrived = Path(hf_hub_download(filename=file.name, local_dir=folder / STAGING, tqdm_class=Share, **source))
+            verify_or_discard(arrived, file, check)
+            (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(arrived, folder / file.name)
+
+        with disk_errors(file.name, folder):
+            _persist(attempt, stop)
 
     failed = {file.name: "not tried to the end" for file in files}
     failures_in_a_row = 0
-    with _strict_client(), bar, ThreadPoolExecutor(workers) as pool:
+    with bar, ThreadPoolExecutor(workers) as pool:
         jobs = {pool.submit(fetch, file): file.name for file in files}
         try:
             for job in as_completed(jobs):
@@ -260,48 +168,62 @@ def fetch_files(
         finally:  # also after Ctrl-C or a full disk: end the other transfers
             stop.set()
             pool.shutdown(cancel_futures=True)
+    if not failed:
+        shutil.rmtree(folder / STAGING, ignore_errors=True)
     return failed
 
 
-def _fetch_once(
-    get: Callable[..., None], path: Path, file: HubFile, check: Check, on_bytes: OnBytes, stop: threading.Event
-) -> None:
-    """Complete and verify the partial file of `path`, then give it its name. `get` is `http_get` of its address."""
-    part = partial_path(path)
-    have = size_of(part)
-
-    def update(num_bytes: int) -> None:
-        if stop.is_set():
-            raise TransferError("stopped")
-        on_bytes(num_bytes)
-
-    @contextmanager
-    def progress_bar(*, initial: int, **options: Any) -> Iterator[Any]:
-        on_bytes(initial - have)  # a server that does not resume begins anew
-        yield SimpleNamespace(update=update)
-
-    with disk_errors(path.name, path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if have < file.size:
-            with open(part, "ab") as output:
-                with _network_errors():
-                    get(output, resume_size=have, tqdm_class=progress_bar)
-                output.flush()
-                os.fsync(output.fileno())
-        verify_or_discard(part, file, check, on_bytes)
-        os.replace(part, path)
-
-
-def verify_or_discard(path: Path, file: HubFile, check: Check, on_bytes: OnBytes = lambda num_bytes: None) -> None:
+def verify_or_discard(path: Path, file: HubFile, check: Check) -> None:
     """Delete `path` and raise `TransferError` unless it has the size and sha256 of `file` and passes `check`."""
     try:
-        if size_of(path) != file.size:
-            raise TransferError(f"it has {size_of(path):,} bytes instead of {file.size:,}")
+        if path.stat().st_size != file.size:
+            raise TransferError(f"it has {path.stat().st_size:,} bytes instead of {file.size:,}")
         with open(path, "rb") as content:
             if file.sha256 and hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
                 raise TransferError("its sha256 is not the listed one")
         check(path, file)
     except TransferError:
-        on_bytes(-size_of(path))
         path.unlink()
         raise
+
+
+def _persist(request: Callable[[], T], stop: threading.Event) -> T:
+    """The result of `request()`, tried up to `ATTEMPTS` times after faults of the network. Raises `TransferError`."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    for attempt in range(1, ATTEMPTS + 1):
+        asked_seconds, is_final = 0.0, False
+        try:
+            return request()
+        except (httpx.HTTPError, ValueError, OSError, TransferError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the disk's
+                raise
+            cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+            if isinstance(cause, HfHubHTTPError):
+                asked_seconds, is_final = _asked_seconds(cause.response), 400 <= cause.response.status_code < 500
+                is_final = is_final and cause.response.status_code not in (408, 416, 425, 429)
+            if is_final or stop.is_set() or attempt == ATTEMPTS:
+                raise TransferError(_reason(cause)) from error
+        # Twice as long each time, with jitter so that many clients do not come back at the same moment.
+        pause = FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
+        stop.wait(min(max(pause, asked_seconds), LONGEST_PAUSE))
+    raise AssertionError("unreachable")
+
+
+def _asked_seconds(response: Any) -> float:
+    """How long a busy hub asks to wait, by either of its headers."""
+    asked = [response.headers.get("Retry-After", ""), *re.findall(r"\bt=(\d+)", response.headers.get("RateLimit", ""))]
+    return max((float(seconds) for seconds in asked if seconds.isdigit()), default=0.0)
+
+
+def _reason(error: BaseException) -> str:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, TransferError):
+        return str(error)
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        remedy = "; it is private or gated: ask for access on its page and set HF_TOKEN" if status in (401, 403) else ""
+        return f"HTTP status {status}{remedy}"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
