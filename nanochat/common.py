@@ -117,6 +117,13 @@ class Runtime:
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return f"{self.world_size} x {self.device.type}, {self.dtype_name}"
+
 
 def init_runtime(device_type: str = "", dtype: str = "") -> Runtime:
     """Set up this process: join the process group under torchrun, choose the device and the compute dtype.
