@@ -116,10 +116,17 @@ def test_gradients_are_multiplied_by_the_loss_scale_and_the_loss_is_not():
         torch.testing.assert_close(scaled[name], 1024.0 * grad, rtol=1e-6, atol=1e-9)
 
 
+def make_optimizer(model, *, lr_scale: float, **ranks) -> MuonAdamW:
+    groups = parameter_groups(model)
+    for group in groups:
+        group.lr, group.initial_lr = lr_scale * group.lr, lr_scale * group.initial_lr
+    return MuonAdamW(groups, **ranks)
+
+
 def losses_from_the_start(rows_per_batch: int, num_steps: int = 12) -> list[float]:
     """Losses from the recipe's own initial weights on, at its rates."""
     model = build_model(CONFIG, generator=torch.Generator().manual_seed(1))
-    optimizer = MuonAdamW(parameter_groups(model, lr_scale=0.35))
+    optimizer = make_optimizer(model, lr_scale=0.35)
     losses = []
     for step in range(num_steps):
         batches = split(*make_rows(step), rows_per_batch)
@@ -137,7 +144,7 @@ def test_rounding_errors_of_the_split_do_not_grow_into_other_losses():
 def train(rank: int = 0, world_size: int = 1, rows_per_batch: int = 1, num_steps: int = 4):
     """Losses, and the parameters after some steps of the whole machinery."""
     model = make_model()
-    optimizer = MuonAdamW(parameter_groups(model, lr_scale=0.1), rank=rank, world_size=world_size)
+    optimizer = make_optimizer(model, lr_scale=0.1, rank=rank, world_size=world_size)
     schedule, losses = lr_schedule(num_steps), []
     for step in range(num_steps):
         apply_schedule(optimizer, lr_mult=schedule(step), momentum=0.9, decay_mult=0.5)

@@ -281,13 +281,13 @@ def test_zero_grad_clears_every_gradient():
 def test_every_model_parameter_is_in_one_group_with_the_recipes_rates():
     for derive in (GPTConfig.from_depth, GPTConfig.october_2025):
         model = build_model(derive(4, vocab_size=300), device="meta")
-        groups = {group.name: group for group in parameter_groups(model, lr_scale=0.5)}
+        groups = {group.name: group for group in parameter_groups(model)}
         names = [name for group in groups.values() for name in group.params]
         assert sorted(names) == sorted(name for name, _ in model.named_parameters())
         width = math.sqrt(768 / model.config.n_embd)
-        assert groups["lm_head"].lr == pytest.approx(0.5 * 0.008 * width)
-        assert groups["wte"].lr == pytest.approx(0.5 * 0.3 * width)
-        assert groups["matrices"].lr == pytest.approx(0.5 * 0.02)
+        assert groups["lm_head"].lr == pytest.approx(0.008 * width)
+        assert groups["wte"].lr == pytest.approx(0.3 * width)
+        assert groups["matrices"].lr == pytest.approx(0.02)
         assert groups["matrices"].kind == "muon"
         assert all(p.ndim == 2 for p in groups["matrices"].params.values())
 

@@ -309,7 +309,7 @@ def test_evaluation_of_several_tasks_has_the_reward_of_each(tokenizer):
 
 def test_the_reward_rises(tokenizer):
     model = make_model(tokenizer)
-    optimizer = MuonAdamW(parameter_groups(model, matrix_lr=0.02), rank=0, world_size=1, muon_dtype=torch.float32)
+    optimizer = MuonAdamW(parameter_groups(model), rank=0, world_size=1, muon_dtype=torch.float32)
     for group in optimizer.groups:
         group.lr = group.initial_lr * 0.5
     engine = Engine(model, tokenizer, max_rows=32)

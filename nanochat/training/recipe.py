@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from nanochat.common import UserError
 from nanochat.model.gpt import GPT, GPTConfig, build_model
 from nanochat.training import schedule
+from nanochat.training.optim import MATRIX_LR, MATRIX_WEIGHT_DECAY
 
 TOKEN_RATIO = 10.0  # training tokens per parameter that counts; 8 to 12 are about equally good for the money
 OCTOBER_TOKEN_RATIO = 20.0  # of the first release, which counted every parameter
 REFERENCE_DEPTH = 12  # where learning rates, batch size and weight decay were tuned
 MIN_STEPS = 400  # a short run takes a smaller batch rather than fewer steps than this
-MATRIX_WEIGHT_DECAY = 0.28
-MATRIX_LR = 0.02
 
 CHARS_PER_TOKEN = 4.8  # the first release's figure for FineWeb-Edu and 65,536 tokens; smaller vocabularies pack less
 SHARD_CHARS = 250_000_000  # text in one shard of the default data sets
