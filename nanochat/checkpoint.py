@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, listed, loaded, checked. Only safetensors, JSON and plain text; nothing is unpickled.
+"""Checkpoints: complete or absent, listed, loaded, checked. All safetensors, JSON or plain text; nothing is unpickled.
 
     <base>/base_checkpoints/<model tag>/
         metrics.jsonl                  every logged number of the run
@@ -213,8 +213,8 @@ def resumable(run: Path, args: Namespace, free: Collection[str]) -> Resumable | 
         return None
     if not args.resume:
         raise UserError(
-            f"{run} holds checkpoints of an earlier run; continue it with --resume, choose another --model-tag, or move "
-            f"the folder away"
+            f"{run} holds checkpoints of an earlier run; continue it with --resume, choose another --model-tag, or "
+            f"move the folder away"
         )
     folder = step_dir(run, steps[-1])
     meta = read_meta(folder)
@@ -222,8 +222,8 @@ def resumable(run: Path, args: Namespace, free: Collection[str]) -> Resumable | 
         before = meta["args"].get(name)
         if name not in free and before != value:
             raise UserError(
-                f"--{name.replace('_', '-')} is {value} here but {before} in the run being resumed ({folder}); leave it "
-                f"as it was, or choose another --model-tag"
+                f"--{name.replace('_', '-')} is {value} here but {before} in the run being resumed ({folder}); "
+                f"leave it as it was, or choose another --model-tag"
             )
     return Resumable(folder, meta)
 

@@ -49,14 +49,9 @@ def grad_accum_steps(total_tokens: int, device_batch_size: int, sequence_len: in
 
 
 def accumulate_gradients(
-    model: torch.nn.Module,
-    batches: Iterator[Batch],
-    num_micro_steps: int,
-    *,
-    device: torch.device,
-    world_size: int = 1,
+    model: GPT, batches: Iterator[Batch], num_micro_steps: int, *, device: torch.device, world_size: int = 1,
     loss_scale: float = 1.0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Forward and backward over the micro-batches of one step, adding to the parameters' gradients. Returns the loss
 
         sum over supervised tokens of weight(row) * loss(token) / number of supervised tokens

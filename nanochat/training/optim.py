@@ -15,7 +15,7 @@ Not here: what changes from step to step, and how rates depend on batch and hori
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -73,9 +73,7 @@ def polar_express(x: Tensor) -> Tensor:
     return x.mT if is_tall else x
 
 
-def muon_update(
-    p, grad, momentum_buffer, row_variance, *, lr, momentum, beta2, weight_decay, dtype: torch.dtype
-) -> None:
+def muon_update(p, grad, momentum_buffer, row_variance, *, lr, momentum, beta2, weight_decay, dtype) -> None:
     """One Muon step in place on stacked matrices p (K, m, n) and their state.
 
     Nesterov momentum; rows normalised, then orthogonalised in `dtype`; per-row variance normalisation (NorMuon, arXiv
@@ -238,11 +236,8 @@ class MuonAdamW:
 
         Raises `UserError`, leaving the state unchanged, when it is not the state of exactly these parameters.
         """
-        expected = {
-            f"{bucket.name}.{key}": (bucket.rows, *value.shape[1:])
-            for bucket in self._buckets
-            for key, value in bucket.state.items()
-        }
+        states = [(f"{b.name}.{key}", b, value) for b in self._buckets for key, value in b.state.items()]
+        expected = {name: (bucket.rows, *value.shape[1:]) for name, bucket, value in states}
         names = {*expected, "num_steps"}
         different = set().union(*(shard.keys() ^ names for shard in shards)) or {
             name
@@ -251,45 +246,39 @@ class MuonAdamW:
         }
         if different:
             raise UserError(
-                f"the optimizer state in the checkpoint is of another model: {', '.join(sorted(different)[:5])} differ; "
-                f"use the checkpoint with the model it was saved with"
+                f"the optimizer state in the checkpoint is of another model: {', '.join(sorted(different)[:5])} "
+                f"differ; use the checkpoint with the model it was saved with"
             )
-        for bucket in self._buckets:
-            for key, own in bucket.state.items():
-                mine = torch.cat([shard[f"{bucket.name}.{key}"] for shard in shards])[bucket.own]
-                own.zero_()[: mine.size(0)].copy_(mine)
+        for name, bucket, value in states:
+            own = torch.cat([shard[name] for shard in shards])[bucket.own]
+            value.zero_()[: own.size(0)].copy_(own)
         self.num_steps = int(shards[0]["num_steps"])
 
     # --- inner parts ---
 
-    def _make_buckets(self, group: Group) -> Iterable[_Bucket]:
-        if group.kind == "adamw":
-            for name, p in group.params.items():
-                yield self._make_bucket(name, group, [p], p.data.flatten(), ("exp_avg", "exp_avg_sq"))
-            return
-        by_shape: dict[torch.Size, dict[str, nn.Parameter]] = {}
-        for name, p in group.params.items():
-            by_shape.setdefault(p.shape, {})[name] = p
-        for params in by_shape.values():
-            stacked = torch.stack([p.data for p in params.values()])
-            yield self._make_bucket(next(iter(params)), group, list(params.values()), stacked, ("momentum_buffer",))
-
-    def _make_bucket(self, name: str, group: Group, params: list[nn.Parameter], data: Tensor, states) -> _Bucket:
-        """Move `params` into storage padded to whole shards, and allocate this rank's state."""
-        share = -(-data.size(0) // self.world_size)
-        rows, padded = data.size(0), share * self.world_size
-        values = data if padded == rows else torch.cat((data, data.new_zeros(padded - rows, *data.shape[1:])))
+    def _make_buckets(self, group: Group) -> Iterator[_Bucket]:
+        """Move the parameters into storage padded to whole shards, and allocate this rank's state."""
         is_muon = group.kind == "muon"
-        grads = torch.zeros_like(values) if is_muon else None
-        grad_views = list(grads[:rows].unbind()) if is_muon else [None]
-        for i, (p, view) in enumerate(zip(params, grad_views, strict=True)):
-            p.data = values[i] if is_muon else values[:rows].view(p.shape)
-            p.grad = view
-        own = slice(self.rank * share, (self.rank + 1) * share)
-        state = {key: torch.zeros_like(values[own], dtype=torch.float32) for key in states}
-        if is_muon:
-            state["row_variance"] = torch.zeros_like(values[own][..., :1], dtype=torch.float32)
-        return _Bucket(name, group, params, rows, values, grads, grad_views, own, state)
+        alike: dict[torch.Size | str, dict[str, nn.Parameter]] = {}
+        for name, p in group.params.items():
+            alike.setdefault(p.shape if is_muon else name, {})[name] = p
+        for named in alike.values():
+            name, params = next(iter(named)), list(named.values())
+            values = torch.stack([p.data for p in params]) if is_muon else params[0].data.flatten()
+            rows, share = values.size(0), -(-values.size(0) // self.world_size)
+            if num_padding := share * self.world_size - rows:
+                values = torch.cat((values, values.new_zeros(num_padding, *values.shape[1:])))
+            grads = torch.zeros_like(values) if is_muon else None
+            grad_views = list(grads[:rows].unbind()) if is_muon else [None]
+            for i, (p, view) in enumerate(zip(params, grad_views, strict=True)):
+                p.data = values[i] if is_muon else values[:rows].view(p.shape)
+                p.grad = view
+            own = slice(self.rank * share, (self.rank + 1) * share)
+            keys = ("momentum_buffer",) if is_muon else ("exp_avg", "exp_avg_sq")
+            state = {key: torch.zeros_like(values[own], dtype=torch.float32) for key in keys}
+            if is_muon:
+                state["row_variance"] = torch.zeros_like(values[own][..., :1], dtype=torch.float32)
+            yield _Bucket(name, group, params, rows, values, grads, grad_views, own, state)
 
     def _start_reduce(self, bucket: _Bucket) -> _Transfer:
         """Start to sum the gradients of all ranks; this rank's own rows of the sum arrive."""
@@ -323,12 +312,8 @@ class MuonAdamW:
     def _update(self, bucket: _Bucket, grad: Tensor) -> None:
         group, values, state = bucket.group, bucket.values[bucket.own], bucket.state
         if group.kind == "muon":
-            numbers = self._as_inputs(
-                values, lr=group.lr, momentum=group.momentum, beta2=group.beta2, weight_decay=group.weight_decay
-            )
-            self._muon_update(
-                values, grad, state["momentum_buffer"], state["row_variance"], **numbers, dtype=self.muon_dtype
-            )
+            numbers = {name: getattr(group, name) for name in ("lr", "momentum", "beta2", "weight_decay")}
+            self._muon_update(values, grad, **state, **self._as_inputs(values, **numbers), dtype=self.muon_dtype)
             return
         beta1, beta2 = group.betas
         numbers = self._as_inputs(
