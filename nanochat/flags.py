@@ -121,16 +121,11 @@ def parse(description: str, flags: Iterable[Flag], *add_more: Callable[[argparse
         add(parser)
     add_flags(parser, flags)
     args = parser.parse_args()
-    check_ranges(args, flags)
-    return args
-
-
-def check_ranges(args: argparse.Namespace, flags: Iterable[Flag]) -> None:
-    """Raise `UserError` for the first of `flags` whose value in `args` is out of its range."""
     for flag in flags:
         value = getattr(args, flag.name)
         if flag.range and value is not None and not flag.range.contains(value):
             raise UserError(f"{flag.option} must {flag.range.words}, not {value}")
+    return args
 
 
 def free_on_resume(flags: Iterable[Flag]) -> set[str]:

@@ -17,7 +17,7 @@ from nanochat.engine.engine import Engine
 from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task
 from nanochat.evals.chat_results import chat_core
 from nanochat.flags import COUNT, FREE, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
-from nanochat.training.finetuning import start_run
+from nanochat.training.finetuning import start_run, validate_if_due
 from nanochat.training.loop import TrainingRun
 from tasks.common import Task
 from tasks.mixtures import MIXTURE, SFT_MIXTURES, load_corpus
@@ -73,13 +73,12 @@ def main(args: argparse.Namespace) -> None:
         check_task(task)
 
     # runtime, model, optimizer, schedules
-    chat = start_run("sft", args, free_on_resume(FLAGS), train, val, total_batch_tokens=BATCH_TOKENS)
-    run = chat.run
+    run, val_rows = start_run("sft", args, free_on_resume(FLAGS), train, val, total_batch_tokens=BATCH_TOKENS)
 
     # the loop
     for step in run.steps():
         # evaluate
-        chat.validate_if_due(step)
+        validate_if_due(run, val_rows, step)
         if chat_every and (step == 0 or run.is_due(step, chat_every)):
             numbers = accuracies(run, tasks, settings)
             run.note(step, **numbers)

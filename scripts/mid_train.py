@@ -13,7 +13,7 @@ import argparse
 
 from nanochat.common import add_runtime_flags, run_main
 from nanochat.flags import ZERO_OR_MORE, Flag, free_on_resume, parse, shared
-from nanochat.training.finetuning import start_run
+from nanochat.training.finetuning import start_run, validate_if_due
 from tasks.mixtures import MID_MIXTURES, load_corpus
 
 FLAGS = (
@@ -36,12 +36,11 @@ def main(args: argparse.Namespace) -> None:
     train, val = load_corpus(args.data, MID_MIXTURES, seed=args.seed, max_conversations=args.max_conversations)
 
     # runtime, model, optimizer, schedules
-    chat = start_run("mid", args, free_on_resume(FLAGS), train, val)
-    run = chat.run
+    run, val_rows = start_run("mid", args, free_on_resume(FLAGS), train, val)
 
     # the loop: evaluate, save, step and log
     for step in run.steps():
-        chat.validate_if_due(step)
+        validate_if_due(run, val_rows, step)
         run.save_if_due(step)
         if step < run.plan.num_steps:
             run.take_step(step)

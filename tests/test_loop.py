@@ -24,7 +24,7 @@ from nanochat.training.loop import (
     measure_tokens_per_second,
 )
 from nanochat.training.optim import Group, MuonAdamW, parameter_groups
-from nanochat.training.schedule import lr_schedule
+from nanochat.training.schedule import LRSchedule
 
 CPU = torch.device("cpu")
 RUNTIME = Runtime(0, 0, 1, CPU, torch.float32)
@@ -145,7 +145,7 @@ def train(rank: int = 0, world_size: int = 1, rows_per_batch: int = 1, num_steps
     """Losses, and the parameters after some steps of the whole machinery."""
     model = make_model()
     optimizer = make_optimizer(model, lr_scale=0.1, rank=rank, world_size=world_size)
-    schedule, losses = lr_schedule(num_steps), []
+    schedule, losses = LRSchedule(num_steps), []
     for step in range(num_steps):
         apply_schedule(optimizer, lr_mult=schedule(step), momentum=0.9, decay_mult=0.5)
         batches = split(*make_rows(step), rows_per_batch, rank, world_size)

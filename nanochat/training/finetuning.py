@@ -61,34 +61,12 @@ def load_start(stage: str, args: argparse.Namespace, free: Collection[str], *, c
     return Start(folder, runtime, model, tokenizer, meta, resumed)
 
 
-@dataclass(frozen=True)
-class ChatRun:
-    """A run on conversations, ready for its loop, and the validation rows (None: there are none)."""
-
-    run: loop.TrainingRun
-    val: Rows | None
-
-    def validate_if_due(self, step: int) -> None:
-        """Every `--eval-every` steps and at step 0, which shows what the stage adds: log, print and keep the bits per
-        byte of the assistant's text in the validation conversations."""
-        run = self.run
-        if self.val is None or not (step == 0 or run.is_due(step, run.args.eval_every)):
-            return
-        num_tokens = run.args.eval_tokens
-        if num_tokens is None:
-            num_tokens = EVAL_TOKENS.get(run.runtime.device.type, SMALL_EVAL_TOKENS)
-        batches = validation_batches(self.val, run.runtime, run.device_batch_size, num_tokens)
-        found = evaluate_bpb(run.model, batches, run.tokenizer.token_bytes())
-        if step == 0:
-            run.note(step, start_val_bpb=found.bpb, start_val_bpb_se=found.se)
-        run.note_bpb(step, found)
-
-
 def start_run(
     stage: str, args: argparse.Namespace, free: Collection[str], train: Conversations, val: Conversations,
     *, total_batch_tokens: int = 0,
-) -> ChatRun:  # fmt: skip
-    """The run of a stage, "mid" or "sft", from the weights of its source, or from its own last checkpoint.
+) -> tuple[loop.TrainingRun, Rows | None]:  # fmt: skip
+    """The run of a stage, "mid" or "sft", from the weights of its source or from its own last checkpoint, and the
+    packed validation conversations (None: there are none).
 
     free: see `load_start`. total_batch_tokens: the stage's usual batch; 0 is the one its source was pretrained with.
     Raises `UserError` if there is no source, a flag differs from that of the resumed run, or no conversation fits.
@@ -137,7 +115,22 @@ def start_run(
         start.folder, args, runtime, model, tokenizer, optimizer, loader, plan, device_batch_size, num_micro_steps,
         start.resumed,
     )  # fmt: skip
-    return ChatRun(run, val_rows if val_rows and val_rows.rows else None)
+    return run, val_rows if val_rows and val_rows.rows else None
+
+
+def validate_if_due(run: loop.TrainingRun, val: Rows | None, step: int) -> None:
+    """Every `--eval-every` steps, and at step 0 to see what the stage adds, log, print and keep the bits per byte of
+    the assistant's text in the validation conversations."""
+    if val is None or not (step == 0 or run.is_due(step, run.args.eval_every)):
+        return
+    num_tokens = run.args.eval_tokens
+    if num_tokens is None:
+        num_tokens = EVAL_TOKENS.get(run.runtime.device.type, SMALL_EVAL_TOKENS)
+    batches = validation_batches(val, run.runtime, run.device_batch_size, num_tokens)
+    found = evaluate_bpb(run.model, batches, run.tokenizer.token_bytes())
+    if step == 0:
+        run.note(step, start_val_bpb=found.bpb, start_val_bpb_se=found.se)
+    run.note_bpb(step, found)
 
 
 def make_plan(args: argparse.Namespace, rows: Rows, usual_batch_tokens: int, world_size: int) -> Plan:

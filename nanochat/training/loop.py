@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.checkpoint import Resumable, load_rank_states, save_checkpoint
-from nanochat.common import Runtime, UserError, print0
+from nanochat.common import Runtime, UserError, gather_ranks, print0
 from nanochat.data.dataloader import Batch
 from nanochat.evals.loss_eval import BpbResult
 from nanochat.model.gpt import GPT
@@ -174,7 +174,7 @@ class LossScaler:
 def choose_device_batch(
     total_tokens: int, fitting: int, sequence_len: int, world_size: int, *, is_fixed: bool
 ) -> tuple[int, int]:
-    """Rows of a micro-batch on each device, and micro-steps per step.
+    """Rows of a micro-batch on each device, and micro-steps per optimizer step.
 
     The most rows up to `fitting` that divide the step evenly, or exactly `fitting` if the user chose it (`is_fixed`).
     Raises `UserError` when the step cannot be divided.
@@ -205,10 +205,7 @@ def fitting_batch(model: GPT, wanted: int, try_batch: Callable[[GPT, int], objec
         except torch.OutOfMemoryError:
             size //= 2
         torch.cuda.empty_cache()
-    if dist.is_initialized():
-        box = torch.tensor(float(size), device=model.device)
-        dist.all_reduce(box, op=dist.ReduceOp.MIN)
-        size = int(box.item())
+    size = min(gather_ranks(size))
     if size < 1:
         raise UserError("not even one row fits in the device's memory; choose a smaller --depth or --sequence-len")
     if size < wanted:
@@ -270,10 +267,8 @@ class TrainingRun:
             if group.kind == "muon":
                 group.initial_weight_decay = plan.matrix_weight_decay
         self.optimizer.zero_grad()  # fitting the batch to the memory has removed the gradients' storage
-        self.rates = schedule.lr_schedule(
-            plan.num_steps, warmup_steps=args.warmup_steps, warmdown_frac=args.warmdown_frac,
-            final_frac=args.final_lr_frac,
-        )  # fmt: skip
+        shape = {"warmup_steps": args.warmup_steps, "warmdown_frac": args.warmdown_frac}
+        self.rates = schedule.LRSchedule(plan.num_steps, **shape, final_frac=args.final_lr_frac)
         self.scaler = LossScaler(enabled=runtime.dtype == torch.float16)
         self.stats = RunStats.for_runtime(runtime, plan.total_batch_tokens, self.model.flops_per_token())
         self.metrics = MetricsLog(self.folder / "metrics.jsonl", runtime, run_name=args.run, settings=vars(args))
