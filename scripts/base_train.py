@@ -102,8 +102,7 @@ def main(args: argparse.Namespace) -> None:
         model = build_model(config, device=device, compute_dtype=runtime.dtype, generator=generator)
     if runtime.is_cuda and not args.no_compile:
         model.compile_trunk()
-    counts = model.parameter_counts()
-    print0(", ".join(f"{name} {count:,}" for name, count in counts.items()), "parameters")
+    print0(", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items()), "parameters")
 
     # optimizer, before the batch size is fitted to the memory it leaves
     optimizer = loop.make_optimizer(model, runtime)

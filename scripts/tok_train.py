@@ -10,8 +10,8 @@ Reads the train shards of `--data`; writes the folder `tokenizer` of the base fo
 import argparse
 import io
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -63,26 +63,11 @@ def limited(batches: Iterable[pa.Array], max_chars: int, doc_cap: int, read: dic
             return
 
 
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Gives a function to call with a stage's name, what is done of it, and its total; shows one bar for each stage,
-    nothing when stderr is not a terminal."""
-    bars: dict[str, tqdm] = {}
-
-    def show(stage: str, done: int, total: int | None) -> None:
-        if stage not in bars:
-            close()
-            bars[stage] = tqdm(desc=stage, total=total, unit=PROGRESS_UNITS[stage], unit_scale=True, disable=None)
-        bars[stage].update(done - bars[stage].n)
-
-    def close() -> None:
-        for bar in bars.values():
-            bar.close()
-
-    try:
-        yield show
-    finally:
-        close()
+def show_progress(bars: dict[str, tqdm], stage: str, done: int, total: int | None) -> None:
+    """Advance the bar of a stage; nothing is shown when stderr is not a terminal."""
+    if stage not in bars:
+        bars[stage] = tqdm(desc=stage, total=total, unit=PROGRESS_UNITS[stage], unit_scale=True, disable=None)
+    bars[stage].update(done - bars[stage].n)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -93,9 +78,12 @@ def main(args: argparse.Namespace) -> None:
 
     # training
     print0(f"training a vocabulary of {args.vocab_size:,} on {len(paths)} shards of {args.data}")
-    start = time.perf_counter()
-    with progress_bars() as show:
-        tokenizer = Tokenizer.train(documents, args.vocab_size, progress=show)
+    start, bars = time.perf_counter(), {}
+    try:
+        tokenizer = Tokenizer.train(documents, args.vocab_size, progress=partial(show_progress, bars))
+    finally:
+        for bar in bars.values():
+            bar.close()
     seconds = time.perf_counter() - start
     if tokenizer.vocab_size < args.vocab_size:
         raise UserError(

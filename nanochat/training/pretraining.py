@@ -33,20 +33,16 @@ def check_horizon(args: argparse.Namespace) -> None:
 def model_config(args: argparse.Namespace, vocab_size: int) -> GPTConfig:
     derive = GPTConfig.from_depth if args.arch == "recipe" else GPTConfig.october_2025
     other = {"window_pattern": args.window_pattern} if args.window_pattern else {}
-    return derive(
-        args.depth, vocab_size=vocab_size, sequence_len=args.sequence_len, head_dim=args.head_dim,
-        kv_ratio=args.kv_ratio, **other,
-    )  # fmt: skip
+    shape = {name: getattr(args, name) for name in ("sequence_len", "head_dim", "kv_ratio")}
+    return derive(args.depth, vocab_size=vocab_size, **shape, **other)
 
 
 def make_plan(args: argparse.Namespace, config: GPTConfig, num_ranks: int, speed: float | None = None) -> recipe.Plan:
     """The plan for the horizon in `args`; `speed` in tokens a second is needed for `--minutes` only."""
     train_tokens = None
     if args.num_steps is None:
-        train_tokens = recipe.horizon_tokens(
-            config, token_ratio=args.token_ratio, target_flops=args.target_flops, minutes=args.minutes,
-            tokens_per_second=speed,
-        )  # fmt: skip
+        budget = {name: getattr(args, name) for name in ("token_ratio", "target_flops", "minutes")}
+        train_tokens = recipe.horizon_tokens(config, **budget, tokens_per_second=speed)
     return recipe.make_plan(
         config, train_tokens=train_tokens, num_steps=args.num_steps, total_batch_tokens=args.total_batch_size,
         batch_multiple=config.sequence_len * num_ranks, token_ratio=args.token_ratio, lr_mult=args.lr_mult,
