@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import fill_randomly
-from ranks import run_ranks
+from ranks import assert_sum_of_gradients, run_ranks
 from test_chat_loader import make_conversations
 
 from nanochat.common import UserError
@@ -54,16 +54,10 @@ def test_gradients_do_not_depend_on_device_batch_size_and_world_size(
     folder, tmp_path, world_size, batch_size, num_conversations
 ):
     loss, expected = step_gradients(0, 1, folder, STEP_ROWS, num_conversations)
-    if world_size == 1:
-        ranks = [step_gradients(0, 1, folder, batch_size, num_conversations)]
-    else:
-        ranks = run_ranks(step_gradients, world_size, tmp_path / "ranks", folder, batch_size, num_conversations)
+    ranks = run_ranks(step_gradients, world_size, tmp_path / "ranks", folder, batch_size, num_conversations)
     assert loss > 0
-    for rank_loss, _ in ranks:
-        assert rank_loss == pytest.approx(loss, rel=1e-6)
-    for name, gradient in expected.items():
-        total = sum(gradients[name] for _, gradients in ranks)
-        torch.testing.assert_close(total, gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item() + 1e-9)
+    assert [rank_loss for rank_loss, _ in ranks] == pytest.approx([loss] * world_size, rel=1e-6)
+    assert_sum_of_gradients([gradients for _, gradients in ranks], expected, rtol=1e-4, atol=1e-6)
 
 
 # --- plans ---------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_ranks_train_like_one_process_fed_all_rows(world_size, tmp_path):
 
 def test_a_world_of_one_trains_bit_equal_to_no_process_group(tmp_path):
     losses, params = train()
-    ((rank_losses, rank_params),) = run_ranks(train_on_rank, 1, tmp_path / "ranks")
+    ((rank_losses, rank_params),) = run_ranks(train_on_rank, 1, tmp_path / "ranks", group_of_one=True)
     assert rank_losses == losses
     assert all(torch.equal(rank_params[name], value) for name, value in params.items())
 

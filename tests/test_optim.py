@@ -324,7 +324,7 @@ def test_ranks_equal_one_process_and_each_other(world_size, tmp_path):
 
 
 def test_a_group_of_one_rank_is_bit_equal_to_none(tmp_path):
-    ((_, (params, state)), _) = run_ranks(train_rank, 1, tmp_path / "ranks")[0].items()
+    ((_, (params, state)), _) = run_ranks(train_rank, 1, tmp_path / "ranks", group_of_one=True)[0].items()
     wanted, optimizer = train()
     assert all(torch.equal(params[name], wanted[name]) for name in wanted)
     assert all(torch.equal(state[name], value) for name, value in optimizer.state_dict().items())
