@@ -19,7 +19,7 @@ import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -194,23 +194,16 @@ def check_tokenizer(tokenizer: Tokenizer, meta: Mapping, folder: Path) -> None:
 # --- resuming ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Resumable:
-    """The checkpoint from which a run is resumed."""
-
-    folder: Path
-    meta: dict
-
-
-def resumable(run: Path, args: Namespace, free: Collection[str]) -> Resumable | None:
-    """The newest checkpoint of a run, from which a stage with the flags `args` continues; None if there is none yet.
+def resumable(run: Path, args: Namespace, free: Collection[str]) -> dict:
+    """The meta.json of the newest checkpoint of a run, from which a stage with the flags `args` continues; empty if
+    there is none yet.
 
     Raises `UserError` if there is one but `args.resume` is not set, or if a flag not in `free` differs from that of the
     run, naming both values.
     """
     steps = list_steps(run)
     if not steps:
-        return None
+        return {}
     if not args.resume:
         raise UserError(
             f"{run} holds checkpoints of an earlier run; continue it with --resume, choose another --model-tag, or "
@@ -225,7 +218,7 @@ def resumable(run: Path, args: Namespace, free: Collection[str]) -> Resumable | 
                 f"--{name.replace('_', '-')} is {value} here but {before} in the run being resumed ({folder}); "
                 f"leave it as it was, or choose another --model-tag"
             )
-    return Resumable(folder, meta)
+    return meta
 
 
 # --- choosing -----------------------------------------------------------------------------------

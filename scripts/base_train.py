@@ -12,7 +12,7 @@ import argparse
 
 import torch
 
-from nanochat.checkpoint import check_tokenizer, resumable, run_dir
+from nanochat.checkpoint import check_tokenizer, resumable, run_dir, step_dir
 from nanochat.common import add_runtime_flags, from_rank0, init_runtime, print0, run_main
 from nanochat.data.dataloader import TextLoader
 from nanochat.data.dataset import DEFAULT_DATA, shard_paths
@@ -82,21 +82,20 @@ def main(args: argparse.Namespace) -> None:
         return
     folder = run_dir("base", args.model_tag or f"d{args.depth}")
     resumed = resumable(folder, args, free_on_resume(FLAGS))
-    stored = resumed.meta if resumed else {}
-    runtime = init_runtime(args.device_type, args.dtype or stored.get("dtype", ""))
+    runtime = init_runtime(args.device_type, args.dtype or resumed.get("dtype", ""))
     device = runtime.device
     print0(f"{runtime}, {folder.name}")
 
     # inputs
     tokenizer = Tokenizer.load(tokenizer_dir())
     if resumed:
-        check_tokenizer(tokenizer, stored, resumed.folder)
+        check_tokenizer(tokenizer, resumed, step_dir(folder, resumed["step"]))
     train_paths, val_paths = shard_paths(args.data, "train"), shard_paths(args.data, "val")
 
     # model
     config = pretraining.model_config(args, tokenizer.vocab_size)
     if resumed:
-        model = load_weights(resumed.folder, stored, runtime)
+        model = load_weights(step_dir(folder, resumed["step"]), resumed, runtime)
     else:
         generator = torch.Generator(device).manual_seed(args.seed)
         model = build_model(config, device=device, compute_dtype=runtime.dtype, generator=generator)
@@ -109,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
 
     # batch size and horizon
     if resumed:
-        plan, fitting = recipe.Plan(**stored["plan"]), args.device_batch_size or stored["device_batch_size"]
+        plan, fitting = recipe.Plan(**resumed["plan"]), args.device_batch_size or resumed["device_batch_size"]
     else:
         row_tokens = config.sequence_len * runtime.world_size
         wanted = loop.wanted_device_batch(device, args.device_batch_size, args.total_batch_size, row_tokens)

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.checkpoint import Resumable, find_checkpoint, load_tokenizer, read_meta, resumable, run_dir
+from nanochat.checkpoint import find_checkpoint, load_tokenizer, read_meta, resumable, run_dir, step_dir
 from nanochat.common import Runtime, UserError, from_rank0, init_runtime, print0
 from nanochat.data.chat_loader import ChatLoader, Conversations, Rows, pack_conversations, validation_batches
 from nanochat.evals.loss_eval import evaluate_bpb
@@ -26,15 +26,15 @@ SMALL_EVAL_TOKENS = 2**16
 
 @dataclass(frozen=True)
 class Start:
-    """Where a stage starts: the folder of its run, the model it continues from with its tokenizer and `meta`, and
-    `resumed` if that is a checkpoint of this same run."""
+    """Where a stage starts: the folder of its run, and the model it continues from with its tokenizer and meta.json.
+    `resumed` is the same as `meta` if that is a checkpoint of this run, else empty."""
 
     folder: Path
     runtime: Runtime
     model: GPT
     tokenizer: Tokenizer
     meta: dict
-    resumed: Resumable | None
+    resumed: dict
 
 
 def load_start(stage: str, args: argparse.Namespace, free: Collection[str], *, compile_trunk: bool = False) -> Start:
@@ -47,13 +47,13 @@ def load_start(stage: str, args: argparse.Namespace, free: Collection[str], *, c
     source = None if args.output_tag or args.model_tag else find_checkpoint(args.source, step=args.step)
     folder = run_dir(stage, args.output_tag or args.model_tag or source.parent.name)
     resumed = resumable(folder, args, free)
-    runtime = init_runtime(args.device_type, args.dtype or (resumed.meta["dtype"] if resumed else ""))
+    runtime = init_runtime(args.device_type, args.dtype or resumed.get("dtype", ""))
     if resumed:
-        origin, meta = resumed.folder, resumed.meta
+        origin = step_dir(folder, resumed["step"])
     else:
         origin = source or find_checkpoint(args.source, model_tag=args.model_tag, step=args.step)
         origin = from_rank0(origin)  # a new one may appear meanwhile
-        meta = read_meta(origin)
+    meta = resumed or read_meta(origin)
     model, tokenizer = load_weights(origin, meta, runtime), load_tokenizer(origin, meta)
     if runtime.is_cuda and compile_trunk:
         model.compile_trunk()

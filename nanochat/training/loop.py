@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.checkpoint import Resumable, load_rank_states, save_checkpoint
+from nanochat.checkpoint import load_rank_states, save_checkpoint, step_dir
 from nanochat.common import Runtime, UserError, gather_ranks, print0
 from nanochat.data.dataloader import Batch
 from nanochat.evals.loss_eval import BpbResult
@@ -243,7 +243,8 @@ class TrainingRun:
 
     A step is `num_micro_steps` batches of `loader`, each of `device_batch_size` rows, on every rank. `args` are the
     stage's flags, among them `run`, `save_every` and those of the learning rate. Model and tokenizer are already loaded
-    by the caller; all other state is restored from `resumed`. `results` are the numbers for the report.
+    by the caller; all other state is restored from the checkpoint of which `resumed` is the meta.json, empty for a new
+    run. `results` are the numbers for the report.
     """
 
     folder: Path
@@ -256,7 +257,7 @@ class TrainingRun:
     plan: Plan
     device_batch_size: int
     num_micro_steps: int
-    resumed: Resumable | None = None
+    resumed: Mapping
     results: dict = field(default_factory=dict)
     first_step: int = 0
 
@@ -273,12 +274,11 @@ class TrainingRun:
         self.stats = RunStats.for_runtime(runtime, plan.total_batch_tokens, self.model.flops_per_token())
         self.metrics = MetricsLog(self.folder / "metrics.jsonl", runtime, run_name=args.run, settings=vars(args))
         if self.resumed:
-            self._restore(self.resumed)
+            self._restore(step_dir(self.folder, self.resumed["step"]), self.resumed)
         self.metrics.rewind(self.first_step)
         self.log = StepLog(self.stats, self.metrics, plan.num_steps)
 
-    def _restore(self, resumed: Resumable) -> None:
-        folder, meta = resumed.folder, resumed.meta
+    def _restore(self, folder: Path, meta: Mapping) -> None:
         self.optimizer.load_state_dict(load_rank_states(folder, meta, "optimizer"))
         self.loader.load_state_dict(load_rank_states(folder, meta, "loader"))
         self.first_step, self.results = meta["step"], meta["results"]
