@@ -27,7 +27,7 @@ from nanochat.training import loop, pretraining, recipe
 
 EVAL_TOKENS = {"cuda": 20 * 2**19}
 SMALL_EVAL_TOKENS = 2**17
-MINUTES_SHARE = 0.85  # of --minutes that forward and backward get; the rest is the optimizer's and the loader's
+MINUTES_SHARE = 0.85  # of --minutes for forward and backward; the rest is for optimizer and loader
 SAMPLE_TOKENS = 16
 
 FLAGS = (

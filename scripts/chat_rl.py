@@ -33,7 +33,8 @@ from tasks.registry import ALL_NAMES, get_task, task_names
 ENGINE_ROWS = {"cuda": 128}  # replies generated at a time, by device
 SMALL_ENGINE_ROWS = 32
 LR_MULT = 0.15  # 0.05 and 0.5 did as well within the noise (dev/LOG.md)
-START_MEANS = "start_means"  # of held-out questions, kept to compare each with itself; not for the report
+START_MEANS = "start_means"  # first rewards of the held-out questions, to compare later ones with; not reported
+SUMS = ("rollout_tokens", "train_tokens", "rollout_seconds")  # over all steps, for the report
 TWO_OR_MORE = Range("be at least 2", lambda value: value >= 2)
 
 FLAGS = (
@@ -121,8 +122,9 @@ def log(run: TrainingRun, step: int, loss: float, numbers: dict[str, float], sec
     rollout_seconds, update_seconds = seconds
     speed = numbers["rollout_tokens"] / rollout_seconds
     run.stats.update(loss, rollout_seconds + update_seconds)
-    sums = {name: numbers[name] for name in ("rollout_tokens", "train_tokens")} | {"rollout_seconds": rollout_seconds}
-    run.results = {**run.results, **{name: run.results.get(name, 0) + value for name, value in sums.items()}}
+    new = {**numbers, "rollout_seconds": rollout_seconds}
+    sums = {name: run.results.get(name, 0) + new[name] for name in SUMS}
+    run.results = {**run.results, **sums}
     run.metrics.log(
         step=step, train_loss=loss if math.isfinite(loss) else None, **numbers, lr_mult=run.rates(step - 1),
         rollout_seconds=rollout_seconds, update_seconds=update_seconds, rollout_tokens_per_second=speed,

@@ -20,7 +20,7 @@ from nanochat.training import loop, schedule
 from nanochat.training.recipe import Plan
 
 MIN_STEPS = 100  # a short run takes a smaller batch rather than fewer steps than this
-EVAL_TOKENS = {"cuda": 2**21}
+EVAL_TOKENS = {"cuda": 2**21}  # by device
 SMALL_EVAL_TOKENS = 2**16
 
 

@@ -1,6 +1,6 @@
 """From a model and a budget to the numbers of its run: tokens, batch, steps, rates, disk, memory, hours, dollars.
 
-Everything here is arithmetic on counts; nothing trains, prints or looks at the machine.
+All of it is arithmetic on counts. Not here: training, printing, and what this machine has.
 """
 
 import math
@@ -11,26 +11,26 @@ from nanochat.model.gpt import GPT, GPTConfig, build_model
 from nanochat.training import schedule
 from nanochat.training.optim import MATRIX_LR, MATRIX_WEIGHT_DECAY
 
-TOKEN_RATIO = 10.0  # training tokens per parameter that counts; 8 to 12 are about equally good for the money
+TOKEN_RATIO = 10.0  # training tokens per parameter of `scaling_parameters`; 8 to 12 are about equally cost-effective
 OCTOBER_TOKEN_RATIO = 20.0  # of the first release, which counted every parameter
 REFERENCE_DEPTH = 12  # where learning rates, batch size and weight decay were tuned
 MIN_STEPS = 400  # a short run takes a smaller batch rather than fewer steps than this
 
 CHARS_PER_TOKEN = 4.8  # the first release's figure for FineWeb-Edu and 65,536 tokens; smaller vocabularies pack less
 SHARD_CHARS = 250_000_000  # text in one shard of the default data sets
-SHARD_BYTES = 100_000_000  # and what it takes on the disk
-SPARE_SHARDS_FRAC = 0.1  # a run that lacks text reads some of it twice
-EXPECTED_MFU = 0.45  # counted as here, 8 H100 reached 0.44 with the first release's d20 and 0.475 with its d32
-MID_TOKENS = 809 * 2**19  # of mid-training: the first release's steps on the mixture that is also ours, once it spelled
+SHARD_BYTES = 100_000_000  # size of such a shard on disk
+SPARE_SHARDS_FRAC = 0.1  # a run that is short of text reads some of it twice
+EXPECTED_MFU = 0.45  # by our count, 8 H100 reached 0.44 with the first release's d20 and 0.475 with its d32
+MID_TOKENS = 809 * 2**19  # of mid-training: the steps of the first release, with spelling tasks, on the same mixture
 STAGES_AFTER = 2  # mid-training and finetuning, each of which leaves a checkpoint of the same size
 
-# Bytes a token and channel that autograd keeps of the compiled trunk (dev/LOG.md, memory of a training step)
-LAYER_BYTES = 36.2  # in each layer: 18 values of bfloat16, and norms
-WINDOW_BYTES = 11.3  # more in a layer with a window: its blocks of keys and values, which FlashAttention does not copy
-VALUE_EMBED_BYTES = 4  # more in a layer with a value embedding: this and its gradient
-TRUNK_BYTES = 4.1 + 20.0  # once: before and after the layers; and what backward has at hand of one of them
-LOGIT_BYTES = 1 << 30  # the pieces of the vocabulary head at work
-USABLE_MEMORY_FRAC = 0.92  # of the data sheet's memory, for tensors: drivers, kernels and fragments take the rest
+# Bytes per token and channel that autograd keeps of the compiled trunk (dev/LOG.md, memory of a training step)
+LAYER_BYTES = 36.2  # per layer: 18 values of bfloat16, and norms
+WINDOW_BYTES = 11.3  # more per layer with a window: blocks of keys and values, which FlashAttention does not copy
+VALUE_EMBED_BYTES = 4  # more per layer with a value embedding: itself and its gradient
+TRUNK_BYTES = 4.1 + 20.0  # once: before and after the layers, and the temporaries of backward in one layer
+LOGIT_BYTES = 1 << 30  # the chunks of logits in flight in the head
+USABLE_MEMORY_FRAC = 0.92  # of the data sheet's memory, for tensors: drivers, kernels and fragmentation take the rest
 
 
 @dataclass(frozen=True)
