@@ -191,9 +191,6 @@ def check_tokenizer(tokenizer: Tokenizer, meta: Mapping, folder: Path) -> None:
         )
 
 
-# --- resuming ------------------------------------------------------------------------------------
-
-
 def resumable(run: Path, args: Namespace, free: Collection[str]) -> dict:
     """The meta.json of the newest checkpoint of a run, from which a stage with the flags `args` continues; empty if
     there is none yet.
@@ -221,7 +218,7 @@ def resumable(run: Path, args: Namespace, free: Collection[str]) -> dict:
     return meta
 
 
-# --- choosing -----------------------------------------------------------------------------------
+# --- choosing ------------------------------------------------------------------------------------
 
 
 def add_checkpoint_flags(parser: ArgumentParser, *, source: str = "base") -> None:

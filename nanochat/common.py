@@ -224,9 +224,6 @@ def print0(*args, **kwargs) -> None:
         print(*args, **kwargs, flush=True)
 
 
-# --- scripts -------------------------------------------------------------------------------------
-
-
 def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that runs a model: the arguments of `init_runtime`."""
     add = parser.add_argument_group("runtime").add_argument

@@ -123,9 +123,6 @@ def is_due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step == last or (step > 0 and step % every == 0))
 
 
-# --- fp16 ----------------------------------------------------------------------------------------
-
-
 @dataclass
 class LossScaler:
     """Dynamic loss scale for float16 (arXiv 1710.03740): halved when a gradient overflows on any rank, doubled after

@@ -45,9 +45,6 @@ TABLE_EPS = 1e-10  # of AdamW, for the embeddings and the head
 SCALAR_EPS = 1e-6  # for the scalars, whose first gradients are only rounding errors, of up to 1e-9
 
 
-# --- updates -------------------------------------------------------------------------------------
-
-
 def adamw_update(p, grad, exp_avg, exp_avg_sq, *, step_size, beta1, beta2, correction2, eps, decay) -> None:
     """One AdamW step (arXiv 1711.05101) in place on `p` and its two moments, all of one shape.
 
@@ -220,8 +217,6 @@ class MuonAdamW:
         for transfer in leaving:
             transfer.wait()
 
-    # --- state ---
-
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's share of the state, "parameter.state": float32, without padding; and "num_steps"."""
         state = {
@@ -253,8 +248,6 @@ class MuonAdamW:
             own = torch.cat([shard[name] for shard in shards])[bucket.own]
             value.zero_()[: own.size(0)].copy_(own)
         self.num_steps = int(shards[0]["num_steps"])
-
-    # --- inner parts ---
 
     def _make_buckets(self, group: Group) -> Iterator[_Bucket]:
         """Move the parameters into storage padded to whole shards, and allocate this rank's state."""

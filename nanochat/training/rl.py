@@ -67,9 +67,6 @@ class Rollout:
 Group = Sequence[Rollout]  # of one question
 
 
-# --- questions -----------------------------------------------------------------------------------
-
-
 class Questions:
     """The questions of a mixture of tasks in a random order, another one each epoch, dealt out to ranks.
 
@@ -174,9 +171,6 @@ def advantages(rewards: Sequence[float]) -> list[float]:
 def differing(groups: Sequence[Group]) -> list[Group]:
     """The groups whose rewards are not all equal, which are those with a gradient."""
     return [group for group in groups if len({rollout.reward for rollout in group}) > 1]
-
-
-# --- batches -------------------------------------------------------------------------------------
 
 
 def make_batches(rollouts: Sequence[Rollout], batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
