@@ -250,6 +250,14 @@ def test_training_logs_every_step_and_learns(workplace):
     assert values[LAST, "tokens"] == LAST * 256
 
 
+NO_REFERENCES = """
+import tiktoken
+def get_encoding(name):
+    raise OSError("no network")
+tiktoken.get_encoding = get_encoding
+"""
+
+
 def test_each_stage_runs_and_the_report_shows_it(workplace):
     out = workplace.run_well("scripts.base_loss", "--device-type", "cpu", "--dtype", "float32", "--split-tokens", 0,
                              "--sample-tokens", 4)  # fmt: skip
@@ -260,6 +268,9 @@ def test_each_stage_runs_and_the_report_shows_it(workplace):
         "scripts.base_eval", "--device-type", "cpu", "--dtype", "float32", "--bundle", bundle, "--max-per-task", 3
     )
     assert "CORE" in out
+    flags = ["--data", workplace.data, "--max-chars", 500]
+    out = workplace.run_well("scripts.tok_eval", *flags, before=NO_REFERENCES)
+    assert all(name in out for name in ("news", "Korean", "data, val", "GPT-4: skipped, cannot be loaded"))
     workplace.run_well("nanochat.report", "generate")
     text = (workplace.folder / "report.md").read_text()
     assert text == (workplace.base / "report" / "report.md").read_text()
