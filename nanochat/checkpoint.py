@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, listed, loaded, checked. No unpickling: safetensors, JSON, plain text.
+"""Checkpoints: complete or absent, listed, loaded, checked. All safetensors, JSON or plain text; nothing is unpickled.
 
     <base>/base_checkpoints/<model tag>/
         metrics.jsonl                  every logged number of the run
@@ -8,8 +8,8 @@
             tokenizer/                 the tokenizer the model was trained with
             optimizer_rank0.safetensors, loader_rank0.safetensors     one of each per rank
 
-A checkpoint is written under a hidden name and renamed when every rank's files are on the disk, so a folder with a
-step's name is complete. Nothing here deletes or replaces a complete checkpoint.
+A checkpoint is written under a hidden name and renamed once the files of every rank are on the disk, so a folder with
+the name of a step is complete. Nothing here deletes or replaces a complete checkpoint.
 """
 
 import json
@@ -17,34 +17,34 @@ import os
 import re
 import shutil
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nanochat.common import Runtime, UserError, base_dir, disk_errors, write_atomic
+from nanochat.common import Runtime, UserError, base_dir, disk_errors, gather_ranks, write_atomic
+from nanochat.flags import SOURCES, add_flags, shared
 from nanochat.tokenizer import Tokenizer
 
 SCHEMA = 1
-SOURCES = ("base", "mid", "sft", "rl")
 _STEP_NAME = re.compile(r"step_([0-9]+)")
-_MAX_TAG_BYTES = 255  # of a file name, on every usual file system
+_MAX_TAG_BYTES = 255  # the usual limit of file systems for a name
 
 
 def source_dir(source: str) -> Path:
-    """Folder of all checkpoints of a stage, a key of `SOURCES`."""
+    """Folder of all checkpoints of a stage, one of `SOURCES`."""
     if source not in SOURCES:
         raise UserError(f"source {source!r} is unknown; choose one of {', '.join(SOURCES)}")
     return base_dir() / f"{source}_checkpoints"
 
 
 def run_dir(source: str, model_tag: str) -> Path:
-    """Folder of one run. Raises `UserError` for a tag that is no plain file name."""
+    """Folder of one run. Raises `UserError` for a tag that is not a plain file name."""
     is_name = model_tag not in ("", ".", "..") and "/" not in model_tag and "\0" not in model_tag
     if not is_name or len(os.fsencode(model_tag)) > _MAX_TAG_BYTES:
         raise UserError(f"--model-tag {model_tag!r} must be a plain file name of at most {_MAX_TAG_BYTES} bytes")
@@ -66,54 +66,41 @@ def step_dir(run: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    run: Path,
-    step: int,
-    *,
-    runtime: Runtime,
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    meta: Mapping,
-    optimizer_state: Mapping[str, Tensor] | None = None,
-    loader_state: Mapping[str, Tensor] | None = None,
-) -> Path:
+    run: Path, step: int, *, runtime: Runtime, model: nn.Module, tokenizer: Tokenizer, meta: Mapping,
+    optimizer_state: Mapping[str, Tensor] | None = None, loader_state: Mapping[str, Tensor] | None = None,
+) -> Path:  # fmt: skip
     """Write one checkpoint; every rank calls this. Returns its folder.
 
-    `model` has its `config`, a dataclass; `meta` is the stage's own record (anything JSON holds). Config, tokenizer
-    fingerprint and schema are added.
-    Raises `UserError`, on every rank alike, when it cannot be written or the step has a checkpoint already; those
-    that were there before are untouched.
+    `model.config` is a dataclass; `meta` is the stage's own record, of values that JSON can hold, to which config,
+    tokenizer fingerprint and schema are added. Raises `UserError`, on every rank alike, when it cannot be written or
+    the step has a checkpoint already. Earlier checkpoints are never touched.
     """
     final = step_dir(run, step)
     partial = run / f".{final.name}.partial"
-
-    def prepare() -> None:
-        if final.exists():
-            raise UserError(f"{final} is there already; move it away, or choose another --model-tag")
-        for abandoned in run.glob(".step_*.partial"):  # by a run that was killed while writing
-            shutil.rmtree(abandoned)
-        partial.mkdir(parents=True)
-
-    def write_own() -> None:
-        for name, state in (("optimizer", optimizer_state), ("loader", loader_state)):
-            if state is not None:
-                _save_tensors(partial / f"{name}_rank{runtime.rank}.safetensors", state)
-        if runtime.is_main:
-            _save_tensors(partial / "model.safetensors", model.state_dict())
-            tokenizer.save(partial / "tokenizer")
-            own = {"schema": SCHEMA, "step": step, "world_size": runtime.world_size}
-            own |= {"config": asdict(model.config), "tokenizer_fingerprint": tokenizer.fingerprint}
-            write_atomic(partial / "meta.json", json.dumps({**meta, **own}, indent=1))
-
-    def publish() -> None:
-        for folder in (partial / "tokenizer", partial):
-            _sync_folder(folder)
-        partial.rename(final)
-        _sync_folder(run)
-
     try:
-        _on_all_ranks(prepare if runtime.is_main else None, run)
-        _on_all_ranks(write_own, run)
-        _on_all_ranks(publish if runtime.is_main else None, run)
+        with _on_all_ranks(run):
+            if runtime.is_main:
+                if final.exists():
+                    raise UserError(f"{final} is there already; move it away, or choose another --model-tag")
+                for abandoned in run.glob(".step_*.partial"):  # by a run that was killed while writing
+                    shutil.rmtree(abandoned)
+                partial.mkdir(parents=True)
+        with _on_all_ranks(run):
+            for name, state in (("optimizer", optimizer_state), ("loader", loader_state)):
+                if state is not None:
+                    _save_tensors(partial / f"{name}_rank{runtime.rank}.safetensors", state)
+            if runtime.is_main:
+                _save_tensors(partial / "model.safetensors", model.state_dict())
+                tokenizer.save(partial / "tokenizer")
+                own = {"schema": SCHEMA, "step": step, "world_size": runtime.world_size}
+                own |= {"config": asdict(model.config), "tokenizer_fingerprint": tokenizer.fingerprint}
+                write_atomic(partial / "meta.json", json.dumps({**meta, **own}, indent=1))
+        with _on_all_ranks(run):
+            if runtime.is_main:
+                _sync(partial / "tokenizer")
+                _sync(partial)
+                partial.rename(final)
+                _sync(run)
     except BaseException:
         if runtime.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -121,42 +108,37 @@ def save_checkpoint(
     return final
 
 
-def _on_all_ranks(work: Callable[[], None] | None, run: Path) -> None:
-    """Do this rank's `work`, and wait for the others. Where it fails on one rank, `UserError` is raised on all of
-    them: none is left waiting for one that is gone."""
+@contextmanager
+def _on_all_ranks(run: Path) -> Iterator[None]:
+    """Wait for all ranks at the end of the block. If it fails on one of them, every rank raises a `UserError`, so that
+    none waits for another that has stopped."""
     failure = None
     try:
-        if work is not None:
-            with disk_errors("the checkpoint", run):
-                work()
+        with disk_errors("the checkpoint", run):
+            yield
     except UserError as error:
         failure = error
-    failures = [failure]
-    if dist.is_initialized():
-        failures = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure and str(failure))
+    messages = gather_ranks(failure and str(failure))
     if failure is not None:
         raise failure
-    for rank, message in enumerate(failures):
+    for rank, message in enumerate(messages):
         if message is not None:
             raise UserError(f"process {rank}: {message}")
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # parameters are views into shared storage, which safetensors refuses: every tensor gets one of its own
+    # parameters are views into shared storage, which safetensors refuses, so each tensor is copied
     as_own = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
-    own = {name: t.detach().to(**as_own) for name, t in tensors.items()}
     try:
-        save_file(own, path)
+        save_file({name: tensor.detach().to(**as_own) for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
         raise UserError(f"cannot write {path.name} to {path.parent.parent}: {error}") from error
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    _sync(path)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder outlast a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -174,10 +156,8 @@ def read_meta(folder: Path) -> dict:
         raise UserError(f"{folder} is no readable checkpoint ({error}); choose another step or tag") from error
     schema = meta.get("schema") if isinstance(meta, dict) else None
     if schema != SCHEMA:
-        raise UserError(
-            f"checkpoint {folder} has schema {schema!r}, but this version reads schema {SCHEMA}; "
-            f"choose another step or tag"
-        )
+        known = f"this version reads schema {SCHEMA}; choose another step or tag"
+        raise UserError(f"checkpoint {folder} has schema {schema!r}, but {known}")
     return meta
 
 
@@ -190,7 +170,7 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def load_rank_states(folder: Path, meta: Mapping, name: str) -> list[dict[str, Tensor]]:
-    """The per-rank files `name` ("optimizer", "loader") of all ranks that wrote the checkpoint, on the CPU."""
+    """The files `name` ("optimizer" or "loader") of all ranks that wrote the checkpoint, on the CPU."""
     return [load_tensors(folder / f"{name}_rank{rank}.safetensors") for rank in range(meta["world_size"])]
 
 
@@ -211,59 +191,43 @@ def check_tokenizer(tokenizer: Tokenizer, meta: Mapping, folder: Path) -> None:
         )
 
 
-# --- resuming ------------------------------------------------------------------------------------
+def resumable(run: Path, args: Namespace, free: Collection[str]) -> dict:
+    """The meta.json of the newest checkpoint of a run, from which a stage with the flags `args` continues; empty if
+    there is none yet.
 
-
-@dataclass(frozen=True)
-class Resumable:
-    """The newest checkpoint of a run that is being resumed."""
-
-    folder: Path
-    meta: dict
-
-
-def resumable(run: Path, args: Namespace, free: Collection[str]) -> Resumable | None:
-    """The checkpoint that a stage started with `args` goes on from; None when the run has none yet.
-
-    Raises `UserError` when there is one but `args.resume` is not set, and when a flag outside `free` differs from
-    that of the run, naming both values.
+    Raises `UserError` if there is one but `args.resume` is not set, or if a flag not in `free` differs from that of the
+    run, naming both values.
     """
     steps = list_steps(run)
     if not steps:
-        return None
+        return {}
     if not args.resume:
         raise UserError(
-            f"{run} holds checkpoints of an earlier run; go on with it (--resume), choose another "
-            f"--model-tag, or move the folder away"
+            f"{run} holds checkpoints of an earlier run; continue it with --resume, choose another --model-tag, or "
+            f"move the folder away"
         )
     folder = step_dir(run, steps[-1])
     meta = read_meta(folder)
     for name, value in vars(args).items():
         before = meta["args"].get(name)
         if name not in free and before != value:
-            flag = name.replace("_", "-")
             raise UserError(
-                f"--{flag} is {value} here but {before} in the run being resumed ({folder}); "
+                f"--{name.replace('_', '-')} is {value} here but {before} in the run being resumed ({folder}); "
                 f"leave it as it was, or choose another --model-tag"
             )
-    return Resumable(folder, meta)
+    return meta
 
 
-# --- choosing -----------------------------------------------------------------------------------
+# --- choosing ------------------------------------------------------------------------------------
 
 
 def add_checkpoint_flags(parser: ArgumentParser, *, source: str = "base") -> None:
-    """The flags that choose a checkpoint, alike in every script that reads one; `source` is the default stage."""
-    parser.add_argument("--source", default=source, choices=SOURCES, help="stage of the checkpoint")
-    parser.add_argument("--model-tag", default="", help="name of the checkpoint folder (default: the newest)")
-    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the last)")
+    """The flags that choose a checkpoint, for scripts that only read one; `source` is the default stage."""
+    add_flags(parser, shared("model_tag", "step", source=source))
 
 
 def find_checkpoint(source: str, *, model_tag: str = "", step: int | None = None) -> Path:
-    """Folder of the checkpoint asked for: without `model_tag` of the run saved last, without `step` its newest.
-
-    Raises `UserError` when there is none.
-    """
+    """Folder of a checkpoint: by default the newest step of the run saved last. Raises `UserError` if there is none."""
     root = source_dir(source)
     if model_tag:
         run = run_dir(source, model_tag)

@@ -1,4 +1,4 @@
-"""What every other module shares: user errors, the base folder, the runtime (rank, device, dtype), one-time downloads.
+"""What all modules share: user errors, the base folder, the runtime (rank, device, dtype), one-time downloads.
 
 Not here: anything only one module needs, and hardware tables (`hardware.py`).
 """
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BF16_SPEEDUP_NEEDED = 1.2  # below this, halving the mantissa is not worth it on a CPU
 PROBE_SIZE = 512  # side of the probe's matrices: large enough for the blocked kernels, a few ms in float32
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of the GNU C library
 
 
 class UserError(Exception):
@@ -32,10 +33,8 @@ class UserError(Exception):
 
 
 def base_dir() -> Path:
-    """Folder of all work files: `NANOCHAT_BASE_DIR`, or `~/.cache/nanochat`. Created when missing.
-
-    Raises `UserError` when it cannot be created or written to.
-    """
+    """Folder of all work files: `NANOCHAT_BASE_DIR`, or `~/.cache/nanochat`, created when missing. Raises `UserError`
+    when it cannot be created or written to."""
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -56,10 +55,8 @@ def disk_errors(what: str, path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write `data` to `path` so that readers see the old content or the new one, never a part.
-
-    Raises `UserError` when it cannot be written; what was there before is then untouched.
-    """
+    """Write `data` to `path` so that readers see the old content or the new, never a part. Raises `UserError`, leaving
+    the old content, when it cannot be written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with disk_errors(path.name, path.parent):
         try:
@@ -74,11 +71,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def fetch_once(path: Path, fetch: Callable[[Path], None]) -> Path:
-    """Make sure `path` exists, calling `fetch(partial_path)` in at most one of many processes that ask for it.
-
-    `fetch` writes to the path it is given and raises when what it got is not whole; the file then takes its
-    final name in one step. Returns `path`.
-    """
+    """Make sure `path` exists, and return it. Of the processes that ask for it, one calls `fetch(partial_path)`, which
+    must write the whole file there or raise; the file is then renamed to `path`."""
     from filelock import FileLock
 
     if path.exists():
@@ -101,7 +95,7 @@ def fetch_once(path: Path, fetch: Callable[[Path], None]) -> Path:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Which process this is, and what it computes on: `dtype` is that of activations and matrix products."""
+    """Which process this is and what it computes on. `dtype` is that of activations and matrix products."""
 
     rank: int
     local_rank: int
@@ -117,15 +111,23 @@ class Runtime:
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return f"{self.world_size} x {self.device.type}, {self.dtype_name}"
+
 
 def init_runtime(device_type: str = "", dtype: str = "") -> Runtime:
     """Set up this process: join the process group under torchrun, choose the device and the compute dtype.
 
-    `device_type` is "cuda", "mps", "cpu" or "" for the best one present; `dtype` a key of `DTYPES`, or "" for:
-    bfloat16 on CUDA from Ampere on, float16 before, float32 on MPS, and on a CPU whichever of bfloat16 and
-    float32 a short probe finds faster. Rank 0 decides for all. Raises `UserError` for what is not there.
+    device_type: "cuda", "mps", "cpu", or "" for the best one present. dtype: a key of `DTYPES`, or "" for bfloat16 on
+    CUDA from Ampere on, float16 on older GPUs, float32 on MPS, and on a CPU whichever of bfloat16 and float32 a short
+    probe on rank 0 finds faster. Raises `UserError` for a device or dtype that is not available.
     """
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in _RANK_VARIABLES)
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in defaults.items())
     device = choose_device(device_type, local_rank)
     if device.type == "cpu":
         _tune_cpu()
@@ -141,15 +143,12 @@ def init_runtime(device_type: str = "", dtype: str = "") -> Runtime:
 
 
 def _tune_cpu() -> None:
-    """Share the cores among this machine's processes, and keep freed memory instead of giving it back.
-
-    Temporaries of many megabytes otherwise come as fresh zeroed pages each time: 25 % of a training step.
-    """
+    """Share the cores among this machine's processes, and make the allocator keep freed memory: large temporaries would
+    otherwise be fresh zeroed pages each time, 25 % of a training step."""
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if num_local > 1:  # torchrun sets one thread per process, whatever there is
-        torch.set_num_threads(
-            max(1, len(os.sched_getaffinity(0)) // num_local) if hasattr(os, "sched_getaffinity") else 1
-        )
+    if num_local > 1:  # torchrun sets one thread per process, whatever the number of cores
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        torch.set_num_threads(max(1, num_cores // num_local))
     if sys.platform == "linux":
         try:
             libc = ctypes.CDLL("libc.so.6")
@@ -157,10 +156,6 @@ def _tune_cpu() -> None:
             libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         except (OSError, AttributeError):
             logger.debug("this C library has no mallopt: large temporaries will be slower")
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of the GNU C library
-_RANK_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 
 def choose_device(device_type: str = "", local_rank: int = 0) -> torch.device:
@@ -175,16 +170,15 @@ def choose_device(device_type: str = "", local_rank: int = 0) -> torch.device:
     if chosen != "cuda":
         return torch.device(chosen)
     if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"process {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
-            f"start that many processes at most (torchrun --nproc_per_node)"
-        )
+        num_gpus = torch.cuda.device_count()
+        remedy = "start that many processes at most (torchrun --nproc_per_node)"
+        raise UserError(f"process {local_rank} has no GPU: this machine has {num_gpus}; {remedy}")
     return torch.device("cuda", local_rank)
 
 
 def choose_dtype(device: torch.device) -> str:
-    """Name of the compute dtype for `device`; on a CPU found by timing, as bfloat16 is 2x faster on one and
-    160x slower on the next."""
+    """Name of the compute dtype for `device`. On a CPU it is found by timing: bfloat16 is 2x faster on some and 160x
+    slower on others."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     if device.type == "cpu" and matmul_seconds(torch.float32) > BF16_SPEEDUP_NEEDED * matmul_seconds(torch.bfloat16):
@@ -193,21 +187,21 @@ def choose_dtype(device: torch.device) -> str:
 
 
 def matmul_seconds(dtype: torch.dtype, size: int = PROBE_SIZE, repeats: int = 3) -> float:
-    """Seconds of one `size`^3 matrix product of `dtype` on the CPU: the fastest of `repeats`, after a first one."""
+    """Seconds of a `size`^3 matrix product of `dtype` on the CPU: the fastest of `repeats` after a warm-up."""
     a = torch.ones(size, size, dtype=dtype)
     fastest = float("inf")
     for _ in range(repeats + 1):
         start = time.perf_counter()
         a @ a
         elapsed = time.perf_counter() - start
-        if elapsed > 1.0:  # hopeless already: do not wait for the rest
+        if elapsed > 1.0:  # far too slow to be chosen
             return elapsed
         fastest = min(fastest, elapsed)
     return fastest
 
 
 def from_rank0(value):
-    """`value` as rank 0 has it, on every rank (anything picklable; without a process group, `value` itself)."""
+    """The `value` of rank 0, on every rank (anything picklable)."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -215,33 +209,31 @@ def from_rank0(value):
     return box[0]
 
 
-def barrier() -> None:
-    """Wait for all ranks; nothing without a process group."""
-    if dist.is_initialized():
-        dist.barrier()
+def gather_ranks(value) -> list:
+    """The `value` of every rank, in the order of ranks, on every rank (anything picklable)."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def print0(*args, **kwargs) -> None:
-    """`print` on rank 0 only, flushed, so that logs of long runs can be followed."""
+    """`print` on rank 0 only, flushed so that the log of a long run can be followed."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(*args, **kwargs, flush=True)
 
 
-# --- scripts -------------------------------------------------------------------------------------
-
-
 def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags every stage that runs a model has in common."""
-    group = parser.add_argument_group("runtime")
-    group.add_argument("--device-type", default="", help="cuda, mps or cpu (default: the best one present)")
-    group.add_argument(
-        "--dtype", default="", help="compute dtype: bfloat16, float16 or float32 (default: what suits the device)"
-    )
+    """The flags of every script that runs a model: the arguments of `init_runtime`."""
+    add = parser.add_argument_group("runtime").add_argument
+    add("--device-type", default="", help="cuda, mps or cpu (default: the best one present)")
+    add("--dtype", default="", help=f"compute dtype: {', '.join(DTYPES)} (default: what suits the device)")
 
 
 def run_main(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
-    """Run a stage: a `UserError` becomes one line on stderr and exit status 2, Ctrl-C status 130; the process
-    group is closed in every case."""
+    """Run a script. A `UserError` ends it with one line on stderr and exit status 2, Ctrl-C with status 130; in every
+    case the process group is closed."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         main(parse_args())

@@ -2,7 +2,7 @@
 
 Reads a finetuned checkpoint and the tasks' data, which are fetched once, or files of conversations whose last answers
 are the references; writes checkpoints and metrics.jsonl under <base>/rl_checkpoints/<model tag>, and a record for the
-report. What is learned, and how, says `nanochat/training/rl.py`. Held-out questions are those of validation splits.
+report. The objective is in `nanochat/training/rl.py`. Held-out questions are those of validation splits.
 
     python -m scripts.chat_rl --tasks Spelling --num-steps 20 --device-type cpu                    # a CPU
     python -m scripts.chat_rl                                                                      # one GPU, GSM8K
@@ -14,80 +14,61 @@ import math
 import time
 from collections.abc import Sequence
 
-from nanochat.common import UserError, print0, run_main
+from nanochat.common import UserError, add_runtime_flags, print0, run_main
 from nanochat.data.chat_loader import hold_out
 from nanochat.engine.engine import Engine
 from nanochat.engine.inference import add_weights_flag
 from nanochat.engine.sampling import Sampling
 from nanochat.evals.chat_eval import prompt_budget
+from nanochat.flags import COUNT, FREE, POSITIVE, ZERO_OR_MORE, Flag, Range, free_on_resume, parse, shared
 from nanochat.training import rl, schedule
-from nanochat.training.finetuning import add_rate_flags, add_run_flags, load_start
-from nanochat.training.loop import TrainingRun, check_ranges, make_optimizer
+from nanochat.training.finetuning import load_start
+from nanochat.training.loop import TrainingRun, make_optimizer
 from nanochat.training.metrics import check_loss
 from nanochat.training.recipe import Plan
 from tasks.common import TaskMixture, TaskSlice
 from tasks.custom_json import CustomJSON
 from tasks.registry import ALL_NAMES, get_task, task_names
 
-ENGINE_ROWS = {"cuda": 128}  # replies written at a time, by device
+ENGINE_ROWS = {"cuda": 128}  # replies generated at a time, by device
 SMALL_ENGINE_ROWS = 32
 LR_MULT = 0.15  # 0.05 and 0.5 did as well within the noise (dev/LOG.md)
-START_MEANS = "start_means"  # of held-out questions, kept to compare each with itself; not for the report
-FREE_ON_RESUME = frozenset({  # flags that may differ from those of the run being resumed
-    "resume", "run", "device_type", "dtype", "device_batch_size", "engine_rows", "eval_every", "eval_questions",
-    "eval_samples", "save_every",
-})  # fmt: skip
+START_MEANS = "start_means"  # first rewards of the held-out questions, to compare later ones with; not reported
+SUMS = ("rollout_tokens", "train_tokens", "rollout_seconds")  # over all steps, for the report
+TWO_OR_MORE = Range("be at least 2", lambda value: value >= 2)
+
+FLAGS = (
+    *shared("run", "seed", "model_tag", "step", "output_tag", "save_every", "resume", source="sft"),
+    # data and horizon
+    Flag("tasks", str, "", "tasks with a reward (default: GSM8K, unless --data is given)", metavar="TASK|TASK"),
+    Flag("data", str, [], "conversations as JSON lines, see tasks/custom_json.py (default: none)", nargs="+",
+         metavar="FILE"),
+    *shared("epochs", "num_steps"),
+    # rollouts
+    Flag("questions_per_step", int, 16, "questions answered for each optimizer step", POSITIVE),
+    Flag("num_samples", int, 16, "replies to each question, which are compared with each other", TWO_OR_MORE),
+    Flag("max_tokens", int, 256, "maximum length of a reply, in tokens", POSITIVE),
+    Flag("temperature", float, 1.0, "of the replies; learning is on-policy only at 1 with --top-k 0", POSITIVE),
+    Flag("top_k", int, 0, "sample from this many of the likeliest tokens only, 0 for all", ZERO_OR_MORE),
+    Flag("engine_rows", int, 0, "replies generated at a time, 0 for what suits the device", **COUNT),
+    # optimization
+    Flag("device_batch_size", int, 8, "replies per micro-step on each device", POSITIVE, **FREE),
+    *shared("weight_decay", "warmup_steps", "warmdown_frac", "final_lr_frac", lr_mult=LR_MULT),
+    # evaluation
+    Flag("eval_every", int, 60, "period in steps of reward and pass@k on held-out questions, 0 for never", **COUNT),
+    Flag("eval_questions", int, 400, "held-out questions, 0 for all", **COUNT),
+    Flag("eval_samples", int, 8, "replies to each of them, for pass@1, pass@2, ...", POSITIVE, **FREE),
+)  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_run_flags(parser, source="sft")
-    add = parser.add_argument
-    # data
-    add("--tasks", default="", metavar="TASK|TASK", help="tasks with a reward (default: GSM8K, unless --data is given)")
-    add("--data", nargs="+", default=[], metavar="FILE", help="conversations as JSON lines, see tasks/custom_json.py")
-    # horizon
-    add("--epochs", type=int, default=1, help="passes over the questions")
-    add("--num-steps", type=int, help="optimizer steps (default: those of the epochs)")
-    # rollouts
-    add("--questions-per-step", type=int, default=16, help="questions answered for each optimizer step")
-    add("--num-samples", type=int, default=16, help="replies to each question")
-    add("--max-tokens", type=int, default=256, help="length of a reply at most, in tokens")
-    add("--temperature", type=float, default=1.0, help="of the replies; learning is only on-policy at 1 with --top-k 0")
-    add("--top-k", type=int, default=0, help="draw from the likeliest tokens only, so many, 0 for all")
-    add("--engine-rows", type=int, default=0, help="replies written at a time, 0 for what suits the device")
-    add_weights_flag(parser)
-    # optimization
-    add("--device-batch-size", type=int, default=8, help="replies per micro-step on each device")
-    add_rate_flags(parser, lr_mult=LR_MULT, warmdown_frac=1.0, final_lr_frac=0.0)
-    # evaluation, in steps; 0 is off
-    add("--eval-every", type=int, default=60, help="reward and pass@k on held-out questions")
-    add("--eval-questions", type=int, default=400, help="held-out questions, 0 for all")
-    add("--eval-samples", type=int, default=8, help="replies to each of them, for pass@1, pass@2, ...")
-    return parser.parse_args()
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Raise `UserError` for flags out of range."""
-    check_ranges(
-        args,
-        positive=(
-            "epochs", "num_steps", "questions_per_step", "max_tokens", "temperature", "device_batch_size",
-            "eval_samples",
-        ),
-        zero_or_more=(
-            "top_k", "engine_rows", "lr_mult", "weight_decay", "warmup_steps", "eval_every",
-            "eval_questions", "save_every",
-        ),
-        shares=("warmdown_frac", "final_lr_frac"),
-    )  # fmt: skip
-    if args.num_samples < 2:
-        raise UserError(f"--num-samples must be at least 2, not {args.num_samples}: replies are compared to each other")
+    return parse(__doc__, FLAGS, add_runtime_flags, add_weights_flag)
 
 
 def load_questions(tasks: str, files: Sequence[str]) -> tuple[TaskMixture, TaskMixture]:
-    """What is asked in training, and what is held out: of `tasks`, "TASK|TASK", their train and validation splits, and
-    of `files` of conversations all but every twentieth, and these."""
+    """The questions to train on and the held-out ones: the train and validation splits of `tasks`, "TASK|TASK", and the
+    conversations of `files`, of which about every twentieth is held out. Raises `UserError` for a task without reward.
+    """
     train, val = [], []
     for name in task_names(tasks) if tasks else ():
         train.append(get_task(name, purpose="train"))
@@ -105,15 +86,14 @@ def rewarding_names() -> list[str]:
     names = []
     for name in ALL_NAMES:
         try:
-            has_reward = get_task(name, purpose="train").has_reward
+            names += [name] * get_task(name, purpose="train").has_reward
         except UserError:  # it has no split to train on
             continue
-        names += [name] * has_reward
     return names
 
 
 def note(run: TrainingRun, step: int, found: rl.Evaluation) -> None:
-    """Log, print and keep an evaluation; the first one is kept as the start too, and shows what replies look like."""
+    """Log, print and keep an evaluation. The first is also kept as the start, and its sample replies are printed."""
     numbers = found.numbers
     if step == 0:
         kept = [name for name in numbers if name.startswith(("val_reward", "val_greedy_reward"))]
@@ -136,16 +116,15 @@ def note(run: TrainingRun, step: int, found: rl.Evaluation) -> None:
     )
 
 
-def log(
-    run: TrainingRun, step: int, loss: float, numbers: dict[str, float], rollout_seconds: float, update_seconds: float
-) -> None:
-    """Log and print step `step`, counted from 1, and add it to the sums; `loss` is nan where nothing was learned."""
-    rollout_tokens = numbers["rollout_tokens"]
-    speed = rollout_tokens / rollout_seconds
+def log(run: TrainingRun, step: int, loss: float, numbers: dict[str, float], seconds: tuple[float, float]) -> None:
+    """Log and print step `step`, counted from 1, and add it to the sums; `loss` is nan when nothing was learned,
+    `seconds` are those of the rollouts and of the update."""
+    rollout_seconds, update_seconds = seconds
+    speed = numbers["rollout_tokens"] / rollout_seconds
     run.stats.update(loss, rollout_seconds + update_seconds)
-    own = {"rollout_tokens": rollout_tokens, "train_tokens": numbers["train_tokens"]}
-    own["rollout_seconds"] = rollout_seconds
-    run.results = {**run.results, **{name: run.results.get(name, 0) + value for name, value in own.items()}}
+    new = {**numbers, "rollout_seconds": rollout_seconds}
+    sums = {name: run.results.get(name, 0) + new[name] for name in SUMS}
+    run.results = {**run.results, **sums}
     run.metrics.log(
         step=step, train_loss=loss if math.isfinite(loss) else None, **numbers, lr_mult=run.rates(step - 1),
         rollout_seconds=rollout_seconds, update_seconds=update_seconds, rollout_tokens_per_second=speed,
@@ -160,12 +139,10 @@ def log(
 
 def main(args: argparse.Namespace) -> None:
     # data
-    check_args(args)
-    tasks = args.tasks or ("" if args.data else "GSM8K")
-    train, val = load_questions(tasks, args.data)
+    train, val = load_questions(args.tasks or ("" if args.data else "GSM8K"), args.data)
 
     # runtime, model, tokenizer
-    start = load_start("rl", args, free_on_resume=FREE_ON_RESUME)  # not compiled: no two steps have the same shapes
+    start = load_start("rl", args, free_on_resume(FLAGS))  # not compiled: no two steps have the same shapes
     runtime, model, tokenizer = start.runtime, start.model, start.tokenizer
     ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
 
@@ -203,19 +180,15 @@ def main(args: argparse.Namespace) -> None:
             found = rl.evaluate(engine, model, val_questions, sampling, num_samples=args.eval_samples, seed="held out")
             note(run, step, found)
 
-        # save
-        if run.is_due(step, args.save_every or num_steps):
-            run.save(step)
-
-        # stop?
+        # save, stop?
+        run.save_if_due(step)
         if step == num_steps:
             break
 
         # replies
         begin = time.perf_counter()
         asked = questions.take(step * per_step, per_step, **ranks)
-        seed = f"{args.seed}/{step}"
-        groups = rl.roll_out(engine, model, asked, sampling, num_samples=args.num_samples, seed=seed)
+        groups = rl.roll_out(engine, model, asked, sampling, num_samples=args.num_samples, seed=f"{args.seed}/{step}")
         numbers = rl.step_numbers(groups)
         middle = time.perf_counter()
 
@@ -226,10 +199,9 @@ def main(args: argparse.Namespace) -> None:
             batches = rl.make_batches(chosen, args.device_batch_size, runtime.device)
             loss = run.update(step, iter(batches), len(batches)).item()
             check_loss(step + 1, loss, runtime.dtype)
-        end = time.perf_counter()
 
         # log
-        log(run, step + 1, loss, numbers, middle - begin, end - middle)
+        log(run, step + 1, loss, numbers, (middle - begin, time.perf_counter() - middle))
 
     # summary to the report
     run.results.pop(START_MEANS, None)

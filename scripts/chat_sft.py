@@ -1,8 +1,8 @@
-"""Finetune a mid-trained model on conversations, watching the tasks it will be asked.
+"""Finetune a mid-trained model on conversations, evaluating it on chat tasks meanwhile.
 
 Reads a checkpoint of mid-training and the data of the tasks, which are fetched once, or files of conversations; writes
 checkpoints and metrics.jsonl under <base>/sft_checkpoints/<model tag>, and a record for the report. The loss is the
-mean over the assistant's tokens of a whole step. Tasks are watched on validation splits only.
+mean over the assistant's tokens of a whole step. Tasks are evaluated on validation splits only.
 
     python -m scripts.chat_sft --data mine.jsonl --device-type cpu                                 # a CPU
     python -m scripts.chat_sft                                                                     # one GPU
@@ -12,40 +12,45 @@ mean over the assistant's tokens of a whole step. Tasks are watched on validatio
 import argparse
 from collections.abc import Sequence
 
-from nanochat.common import print0, run_main
+from nanochat.common import add_runtime_flags, print0, run_main
 from nanochat.engine.engine import Engine
 from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task
 from nanochat.evals.chat_results import chat_core
-from nanochat.training.finetuning import Defaults, add_chat_training_flags, check_chat_args, start_run
+from nanochat.flags import COUNT, FREE, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
+from nanochat.training.finetuning import start_run, validate_if_due
 from nanochat.training.loop import TrainingRun
 from tasks.common import Task
 from tasks.mixtures import MIXTURE, SFT_MIXTURES, load_corpus
 from tasks.registry import get_task, task_names
 
-DEFAULTS = Defaults(
-    source="mid", total_batch_tokens=2**15, lr_mult=0.1, warmdown_frac=1.0, final_lr_frac=0.0, eval_every=100
-)
+BATCH_TOKENS = 2**15
 CHAT_TASKS = "ARC-Easy|ARC-Challenge|MMLU|GSM8K|SpellingBee"  # all that have a validation split
-CHAT_EVERY = 200  # where the mixture is trained on; else the tasks would be fetched only to be watched
-ENGINE_ROWS = {"cuda": 128}  # answers written at a time, by device
+CHAT_EVERY = 200  # when training on the mixture; with other data, the tasks would be fetched for this alone
+ENGINE_ROWS = {"cuda": 128}  # answers generated at a time, by device
 SMALL_ENGINE_ROWS = 16
-CHAT_FLAGS = ("chat_every", "chat_max_problems", "chat_max_tokens")
+
+FLAGS = (
+    *shared("run", "no_compile", "seed"),
+    *shared("model_tag", "step", "output_tag", "save_every", "resume", source="mid"),
+    *shared("data", "max_conversations", "epochs", "num_steps"),
+    Flag("total_batch_size", int, 0, f"tokens per step (default: {BATCH_TOKENS}, less for few conversations)",
+         ZERO_OR_MORE),
+    *shared("device_batch_size", "weight_decay", "warmup_steps", "warmdown_frac", "final_lr_frac", lr_mult=0.1),
+    *shared("eval_tokens", eval_every=100),
+    Flag("chat_every", int, None, "period in steps of the tasks, 0 for never "
+         f"(default: {CHAT_EVERY} when training on the mixture, else 0)", **COUNT),
+    Flag("chat_tasks", str, CHAT_TASKS, "tasks to evaluate meanwhile", metavar="TASK|TASK", **FREE),
+    Flag("chat_max_problems", int, 200, "problems of each task, 0 for all", **COUNT),
+    Flag("chat_max_tokens", int, 256, "maximum length of a generated answer, in tokens", **COUNT),
+)  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_chat_training_flags(parser, DEFAULTS)
-    add = parser.add_argument
-    # evaluation, in steps; 0 is off
-    add("--chat-every", type=int, help=f"tasks (default: {CHAT_EVERY} when training on the mixture, else 0)")
-    add("--chat-tasks", default=CHAT_TASKS, metavar="TASK|TASK", help="tasks to watch (default: %(default)s)")
-    add("--chat-max-problems", type=int, default=200, help="problems of each task, 0 for all")
-    add("--chat-max-tokens", type=int, default=256, help="length of a written answer at most, in tokens")
-    return parser.parse_args()
+    return parse(__doc__, FLAGS, add_runtime_flags)
 
 
 def accuracies(run: TrainingRun, tasks: Sequence[Task], settings: EvalSettings) -> dict[str, float]:
-    """Accuracy on each task, and the mean over them with guessing counted as 0."""
+    """Accuracy on each task, and the ChatCORE of them: the mean of the accuracies above guessing."""
     engine = None
     if any(task.kind == "generative" for task in tasks):
         max_rows = ENGINE_ROWS.get(run.runtime.device.type, SMALL_ENGINE_ROWS)
@@ -57,7 +62,6 @@ def accuracies(run: TrainingRun, tasks: Sequence[Task], settings: EvalSettings) 
 
 def main(args: argparse.Namespace) -> None:
     # data
-    check_chat_args(args, zero_or_more=CHAT_FLAGS)
     train, val = load_corpus(args.data, SFT_MIXTURES, seed=args.seed, max_conversations=args.max_conversations)
     chat_every = args.chat_every
     if chat_every is None:
@@ -69,29 +73,21 @@ def main(args: argparse.Namespace) -> None:
         check_task(task)
 
     # runtime, model, optimizer, schedules
-    chat = start_run("sft", args, DEFAULTS, train, val, free_on_resume=("chat_tasks", *CHAT_FLAGS))
-    run, last = chat.run, chat.run.plan.num_steps
+    run, val_rows = start_run("sft", args, free_on_resume(FLAGS), train, val, total_batch_tokens=BATCH_TOKENS)
 
     # the loop
     for step in run.steps():
         # evaluate
-        if chat.is_due(step):
-            chat.validate(step)
+        validate_if_due(run, val_rows, step)
         if chat_every and (step == 0 or run.is_due(step, chat_every)):
             numbers = accuracies(run, tasks, settings)
             run.note(step, **numbers)
             print0(f"step {step:>5} | " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
 
-        # save
-        if run.is_due(step, args.save_every or last):
-            run.save(step)
-
-        # stop?
-        if step == last:
-            break
-
-        # step, log
-        run.take_step(step)
+        # save, step, log
+        run.save_if_due(step)
+        if step < run.plan.num_steps:
+            run.take_step(step)
 
     # summary to the report
     run.finish("chat_sft")

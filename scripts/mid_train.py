@@ -1,8 +1,8 @@
-"""Mid-train a base model on conversations: the chat format, tool calls, multiple choice, spelling, who it is.
+"""Mid-train a base model on conversations: the chat format, tool calls, multiple choice, spelling, its own identity.
 
 Reads a base checkpoint and the data of the tasks, which are fetched once, or files of conversations; writes checkpoints
-and metrics.jsonl under <base>/mid_checkpoints/<model tag>, and a record for the report. Only what the assistant says
-is learned, as in finetuning: questions and results of tools are context.
+and metrics.jsonl under <base>/mid_checkpoints/<model tag>, and a record for the report. As in finetuning, only the
+assistant's text enters the loss; questions and tool results are context.
 
     python -m scripts.mid_train --data mine.jsonl --device-type cpu                                # a CPU
     python -m scripts.mid_train                                                                    # one GPU
@@ -11,46 +11,39 @@ is learned, as in finetuning: questions and results of tools are context.
 
 import argparse
 
-from nanochat.common import run_main
-from nanochat.training.finetuning import Defaults, add_chat_training_flags, check_chat_args, start_run
+from nanochat.common import add_runtime_flags, run_main
+from nanochat.flags import ZERO_OR_MORE, Flag, free_on_resume, parse, shared
+from nanochat.training.finetuning import start_run, validate_if_due
 from tasks.mixtures import MID_MIXTURES, load_corpus
 
-DEFAULTS = Defaults(
-    source="base", total_batch_tokens=None, lr_mult=1.0, warmdown_frac=0.5, final_lr_frac=0.0, eval_every=150
-)
+FLAGS = (
+    *shared("run", "no_compile", "seed"),
+    *shared("model_tag", "step", "output_tag", "save_every", "resume", source="base"),
+    *shared("data", "max_conversations", "epochs", "num_steps"),
+    Flag("total_batch_size", int, 0, "tokens per step (default: the source's, less for few conversations)",
+         ZERO_OR_MORE),
+    *shared("device_batch_size", "lr_mult", "weight_decay", "warmup_steps", "final_lr_frac", warmdown_frac=0.5),
+    *shared("eval_tokens", eval_every=150),
+)  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_chat_training_flags(parser, DEFAULTS)
-    return parser.parse_args()
+    return parse(__doc__, FLAGS, add_runtime_flags)
 
 
 def main(args: argparse.Namespace) -> None:
     # data
-    check_chat_args(args)
     train, val = load_corpus(args.data, MID_MIXTURES, seed=args.seed, max_conversations=args.max_conversations)
 
     # runtime, model, optimizer, schedules
-    chat = start_run("mid", args, DEFAULTS, train, val)
-    run, last = chat.run, chat.run.plan.num_steps
+    run, val_rows = start_run("mid", args, free_on_resume(FLAGS), train, val)
 
-    # the loop
+    # the loop: evaluate, save, step and log
     for step in run.steps():
-        # evaluate
-        if chat.is_due(step):
-            chat.validate(step)
-
-        # save
-        if run.is_due(step, args.save_every or last):
-            run.save(step)
-
-        # stop?
-        if step == last:
-            break
-
-        # step, log
-        run.take_step(step)
+        validate_if_due(run, val_rows, step)
+        run.save_if_due(step)
+        if step < run.plan.num_steps:
+            run.take_step(step)
 
     # summary to the report
     run.finish("mid_train")

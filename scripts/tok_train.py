@@ -11,104 +11,79 @@ import argparse
 import io
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from tqdm import tqdm
 
 from nanochat import report
 from nanochat.common import UserError, print0, run_main, write_atomic
 from nanochat.data.dataset import DEFAULT_DATA, document_batches, shard_paths
+from nanochat.flags import ZERO_OR_MORE, Flag, Range, parse
 from nanochat.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, TOKEN_BYTES_FILE, Tokenizer, tokenizer_dir
 
 PROGRESS_UNITS = {"count": "B", "merge": " merges"}
 
-
-class CharacterBudget:
-    """Cuts a stream of documents to `doc_cap` characters each and `max_chars` in all (0: no limit)."""
-
-    def __init__(self, max_chars: int, doc_cap: int):
-        self.max_chars = max_chars
-        self.doc_cap = doc_cap
-        self.num_documents = 0
-        self.num_chars = 0
-        self.num_bytes = 0
-
-    def limit(self, batches: Iterable[pa.Array]) -> Iterator[pa.Array]:
-        """The documents of `batches`, capped, up to the one that exhausts the budget, which is cut short."""
-        for batch in batches:
-            documents = pc.utf8_slice_codeunits(batch, 0, self.doc_cap) if self.doc_cap else batch
-            if self.max_chars:
-                documents = self._fit(documents)
-            self.num_documents += len(documents)
-            self.num_chars += pc.sum(pc.utf8_length(documents)).as_py() or 0
-            self.num_bytes += pc.sum(pc.binary_length(documents)).as_py() or 0
-            yield documents
-            if self.max_chars and self.num_chars >= self.max_chars:
-                return
-
-    def _fit(self, documents: pa.Array) -> pa.Array:
-        """The documents that fit the rest of the budget, the last of them cut to fill it."""
-        room = self.max_chars - self.num_chars
-        ends = np.cumsum(pc.utf8_length(documents).to_numpy(), dtype=np.int64)
-        whole = int(np.searchsorted(ends, room, side="right"))
-        if whole == len(documents):
-            return documents
-        used = int(ends[whole - 1]) if whole else 0
-        part = pc.utf8_slice_codeunits(documents.slice(whole, 1), 0, room - used)
-        return pa.concat_arrays([documents.slice(0, whole), part])
-
-
-class ProgressBar:
-    """Shows the trainer's progress as one bar per stage; nothing where stderr is not a terminal."""
-
-    def __init__(self):
-        self.stage, self.bar = "", None
-
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
-        from tqdm import tqdm
-
-        if stage != self.stage:
-            self.close()
-            self.stage = stage
-            self.bar = tqdm(desc=stage, total=total, unit=PROGRESS_UNITS[stage], unit_scale=True, disable=None)
-        self.bar.update(done - self.bar.n)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+FLAGS = (
+    # data
+    Flag("data", str, DEFAULT_DATA, "hub repository, local folder or file, or 'local'"),
+    Flag("max_chars", int, 2_000_000_000, "characters to train on, 0 for all", ZERO_OR_MORE),
+    Flag("doc_cap", int, 10_000, "characters used of each document, 0 for all", ZERO_OR_MORE),
+    # vocabulary
+    Flag("vocab_size", int, 32_768, "number of tokens, special ones included",
+         Range(f"be {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}", lambda value: MIN_VOCAB_SIZE <= value <= MAX_VOCAB_SIZE)),
+)  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # data
-    parser.add_argument("--data", default=DEFAULT_DATA, help="hub repository, local folder or file, or 'local'")
-    parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="characters to train on (0: all)")
-    parser.add_argument("--doc-cap", type=int, default=10_000, help="characters used of each document (0: all)")
-    # vocabulary
-    parser.add_argument("--vocab-size", type=int, default=32_768, help="number of tokens, special ones included")
-    return parser.parse_args()
+    return parse(__doc__, FLAGS)
+
+
+def limited(batches: Iterable[pa.Array], max_chars: int, doc_cap: int, read: dict[str, int]) -> Iterator[pa.Array]:
+    """The documents of `batches`, each cut to `doc_cap` characters, up to the one at which `max_chars` are reached,
+    which is cut to fit (0: no limit). Adds up what it gives in `read`: documents, chars and bytes."""
+    read |= {"documents": 0, "chars": 0, "bytes": 0}
+    for batch in batches:
+        documents = pc.utf8_slice_codeunits(batch, 0, doc_cap) if doc_cap else batch
+        if max_chars:
+            room = max_chars - read["chars"]
+            ends = np.cumsum(pc.utf8_length(documents).to_numpy(), dtype=np.int64)
+            whole = int(np.searchsorted(ends, room, side="right"))  # documents that fit entirely
+            if whole < len(documents):
+                used = int(ends[whole - 1]) if whole else 0
+                part = pc.utf8_slice_codeunits(documents.slice(whole, 1), 0, room - used)
+                documents = pa.concat_arrays([documents.slice(0, whole), part])
+        read["documents"] += len(documents)
+        read["chars"] += pc.sum(pc.utf8_length(documents)).as_py() or 0
+        read["bytes"] += pc.sum(pc.binary_length(documents)).as_py() or 0
+        yield documents
+        if max_chars and read["chars"] >= max_chars:
+            return
+
+
+def show_progress(bars: dict[str, tqdm], stage: str, done: int, total: int | None) -> None:
+    """Advance the bar of a stage; nothing is shown when stderr is not a terminal."""
+    if stage not in bars:
+        bars[stage] = tqdm(desc=stage, total=total, unit=PROGRESS_UNITS[stage], unit_scale=True, disable=None)
+    bars[stage].update(done - bars[stage].n)
 
 
 def main(args: argparse.Namespace) -> None:
-    # Inputs
-    for flag, value in [("--max-chars", args.max_chars), ("--doc-cap", args.doc_cap)]:
-        if value < 0:
-            raise UserError(f"{flag} is {value}, but must be 0 (no limit) or more")
-    if not MIN_VOCAB_SIZE <= args.vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(f"--vocab-size is {args.vocab_size}, but must be {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}")
+    # inputs
     paths = shard_paths(args.data, "train")
-    budget = CharacterBudget(args.max_chars, args.doc_cap)
-    documents = budget.limit(batch for _, batch in document_batches(paths))
+    read: dict[str, int] = {}
+    documents = limited((batch for _, batch in document_batches(paths)), args.max_chars, args.doc_cap, read)
 
-    # Training
+    # training
     print0(f"training a vocabulary of {args.vocab_size:,} on {len(paths)} shards of {args.data}")
-    progress = ProgressBar()
-    start = time.perf_counter()
+    start, bars = time.perf_counter(), {}
     try:
-        tokenizer = Tokenizer.train(documents, args.vocab_size, progress=progress)
+        tokenizer = Tokenizer.train(documents, args.vocab_size, progress=partial(show_progress, bars))
     finally:
-        progress.close()
+        for bar in bars.values():
+            bar.close()
     seconds = time.perf_counter() - start
     if tokenizer.vocab_size < args.vocab_size:
         raise UserError(
@@ -116,28 +91,23 @@ def main(args: argparse.Namespace) -> None:
             f"give more text or a smaller --vocab-size"
         )
 
-    # Output
+    # output
     folder = tokenizer_dir()
     token_bytes = tokenizer.token_bytes()
     table = io.BytesIO()
     np.save(table, token_bytes)
     tokenizer.save(folder)
     write_atomic(folder / TOKEN_BYTES_FILE, table.getvalue())
+
+    # summary to the report
     lengths = token_bytes[token_bytes > 0]
     results = {
-        "vocab_size": tokenizer.vocab_size,
-        "train_documents": budget.num_documents,
-        "train_chars": budget.num_chars,
-        "train_bytes": budget.num_bytes,
-        "train_seconds": round(seconds, 3),
-        "mean_token_bytes": round(float(lengths.mean()), 3),
-        "max_token_bytes": int(lengths.max()),
-        "fingerprint": tokenizer.fingerprint,
-    }
+        "vocab_size": tokenizer.vocab_size, **{f"train_{kind}": count for kind, count in read.items()},
+        "train_seconds": round(seconds, 3), "mean_token_bytes": round(float(lengths.mean()), 3),
+        "max_token_bytes": int(lengths.max()), "fingerprint": tokenizer.fingerprint,
+    }  # fmt: skip
     report.append_record("tok_train", settings=vars(args), results=results)
-    print0(
-        f"{budget.num_chars:,} characters of {budget.num_documents:,} documents in {seconds:.1f} s; saved to {folder}"
-    )
+    print0(f"{read['chars']:,} characters of {read['documents']:,} documents in {seconds:.1f} s; saved to {folder}")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,14 @@ _context.set_forkserver_preload(
 TIMEOUT_SECONDS = 120
 
 
-def run_ranks(work: Callable, world_size: int, folder: Path, *args) -> list:
+def run_ranks(work: Callable, world_size: int, folder: Path, *args, group_of_one: bool = False) -> list:
     """`work(rank, world_size, *args)` of each of `world_size` ranks joined in a process group.
 
-    `work` must be a function at the top of a module. A rank that raises fails the caller with its traceback.
+    `work` must be a function at the top of a module. A rank that raises fails the caller with its traceback. One rank
+    is the caller's own process, without a group, unless `group_of_one`.
     """
+    if world_size == 1 and not group_of_one:
+        return [work(0, 1, *args)]
     folder.mkdir(parents=True)
     ranks = [
         _context.Process(target=_run_rank, args=(work, rank, world_size, folder, args)) for rank in range(world_size)
@@ -42,12 +45,8 @@ def run_ranks(work: Callable, world_size: int, folder: Path, *args) -> list:
 
 
 def _run_rank(work: Callable, rank: int, world_size: int, folder: Path, args: tuple) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
@@ -59,3 +58,10 @@ def _run_rank(work: Callable, rank: int, world_size: int, folder: Path, args: tu
     except BaseException:
         (folder / f"{rank}.error").write_text(f"rank {rank}: {traceback.format_exc()}")
         raise
+
+
+def assert_sum_of_gradients(ranks: list[dict], expected: dict, *, rtol: float, atol: float) -> None:
+    """The gradients of all ranks must add up to `expected`; `atol` is relative to the largest of a parameter."""
+    for name, gradient in expected.items():
+        total = sum(gradients[name] for gradients in ranks)
+        torch.testing.assert_close(total, gradient, rtol=rtol, atol=atol * gradient.abs().max().item() + 1e-9)

@@ -1,21 +1,11 @@
 """`scripts.chat_rl` as processes: on own questions, resumed, with several processes, and users' mistakes."""
 
-import json
 import random
-import shutil
-import subprocess
-import sys
 
 import pytest
-import torch
 from conftest import WORDS
-from test_chat_scripts import hashes, numbers
-from test_scripts import FORKER, Workplace, environment
-
-from nanochat.checkpoint import run_dir, save_checkpoint
-from nanochat.common import Runtime
-from nanochat.model.gpt import GPTConfig, build_model
-from nanochat.tokenizer import Tokenizer
+from test_chat_scripts import CHECKPOINT, write_conversations
+from test_scripts import assert_refused, hashes, metrics, records, run_folder, save_random_model, working_in
 
 TINY = (
     "--device-type cpu --dtype float32 --data own.jsonl --questions-per-step 3 --num-samples 4 --max-tokens 8 "
@@ -23,7 +13,6 @@ TINY = (
 ).split()
 LAST = 4
 NEW = ("start_val_reward", "start_val_reward_se", "start_val_greedy_reward")
-SECONDS = ("rollout_seconds", "update_seconds", "rollout_tokens_per_second")
 
 # in the child: a reward that replies of a random model differ in
 ODD = """
@@ -39,50 +28,22 @@ NOT_FINITE = "import tasks.custom_json; tasks.custom_json.CustomJSON.reward = la
 def workplace(tmp_path_factory):
     """A base folder with a random finetuned model, a file of questions, and a run of the stage on it."""
     folder = tmp_path_factory.mktemp("chat_rl")
-    rng = random.Random(0)
-    lines = []
+    rng, conversations = random.Random(0), []
     for _ in range(40):
         question = {"role": "user", "content": " ".join(rng.choices(WORDS, k=4))}
-        lines.append(json.dumps([question, {"role": "assistant", "content": f"#### {rng.randrange(9)}"}]))
-    (folder / "own.jsonl").write_text("\n".join(lines))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder / "base"))
-        save_finetuned_model()
-    command, pipe = [sys.executable, "-c", FORKER], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment(folder / "base")) as forker:
-        place = Workplace(folder, forker)
+        conversations.append([question, {"role": "assistant", "content": f"#### {rng.randrange(9)}"}])
+    write_conversations(folder / "own.jsonl", conversations)
+    save_random_model(folder / "base", "sft", meta={})
+    with working_in(folder) as place:
         place.out = place.run_well("scripts.chat_rl", *TINY, before=ODD)
         yield place
-        forker.stdin.close()
-
-
-def save_finetuned_model():
-    rng = random.Random(0)
-    tokenizer = Tokenizer.train([" ".join(rng.choices(WORDS, k=100)) for _ in range(100)], 400)
-    config = GPTConfig.from_depth(2, vocab_size=400, sequence_len=64, head_dim=32)
-    model = build_model(config, generator=torch.Generator().manual_seed(0))
-    runtime = Runtime(0, 0, 1, model.device, model.compute_dtype)
-    save_checkpoint(run_dir("sft", "tiny"), 7, runtime=runtime, model=model, tokenizer=tokenizer, meta={})
-
-
-def found_in(base) -> dict:
-    return {key: value for key, value in numbers(base, "rl").items() if key[1] not in SECONDS}
-
-
-def copy_of_inputs(workplace, name):
-    base = workplace.folder / name
-    shutil.copytree(workplace.base / "sft_checkpoints", base / "sft_checkpoints")
-    return base
 
 
 def test_the_stage_leaves_checkpoints_metrics_and_a_record(workplace):
-    run = workplace.base / "rl_checkpoints" / "tiny"
+    run = run_folder(workplace.base, "rl")
     assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", *(f"step_{i:06d}" for i in range(1, 5))]
-    names = {path.name for path in (run / "step_000004").iterdir()}
-    assert names == {
-        "meta.json", "model.safetensors", "tokenizer", "optimizer_rank0.safetensors", "loader_rank0.safetensors",
-    }  # fmt: skip
-    found = found_in(workplace.base)
+    assert sorted(path.name for path in (run / "step_000004").iterdir()) == CHECKPOINT
+    found = metrics(workplace.base, "rl")
     for step in range(1, LAST + 1):
         for name in ("reward", "groups_frac", "reply_tokens", "cut_frac", "rollout_tokens", "train_tokens"):
             assert (step, name) in found
@@ -90,8 +51,7 @@ def test_the_stage_leaves_checkpoints_metrics_and_a_record(workplace):
     for step in (0, 2, 4):
         for name in ("val_reward", "val_reward_se", "val_greedy_reward", "val_pass_at_1", "val_pass_at_2"):
             assert (step, name) in found
-    records = [json.loads(line) for line in (workplace.base / "report" / "records.jsonl").read_text().splitlines()]
-    (record,) = [one for one in records if one["stage"] == "chat_rl"]
+    (record,) = [one for one in records(workplace.base) if one["stage"] == "chat_rl"]
     results = record["results"]
     assert results["val_reward"] == found[LAST, "val_reward"]
     assert all(results[name] == found[0, name] for name in NEW)
@@ -112,38 +72,33 @@ def test_what_is_asked_and_what_is_held_out_are_said(workplace):
 
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_resumed_run_is_bit_equal_to_never_having_stopped(workplace, step):
-    base = workplace.folder / f"resumed_{step}"
-    shutil.copytree(workplace.base, base)
-    for later in range(step + 1, LAST + 1):
-        shutil.rmtree(base / "rl_checkpoints" / "tiny" / f"step_{later:06d}")
+    base = workplace.copy_base(f"resumed_{step}", first_steps=step, source="rl")
     out = workplace.run_well("scripts.chat_rl", *TINY, "--resume", base=base, before=ODD)
     assert f"resumed at step {step}" in out
-    assert found_in(base) == found_in(workplace.base)
-    assert hashes(base, "rl", LAST) == hashes(workplace.base, "rl", LAST)
-    last = json.loads((base / "report" / "records.jsonl").read_text().splitlines()[-1])
-    first = json.loads((base / "report" / "records.jsonl").read_text().splitlines()[0])
+    assert metrics(base, "rl") == metrics(workplace.base, "rl")
+    assert hashes(base, LAST, "rl") == hashes(workplace.base, LAST, "rl")
+    first, *_, last = records(base)
     assert last["results"]["train_tokens"] == first["results"]["train_tokens"]
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])  # with 4 there are ranks without a question
 def test_several_processes_train_like_one(workplace, num_processes):
-    base = copy_of_inputs(workplace, f"processes_{num_processes}")
+    base = workplace.copy_part(f"processes_{num_processes}", "sft_checkpoints")
     workplace.run_well("scripts.chat_rl", *TINY, base=base, before=ODD, num_processes=num_processes)
-    found, expected = found_in(base), found_in(workplace.base)
-    assert found.keys() == expected.keys()
+    found, expected = metrics(base, "rl"), metrics(workplace.base, "rl")
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     exact = [key for key in expected if key[1] in ("reward", "rollout_tokens", "train_tokens")]
     assert [found[key] for key in exact] == [expected[key] for key in exact]
 
 
 def test_without_a_difference_in_reward_nothing_changes(workplace):
-    base = copy_of_inputs(workplace, "equal")
+    base = workplace.copy_part("equal", "sft_checkpoints")
     workplace.run_well("scripts.chat_rl", *TINY, base=base)  # a random model never writes the right number
-    found = found_in(base)
+    found = metrics(base, "rl")
     assert all(found[step, "groups_frac"] == found[step, "train_tokens"] == 0 for step in range(1, LAST + 1))
     assert not any(name == "train_loss" for _, name in found)
-    before = hashes(base, "sft", 7)["model.safetensors"]
-    assert [hashes(base, "rl", step)["model.safetensors"] for step in (1, LAST)] == [before, before]
+    before = hashes(base, 7, "sft")["model.safetensors"]
+    assert [hashes(base, step, "rl")["model.safetensors"] for step in (1, LAST)] == [before, before]
 
 
 def test_the_model_can_be_chatted_with(workplace):
@@ -169,18 +124,17 @@ def test_the_model_can_be_chatted_with(workplace):
 )
 def test_a_mistake_is_named(workplace, flags, words):
     turns = [{"role": "user", "content": "river " * 500}, {"role": "assistant", "content": "Yes."}]
-    (workplace.folder / "long.jsonl").write_text("\n".join([json.dumps(turns)] * 2))
-    check_mistake(workplace.run("scripts.chat_rl", *TINY, *flags.split()), words)
+    write_conversations(workplace.folder / "long.jsonl", [turns] * 2)
+    assert_refused(workplace.run("scripts.chat_rl", *TINY, *flags.split()), *words)
 
 
 def test_a_reward_that_is_not_finite_is_named(workplace):
-    flags = [*TINY, "--output-tag", "infinite"]
-    check_mistake(workplace.run("scripts.chat_rl", *flags, before=NOT_FINITE), ["own gave the reward inf"])
+    ended = workplace.run("scripts.chat_rl", *TINY, "--output-tag", "infinite", before=NOT_FINITE)
+    assert_refused(ended, "own gave the reward inf")
 
 
 def test_questions_changed_since_are_refused_on_resuming(workplace):
-    base = workplace.folder / "changed"
-    shutil.copytree(workplace.base, base)
+    base = workplace.copy_base("changed", source="rl")
     own = workplace.folder / "own.jsonl"
     before = own.read_text()
     own.write_text(before.replace("river", "stone"))
@@ -188,12 +142,4 @@ def test_questions_changed_since_are_refused_on_resuming(workplace):
         ended = workplace.run("scripts.chat_rl", *TINY, "--resume", base=base, before=ODD)
     finally:
         own.write_text(before)
-    check_mistake(ended, ["not those of the run being resumed"])
-
-
-def check_mistake(ended, words):
-    assert ended.status == 2, ended
-    assert ended.stderr.startswith("error: ")
-    assert ended.stderr.count("\n") == 1
-    for word in words:
-        assert word in ended.stderr
+    assert_refused(ended, "not those of the run being resumed")

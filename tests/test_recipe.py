@@ -66,17 +66,12 @@ def test_parameter_arithmetic_makes_no_storage():
 # --- plans ---
 
 
-def test_d12_at_the_usual_ratio_is_the_reference():
-    plan = make_plan(config(12), train_tokens=horizon_tokens(config(12)))
+@pytest.mark.parametrize("ratio", [None, 20])
+def test_d12_is_the_reference_at_any_ratio(ratio):
+    plan = make_plan(config(12), train_tokens=horizon_tokens(config(12), token_ratio=ratio), token_ratio=ratio)
     assert plan.total_batch_tokens == 2**19
     assert plan.lr_scale == 1.0
-    assert plan.num_steps == int(TOKEN_RATIO * scaling_parameters(config(12)) / 2**19)
-    assert plan.matrix_weight_decay == pytest.approx(recipe.MATRIX_WEIGHT_DECAY, rel=1e-3)
-
-
-def test_d12_at_another_ratio_is_scaled_from_d12_at_that_ratio():
-    plan = make_plan(config(12), train_tokens=horizon_tokens(config(12), token_ratio=20), token_ratio=20)
-    assert plan.total_batch_tokens == 2**19
+    assert plan.num_steps == int((ratio or TOKEN_RATIO) * scaling_parameters(config(12)) / 2**19)
     assert plan.matrix_weight_decay == pytest.approx(recipe.MATRIX_WEIGHT_DECAY, rel=1e-3)
 
 
@@ -117,9 +112,8 @@ def test_a_number_of_steps_alone_gets_the_batch_of_a_usual_run():
 
 
 def test_a_budget_below_one_batch_is_refused():
-    with pytest.raises(
-        UserError, match=r"the budget is 1e\+03 tokens, less than one batch of 4096.*--total-batch-size"
-    ):
+    words = r"the budget is 1e\+03 tokens, less than one batch of 4096.*--total-batch-size"
+    with pytest.raises(UserError, match=words):
         make_plan(config(4), train_tokens=1000)
 
 
@@ -241,12 +235,8 @@ def test_more_gpus_take_less_time_for_the_same_money_and_hold_less_state_each():
     _, _, eight = d20_estimate(num_gpus=8)
     assert one.hours == pytest.approx(8 * eight.hours)
     assert one.dollars == pytest.approx(eight.dollars)
-    assert one.gpu_bytes > eight.gpu_bytes
+    assert one.gpu_bytes > eight.gpu_bytes > d20_estimate(device_batch_size=4)[2].gpu_bytes
     assert one.disk_bytes == eight.disk_bytes
-
-
-def test_a_larger_device_batch_takes_more_memory():
-    assert d20_estimate(device_batch_size=32)[2].gpu_bytes > d20_estimate(device_batch_size=4)[2].gpu_bytes
 
 
 def test_an_unknown_peak_or_price_has_no_estimate_rather_than_zero():

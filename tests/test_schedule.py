@@ -17,7 +17,6 @@ from nanochat.training.schedule import (
     batch_lr_scale,
     best_batch_tokens,
     decay_mult,
-    lr_schedule,
     muon_momentum,
     scaled_weight_decay,
 )
@@ -30,7 +29,7 @@ SHAPES = [{}, {"warmup_steps": 0}, {"warmdown_frac": 1.0, "final_frac": 0.0}, {"
 def test_the_rate_is_full_at_the_end_of_the_warmup_and_only_falls_from_there(shape):
     final_frac = shape.get("final_frac", 0.05)
     for num_steps in LENGTHS:
-        schedule = lr_schedule(num_steps, **shape)
+        schedule = LRSchedule(num_steps, **shape)
         rates = [schedule(step) for step in range(num_steps)]
         assert 0 <= schedule.warmup_steps <= MAX_WARMUP_FRAC * num_steps
         if schedule.warmup_steps:
@@ -46,7 +45,7 @@ def test_the_rate_is_full_at_the_end_of_the_warmup_and_only_falls_from_there(sha
 
 @pytest.mark.parametrize("num_steps", [100, 1000, 3333])
 def test_the_rate_falls_evenly_over_the_share_asked_for(num_steps):
-    schedule = lr_schedule(num_steps, warmdown_frac=0.5, final_frac=0.1)
+    schedule = LRSchedule(num_steps, warmdown_frac=0.5, final_frac=0.1)
     falling = [step for step in range(num_steps) if step >= schedule.warmup_steps and schedule(step) < 1.0]
     assert len(falling) == schedule.warmdown_steps == round(0.5 * num_steps)
     drops = [schedule(a) - schedule(a + 1) for a in falling[:-1]]
@@ -54,13 +53,13 @@ def test_the_rate_falls_evenly_over_the_share_asked_for(num_steps):
 
 
 def test_without_a_warmdown_the_rate_stays_full():
-    schedule = lr_schedule(200, warmdown_frac=0.0)
+    schedule = LRSchedule(200, warmdown_frac=0.0)
     assert {schedule(step) for step in range(schedule.warmup_steps, 200)} == {1.0}
-    assert LRSchedule(1, 0, 0, 0.5)(0) == 1.0
+    assert LRSchedule(1, warmup_steps=0, warmdown_frac=0.0, final_frac=0.5)(0) == 1.0
 
 
 def test_momentum_rises_to_its_peak_and_falls_with_the_warmdown():
-    schedule = lr_schedule(4000)
+    schedule = LRSchedule(4000)
     momenta = [muon_momentum(step, schedule) for step in range(4000)]
     start = 4000 - schedule.warmdown_steps
     assert momenta[0] == MOMENTUM_START
@@ -72,7 +71,7 @@ def test_momentum_rises_to_its_peak_and_falls_with_the_warmdown():
 
 def test_momentum_stays_in_its_range_in_runs_of_any_length():
     for num_steps in LENGTHS:
-        schedule = lr_schedule(num_steps)
+        schedule = LRSchedule(num_steps)
         momenta = [muon_momentum(step, schedule) for step in range(num_steps)]
         assert all(MOMENTUM_START <= momentum <= MOMENTUM_PEAK for momentum in momenta)
         assert momenta[-1] <= MOMENTUM_END + 1e-12

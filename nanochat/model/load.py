@@ -1,6 +1,6 @@
 """The model of a checkpoint: its weights in a `GPT` built from its config, together with its own tokenizer.
 
-Not here: which checkpoint that is, and the format of its files (`nanochat/checkpoint.py`).
+This joins two files that do not know each other: the model, and the format of checkpoints (`nanochat/checkpoint.py`).
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,8 @@ class LoadedModel:
 
 
 def load_model(source: str, runtime: Runtime, *, model_tag: str = "", step: int | None = None) -> LoadedModel:
-    """A stage's model with its tokenizer, in eval mode.
-
-    Without `model_tag` the run saved last, without `step` its newest checkpoint. Raises `UserError` when there is
-    none, or it is damaged.
-    """
+    """A stage's model with its tokenizer, in eval mode: by default the newest step of the run saved last. Raises
+    `UserError` if there is none or it is damaged."""
     folder = from_rank0(find_checkpoint(source, model_tag=model_tag, step=step))  # a new one may appear meanwhile
     meta = read_meta(folder)
     model = load_weights(folder, meta, runtime).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""How a training run is measured and logged: its speed, its smoothed loss, `metrics.jsonl` and wandb, a line a step."""
+"""How a training run is measured and logged: speed, smoothed loss, `metrics.jsonl`, wandb, one printed line a step."""
 
 import json
 import math
@@ -17,15 +17,13 @@ from nanochat import hardware
 from nanochat.common import Runtime, UserError, disk_errors, print0, write_atomic
 
 LOSS_EMA_DECAY = 0.9  # of the smoothed training loss that is printed
-WARMUP_STEPS_UNTIMED = 3  # of each process: compilation and first allocations are not its speed
+WARMUP_STEPS_UNTIMED = 3  # of each process, as they include compilation and first allocations
 
 
 @dataclass
 class RunStats:
-    """Loss average, time and speed of a run.
-
-    `seconds` counts training steps only, not evaluation and saving, over all processes' lives of the run.
-    """
+    """Loss average, time and speed of a run. `seconds` are those of training steps only, not of evaluation and saving,
+    since the beginning of the run; the speed is that of this process."""
 
     tokens_per_step: int
     flops_per_token: float
@@ -36,7 +34,7 @@ class RunStats:
     ema_weight: float = 0.0
     seconds: float = 0.0
     num_seen: int = 0  # steps of this process
-    timed_seconds: float = 0.0  # of them without the warm-up
+    timed_seconds: float = 0.0  # of these, without the warm-up
 
     @classmethod
     def for_runtime(cls, runtime: Runtime, tokens_per_step: int, flops_per_token: float) -> "RunStats":
@@ -44,8 +42,8 @@ class RunStats:
         return cls(tokens_per_step, flops_per_token, name, runtime.dtype, runtime.world_size)
 
     def update(self, loss: float, seconds: float) -> None:
-        """Take in one step's loss (nats) and duration."""
-        if math.isfinite(loss):  # one overflow in float16 would stay in the average for good
+        """Add one step with its loss in nats."""
+        if math.isfinite(loss):  # an overflow in float16 would make the average infinite for good
             self.loss_ema = LOSS_EMA_DECAY * self.loss_ema + (1 - LOSS_EMA_DECAY) * loss
             self.ema_weight = LOSS_EMA_DECAY * self.ema_weight + (1 - LOSS_EMA_DECAY)
         self.seconds += seconds
@@ -69,16 +67,16 @@ class RunStats:
     def mfu(self) -> float | None:
         """Model FLOPs per second over the devices' peak, 0 to 1; None while unknown or on an unknown device."""
         speed = self.tokens_per_second
-        if speed is None:
-            return None
-        return hardware.mfu(self.flops_per_token, speed, self.device_name, self.dtype, self.world_size)
+        if speed is not None:
+            return hardware.mfu(self.flops_per_token, speed, self.device_name, self.dtype, self.world_size)
+        return None
 
     def seconds_left(self, num_steps: int) -> float | None:
         speed = self.tokens_per_second
         return num_steps * self.tokens_per_step / speed if speed else None
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps; `restore` takes it back."""
+        """What a checkpoint stores for `restore`."""
         return {"loss_ema": self.loss_ema, "ema_weight": self.ema_weight, "seconds": self.seconds}
 
     def restore(self, state: Mapping[str, float]) -> None:
@@ -86,7 +84,7 @@ class RunStats:
 
 
 class MetricsLog:
-    """Every number of a run as JSON lines in a file, and on wandb when the run has a name there. Rank 0 only."""
+    """Writes every number of a run to a file of JSON lines, and to wandb if the run has a name there. Rank 0 only."""
 
     def __init__(self, path: Path, runtime: Runtime, *, run_name: str = "", settings: Mapping | None = None):
         self.path = path
@@ -94,7 +92,7 @@ class MetricsLog:
         self._wandb = _start_wandb(run_name, settings or {}) if run_name and runtime.is_main else None
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of later steps, written after the checkpoint that is being resumed; 0 drops all."""
+        """Drop the lines of steps after `step`, that of the checkpoint being resumed; 0 drops all."""
         if self._is_main and self.path.exists():
             lines = self.path.read_text(errors="replace").splitlines()
             write_atomic(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step and step))
@@ -135,8 +133,8 @@ def _start_wandb(run_name: str, settings: Mapping):
 
 
 class StepLog:
-    """Times, logs and prints each training step. On a GPU a step's loss is read only when the next step is queued,
-    so that the host never waits for the step it has just started."""
+    """Times, logs and prints each training step. On a GPU the loss of a step is read only once the next step is queued,
+    so that the GPU is never idle meanwhile."""
 
     def __init__(self, stats: RunStats, metrics: MetricsLog, num_steps: int):
         self.stats, self.metrics, self.num_steps = stats, metrics, num_steps
@@ -144,12 +142,12 @@ class StepLog:
         self._mark = 0.0
 
     def start(self) -> None:
-        """A step begins now."""
+        """Call this when a step begins."""
         if self._pending is None:
             self._mark = time.perf_counter()
 
     def end(self, step: int, loss: Tensor, **numbers) -> None:
-        """Step `step`, counted from 1, is queued; `loss` is 0-d on the device, `numbers` are logged as they are."""
+        """Call this when step `step`, counted from 1, is queued, with its loss (0-d) and further numbers to log."""
         previous, event = self._pending, None
         if loss.is_cuda:
             host = torch.empty_like(loss, device="cpu", pin_memory=True)
@@ -164,7 +162,7 @@ class StepLog:
             self.flush()
 
     def flush(self) -> None:
-        """Wait for the step queued last and log it. Raises `UserError` when a loss is not finite."""
+        """Wait for the last step and log it. Raises `UserError` when its loss is not finite."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._finish(*pending)
@@ -195,19 +193,17 @@ class StepLog:
 
 
 def check_loss(step: int, loss: float, dtype: torch.dtype) -> None:
-    """Raise `UserError` when the loss of a step is not finite, unless in float16, which skips such steps."""
+    """Raise `UserError` when the loss of a step is not finite, except in float16, where such steps are skipped."""
     if not math.isfinite(loss) and dtype != torch.float16:
-        raise UserError(
-            f"the loss at step {step} is {loss}; resume from a checkpoint before it with a lower --lr-mult, or another "
-            f"--dtype"
-        )
+        remedy = "resume from a checkpoint before it with a lower --lr-mult, or another --dtype"
+        raise UserError(f"the loss at step {step} is {loss}; {remedy}")
 
 
 def peak_memory_bytes(runtime: Runtime) -> int:
-    """Most memory this process has held so far: allocated on its GPU, or resident on the host."""
+    """Peak memory of this process: allocated on its GPU, or resident on the host."""
     if runtime.is_cuda:
         return torch.cuda.max_memory_allocated(runtime.device)
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, which is bytes on one and KiB on the other
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 

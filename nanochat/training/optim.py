@@ -1,22 +1,21 @@
 """Muon for the matrices, AdamW for the rest: two pure update functions and the one class that applies them.
 
-One process is the case without communication; with more, every state tensor and every update is sharded over the
-ranks (ZeRO-2, arXiv 1910.02054): gradients are summed by reduce-scatter, each rank updates its share of the
-parameters, all-gather spreads the result. Shards are cut along the first dimension of a *bucket*:
+With several ranks, optimizer state and updates are sharded (ZeRO-2, arXiv 1910.02054): gradients are summed by
+reduce-scatter, each rank updates its share of the parameters, all-gather distributes the result; one rank is the case
+without communication. Shards are cut along the first dimension of a *bucket*:
 
-    AdamW   one bucket a parameter, seen as flat (numel,)
+    AdamW   one bucket for each parameter, flattened: (numel,)
     Muon    one bucket for all matrices of one shape, stacked: (number, rows, columns)
 
-both padded to a multiple of the world size. Parameters are views into their bucket's storage, and so are the
-gradients of the stacked matrices: nothing is copied together or apart in a step.
+both padded to a multiple of the world size. Parameters are views into the storage of their bucket, and so are the
+gradients of the stacked matrices, so a step copies nothing to stack or unstack them. Saved states leave the padding
+out: concatenated, the shards of any number of ranks are the whole state.
 
-Saved states leave the padding out, so that the shards of any number of ranks, one after the other, are the whole.
-
-Not here: schedules (`schedule.py`) and learning rates as functions of batch and horizon (also there).
+Not here: what changes from step to step, and how rates depend on batch and horizon (`schedule.py`).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -26,8 +25,12 @@ from torch import Tensor, nn
 from nanochat.common import UserError
 from nanochat.model.gpt import GPT
 
-# Polar Express (arXiv 2505.16932), degree 5, five steps: coefficients (a, b, c) of X <- a X + b (XX')X + c (XX')^2 X,
-# rounded to five decimals; the norm is taken this much larger so that rounding cannot leave the safe interval.
+# Learning rates and weight decay of the public nanochat's d12, where they were tuned
+MATRIX_LR = 0.02
+MATRIX_WEIGHT_DECAY = 0.28
+REFERENCE_WIDTH = 768  # of d12; the rates of the embeddings and the head change with the width
+
+# Polar Express (arXiv 2505.16932), degree 5, five steps: coefficients (a, b, c) of X <- a X + b (XX')X + c (XX')^2 X
 POLAR_STEPS = (
     (8.15655, -22.48329, 15.87877),
     (4.04293, -2.80892, 0.50002),
@@ -35,22 +38,18 @@ POLAR_STEPS = (
     (3.28575, -2.36813, 0.46449),
     (2.34654, -1.70978, 0.42324),
 )
-POLAR_SAFETY = 1.02
+POLAR_SAFETY = 1.02  # factor on the norm: rounding must not leave the interval in which the iteration converges
 TINY = 1e-7  # added to norms that may be zero (padding, parameters without gradient)
-CPU_CHUNK = 1 << 17  # AdamW on a CPU goes through this many elements at a time, so that its passes read the cache
-TABLE_EPS = 1e-10  # of AdamW, for the tables and the head
-SCALAR_EPS = 1e-6  # and for the scalars, whose first gradients are zero but for rounding errors of up to 1e-9
-REFERENCE_WIDTH = 768  # the table's learning rates of the embeddings and the head hold at this width
-
-
-# --- updates -------------------------------------------------------------------------------------
+CPU_CHUNK = 1 << 17  # elements per pass of AdamW on a CPU, so that successive passes find them in the cache
+TABLE_EPS = 1e-10  # of AdamW, for the embeddings and the head
+SCALAR_EPS = 1e-6  # for the scalars, whose first gradients are only rounding errors, of up to 1e-9
 
 
 def adamw_update(p, grad, exp_avg, exp_avg_sq, *, step_size, beta1, beta2, correction2, eps, decay) -> None:
     """One AdamW step (arXiv 1711.05101) in place on `p` and its two moments, all of one shape.
 
-    step_size = lr / (1 - beta1^t), correction2 = sqrt(1 - beta2^t), decay = lr * weight_decay; numbers or 0-d
-    tensors. The bias is corrected before eps is added. `p` may be narrower than the float32 moments.
+    step_size = lr / (1 - beta1^t), correction2 = sqrt(1 - beta2^t), decay = lr * weight_decay; numbers or 0-d tensors.
+    The bias is corrected before eps is added. The moments are float32, `p` may be narrower.
     """
     grad = grad.to(exp_avg.dtype)
     exp_avg.lerp_(grad, 1 - beta1)
@@ -60,10 +59,8 @@ def adamw_update(p, grad, exp_avg, exp_avg_sq, *, step_size, beta1, beta2, corre
 
 
 def polar_express(x: Tensor) -> Tensor:
-    """Approximate the orthogonal polar factor of each matrix of x (..., m, n).
-
-    Singular values of at least 1e-3 of the Frobenius norm end between 0.84 and 1.15, smaller ones below that.
-    """
+    """Approximate the orthogonal polar factor of each matrix of x (..., m, n): singular values of at least 1e-3 of the
+    Frobenius norm end between 0.84 and 1.15, smaller ones below that."""
     is_tall = x.size(-2) > x.size(-1)
     x = x.mT if is_tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * POLAR_SAFETY + TINY)
@@ -73,15 +70,13 @@ def polar_express(x: Tensor) -> Tensor:
     return x.mT if is_tall else x
 
 
-def muon_update(
-    p, grad, momentum_buffer, row_variance, *, lr, momentum, beta2, weight_decay, dtype: torch.dtype
-) -> None:
+def muon_update(p, grad, momentum_buffer, row_variance, *, lr, momentum, beta2, weight_decay, dtype) -> None:
     """One Muon step in place on stacked matrices p (K, m, n) and their state.
 
-    Nesterov momentum; rows brought to one length, then orthogonalisation in `dtype`; per-row variance
-    normalisation (NorMuon, arXiv 2510.05491) at constant Frobenius norm sqrt(min(m, n)); the rate grows with
-    sqrt(m / n) for tall matrices; weight decay only where it agrees with the update (arXiv 2510.12402).
-    momentum_buffer (K, m, n), row_variance (K, m, 1), float32.
+    Nesterov momentum; rows normalised, then orthogonalised in `dtype`; per-row variance normalisation (NorMuon, arXiv
+    2510.05491) at constant Frobenius norm sqrt(min(m, n)); a rate that grows with sqrt(m / n) for tall matrices; weight
+    decay only where it has the sign of the update (arXiv 2510.12402). momentum_buffer: (K, m, n), row_variance:
+    (K, m, 1), both float32.
     """
     m, n = p.shape[-2:]
     grad = grad.to(momentum_buffer.dtype)
@@ -101,8 +96,8 @@ def muon_update(
 
 @dataclass
 class Group:
-    """Parameters that share hyperparameters. `lr`, `momentum` and `weight_decay` are those of the next step; the
-    `initial_` ones are what a schedule multiplies."""
+    """Parameters that share hyperparameters. `lr`, `momentum` and `weight_decay` hold for the next step; a schedule
+    multiplies the `initial_` ones."""
 
     name: str
     kind: str  # "adamw" or "muon"
@@ -121,18 +116,16 @@ class Group:
         self.initial_lr, self.initial_weight_decay = self.lr, self.weight_decay
 
 
-def parameter_groups(
-    model: GPT, *, lr_scale: float = 1.0, matrix_lr: float = 0.02, matrix_weight_decay: float = 0.28
-) -> list[Group]:
-    """The model's parameters in groups with the recipe's rates, each times `lr_scale`; every parameter once.
+def parameter_groups(model: GPT) -> list[Group]:
+    """The model's parameters in groups with the recipe's rates; every parameter once.
 
-    Rates of the tables and the head were tuned at width 768 and go with width ** -0.5. While the output projections
-    are zero, the scalars only change the length of the residual stream, which the last norm takes away: with the
-    tables' eps, AdamW would make full steps of the rounding errors, and within 20 steps losses would differ by 1e-2
-    with the split of the batch; with `SCALAR_EPS` it is 1e-6.
+    The rates of the embeddings and the head go with width ** -0.5. The scalars need a larger eps: while the output
+    projections are zero, scalars only change the length of the residual stream, which the last norm removes, so their
+    gradients are rounding errors. With the other tables' eps, AdamW would make full steps of these, and within 20 steps
+    losses would differ by 1e-2 with the split of the batch; with `SCALAR_EPS` it is 1e-6.
     """
     width = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
-    table = {  # start of the parameter's name: lr, betas, weight decay, eps
+    table = {  # prefix of the parameter's name: lr, betas, weight decay, eps
         "lm_head": (0.008 * width, (0.8, 0.96), 0.01, TABLE_EPS),
         "wte": (0.3 * width, (0.8, 0.995), 0.001, TABLE_EPS),
         "value_embeds": (0.15 * width, (0.8, 0.995), 0.01, TABLE_EPS),
@@ -146,9 +139,9 @@ def parameter_groups(
     for prefix, (lr, betas, weight_decay, eps) in table.items():
         params = {name: p for name, p in named.items() if name.startswith(prefix)}
         if params:
-            groups.append(Group(prefix, "adamw", params, lr * lr_scale, weight_decay, betas, eps))
+            groups.append(Group(prefix, "adamw", params, lr, weight_decay, betas, eps))
     matrices = {name: p for name, p in named.items() if name.startswith("h.")}
-    groups.append(Group("matrices", "muon", matrices, matrix_lr * lr_scale, matrix_weight_decay))
+    groups.append(Group("matrices", "muon", matrices, MATRIX_LR, MATRIX_WEIGHT_DECAY))
     assert sum(len(group.params) for group in groups) == len(named), "a parameter is in no group, or in two"
     return groups
 
@@ -158,13 +151,13 @@ def parameter_groups(
 
 @dataclass
 class _Bucket:
-    """Parameters updated together. `values` (and `grads`, where kept) hold them along dim 0, padded to whole shards;
-    `grad_views` are the parameters' own parts of `grads`, None where autograd makes them anew each step."""
+    """Parameters updated together. `values`, and for Muon `grads`, hold them along dim 0, padded to whole shards.
+    `grad_views` are the parameters' parts of `grads`, None where autograd allocates them at each step."""
 
     name: str
     group: Group
     params: list[nn.Parameter]
-    rows: int  # of dim 0 that are no padding
+    rows: int  # of dim 0, without padding
     values: Tensor
     grads: Tensor | None
     grad_views: list[Tensor | None]
@@ -174,7 +167,7 @@ class _Bucket:
 
 @dataclass
 class _Transfer:
-    """A tensor that is complete after `wait`, and what the collective that fills it reads meanwhile."""
+    """A tensor that is complete after `wait`, and what the collective reads until then, which must stay alive."""
 
     arriving: Tensor
     source: Tensor | None = None
@@ -189,8 +182,8 @@ class _Transfer:
 class MuonAdamW:
     """Applies `muon_update` and `adamw_update` to groups of parameters, sharded over `world_size` ranks.
 
-    `muon_dtype` is that of the orthogonalisation's matrix products. Build it last: it moves the parameters'
-    storage. Gradients are *summed* over ranks, so each rank's loss must already be divided by what all ranks count.
+    Build it last, as it moves the storage of the parameters. Gradients are *summed* over ranks, so each rank's loss
+    must already be divided by the token count of all ranks. The matrix products of Muon are in `muon_dtype`.
     """
 
     def __init__(
@@ -213,9 +206,9 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step of every group from the gradients in place. A missing gradient counts as zero."""
+        """One step of every group from the parameters' gradients. A missing gradient counts as zero."""
         self.num_steps += 1
-        # the lists keep what the collectives read and write alive until they are waited for
+        # the two lists keep the tensors of the collectives alive until they are waited for
         arriving = [self._start_reduce(bucket) for bucket in self._buckets]
         leaving = []
         for bucket, transfer in zip(self._buckets, arriving, strict=True):
@@ -224,84 +217,64 @@ class MuonAdamW:
         for transfer in leaving:
             transfer.wait()
 
-    # --- state ---
-
     def state_dict(self) -> dict[str, Tensor]:
-        """This rank's share of the state by `parameter.state` name, float32, without padding; and the step count."""
+        """This rank's share of the state, "parameter.state": float32, without padding; and "num_steps"."""
         state = {
-            f"{bucket.name}.{key}": value[: self._num_own_rows(bucket)]
+            f"{bucket.name}.{key}": value[: max(0, bucket.rows - bucket.own.start)]
             for bucket in self._buckets
             for key, value in bucket.state.items()
         }
         return {**state, "num_steps": torch.tensor(self.num_steps)}
 
     def load_state_dict(self, shards: list[dict[str, Tensor]]) -> None:
-        """Take over the state saved by any number of ranks: `shards[r]` is what rank r's `state_dict` gave.
+        """Restore the state saved by any number of ranks: `shards[r]` is what `state_dict` gave on rank r.
 
-        Raises `UserError`, and takes over nothing, when it is not the state of exactly these parameters.
+        Raises `UserError`, leaving the state unchanged, when it is not the state of exactly these parameters.
         """
-        expected = {
-            f"{bucket.name}.{key}": (bucket.rows, *value.shape[1:])
-            for bucket in self._buckets
-            for key, value in bucket.state.items()
-        }
+        states = [(f"{b.name}.{key}", b, value) for b in self._buckets for key, value in b.state.items()]
+        expected = {name: (bucket.rows, *value.shape[1:]) for name, bucket, value in states}
         names = {*expected, "num_steps"}
-        if any(shard.keys() != names for shard in shards):
-            different = sorted(set().union(*(shard.keys() ^ names for shard in shards)))
+        different = set().union(*(shard.keys() ^ names for shard in shards)) or {
+            name
+            for name, shape in expected.items()
+            if shape != (sum(shard[name].size(0) for shard in shards), *shards[0][name].shape[1:])
+        }
+        if different:
             raise UserError(
-                f"the optimizer state in the checkpoint is of another model: only one of the two "
-                f"has {', '.join(different[:5])}"
+                f"the optimizer state in the checkpoint is of another model: {', '.join(sorted(different)[:5])} "
+                f"differ; use the checkpoint with the model it was saved with"
             )
-        for name, shape in expected.items():
-            saved = (sum(shard[name].size(0) for shard in shards), *shards[0][name].shape[1:])
-            if saved != shape:
-                raise UserError(
-                    f"optimizer state {name!r} has shape {saved} in the checkpoint, but {shape} fits "
-                    f"this model; use the checkpoint with the model it was saved with"
-                )
-        for bucket in self._buckets:
-            for key, own in bucket.state.items():
-                mine = torch.cat([shard[f"{bucket.name}.{key}"] for shard in shards])[bucket.own]
-                own.zero_()[: mine.size(0)].copy_(mine)
+        for name, bucket, value in states:
+            own = torch.cat([shard[name] for shard in shards])[bucket.own]
+            value.zero_()[: own.size(0)].copy_(own)
         self.num_steps = int(shards[0]["num_steps"])
 
-    # --- inner parts ---
-
-    def _make_buckets(self, group: Group) -> Iterable[_Bucket]:
-        if group.kind == "adamw":
-            for name, p in group.params.items():
-                yield self._make_bucket(name, group, [p], p.data.flatten(), ("exp_avg", "exp_avg_sq"))
-            return
-        by_shape: dict[torch.Size, dict[str, nn.Parameter]] = {}
-        for name, p in group.params.items():
-            by_shape.setdefault(p.shape, {})[name] = p
-        for params in by_shape.values():
-            stacked = torch.stack([p.data for p in params.values()])
-            yield self._make_bucket(next(iter(params)), group, list(params.values()), stacked, ("momentum_buffer",))
-
-    def _make_bucket(self, name: str, group: Group, params: list[nn.Parameter], data: Tensor, states) -> _Bucket:
-        """Move `params` into storage padded to whole shards, and make this rank's state for it."""
-        share = -(-data.size(0) // self.world_size)
-        rows, padded = data.size(0), share * self.world_size
-        values = data if padded == rows else torch.cat((data, data.new_zeros(padded - rows, *data.shape[1:])))
+    def _make_buckets(self, group: Group) -> Iterator[_Bucket]:
+        """Move the parameters into storage padded to whole shards, and allocate this rank's state."""
         is_muon = group.kind == "muon"
-        grads = torch.zeros_like(values) if is_muon else None
-        grad_views = list(grads[:rows].unbind()) if is_muon else [None]
-        for i, (p, view) in enumerate(zip(params, grad_views, strict=True)):
-            p.data = values[i] if is_muon else values[:rows].view(p.shape)
-            p.grad = view
-        own = slice(self.rank * share, (self.rank + 1) * share)
-        state = {key: torch.zeros_like(values[own], dtype=torch.float32) for key in states}
-        if is_muon:
-            state["row_variance"] = torch.zeros_like(values[own][..., :1], dtype=torch.float32)
-        return _Bucket(name, group, params, rows, values, grads, grad_views, own, state)
-
-    def _num_own_rows(self, bucket: _Bucket) -> int:
-        """Of this rank's rows, how many are no padding."""
-        return max(0, min(bucket.own.stop, bucket.rows) - bucket.own.start)
+        alike: dict[torch.Size | str, dict[str, nn.Parameter]] = {}
+        for name, p in group.params.items():
+            alike.setdefault(p.shape if is_muon else name, {})[name] = p
+        for named in alike.values():
+            name, params = next(iter(named)), list(named.values())
+            values = torch.stack([p.data for p in params]) if is_muon else params[0].data.flatten()
+            rows, share = values.size(0), -(-values.size(0) // self.world_size)
+            if num_padding := share * self.world_size - rows:
+                values = torch.cat((values, values.new_zeros(num_padding, *values.shape[1:])))
+            grads = torch.zeros_like(values) if is_muon else None
+            grad_views = list(grads[:rows].unbind()) if is_muon else [None]
+            for i, (p, view) in enumerate(zip(params, grad_views, strict=True)):
+                p.data = values[i] if is_muon else values[:rows].view(p.shape)
+                p.grad = view
+            own = slice(self.rank * share, (self.rank + 1) * share)
+            keys = ("momentum_buffer",) if is_muon else ("exp_avg", "exp_avg_sq")
+            state = {key: torch.zeros_like(values[own], dtype=torch.float32) for key in keys}
+            if is_muon:
+                state["row_variance"] = torch.zeros_like(values[own][..., :1], dtype=torch.float32)
+            yield _Bucket(name, group, params, rows, values, grads, grad_views, own, state)
 
     def _start_reduce(self, bucket: _Bucket) -> _Transfer:
-        """Send this rank's gradient off to be summed; its own rows of the sum arrive."""
+        """Start to sum the gradients of all ranks; this rank's own rows of the sum arrive."""
         grads = self._gradient(bucket)
         if self.world_size == 1:
             return _Transfer(grads)
@@ -309,17 +282,17 @@ class MuonAdamW:
         return _Transfer(own, grads, dist.reduce_scatter_tensor(own, grads, async_op=True))
 
     def _start_gather(self, bucket: _Bucket) -> _Transfer:
-        """Spread this rank's updated rows; all rows arrive in `bucket.values`."""
+        """Start to exchange the updated rows; those of all ranks arrive in `bucket.values`."""
         if self.world_size == 1:
             return _Transfer(bucket.values)
         own = bucket.values[bucket.own].clone()
         return _Transfer(bucket.values, own, dist.all_gather_into_tensor(bucket.values, own, async_op=True))
 
     def _gradient(self, bucket: _Bucket) -> Tensor:
-        """The bucket's gradient in the layout of its `values`, zero where there is none."""
+        """The bucket's gradient in the layout of its `values`; zero for parameters without one."""
         if bucket.grads is not None:
             for p, view in zip(bucket.params, bucket.grad_views, strict=True):
-                if p.grad is None:  # somebody else's zero_grad took the view away
+                if p.grad is None:  # `model.zero_grad()` has removed the view
                     view.zero_()
                 elif p.grad is not view:
                     view.copy_(p.grad)
@@ -332,12 +305,8 @@ class MuonAdamW:
     def _update(self, bucket: _Bucket, grad: Tensor) -> None:
         group, values, state = bucket.group, bucket.values[bucket.own], bucket.state
         if group.kind == "muon":
-            numbers = self._as_inputs(
-                values, lr=group.lr, momentum=group.momentum, beta2=group.beta2, weight_decay=group.weight_decay
-            )
-            self._muon_update(
-                values, grad, state["momentum_buffer"], state["row_variance"], **numbers, dtype=self.muon_dtype
-            )
+            numbers = {name: getattr(group, name) for name in ("lr", "momentum", "beta2", "weight_decay")}
+            self._muon_update(values, grad, **state, **self._as_inputs(values, **numbers), dtype=self.muon_dtype)
             return
         beta1, beta2 = group.betas
         numbers = self._as_inputs(
@@ -351,10 +320,10 @@ class MuonAdamW:
 
     @staticmethod
     def _as_inputs(values: Tensor, **numbers: float) -> dict[str, Tensor | float]:
-        """Numbers that change from step to step, as the compiled updates take them: 0-d tensors on the GPU.
+        """Numbers that change from step to step, in the form the compiled updates need: 0-d tensors on the GPU.
 
-        As Python numbers each would recompile; as CPU tensors, what is computed from them (1 - decay) would stay on the
-        CPU, and a Triton kernel would be given its address.
+        A Python number would be recompiled for each new value. What is computed from a CPU tensor (1 - decay) would
+        stay on the CPU, and its address would be passed to a Triton kernel.
         """
         if not values.is_cuda:
             return numbers

@@ -1,6 +1,6 @@
 """From a model and a budget to the numbers of its run: tokens, batch, steps, rates, disk, memory, hours, dollars.
 
-Everything here is arithmetic on counts; nothing trains, prints or looks at the machine.
+All of it is arithmetic on counts. Not here: training, printing, and what this machine has.
 """
 
 import math
@@ -9,34 +9,33 @@ from dataclasses import dataclass
 from nanochat.common import UserError
 from nanochat.model.gpt import GPT, GPTConfig, build_model
 from nanochat.training import schedule
+from nanochat.training.optim import MATRIX_LR, MATRIX_WEIGHT_DECAY
 
-TOKEN_RATIO = 10.0  # training tokens per parameter that counts; 8 to 12 are about equally good for the money
+TOKEN_RATIO = 10.0  # training tokens per parameter of `scaling_parameters`; 8 to 12 are about equally cost-effective
 OCTOBER_TOKEN_RATIO = 20.0  # of the first release, which counted every parameter
 REFERENCE_DEPTH = 12  # where learning rates, batch size and weight decay were tuned
 MIN_STEPS = 400  # a short run takes a smaller batch rather than fewer steps than this
-MATRIX_WEIGHT_DECAY = 0.28
-MATRIX_LR = 0.02
 
 CHARS_PER_TOKEN = 4.8  # the first release's figure for FineWeb-Edu and 65,536 tokens; smaller vocabularies pack less
 SHARD_CHARS = 250_000_000  # text in one shard of the default data sets
-SHARD_BYTES = 100_000_000  # and what it takes on the disk
-SPARE_SHARDS_FRAC = 0.1  # a run that lacks text reads some of it twice
-EXPECTED_MFU = 0.45  # counted as here, 8 H100 reached 0.44 with the first release's d20 and 0.475 with its d32
-MID_TOKENS = 809 * 2**19  # of mid-training: the first release's steps on the mixture that is also ours, once it spelled
+SHARD_BYTES = 100_000_000  # size of such a shard on disk
+SPARE_SHARDS_FRAC = 0.1  # a run that is short of text reads some of it twice
+EXPECTED_MFU = 0.45  # by our count, 8 H100 reached 0.44 with the first release's d20 and 0.475 with its d32
+MID_TOKENS = 809 * 2**19  # of mid-training: the steps of the first release, with spelling tasks, on the same mixture
 STAGES_AFTER = 2  # mid-training and finetuning, each of which leaves a checkpoint of the same size
 
-# Bytes a token and channel that autograd keeps of the compiled trunk (dev/LOG.md, memory of a training step)
-LAYER_BYTES = 36.2  # in each layer: 18 values of bfloat16, and norms
-WINDOW_BYTES = 11.3  # more in a layer with a window: its blocks of keys and values, which FlashAttention does not copy
-VALUE_EMBED_BYTES = 4  # more in a layer with a value embedding: this and its gradient
-TRUNK_BYTES = 4.1 + 20.0  # once: before and after the layers; and what backward has at hand of one of them
-LOGIT_BYTES = 1 << 30  # the pieces of the vocabulary head at work
-USABLE_MEMORY_FRAC = 0.92  # of the data sheet's memory, for tensors: drivers, kernels and fragments take the rest
+# Bytes per token and channel that autograd keeps of the compiled trunk (dev/LOG.md, memory of a training step)
+LAYER_BYTES = 36.2  # per layer: 18 values of bfloat16, and norms
+WINDOW_BYTES = 11.3  # more per layer with a window: blocks of keys and values, which FlashAttention does not copy
+VALUE_EMBED_BYTES = 4  # more per layer with a value embedding: itself and its gradient
+TRUNK_BYTES = 4.1 + 20.0  # once: before and after the layers, and the temporaries of backward in one layer
+LOGIT_BYTES = 1 << 30  # the chunks of logits in flight in the head
+USABLE_MEMORY_FRAC = 0.92  # of the data sheet's memory, for tensors: drivers, kernels and fragmentation take the rest
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The numbers of one pretraining run that follow from model and horizon; stored with every checkpoint."""
+    """The numbers of a run that follow from model and horizon; stored in every checkpoint."""
 
     num_steps: int
     total_batch_tokens: int
@@ -54,28 +53,22 @@ def count_model(config: GPTConfig) -> GPT:
 
 
 def scaling_parameters(config: GPTConfig) -> int:
-    """What the token ratio multiplies: matrix and head parameters, as those of tables cost no time.
-
-    Without value embeddings, in the architecture of October 2025, it is every parameter, as that release counted.
-    """
+    """The number of parameters that the token ratio multiplies: those of matrices and head, as tables cost no time; in
+    the architecture of October 2025, without value embeddings, all of them, as that release counted."""
     counts = count_model(config).parameter_counts()
     return counts["matrices"] + config.vocab_size * config.n_embd if config.value_embeds else counts["total"]
 
 
 def usual_token_ratio(config: GPTConfig) -> float:
-    """Training tokens per parameter of `scaling_parameters` where nothing else is asked for."""
+    """Training tokens per parameter of `scaling_parameters` by default."""
     return TOKEN_RATIO if config.value_embeds else OCTOBER_TOKEN_RATIO
 
 
 def horizon_tokens(
-    config: GPTConfig,
-    *,
-    token_ratio: float | None = None,
-    target_flops: float | None = None,
-    tokens_per_second: float | None = None,
-    minutes: float | None = None,
-) -> float:
-    """Training tokens by whichever budget is given: FLOPs, minutes at a measured speed, or tokens per parameter."""
+    config: GPTConfig, *, token_ratio: float | None = None, target_flops: float | None = None,
+    tokens_per_second: float | None = None, minutes: float | None = None,
+) -> float:  # fmt: skip
+    """Training tokens for the budget given: FLOPs, minutes at a measured speed, or tokens per parameter."""
     if target_flops is not None:
         return target_flops / count_model(config).flops_per_token()
     if minutes is not None:
@@ -85,28 +78,20 @@ def horizon_tokens(
 
 
 def make_plan(
-    config: GPTConfig,
-    *,
-    train_tokens: float | None = None,
-    num_steps: int | None = None,
-    token_ratio: float | None = None,
-    total_batch_tokens: int = 0,
-    batch_multiple: int = 1,
-    lr_mult: float = 1.0,
+    config: GPTConfig, *, train_tokens: float | None = None, num_steps: int | None = None,
+    token_ratio: float | None = None, total_batch_tokens: int = 0, batch_multiple: int = 1, lr_mult: float = 1.0,
     matrix_weight_decay: float = MATRIX_WEIGHT_DECAY,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """Batch size, steps and scaled rates of a run of `train_tokens`, or of `num_steps`.
 
-    They are scaled from d12 trained on `token_ratio` tokens per parameter: give the run's own where that fixed
-    `train_tokens`. None is the usual one, so that a budget short for the model counts as short.
+    Rates and weight decay are scaled from d12 trained on `token_ratio` tokens per parameter. Give the ratio of the run
+    if it determined `train_tokens`; None is the usual one, so that a small budget counts as a short run.
 
-    `total_batch_tokens` 0 takes the best power of two, at least `batch_multiple` tokens (one row on every rank) and
-    small enough for `MIN_STEPS`; else it is taken as it is. Raises `UserError` when the budget is not one step.
+    `total_batch_tokens` 0 takes the best power of two that leaves `MIN_STEPS` steps, rounded up to a multiple of
+    `batch_multiple` tokens (one row on every rank). Raises `UserError` when the budget is less than one step.
     """
-    d12 = GPTConfig.from_depth(
-        REFERENCE_DEPTH, vocab_size=config.vocab_size, sequence_len=config.sequence_len,
-        value_embeds=config.value_embeds,
-    )  # fmt: skip
+    same = {name: getattr(config, name) for name in ("vocab_size", "sequence_len", "value_embeds")}
+    d12 = GPTConfig.from_depth(REFERENCE_DEPTH, **same)
     token_ratio = usual_token_ratio(config) if token_ratio is None else token_ratio
     d12_tokens = token_ratio * scaling_parameters(d12)
     assert train_tokens is not None or num_steps is not None
@@ -120,9 +105,9 @@ def make_plan(
     if num_steps is None:
         num_steps = int(train_tokens // total_batch_tokens)
         if num_steps < 1:
+            remedy = "raise it, or lower --total-batch-size"
             raise UserError(
-                f"the budget is {train_tokens:.3g} tokens, less than one batch of {total_batch_tokens}; "
-                f"raise it, or lower --total-batch-size"
+                f"the budget is {train_tokens:.3g} tokens, less than one batch of {total_batch_tokens}; {remedy}"
             )
     lr_scale = lr_mult * schedule.batch_lr_scale(total_batch_tokens)
     weight_decay = schedule.scaled_weight_decay(
@@ -134,11 +119,11 @@ def make_plan(
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a plan needs on `num_gpus` GPUs: shards of text, disk and memory in bytes, hours, dollars.
+    """What a plan needs on `num_gpus` GPUs.
 
-    The disk holds the shards and checkpoints, mid-training's and finetuning's too. Memory is per GPU, at a device batch
-    of `device_batch_size` rows. Hours and dollars are those of pretraining, `mid_hours` those of mid-training; None
-    where the GPU's peak or price is not known.
+    `num_shards` of text; disk for these and the checkpoints of all stages; memory of each GPU at a device batch of
+    `device_batch_size` rows; hours and dollars of pretraining, and hours of mid-training, None if the peak or the price
+    of the GPU is not known.
     """
 
     num_shards: int
@@ -151,18 +136,18 @@ class Estimate:
 
 
 def shards_for(train_tokens: float) -> int:
-    """Training shards of the default data sets with text for so many tokens, a tenth to spare, and round: at most two
-    digits that are not zero. For the first release's runs these are the 240 and 800 shards that it took."""
+    """Training shards of the default data sets for this many tokens: a tenth to spare, rounded up to two significant
+    digits. For the runs of the first release these are its 240 and 800 shards."""
     exact = math.ceil(train_tokens * CHARS_PER_TOKEN / SHARD_CHARS * (1 + SPARE_SHARDS_FRAC))
     unit = 10 ** max(0, len(str(exact)) - 2)
     return math.ceil(exact / unit) * unit
 
 
 def training_bytes(config: GPTConfig, *, num_gpus: int, device_batch_size: int) -> int:
-    """Memory of one GPU while it trains, in bfloat16: float32 matrices, head and states, bfloat16 tables, activations.
+    """Memory of one GPU while it trains in bfloat16: float32 matrices, head and states, bfloat16 tables, activations.
 
-    The optimizer's state is sharded over the GPUs (`optim.py`); weights and gradients are not. A bfloat16 copy of the
-    matrices and the head is made in forward and kept for backward. Taken as if FlashAttention were not installed.
+    The optimizer's state is sharded over the GPUs (`optim.py`), weights and gradients are not. Forward makes a bfloat16
+    copy of the matrices and the head and keeps it for backward. Assumes that FlashAttention is not installed.
     """
     counts = count_model(config).parameter_counts()
     tables, matrices, head = counts["wte"] + counts["value_embeds"], counts["matrices"], counts["head"]
@@ -170,37 +155,29 @@ def training_bytes(config: GPTConfig, *, num_gpus: int, device_batch_size: int) 
     copies = 2 * (matrices + head)
     states = (8 * (tables + head) + 4 * matrices) / num_gpus  # two AdamW moments, one of Muon
     num_windows = sum(config.window(layer) not in (None, config.sequence_len) for layer in range(config.n_layer))
-    channel_bytes = (
-        LAYER_BYTES * config.n_layer + WINDOW_BYTES * num_windows + VALUE_EMBED_BYTES * config.num_value_embeds
-        + TRUNK_BYTES
-    )  # fmt: skip
+    channel_bytes = LAYER_BYTES * config.n_layer + WINDOW_BYTES * num_windows + TRUNK_BYTES
+    channel_bytes += VALUE_EMBED_BYTES * config.num_value_embeds
     activations = device_batch_size * config.sequence_len * config.n_embd * channel_bytes
     return int(2 * weights + copies + states + activations + LOGIT_BYTES)
 
 
 def fitting_rows(config: GPTConfig, *, num_gpus: int, memory_bytes: int, wanted: int) -> int:
-    """The first of `wanted`, half of it, ... rows that train in a GPU's usable memory; 0 where not even one does."""
+    """The first of `wanted`, half of it, ... rows that fit in a GPU's usable memory; 0 if not even one does."""
     while wanted and training_bytes(config, num_gpus=num_gpus, device_batch_size=wanted) > usable_bytes(memory_bytes):
         wanted //= 2
     return wanted
 
 
 def usable_bytes(memory_bytes: int) -> int:
-    """What tensors can take of a GPU's memory by its data sheet."""
+    """Memory left for tensors, of that in a GPU's data sheet."""
     return int(USABLE_MEMORY_FRAC * memory_bytes)
 
 
 def estimate(
-    config: GPTConfig,
-    plan: Plan,
-    *,
-    num_gpus: int,
-    device_batch_size: int,
-    peak_flops: float | None,
-    gpu_hour_dollars: float | None,
-    save_every: int = 0,
-) -> Estimate:
-    """Arithmetic from counts and the constants above; `save_every` steps there is a checkpoint, 0: only at the end."""
+    config: GPTConfig, plan: Plan, *, num_gpus: int, device_batch_size: int, peak_flops: float | None,
+    gpu_hour_dollars: float | None, save_every: int = 0,
+) -> Estimate:  # fmt: skip
+    """What `plan` needs, from counts and the constants above; `save_every` as the flag."""
     model = count_model(config)
     counts = model.parameter_counts()
     num_shards = shards_for(plan.train_tokens)
@@ -212,12 +189,6 @@ def estimate(
         hours_per_token = model.flops_per_token() / (peak_flops * EXPECTED_MFU * num_gpus) / 3600
         hours, mid_hours = hours_per_token * plan.train_tokens, hours_per_token * MID_TOKENS
         dollars = hours * num_gpus * gpu_hour_dollars if gpu_hour_dollars else None
-    return Estimate(
-        num_shards=num_shards,
-        num_checkpoints=num_checkpoints,
-        disk_bytes=(num_shards + 1) * SHARD_BYTES + num_checkpoints * checkpoint,
-        gpu_bytes=training_bytes(config, num_gpus=num_gpus, device_batch_size=device_batch_size),
-        hours=hours,
-        dollars=dollars,
-        mid_hours=mid_hours,
-    )
+    disk_bytes = (num_shards + 1) * SHARD_BYTES + num_checkpoints * checkpoint
+    gpu_bytes = training_bytes(config, num_gpus=num_gpus, device_batch_size=device_batch_size)
+    return Estimate(num_shards, num_checkpoints, disk_bytes, gpu_bytes, hours, dollars, mid_hours)

@@ -1,15 +1,15 @@
 """Reinforcement learning on a model's own replies: rollouts, advantages, the batches of a step, pass@k.
 
-GRPO in its simple form. Every question is answered several times by the model as it is, a group. The advantage of a
-reply is its reward minus the mean of its group (arXiv 2402.03300, without the division by the deviation, which favours
+GRPO in its simple form. The current model answers each question several times, a group. The advantage of a reply is its
+reward minus the mean of its group (arXiv 2402.03300, without the division by the standard deviation, which favours
 questions that are too easy or too hard, arXiv 2503.20783), and the loss of a step is
 
     - sum over sampled tokens of advantage * log p(token) / number of those tokens                (arXiv 2503.14476)
 
-over all replies of the step on all ranks. Each reply is used for one step only, so there is nothing to clip and no
-reference model to stay near. Groups whose rewards are all equal teach nothing and are left out before any work.
+over all replies of the step on all ranks. Each reply is used in one step only, so there is nothing to clip and no
+reference model to stay near. Groups whose rewards are all equal have no gradient and are left out.
 
-Not here: the loop (`scripts/chat_rl.py`), rewards (the tasks), how replies come about (`engine.py`).
+Not here: the loop (`scripts/chat_rl.py`), rewards (the tasks), how replies are generated (`engine.py`).
 """
 
 import hashlib
@@ -21,10 +21,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import UserError
+from nanochat.common import UserError, gather_ranks
 from nanochat.data.chat import render_for_completion
 from nanochat.data.dataloader import Batch
 from nanochat.engine.engine import Engine
@@ -39,8 +38,8 @@ NUM_SAMPLES_SHOWN = 2
 
 @dataclass(frozen=True)
 class Question:
-    """Question `index` of `task`, of class `tasks.common.Task` or one like it: the conversation, whose last message is
-    the reference, and the prompt that asks for it."""
+    """Question `index` of a run: its task (a `tasks.common.Task`), the conversation with the reference as last message,
+    and the prompt that asks for it."""
 
     index: int
     task: Any
@@ -50,8 +49,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A reply to a prompt: its tokens with the one that ended it, which of them were sampled (a tool's answer was not),
-    its reward and that minus the mean of its group; `is_whole` unless it was cut off."""
+    """A reply to a prompt, in tokens with the one that ended it. Tokens of tool results are not `is_sampled`; a reply
+    that was cut off is not `is_whole`. The advantage is the reward minus the mean of the group."""
 
     prompt: list[int]
     reply: list[int]
@@ -65,14 +64,14 @@ class Rollout:
         return sum(self.is_sampled)
 
 
-# --- questions -----------------------------------------------------------------------------------
+Group = Sequence[Rollout]  # of one question
 
 
 class Questions:
-    """The questions of a mixture of tasks in an order drawn from `seed`, epoch after epoch, dealt out to ranks.
+    """The questions of a mixture of tasks in a random order, another one each epoch, dealt out to ranks.
 
-    mixture: of class `tasks.common.TaskMixture` or one like it. Those whose prompt is longer than `max_prompt` tokens
-    are left out, `num_left_out` of them. Raises `UserError` where none is left.
+    mixture: a `tasks.common.TaskMixture`. Questions with a prompt of more than `max_prompt` tokens are left out,
+    `num_left_out` of them; raises `UserError` if none is left.
     """
 
     def __init__(self, mixture: Any, tokenizer: Tokenizer, max_prompt: int, *, seed: int = 0):
@@ -90,18 +89,18 @@ class Questions:
                 f"none of {len(mixture)} questions fits into {max_prompt} tokens of context; lower --max-tokens, or "
                 f"take a model with a longer context"
             )
-        self._order: tuple[int, list[int]] | None = None  # an epoch and its order
+        self._order: tuple[int, list[int]] = (-1, [])  # an epoch and its order
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def take(self, first: int, count: int, *, rank: int = 0, world_size: int = 1) -> list[Question]:
-        """This rank's share of the `count` questions from number `first` of the whole run on."""
+        """This rank's share of `count` questions, from number `first` of the whole run on."""
         return [self._question(number) for number in range(first, first + count)[rank::world_size]]
 
     def _question(self, number: int) -> Question:
         epoch, place = divmod(number, len(self.indices))
-        if self._order is None or self._order[0] != epoch:
+        if self._order[0] != epoch:
             order = list(self.indices)
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
             self._order = epoch, order
@@ -113,13 +112,13 @@ class Questions:
     def _prompt(self, conversation: Mapping[str, Any]) -> list[int]:
         return render_for_completion(self.tokenizer, {"messages": conversation["messages"][:-1]}).ids
 
-    # where a run stands follows from its step; a checkpoint keeps what shows that the questions are the same
+    # The position in the questions follows from the step; a checkpoint only stores what identifies them.
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"digest": torch.tensor(list(self.digest), dtype=torch.uint8), "seed": torch.tensor(self.seed)}
 
     def load_state_dict(self, shards: Sequence[Mapping[str, Tensor]]) -> None:
-        """Raises `UserError` where the run that saved `shards` had other questions."""
+        """Raises `UserError` if the run that saved `shards` had other questions."""
         own = self.state_dict()
         if any(not torch.equal(shard[name], own[name]) for shard in shards for name in own):
             raise UserError(
@@ -133,21 +132,18 @@ class Questions:
 
 def roll_out(
     engine: Engine, model: GPT, questions: Sequence[Question], sampling: Sampling, *, num_samples: int, seed: str
-) -> list[list[Rollout]]:
-    """A group of `num_samples` replies of `model` to each question, all of them in one batch of its engine.
+) -> list[Group]:
+    """`num_samples` replies of `model` to each question, all decoded in one batch of the engine.
 
-    What is drawn depends on `seed` and the question's number only, so not on who else is answered at the time. Raises
+    What is sampled depends only on `seed` and the index of the question, not on the others in the batch. Raises
     `UserError` for a reward that is not finite.
     """
-    engine.refresh(model)  # the weights have changed, and what the cache holds must not depend on what came before
+    engine.refresh(model)  # the weights have changed; the cache must not depend on what came before
     end = engine.tokenizer.special_ids["<|assistant_end|>"]
-    requests = [
-        engine.submit(
-            question.prompt, replace(sampling, seed=random.Random(f"{seed}/{question.index}").getrandbits(63)),
-            num_samples=num_samples, stop_ids=(end,),
-        )
-        for question in questions
-    ]  # fmt: skip
+    requests = []
+    for question in questions:
+        own = replace(sampling, seed=random.Random(f"{seed}/{question.index}").getrandbits(63))
+        requests.append(engine.submit(question.prompt, own, num_samples=num_samples, stop_ids=(end,)))
     while engine.has_work:
         engine.step()
     groups = []
@@ -159,11 +155,9 @@ def roll_out(
         group = []
         for completion, reward, advantage in zip(request.completions, rewards, advantages(rewards), strict=True):
             is_whole = completion.finish_reason == "stop"
-            reply = completion.ids + [end] * is_whole
             is_sampled = [not token.is_forced for token in completion.tokens] + [True] * is_whole
-            group.append(
-                Rollout(question.prompt, reply, is_sampled, reward, advantage, is_whole)
-            )  # fmt: skip
+            reply = completion.ids + [end] * is_whole
+            group.append(Rollout(question.prompt, reply, is_sampled, reward, advantage, is_whole))
         groups.append(group)
     return groups
 
@@ -174,19 +168,16 @@ def advantages(rewards: Sequence[float]) -> list[float]:
     return [reward - mean for reward in rewards]
 
 
-def differing(groups: Sequence[Sequence[Rollout]]) -> list[Sequence[Rollout]]:
-    """The groups that have different rewards, and so something to learn from."""
+def differing(groups: Sequence[Group]) -> list[Group]:
+    """The groups whose rewards are not all equal, which are those with a gradient."""
     return [group for group in groups if len({rollout.reward for rollout in group}) > 1]
 
 
-# --- batches -------------------------------------------------------------------------------------
-
-
 def make_batches(rollouts: Sequence[Rollout], batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
-    """Rollouts as batches of at most `batch_size` rows, alike in length so that little is padding.
+    """Rollouts in batches of at most `batch_size` rows, sorted by length to save padding.
 
-    Targets are the sampled tokens, each row's weight is its advantage. There is always a batch, without a target if
-    need be, so that every rank has gradients.
+    Targets are the sampled tokens; the weight of a row is its advantage. Without rollouts there is one batch without
+    targets, so that every rank has gradients.
     """
     in_order = sorted(rollouts, key=lambda r: len(r.prompt) + len(r.reply), reverse=True)
     chunks = [in_order[i : i + batch_size] for i in range(0, len(in_order), batch_size)]
@@ -201,12 +192,11 @@ def _batch(rollouts: Sequence[Rollout], device: torch.device | str) -> Batch:
     weights = torch.zeros(B)
     for b, r in enumerate(rollouts):
         tokens = torch.tensor([*r.prompt, *r.reply])
-        begin, end = len(r.prompt) - 1, len(tokens) - 1  # where the reply's tokens are predicted
+        begin, end = len(r.prompt) - 1, len(tokens) - 1  # positions that predict the reply
         idx[b, :end] = tokens[:-1]
         targets[b, begin:end] = torch.tensor(r.reply).masked_fill(~torch.tensor(r.is_sampled), IGNORE_INDEX)
         weights[b] = r.advantage
-    num_targets = sum(r.num_sampled for r in rollouts)
-    return Batch(idx.to(device), targets.to(device), num_targets, 0, weights.to(device))
+    return Batch(idx.to(device), targets.to(device), sum(r.num_sampled for r in rollouts), 0, weights.to(device))
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -215,15 +205,14 @@ def _batch(rollouts: Sequence[Rollout], device: torch.device | str) -> Batch:
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     """Probability that one of `k` samples is right, estimated without bias from `num_samples` of which `num_right`
     are (arXiv 2107.03374, equation 1)."""
-    assert 1 <= k <= num_samples, (num_samples, k)
-    assert 0 <= num_right <= num_samples, (num_samples, num_right)
+    assert 0 <= num_right <= num_samples >= k >= 1, (num_samples, num_right, k)
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found: numbers by name, the mean reward of each question in their order, and some greedy replies
-    as texts, prompt and special tokens included."""
+    """Numbers by name, the mean reward of each question in their order, and some greedy replies as text, prompt and
+    special tokens included."""
 
     numbers: dict[str, float]
     means: list[float]
@@ -233,37 +222,52 @@ class Evaluation:
 def evaluate(
     engine: Engine, model: GPT, questions: Sequence[Question], sampling: Sampling, *, num_samples: int, seed: str
 ) -> Evaluation:
-    """Of this rank's `questions` and those of all others: the mean reward of `num_samples` replies with its standard
-    error over questions, where there are several tasks of each one too, that of a greedy reply, pass@k for powers of
-    two, mean length in tokens, share cut off."""
+    """Answer this rank's `questions`, and summarise the replies of all ranks.
+
+    The numbers are the mean reward of `num_samples` replies with its standard error over questions (overall and, if
+    there are several tasks, for each), that of a greedy reply, pass@k for powers of two, and those of `_lengths`.
+    """
     groups = roll_out(engine, model, questions, sampling, num_samples=num_samples, seed=seed)
     greedy = roll_out(engine, model, questions, replace(sampling, temperature=0.0), num_samples=1, seed=seed)
-    own = [
-        (question.index, question.task.name, [r.reward for r in group], one.reward, sum(len(r.reply) for r in group),
-         sum(not r.is_whole for r in group))
-        for question, group, (one,) in zip(questions, groups, greedy, strict=True)
-    ]  # fmt: skip
-    rows = sorted((row for part in gathered(own) for row in part), key=lambda row: row[0])
-    _, names, rewards, greedy_rewards, lengths, cut = zip(*rows, strict=True)
-    means = [math.fsum(group) / num_samples for group in rewards]
-    num_questions, num_replies = len(means), len(means) * num_samples
-    mean, se = mean_and_error(means)
-    numbers = {
-        "val_reward": mean, "val_reward_se": se,
-        "val_greedy_reward": math.fsum(greedy_rewards) / num_questions,
-        "val_reply_tokens": sum(lengths) / num_replies, "val_cut_frac": sum(cut) / num_replies,
-    }  # fmt: skip
-    num_right = [sum(reward >= FULL_REWARD for reward in group) for group in rewards]
+    answered = zip(questions, groups, greedy, strict=True)
+    own = [(question.index, question.task.name, group, one.reward) for question, group, (one,) in answered]
+    rows = sorted((row for part in gather_ranks(own) for row in part), key=lambda row: row[0])
+    _, names, all_groups, greedy_rewards = zip(*rows, strict=True)
+    means = [math.fsum(r.reward for r in group) / num_samples for group in all_groups]
+    numbers = dict(zip(("val_reward", "val_reward_se"), mean_and_error(means), strict=True))
+    numbers["val_greedy_reward"] = math.fsum(greedy_rewards) / len(rows)
+    numbers |= {f"val_{name}": value for name, value in _lengths(all_groups).items()}
+    num_right = [sum(r.reward >= FULL_REWARD for r in group) for group in all_groups]
     for k in (2**i for i in range(num_samples.bit_length())):
-        numbers[f"val_pass_at_{k}"] = math.fsum(pass_at_k(num_samples, right, k) for right in num_right) / num_questions
+        numbers[f"val_pass_at_{k}"] = math.fsum(pass_at_k(num_samples, right, k) for right in num_right) / len(rows)
     if len(set(names)) > 1:
-        for name in sorted(set(names)):
-            of_task = mean_and_error([m for m, its_name in zip(means, names, strict=True) if its_name == name])
-            numbers[f"val_reward_{name}"], numbers[f"val_reward_{name}_se"] = of_task
+        for task in sorted(set(names)):
+            of_task = [mean for mean, name in zip(means, names, strict=True) if name == task]
+            numbers[f"val_reward_{task}"], numbers[f"val_reward_{task}_se"] = mean_and_error(of_task)
     shown = [one for (one,) in greedy[:NUM_SAMPLES_SHOWN]]
-    return Evaluation(
-        numbers, means, [f"{engine.tokenizer.decode(r.prompt + r.reply)}\nreward {r.reward:g}" for r in shown]
-    )
+    texts = [f"{engine.tokenizer.decode(r.prompt + r.reply)}\nreward {r.reward:g}" for r in shown]
+    return Evaluation(numbers, means, texts)
+
+
+def step_numbers(groups: Sequence[Group]) -> dict[str, float]:
+    """Of the replies of all ranks in a step: mean reward, share of groups whose rewards differ, those of `_lengths`,
+    the number of `rollout_tokens`, and of `train_tokens`, which are sampled in groups that differ."""
+    groups = [group for part in gather_ranks(groups) for group in part]
+    learned = differing(groups)
+    return {
+        "reward": math.fsum(math.fsum(r.reward for r in group) for group in groups) / sum(map(len, groups)),
+        "groups_frac": len(learned) / len(groups),
+        **_lengths(groups),
+        "rollout_tokens": sum(len(r.reply) for group in groups for r in group),
+        "train_tokens": sum(r.num_sampled for group in learned for r in group),
+    }
+
+
+def _lengths(groups: Sequence[Group]) -> dict[str, float]:
+    """Mean length of the replies in tokens, and the share that was cut off."""
+    replies = [r for group in groups for r in group]
+    num_tokens, num_cut = sum(len(r.reply) for r in replies), sum(not r.is_whole for r in replies)
+    return {"reply_tokens": num_tokens / len(replies), "cut_frac": num_cut / len(replies)}
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -271,33 +275,3 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     mean = math.fsum(values) / len(values)
     variance = math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
     return mean, math.sqrt(variance / len(values))
-
-
-def gathered(own: Any) -> list[Any]:
-    """What every rank has, in the order of ranks."""
-    if not dist.is_initialized():
-        return [own]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
-    return parts
-
-
-def step_numbers(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-    """Of all ranks' replies of a step: mean reward, share of groups that differ, mean length in tokens, share cut off,
-    `rollout_tokens` of all of them, and `train_tokens`, those sampled in groups that differ."""
-    learned = {id(group) for group in differing(groups)}
-    own = [
-        ([r.reward for r in group], [len(r.reply) for r in group], sum(not r.is_whole for r in group),
-         sum(r.num_sampled for r in group) if id(group) in learned else 0)
-        for group in groups
-    ]  # fmt: skip
-    rewards, lengths, cut, trained = zip(*(row for part in gathered(own) for row in part), strict=True)
-    num_replies = sum(map(len, rewards))
-    return {
-        "reward": math.fsum(map(math.fsum, rewards)) / num_replies,
-        "groups_frac": sum(count > 0 for count in trained) / len(trained),
-        "reply_tokens": sum(map(sum, lengths)) / num_replies,
-        "cut_frac": sum(cut) / num_replies,
-        "rollout_tokens": sum(map(sum, lengths)),
-        "train_tokens": sum(trained),
-    }

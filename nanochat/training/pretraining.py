@@ -1,0 +1,121 @@
+"""How pretraining begins: from flags to the model's config, the plan of the run, and what `--dry-run` prints.
+
+Not here: the arithmetic behind a plan (`recipe.py`), and the loop (`scripts/base_train.py`).
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+
+import torch
+
+from nanochat import hardware
+from nanochat.common import UserError, print0
+from nanochat.model.gpt import GPTConfig
+from nanochat.tokenizer import Tokenizer, tokenizer_dir
+from nanochat.training import recipe
+from nanochat.training.loop import DEVICE_BATCH_SIZE, choose_device_batch
+
+DRY_RUN_GPU, DRY_RUN_GPUS = "H100", 8  # where the machine has none
+DRY_RUN_VOCAB_SIZE = 32768  # where there is no tokenizer
+HORIZONS = ("token_ratio", "target_flops", "num_steps", "minutes")
+
+
+def check_horizon(args: argparse.Namespace) -> None:
+    """Raise `UserError` when more than one horizon is given, or one that a dry run cannot know."""
+    given = [f"--{name.replace('_', '-')}" for name in HORIZONS if getattr(args, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"give one horizon, not {' and '.join(given)}")
+    if args.dry_run and args.minutes:
+        raise UserError("--dry-run cannot know the speed that --minutes measures; give another horizon")
+
+
+def model_config(args: argparse.Namespace, vocab_size: int) -> GPTConfig:
+    derive = GPTConfig.from_depth if args.arch == "recipe" else GPTConfig.october_2025
+    other = {"window_pattern": args.window_pattern} if args.window_pattern else {}
+    shape = {name: getattr(args, name) for name in ("sequence_len", "head_dim", "kv_ratio")}
+    return derive(args.depth, vocab_size=vocab_size, **shape, **other)
+
+
+def make_plan(args: argparse.Namespace, config: GPTConfig, num_ranks: int, speed: float | None = None) -> recipe.Plan:
+    """The plan for the horizon in `args`; `speed` in tokens a second is needed for `--minutes` only."""
+    train_tokens = None
+    if args.num_steps is None:
+        budget = {name: getattr(args, name) for name in ("token_ratio", "target_flops", "minutes")}
+        train_tokens = recipe.horizon_tokens(config, **budget, tokens_per_second=speed)
+    return recipe.make_plan(
+        config, train_tokens=train_tokens, num_steps=args.num_steps, total_batch_tokens=args.total_batch_size,
+        batch_multiple=config.sequence_len * num_ranks, token_ratio=args.token_ratio, lr_mult=args.lr_mult,
+        matrix_weight_decay=args.weight_decay,
+    )  # fmt: skip
+
+
+# --- dry run -------------------------------------------------------------------------------------
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    """Print what a run with these flags takes: a table for people, then a JSON line for scripts. Writes nothing."""
+    vocab_size = args.vocab_size
+    if not vocab_size:
+        vocab_size = Tokenizer.load(tokenizer_dir()).vocab_size if tokenizer_dir().exists() else DRY_RUN_VOCAB_SIZE
+    config = model_config(args, vocab_size)
+    here = torch.cuda.is_available()
+    gpu = torch.cuda.get_device_name() if here and not args.gpu else hardware.full_name(args.gpu or DRY_RUN_GPU)
+    num_gpus = args.num_gpus or (torch.cuda.device_count() if here else DRY_RUN_GPUS)
+    peak_flops = hardware.peak_flops(gpu, "bfloat16") or hardware.peak_flops(gpu, "float16")
+    price, memory = hardware.gpu_hour_dollars(gpu), hardware.memory_bytes(gpu)
+
+    # the plan, and micro-batches that should fit
+    T = config.sequence_len
+    plan = make_plan(args, config, num_gpus)
+    wanted, is_fixed = args.device_batch_size or DEVICE_BATCH_SIZE["cuda"], bool(args.device_batch_size)
+    fitting = recipe.fitting_rows(config, num_gpus=num_gpus, memory_bytes=memory, wanted=wanted) if memory else wanted
+    num_rows, num_micro_steps = choose_device_batch(
+        plan.total_batch_tokens, wanted if is_fixed else max(1, fitting), T, num_gpus, is_fixed=is_fixed
+    )
+    estimate = recipe.estimate(
+        config, plan, num_gpus=num_gpus, device_batch_size=num_rows, peak_flops=peak_flops, gpu_hour_dollars=price,
+        save_every=args.save_every,
+    )  # fmt: skip
+    fits = None if memory is None else estimate.gpu_bytes <= recipe.usable_bytes(memory)
+
+    # in words, and for scripts
+    counts = recipe.count_model(config).parameter_counts()
+    tables, counted = counts["wte"] + counts["value_embeds"], recipe.scaling_parameters(config)
+    dollars = "price not known" if price is None else f"${price:.2f} per GPU hour ({hardware.PRICES_AS_OF})"
+    lines = {
+        "model": f"depth {args.depth}, {args.arch} architecture, vocabulary {vocab_size:,}",
+        "parameters": f"{counts['total']:,}: matrices {counts['matrices']:,}, head {counts['head']:,}, "
+        f"embeddings {tables:,}",
+        "tokens": f"{plan.train_tokens:,}, {plan.train_tokens / counted:.1f} for each of {counted:,} parameters",
+        "steps": f"{plan.num_steps:,} of {plan.total_batch_tokens:,} tokens = {num_micro_steps} x {num_rows} x {T} x "
+        f"{num_gpus} (micro-steps, rows, length, GPUs)",
+        "text": f"{estimate.num_shards} shards of {recipe.SHARD_BYTES / 1e6:.0f} MB",
+        "disk": f"{estimate.disk_bytes / 1e9:.0f} GB with {estimate.num_checkpoints} checkpoints",
+        "memory per GPU": _memory_in_words(estimate.gpu_bytes, memory, fitting),
+        f"{num_gpus} x {gpu}": f"assumed: {recipe.EXPECTED_MFU:.0%} of peak, {dollars}",
+        "pretraining": _cost_in_words(estimate.hours, num_gpus, price),
+        "mid-training": f"{_cost_in_words(estimate.mid_hours, num_gpus, price)}, about "
+        f"{recipe.MID_TOKENS / 1e6:.0f} million tokens",
+        "not estimated": "tokenizer, finetuning, evaluation",
+    }
+    print0("\n".join(f"{name:<20} {text}" for name, text in lines.items()))
+    facts = {"gpu": gpu, "num_gpus": num_gpus, "device_batch_size": num_rows, "num_micro_steps": num_micro_steps}
+    print0(json.dumps({**asdict(plan), **asdict(estimate), **facts, "fits": fits, "parameters": counts["total"]}))
+
+
+def _memory_in_words(needed: int, memory: int | None, fitting: int) -> str:
+    """What training takes of a GPU's memory, and what to do when that is too much; `fitting` is in rows, 0 for none."""
+    if memory is None:
+        return f"{needed / 2**30:.1f} GiB, of a GPU whose memory is not known"
+    usable = recipe.usable_bytes(memory)
+    if needed <= usable:
+        return f"{needed / 2**30:.1f} GiB of {usable / 2**30:.1f} usable"
+    remedy = f"--device-batch-size {fitting} should" if fitting else "take a larger one, more of them, or less --depth"
+    return f"{needed / 2**30:.1f} GiB, but only {usable / 2**30:.1f} are usable: DOES NOT FIT; {remedy}"
+
+
+def _cost_in_words(hours: float | None, num_gpus: int, price: float | None) -> str:
+    if hours is None:
+        return "no estimate: the speed of this GPU is not known"
+    return f"{hours:.2f} hours" + (f", ${hours * num_gpus * price:,.0f}" if price is not None else "")
