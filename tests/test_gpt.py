@@ -211,9 +211,9 @@ def test_the_compiled_trunk_serves_batches_of_the_training_shape_only(tiny_model
     lengths = []
 
     def compile_stub(function, **options):
-        def compiled(idx, cos, sin):
+        def compiled(idx, *args, **kwargs):
             lengths.append(idx.size(1))
-            return function(idx, cos, sin)
+            return function(idx, *args, **kwargs)
 
         return compiled
 
@@ -224,6 +224,33 @@ def test_the_compiled_trunk_serves_batches_of_the_training_shape_only(tiny_model
         tiny_model(draw_idx(tiny_config))
         tiny_model(draw_idx(tiny_config, length=7))
     assert lengths == [32, 32]
+
+
+@pytest.mark.parametrize("derive", [GPTConfig.from_depth, GPTConfig.october_2025])
+def test_the_trunk_compiles_to_one_graph_forward_and_backward(derive, monkeypatch):
+    """A break would leave most of the speed behind; so would the choice of a backend within the graph."""
+    config = derive(2, vocab_size=100, sequence_len=16, head_dim=32)
+    model = build_model(config, generator=torch.Generator().manual_seed(0))
+    fill_randomly(model)
+    idx = draw_idx(config)
+
+    def gradients():
+        return torch.autograd.grad(model(idx, idx.roll(-1, 1)), list(model.parameters()))
+
+    def choose(device_type, dtype):
+        assert not torch.compiler.is_compiling()
+        return "sdpa"
+
+    expected = gradients()
+    monkeypatch.setattr(gpt.attention, "default_backend", choose)
+    torch._dynamo.reset()
+    compile_, options = torch.compile, {"fullgraph": True, "backend": "aot_eager"}
+    monkeypatch.setattr(torch, "compile", lambda function, **given: compile_(function, **given, **options))
+    model.compile_trunk()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            for ours, theirs in zip(gradients(), expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 # --- the October 2025 architecture ---
