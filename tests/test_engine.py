@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-import nanochat.engine.engine as engine_module
 from nanochat.common import UserError
+from nanochat.engine import slots
 from nanochat.engine.engine import Engine
 from nanochat.engine.inference import _DecodeGraphs
 from nanochat.engine.sampling import Sampling, draw
@@ -92,7 +92,7 @@ def test_pieces_of_a_prompt_make_no_difference(engine, model):
 @pytest.mark.parametrize("seed", range(6))
 def test_anything_that_happens_in_any_order_keeps_every_sequence_right(engine, model, tokenizer, monkeypatch, seed):
     """Random requests that begin alike, samples, tool calls, penalties and cancellations, all at once."""
-    monkeypatch.setattr(engine_module, "MIN_SHARED_TOKENS", 2)
+    monkeypatch.setattr(slots, "MIN_SHARED_TOKENS", 2)
     rng = random.Random(seed)
     engine._prefill_tokens = rng.choice([5, 30, 300])
     engine.tool = lambda expression: str(len(expression))
