@@ -65,15 +65,9 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: GPT,
-        tokenizer: Tokenizer,
-        *,
-        max_rows: int = 8,
-        weights: str = "",
-        tool: Callable[[str], str | None] = calculate,
-        overlap: bool | None = None,
-    ):
+        self, model: GPT, tokenizer: Tokenizer, *, max_rows: int = 8, weights: str = "",
+        tool: Callable[[str], str | None] = calculate, overlap: bool | None = None,
+    ):  # fmt: skip
         if max_rows < 1:
             raise UserError(f"the engine needs at least 1 row, not {max_rows}")
         self.tokenizer, self.tool, self.max_rows = tokenizer, tool, max_rows
@@ -107,11 +101,9 @@ class Engine:
         a reply (default: what ends an assistant's turn). Raises `UserError` for a prompt that is empty, too long or
         has ids outside the vocabulary.
         """
-        prompt, vocab_size = list(prompt), self.tokenizer.vocab_size
-        if not 1 <= len(prompt) <= self.context:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens; it must have 1 to {self.context}, the model's context"
-            )
+        prompt, vocab_size, limit = list(prompt), self.tokenizer.vocab_size, self.context
+        if not 1 <= len(prompt) <= limit:
+            raise UserError(f"the prompt has {len(prompt)} tokens; it must have 1 to {limit}, the model's context")
         if not all(0 <= token < vocab_size for token in prompt):
             raise UserError(f"the prompt has token ids outside the vocabulary of {vocab_size}")
         if num_samples < 1:
@@ -153,14 +145,9 @@ class Engine:
         self._slots = Slots(self.model.cache, self.context)
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        num_samples: int = 1,
-        stop_ids: Collection[int] | None = None,
-        progress: Callable[[Request], None] | None = None,
-    ) -> list[list[Completion]]:
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, num_samples: int = 1,
+        stop_ids: Collection[int] | None = None, progress: Callable[[Request], None] | None = None,
+    ) -> list[list[Completion]]:  # fmt: skip
         """The completions of each prompt, in order; `progress` is called with every request that is done."""
         requests = [self.submit(prompt, sampling, num_samples=num_samples, stop_ids=stop_ids) for prompt in prompts]
         unfinished = set(requests)
@@ -182,20 +169,18 @@ class Engine:
         # a repetition penalty has to know the token before, so that its sample cannot overlap
         overlap = self._overlap and all(sample.seen is None for sample in self._slots.decoding)
         if not overlap:
-            self._land_flying(events)
-        before, self._flying = self._flying, None
+            self._land(self._take_flying(), events)
+        before = self._take_flying()
         if self._slots.num_decoding:
             self._flying = self._launch(before)
-        if before is not None:
-            self._land(before, events)
+        self._land(before, events)
         if not overlap:
-            self._land_flying(events)
+            self._land(self._take_flying(), events)
         return events
 
-    def _land_flying(self, events: list[Event]) -> None:
+    def _take_flying(self) -> _Drawn | None:
         drawn, self._flying = self._flying, None
-        if drawn is not None:
-            self._land(drawn, events)
+        return drawn
 
     # --- prefill ---
 
@@ -224,7 +209,7 @@ class Engine:
             if candidates:
                 sample = candidates.popleft()
             elif self._waiting and self.num_active < self.max_rows:
-                if any(_begin_alike(self._waiting[0], other) for other, _ in pieces):
+                if any(share_prefix(self._waiting[0], other) for other, _ in pieces):
                     break
                 sample = self._waiting.popleft()
                 if self._begin_as_sibling(sample, events):
@@ -329,8 +314,10 @@ class Engine:
         logprobs = [None if count is None else _logprobs(logits[row], count) for row, count in enumerate(counts)]
         return _Drawn(list(samples), ids, logprobs)
 
-    def _land(self, drawn: _Drawn, events: list[Event]) -> None:
-        """Read what was drawn; samples that ended are freed."""
+    def _land(self, drawn: _Drawn | None, events: list[Event]) -> None:
+        """Read what was drawn, if anything; samples that ended are freed."""
+        if drawn is None:
+            return
         for sample, id_, logprobs in zip(drawn.samples, drawn.ids.tolist(), drawn.logprobs, strict=True):
             if sample is not None and not sample.is_done:
                 events.append(self._accept(sample, _token(id_, logprobs)))
@@ -384,18 +371,14 @@ class Engine:
         return Event(sample.request, sample.index, tuple(added), tuple(deltas), completion.finish_reason)
 
 
-def _begin_alike(sample: Sample, other: Sample) -> bool:
-    return sample.request is other.request or share_prefix(sample.tokens, other.tokens)
-
-
 def _logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log probabilities (V,) of logits (V,), and the `count` largest of them with their ids."""
     logprobs = torch.log_softmax(logits, dim=-1)
     return logprobs, *logprobs.topk(min(count, logprobs.numel()))
 
 
-def _token(token: int, logprobs: tuple[Tensor, Tensor, Tensor] | None) -> Token:
+def _token(id_: int, logprobs: tuple[Tensor, Tensor, Tensor] | None) -> Token:
     if logprobs is None:
-        return Token(token)
+        return Token(id_)
     of_all, values, ids = logprobs
-    return Token(token, False, of_all[token].item(), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    return Token(id_, False, of_all[id_].item(), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -1,7 +1,6 @@
-"""What passes between the engine and its callers: requests, their completions, and what each step adds to them.
+"""Requests to the engine, their completions, and the events that add to them; `Sample` is a completion in the making.
 
-Also `Sample`, a completion in the making, which the engine and its slots work on. Not here: how to sample
-(`sampling.py`), how samples are scheduled (`engine.py`).
+Not here: sampling settings (`sampling.py`), how samples are scheduled (`engine.py`).
 """
 
 import random

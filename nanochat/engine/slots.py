@@ -66,7 +66,7 @@ class Slots:
         has been read that far.
         """
         # the last token is always read: its logits are needed
-        shared = [common_length(slot.tokens, tokens[:-1]) for slot in self._slots]
+        shared = [_common_length(slot.tokens, tokens[:-1]) for slot in self._slots]
         usable = [n if self._can_go_back(slot, n) else 0 for slot, n in zip(self._slots, shared, strict=True)]
         longest = max(usable)
         reused = longest if longest >= MIN_SHARED_TOKENS else 0
@@ -150,12 +150,11 @@ class Slots:
         return self._clock
 
 
-def share_prefix(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether two prompts have a common prefix that is worth sharing."""
-    return common_length(a, b) >= MIN_SHARED_TOKENS
+def share_prefix(a: Sample, b: Sample) -> bool:
+    """Whether two samples have a common prefix that is worth sharing."""
+    return a.request is b.request or _common_length(a.tokens, b.tokens) >= MIN_SHARED_TOKENS
 
 
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
     shortest = min(len(a), len(b))
     return next((i for i in range(shortest) if a[i] != b[i]), shortest)

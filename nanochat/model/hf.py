@@ -34,13 +34,13 @@ from nanochat.tokenizer import NUM_BYTES, Tokenizer
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
 
 # {% generation %} marks what the assistant wrote: its tokens are those of the loss mask in `chat.py`.
 CHAT_TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
+TEMPLATES_PATH = Path(__file__).with_name("hf_templates.json")
 MAX_NORM_EPS = 1e-6  # transformers' default, which some folders name; it moves the logits by 2e-5
-FIXED_SETTINGS = {
-    "model_type": "nanochat", "hidden_act": "relu2", "attention_bias": False, "tie_word_embeddings": False
-}  # fmt: skip
+FIXED_SETTINGS = ("model_type", "hidden_act", "attention_bias", "tie_word_embeddings")
 LAYER_WEIGHTS = {  # their name within a layer: ours
     "self_attn.q_proj": "attn.c_q",
     "self_attn.k_proj": "attn.c_k",
@@ -72,7 +72,7 @@ def save_hf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     end = tokenizer.special_id("<|assistant_end|>")
     files = {
         TOKENIZER_FILE: tokenizer_spec(tokenizer),
-        "tokenizer_config.json": _tokenizer_settings(tokenizer, config.sequence_len),
+        SETTINGS_FILE: _tokenizer_settings(tokenizer, config.sequence_len),
         "generation_config.json": {
             "bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": end
         },
@@ -96,6 +96,11 @@ def load_hf(
     model = build_model(config, device=device, compute_dtype=compute_dtype)
     _load_weights(model, folder / WEIGHTS_FILE, num_rows=settings["vocab_size"])
     return model, tokenizer
+
+
+def _template(name: str) -> dict[str, Any]:
+    """The fixed content of a file; null stands where the model's own values go."""
+    return json.loads(TEMPLATES_PATH.read_text(encoding="utf-8"))[name]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -129,26 +134,22 @@ def _check_model(config: GPTConfig) -> None:
 
 
 def _model_settings(config: GPTConfig, *, bos_id: int, end_id: int) -> dict[str, Any]:
-    return {
-        "architectures": ["NanoChatForCausalLM"],
-        **FIXED_SETTINGS,
-        "dtype": "float32",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.n_embd, "intermediate_size": 4 * config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head, "num_key_value_heads": config.n_kv_head,
-        "max_position_embeddings": config.sequence_len,
-        "rms_norm_eps": NORM_EPS,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-        "final_logit_softcapping": config.softcap,
+    settings = _template(CONFIG_FILE)  # it has no padding id: the embedding of one would get no gradient
+    settings["rope_parameters"]["rope_theta"] = config.rope_base
+    return settings | {
+        "vocab_size": config.vocab_size, "hidden_size": config.n_embd, "intermediate_size": 4 * config.n_embd,
+        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head, "max_position_embeddings": config.sequence_len,
+        "rms_norm_eps": NORM_EPS, "final_logit_softcapping": config.softcap,
         "bos_token_id": bos_id, "eos_token_id": end_id,
-        "pad_token_id": None,  # the embedding of a padding id would get no gradient
     }  # fmt: skip
 
 
 def _parse_model_settings(settings: dict[str, Any], vocab_size: int, path: Path) -> GPTConfig:
     """The config for `vocab_size` ids. Raises a `UserError` that names the offending setting of config.json."""
-    for name, value in FIXED_SETTINGS.items():
+    template = _template(CONFIG_FILE)
+    for name in FIXED_SETTINGS:
+        value = template[name]
         if settings.get(name, None if name == "model_type" else value) != value:
             raise UserError(f"{path} is of another architecture: {name} is {settings.get(name)!r}, not {value!r}")
     try:
@@ -275,40 +276,20 @@ def _check_pattern(pattern: str) -> None:
 def tokenizer_spec(tokenizer: Tokenizer) -> dict[str, Any]:
     """tokenizer.json as the `tokenizers` package reads it: the same ids for every text (see the module's docstring)."""
     tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size - len(tokenizer.special_ids))]
-    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
-    to_characters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    bos = {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": i, "content": name, **plain} for name, i in tokenizer.special_ids.items()],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_characters]},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [bos, first],
-            "pair": [bos, first, second],
-            "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [tokenizer.bos_id], "tokens": ["<|bos|>"]}},
-        },
-        "decoder": to_characters,
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-            "vocab": {_characters(token): i for i, token in enumerate(tokens)},
-            "merges": [[_characters(left), _characters(right)] for left, right in derive_merges(tokens)],
-        },
-    }  # fmt: skip
+    spec = _template(TOKENIZER_FILE)
+    (flags,) = spec["added_tokens"]
+    spec["added_tokens"] = [{"id": i, "content": name, **flags} for name, i in tokenizer.special_ids.items()]
+    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = tokenizer.pattern
+    spec["post_processor"]["special_tokens"]["<|bos|>"]["ids"] = [tokenizer.bos_id]
+    spec["model"]["vocab"] = {_characters(token): i for i, token in enumerate(tokens)}
+    spec["model"]["merges"] = [[_characters(left), _characters(right)] for left, right in derive_merges(tokens)]
+    return spec
 
 
 def _tokenizer_settings(tokenizer: Tokenizer, sequence_len: int) -> dict[str, Any]:
     names = json.dumps(list(tokenizer.special_ids))  # a list of strings reads the same in Jinja
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "pad_token": "<|assistant_end|>",
-        "clean_up_tokenization_spaces": False, "model_max_length": sequence_len,
-        "chat_template": CHAT_TEMPLATE_PATH.read_text(encoding="utf-8").replace("SPECIAL_TOKENS", names),
-    }  # fmt: skip
+    chat_template = CHAT_TEMPLATE_PATH.read_text(encoding="utf-8").replace("SPECIAL_TOKENS", names)
+    return _template(SETTINGS_FILE) | {"model_max_length": sequence_len, "chat_template": chat_template}
 
 
 def parse_tokenizer_spec(spec: dict[str, Any], path: Path) -> Tokenizer:
