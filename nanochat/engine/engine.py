@@ -88,13 +88,9 @@ class Engine:
     # --- requests ---
 
     def submit(
-        self,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        *,
-        num_samples: int = 1,
+        self, prompt: Sequence[int], sampling: Sampling, *, num_samples: int = 1,
         stop_ids: Collection[int] | None = None,
-    ) -> Request:
+    ) -> Request:  # fmt: skip
         """Queue a prompt, a list of token ids, for `num_samples` replies.
 
         The model reads at most its context, so prompt and reply together have at most one token more. `stop_ids` end

@@ -1,9 +1,8 @@
 """The model as it serves: weights laid out for decoding, a KV cache, prefill and decode passes.
 
-Shapes: N tokens of a pass, C channels, H heads, H_kv key heads, D head size, V vocabulary, S slots, R positions that a
-layer keeps of each slot. A slot is one sequence's place in the cache. A pass reads either pieces of sequences, each a
-run of consecutive positions of one slot, N tokens in all (`prefill`), or one position of each of the first N slots
-(`decode`).
+Shapes: N tokens of a pass, C channels, H heads, H_kv key heads, D head size, V vocabulary, S slots (a slot holds one
+sequence), R positions that a layer keeps of each slot. A pass reads either pieces of sequences, each a run of
+consecutive positions of one slot (`prefill`), or one position of each of the first N slots (`decode`).
 
 Differences from `GPT.forward`, whose results it must equal:
 - weights are cast to the compute dtype once; q, k, v and the gate of the value embeddings are one matrix;
@@ -35,6 +34,7 @@ PARTS_MAX_ROWS = 16  # more rows in one product keep all threads busy anyway
 ROWS_MULTIPLE = 16  # the matrix of q, k, v and gate is padded to a multiple, so that threads can share it evenly
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows of a recorded CUDA graph
 KEY_BUCKET = 256  # keys of a recorded CUDA graph: a multiple of this
+LogitsIds = tuple[Tensor, Tensor]  # (N, V) float32, and the tokens (N,) int64 drawn from them
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -43,11 +43,11 @@ KEY_BUCKET = 256  # keys of a recorded CUDA graph: a multiple of this
 class Product:
     """x @ weight.T for weight (M, K), laid out for the number of rows of x (N, K).
 
-    8 bits: the weights of each output are multiples of its own step, of which the largest is 127 steps. Few rows
-    (decoding a few sequences is bound by reading weights) go through PyTorch's 8-bit kernel, which takes bfloat16. More
-    rows go through the same weights unpacked, so that a sequence's result does not depend on how many run beside it.
+    8 bits: an output's weights are multiples of its own step, the largest being 127 steps. Few rows (decoding is then
+    bound by reading weights) go through PyTorch's 8-bit kernel, which takes bfloat16; more rows go through the same
+    weights unpacked, so that a sequence's result does not depend on how many run beside it.
 
-    Few rows in float32 on a CPU: PyTorch would leave their product to one thread, so the outputs are divided among the
+    Few rows in float32 on a CPU: PyTorch would leave the product to one thread, so the outputs are divided among the
     threads as a batch of products. A matrix with more outputs than inputs is kept transposed for that: adding up rows
     of outputs is faster than a dot product for each. Together this is two to three times faster (`dev/LOG.md`).
     """
@@ -145,9 +145,8 @@ class Cache:
         self.num_slots, T = num_slots, config.sequence_len
         self.lengths = [min(config.window(layer) or T, T) for layer in range(config.n_layer)]
         shapes = [(num_slots + 1, config.n_kv_head, length, config.head_dim) for length in self.lengths]
-        self.keys, self.values = (
-            [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes] for _ in range(2)
-        )
+        options = {"dtype": dtype, "device": device}
+        self.keys, self.values = ([torch.zeros(shape, **options) for shape in shapes] for _ in range(2))
 
     def _used(self, num_tokens: int) -> list[Tensor]:
         """Of every tensor, the places that the first `num_tokens` positions occupy."""
@@ -170,7 +169,7 @@ class Cache:
         # beyond its window a layer has overwritten something; the one with the shortest window did so first
         return length <= max(min(self.lengths), position + 1)
 
-    def extend(self, layer: int, slot: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, slot: int, start: int, k: Tensor, v: Tensor) -> list[Tensor]:
         """Store k, v (N, H_kv, D) at the positions from `start` on. Returns the keys and values (1, H_kv, K, D) of all
         positions that these see, from the first one that position `start` sees, in order."""
         N, R = k.size(0), self.lengths[layer]
@@ -179,13 +178,13 @@ class Cache:
             own = tensor[slot]  # (H_kv, R, D)
             if start + N <= R:
                 own[:, start : start + N] = new
-                visible.append(own[:, : start + N])
+                visible.append(own[None, :, : start + N])
                 continue
             past = torch.arange(max(0, start - R + 1), start, device=own.device) % R
-            visible.append(torch.cat((own[:, past], new), dim=1))
+            visible.append(torch.cat((own[:, past], new), dim=1)[None])
             kept = torch.arange(max(start, start + N - R), start + N, device=own.device)
             own[:, kept % R] = new[:, kept - start]
-        return visible[0].unsqueeze(0), visible[1].unsqueeze(0)
+        return visible
 
 
 # --- model ---------------------------------------------------------------------------------------
@@ -237,9 +236,9 @@ class InferenceModel:
         new = _Weights(model, self.dtype, int8=self._int8)
         if self._graphs is None:
             self._weights = new
-            return
-        for own, tensor in zip(_tensors(self._weights), _tensors(new), strict=True):
-            own.copy_(tensor)  # where recorded graphs read it
+        else:  # recorded graphs read the tensors they were recorded with
+            for own, tensor in zip(_tensors(self._weights), _tensors(new), strict=True):
+                own.copy_(tensor)
 
     def _rotary(self) -> tuple[Tensor, Tensor]:
         """cos and sin for q and k side by side, (sequence_len, H + H_kv, D), those of q times the scale of QK-norm."""
@@ -261,11 +260,9 @@ class InferenceModel:
         positions = [piece.start + i for piece in pieces for i in range(len(piece.ids))]
         idx, previous, at = torch.tensor([host, before, positions]).to(self.device)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            parts = [
-                self._attend_to_piece(layer, piece, q[first:end], k[first:end], v[first:end])
-                for piece, first, end in zip(pieces, spans[:-1], spans[1:], strict=True)
-            ]
+        def attend(layer: int, *qkv: Tensor) -> Tensor:
+            spanned = zip(pieces, spans[:-1], spans[1:], strict=True)
+            parts = [self._attend_to_piece(layer, piece, *(x[first:end] for x in qkv)) for piece, first, end in spanned]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         x = self._blocks(self._embed(idx, previous, at), idx, self._cos[at], self._sin[at], attend)
@@ -281,13 +278,8 @@ class InferenceModel:
         return _sdpa(q.transpose(0, 1)[None], keys, values, mask)[0].transpose(0, 1)
 
     @torch.inference_mode()
-    def decode_and_draw(
-        self, idx: Tensor, previous: Tensor, positions: Sequence[int], drawing: Drawing
-    ) -> tuple[Tensor, Tensor]:
-        """`decode`, and the tokens (N,) int64 that `drawing` draws from its logits: (logits, tokens).
-
-        A recorded CUDA graph does both; the next one then overwrites the logits.
-        """
+    def decode_and_draw(self, idx: Tensor, previous: Tensor, positions: Sequence[int], drawing: Drawing) -> LogitsIds:
+        """`decode`, and a draw from its logits. A recorded CUDA graph does both; the next one overwrites the logits."""
         if self._graphs is not None:
             return self._graphs.decode(idx, previous, positions, drawing)
         logits = self.decode(idx, previous, positions)
@@ -381,9 +373,7 @@ class _DecodeGraphs:
         self._record = record or _record_cuda_graph
         self._ready: dict[tuple, tuple[Tensor, Tensor, Callable]] = {}
 
-    def decode(
-        self, idx: Tensor, previous: Tensor, positions: Sequence[int], drawing: Drawing
-    ) -> tuple[Tensor, Tensor]:
+    def decode(self, idx: Tensor, previous: Tensor, positions: Sequence[int], drawing: Drawing) -> LogitsIds:
         """As `InferenceModel.decode_and_draw`."""
         model, count = self._model, len(positions)
         num_rows = next((bucket for bucket in BATCH_BUCKETS if bucket >= count), count)
@@ -409,7 +399,7 @@ class _DecodeGraphs:
         inputs = torch.zeros(4, num_rows, dtype=torch.int64, device=model.device)
         inputs[2] = model.cache.num_slots
 
-        def run() -> tuple[Tensor, Tensor]:
+        def run() -> LogitsIds:
             logits = model._decode(*inputs, num_keys=num_keys, num_filled=0)
             return logits, draw(logits, columns, kind)
 
@@ -428,7 +418,7 @@ def _record_cuda_graph(run: Callable) -> Callable:
     with torch.cuda.graph(graph):
         result = run()
 
-    def replay() -> tuple[Tensor, Tensor]:
+    def replay() -> LogitsIds:
         graph.replay()
         return result
 

@@ -106,8 +106,8 @@ def plan_draw(
 
 
 def draw(logits: Tensor, columns: Tensor, kind: tuple) -> Tensor:
-    """A token for each row, (N,) int64, from logits (N, V) float32, which are not changed; `columns` (6, N), on the same
-    device, and `kind` are those of a `Drawing`. Nothing here waits for the device."""
+    """A token for each row, (N,) int64, from logits (N, V) float32, which are not changed; `columns` (6, N) on their
+    device, and `kind`, are those of a `Drawing`. Nothing here waits for the device."""
     is_random, num_ordered, barred = kind
     temperature, top_k, top_p, min_p, uniform, has_tool = columns.unsqueeze(-1)  # (N, 1) each
     if barred:

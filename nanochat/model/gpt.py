@@ -314,7 +314,11 @@ class GPT(nn.Module):
 
     def hidden(self, idx: Tensor) -> Tensor:
         """Final normed hidden states (B, T, C) in the compute dtype of idx (B, T) int64."""
-        trunk = self._compiled_trunk if self._compiled_trunk and self._is_training_shape(idx) else self.trunk
+        if torch.is_grad_enabled():
+            self._training_shape = idx.shape
+        # evaluation brings batches of many shapes, too many to compile for each
+        is_compiled = self._compiled_trunk is not None and idx.shape == self._training_shape
+        trunk = self._compiled_trunk if is_compiled else self.trunk
         backend = attention.default_backend(self.device.type, self.compute_dtype)  # looks for packages: not traceable
         attend = partial(attention.causal_attention, backend=backend)
         return trunk(idx, *self.rotary(idx.size(1)), attend=attend)
@@ -323,22 +327,10 @@ class GPT(nn.Module):
         """Compile `trunk` for the shape of training's batches."""
         self._compiled_trunk = torch.compile(self.trunk, dynamic=False)
 
-    def _is_training_shape(self, idx: Tensor) -> bool:
-        """Whether to run compiled. Evaluation brings batches of many shapes, too many to compile for each."""
-        if torch.is_grad_enabled():
-            self._training_shape = idx.shape
-        return idx.shape == self._training_shape
-
     def trunk(
-        self,
-        idx: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *,
-        previous: Tensor | None = None,
-        attend: Attend = attention.causal_attention,
-        asking: Places | None = None,
-    ) -> Tensor:
+        self, idx: Tensor, cos: Tensor, sin: Tensor, *, previous: Tensor | None = None,
+        attend: Attend = attention.causal_attention, asking: Places | None = None,
+    ) -> Tensor:  # fmt: skip
         """`hidden`, given cos and sin of the rotary angles: one graph for `torch.compile`.
 
         The other arguments serve scoring, where a row may hold several texts with a common beginning (`scoring.py`).
@@ -379,9 +371,8 @@ class GPT(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by kind, padding included: the blocks' matrices, head, wte, value_embeds, scalars, total."""
-        matrices = sum(p.numel() for p in self.h.parameters())
-        counts = {"matrices": matrices, "head": self.lm_head.weight.numel(), "wte": self.wte.weight.numel()}
-        counts["value_embeds"] = self.value_embeds.weight.numel() if self.config.value_embeds else 0
+        parts = {"matrices": self.h, "head": self.lm_head, "wte": self.wte, "value_embeds": self.value_embeds}
+        counts = {name: sum(p.numel() for p in part.parameters()) if part else 0 for name, part in parts.items()}
         total = sum(p.numel() for p in self.parameters())
         return {**counts, "scalars": total - sum(counts.values()), "total": total}
 
@@ -399,12 +390,9 @@ class GPT(nn.Module):
 
 
 def build_model(
-    config: GPTConfig,
-    *,
-    device: torch.device | str = "cpu",
-    compute_dtype: torch.dtype = torch.float32,
+    config: GPTConfig, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32,
     generator: torch.Generator | None = None,
-) -> GPT:
+) -> GPT:  # fmt: skip
     """A model on `device`, its weights drawn from `generator` (on that device); without one they are uninitialised.
 
     On a GPU that computes in bfloat16 the embedding tables have that dtype too: they are looked up, not multiplied.
