@@ -36,14 +36,9 @@ _LEXICON = re.compile(
     re.VERBOSE,
 )
 _BINARY = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+}  # fmt: skip
 _NUM_ARGUMENTS = {"count": 1, "find": 1, "index": 1, "replace": 2, "join": 1} | dict.fromkeys(
     ("upper", "lower", "capitalize", "title", "strip"), 0
 )

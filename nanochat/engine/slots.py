@@ -21,11 +21,12 @@ MIN_SHARED_TOKENS = 16  # a shorter common prefix costs less to read again than 
 
 @dataclass
 class Slot:
-    """The sample in a slot, or in `left` the tokens of a finished one that are still in the cache.
+    """The sample in a slot, or in `left` the tokens of a finished one that are still in the cache; `used` orders slots
+    by last use.
 
-    `used` orders slots by last use. `num_written` is the highest number of positions ever written since the slot, or
-    the one it was copied from, was empty. That can be more than it holds tokens: a sample may have gone on from a
-    part of what was there, or a draw was dropped. It decides what the windows have overwritten.
+    `num_written` counts the positions ever written since the slot, or the one it was copied from, was empty. They can
+    be more than its tokens, if a sample went on from a part of what was there, or a draw was dropped. It tells what
+    windowed layers have overwritten.
     """
 
     sample: Sample | None = None
@@ -60,12 +61,10 @@ class Slots:
     # --- prefixes ---
 
     def find_prefix(self, tokens: list[int]) -> tuple[int | None, int, int | None]:
-        """A slot whose first positions can serve a prompt, and how many of them (None, 0 if there is none).
-
-        Third, None or a longer common prefix that some slot's windows have overwritten: worth a copy when the prompt
-        has been read that far.
-        """
-        # the last token is always read: its logits are needed
+        """A slot whose first positions can serve a prompt, and how many of them (None, 0 if there is none). Third, the
+        length of a longer common prefix that a slot held but has overwritten in its windows, or None: the slot of the
+        prompt should be copied when that much of it has been read."""
+        # the last token is never shared: the model has to read it for its logits
         shared = [_common_length(slot.tokens, tokens[:-1]) for slot in self._slots]
         usable = [n if self._can_go_back(slot, n) else 0 for slot, n in zip(self._slots, shared, strict=True)]
         longest = max(usable)

@@ -42,13 +42,9 @@ TEMPLATES_PATH = Path(__file__).with_name("hf_templates.json")
 MAX_NORM_EPS = 1e-6  # transformers' default, which some folders name; it moves the logits by 2e-5
 FIXED_SETTINGS = ("model_type", "hidden_act", "attention_bias", "tie_word_embeddings")
 LAYER_WEIGHTS = {  # their name within a layer: ours
-    "self_attn.q_proj": "attn.c_q",
-    "self_attn.k_proj": "attn.c_k",
-    "self_attn.v_proj": "attn.c_v",
-    "self_attn.o_proj": "attn.c_proj",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
+    "self_attn.q_proj": "attn.c_q", "self_attn.k_proj": "attn.c_k", "self_attn.v_proj": "attn.c_v",
+    "self_attn.o_proj": "attn.c_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+}  # fmt: skip
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")  # a row for each id
 
 
