@@ -162,7 +162,7 @@ class Engine:
         """Admit and prefill within the step's budget, decode a token of every sample, and report what was added."""
         events: list[Event] = []
         self._prefill(events)
-        # a repetition penalty has to know the token before, so that its sample cannot overlap
+        # a repetition penalty has to know the token before, so steps with one cannot overlap
         overlap = self._overlap and all(sample.seen is None for sample in self._slots.decoding)
         if not overlap:
             self._land(self._take_flying(), events)
