@@ -11,8 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-TRANSFERS = ("aten._to_copy.default", "aten.copy_.default")
-CREATIONS = ("aten.lift_fresh.default", "aten.detach.default", "aten._to_copy.default", "aten.empty.memory_format")
+TRANSFERS = ("aten._to_copy.default", "aten.copy_.default", "aten.to.dtype_layout")  # the last in inference mode
+CREATIONS = ("aten.lift_fresh.default", "aten.detach.default", "aten.detach_.default", "aten._to_copy.default",
+             "aten.empty.memory_format")  # fmt: skip
 
 
 class _Watch(TorchDispatchMode):

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-import nanochat.engine.engine as engine_module
 from nanochat.common import UserError
+from nanochat.engine import slots
 from nanochat.engine.engine import Engine
 from nanochat.engine.inference import _DecodeGraphs
 from nanochat.engine.sampling import Sampling, draw
@@ -92,7 +92,7 @@ def test_pieces_of_a_prompt_make_no_difference(engine, model):
 @pytest.mark.parametrize("seed", range(6))
 def test_anything_that_happens_in_any_order_keeps_every_sequence_right(engine, model, tokenizer, monkeypatch, seed):
     """Random requests that begin alike, samples, tool calls, penalties and cancellations, all at once."""
-    monkeypatch.setattr(engine_module, "MIN_SHARED_TOKENS", 2)
+    monkeypatch.setattr(slots, "MIN_SHARED_TOKENS", 2)
     rng = random.Random(seed)
     engine._prefill_tokens = rng.choice([5, 30, 300])
     engine.tool = lambda expression: str(len(expression))
@@ -277,11 +277,20 @@ def spoken(events):
     return "".join(delta.text for event in events for delta in event.deltas if delta.type == "text")
 
 
-def test_the_end_of_the_turn_ends_the_reply_and_is_not_part_of_it(scripted):
-    request, events = scripted("river stone", "<|assistant_end|>")
-    assert request.completions[0].text == spoken(events) == "river stone"
+@pytest.mark.parametrize(
+    ("text", "sampling"),
+    [
+        ("river stone", {}),
+        ("river stone", {"stop": ("stones", "neck")}),  # what only might have been a stop text comes out
+        ("😀 東京 naïve 👩‍👩‍👧", {"max_tokens": 90}),  # characters of many tokens come out whole
+    ],
+)
+def test_the_end_of_the_turn_ends_the_reply_and_is_not_part_of_it(scripted, text, sampling):
+    request, events = scripted(text, "<|assistant_end|>", **sampling)
+    assert request.completions[0].text == spoken(events) == text
     assert events[-1].finish_reason == request.completions[0].finish_reason == "stop"
     assert all(event.finish_reason is None for event in events[:-1])
+    assert all("\ufffd" not in delta.text for event in events for delta in event.deltas)
 
 
 def test_a_tool_call_is_answered_by_forced_tokens(scripted, engine, tokenizer):
@@ -333,18 +342,6 @@ def test_a_stop_text_ends_the_reply_wherever_tokens_divide_it(scripted, stop):
     assert request.completions[0].finish_reason == "stop"
 
 
-def test_text_that_only_might_have_been_a_stop_comes_out(scripted):
-    request, events = scripted("river stone", "<|assistant_end|>", stop=("stones", "neck"))
-    assert request.completions[0].text == spoken(events) == "river stone"
-
-
-def test_characters_of_many_tokens_come_out_whole(scripted):
-    text = "😀 東京 naïve 👩‍👩‍👧"
-    request, events = scripted(text, "<|assistant_end|>", max_tokens=90)
-    assert request.completions[0].text == spoken(events) == text
-    assert all("\ufffd" not in delta.text for event in events for delta in event.deltas)
-
-
 # --- scheduling ----------------------------------------------------------------------------------
 
 
@@ -369,7 +366,7 @@ def test_a_long_prompt_does_not_hold_up_those_that_decode(engine):
         assert len(short.completions[0].ids) == before + 1
 
 
-def test_cancelling_frees_the_rows_at_once(engine):
+def test_cancelling_frees_the_rows_at_once_also_during_prefill(engine):
     requests = [engine.submit([1, 2, 3, i], Sampling(max_tokens=80), num_samples=2, stop_ids=()) for i in range(5)]
     engine.step()
     assert engine.num_active == 4
@@ -378,8 +375,6 @@ def test_cancelling_frees_the_rows_at_once(engine):
     assert engine.num_active == engine.num_waiting == 0
     assert drain(engine) == []
 
-
-def test_cancelling_during_prefill_frees_the_row(engine):
     engine._prefill_tokens = 10
     request = engine.submit(random_prompt(random.Random(7), 80), Sampling(max_tokens=2), stop_ids=())
     engine.step()

@@ -211,9 +211,9 @@ def test_the_compiled_trunk_serves_batches_of_the_training_shape_only(tiny_model
     lengths = []
 
     def compile_stub(function, **options):
-        def compiled(idx, cos, sin):
+        def compiled(idx, *args, **kwargs):
             lengths.append(idx.size(1))
-            return function(idx, cos, sin)
+            return function(idx, *args, **kwargs)
 
         return compiled
 
@@ -226,45 +226,31 @@ def test_the_compiled_trunk_serves_batches_of_the_training_shape_only(tiny_model
     assert lengths == [32, 32]
 
 
-# --- the October 2025 architecture ---
-
-
-def to_transformers(model: GPT):
-    """transformers' NanoChat with the weights of `model`."""
-    transformers = pytest.importorskip("transformers")
-    ours = model.config
-    config = transformers.NanoChatConfig(
-        vocab_size=ours.vocab_size, hidden_size=ours.n_embd, intermediate_size=4 * ours.n_embd,
-        num_hidden_layers=ours.n_layer, num_attention_heads=ours.n_head, num_key_value_heads=ours.n_kv_head,
-        max_position_embeddings=ours.sequence_len, rms_norm_eps=gpt.NORM_EPS, final_logit_softcapping=ours.softcap,
-        tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": ours.rope_base},
-    )  # fmt: skip
-    theirs = transformers.NanoChatForCausalLM(config).eval()
-    names = {"self_attn.q_proj": "attn.c_q", "self_attn.k_proj": "attn.c_k", "self_attn.v_proj": "attn.c_v",
-             "self_attn.o_proj": "attn.c_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}  # fmt: skip
-    state = {"model.embed_tokens.weight": model.wte.weight[: ours.vocab_size],
-             "lm_head.weight": model.lm_head.weight[: ours.vocab_size]}  # fmt: skip
-    for layer, block in enumerate(model.h):
-        for their_name, our_name in names.items():
-            state[f"model.layers.{layer}.{their_name}.weight"] = block.get_submodule(our_name).weight
-    theirs.load_state_dict(state, strict=True)
-    return theirs
-
-
-@pytest.mark.parametrize("kv_ratio", [1, 2, 4])
-@torch.no_grad()
-def test_october_2025_logits_equal_those_of_transformers(kv_ratio, monkeypatch):
-    config = GPTConfig.october_2025(4, vocab_size=128, sequence_len=48, head_dim=64, kv_ratio=kv_ratio)
+@pytest.mark.parametrize("derive", [GPTConfig.from_depth, GPTConfig.october_2025])
+def test_the_trunk_compiles_to_one_graph_forward_and_backward(derive, monkeypatch):
+    """A break would leave most of the speed behind; so would the choice of a backend within the graph."""
+    config = derive(2, vocab_size=100, sequence_len=16, head_dim=32)
     model = build_model(config, generator=torch.Generator().manual_seed(0))
-    fill_randomly(model, scale=1.0)
+    fill_randomly(model)
     idx = draw_idx(config)
-    theirs = to_transformers(model)(idx).logits
-    assert theirs.std() > 0.1
-    torch.testing.assert_close(model(idx), theirs, rtol=1e-5, atol=1e-5)
 
-    rotate = gpt.rotate
-    monkeypatch.setattr(gpt, "rotate", lambda x, cos, sin: rotate(x, cos, -sin))
-    assert (model(idx) - theirs).abs().max() > 1e-2, "the sign of the rotation went unnoticed"
+    def gradients():
+        return torch.autograd.grad(model(idx, idx.roll(-1, 1)), list(model.parameters()))
+
+    def choose(device_type, dtype):
+        assert not torch.compiler.is_compiling()
+        return "sdpa"
+
+    expected = gradients()
+    monkeypatch.setattr(gpt.attention, "default_backend", choose)
+    torch._dynamo.reset()
+    compile_, options = torch.compile, {"fullgraph": True, "backend": "aot_eager"}
+    monkeypatch.setattr(torch, "compile", lambda function, **given: compile_(function, **given, **options))
+    model.compile_trunk()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            for ours, theirs in zip(gradients(), expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])

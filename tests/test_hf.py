@@ -15,7 +15,7 @@ import rustbpe
 from nanochat.checkpoint import run_dir, save_checkpoint
 from nanochat.common import Runtime, UserError
 from nanochat.data import chat
-from nanochat.model import hf
+from nanochat.model import gpt, hf
 from nanochat.model.gpt import NORM_EPS, GPTConfig, build_model
 from nanochat.model.hf import derive_merges, load_hf, parse_tokenizer_spec, save_hf, tokenizer_spec
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -90,11 +90,11 @@ def test_saving_and_loading_is_the_identity(model, tokenizer, folder, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("kv_ratio", [1, 3])
+@pytest.mark.parametrize("kv_ratio", [1, 2, 4])
 @torch.no_grad()
-def test_logits_equal_those_of_transformers_for_ids_that_exist(kv_ratio, tokenizer, tmp_path):
+def test_logits_equal_those_of_transformers_for_ids_that_exist(kv_ratio, tokenizer, tmp_path, monkeypatch):
     config = GPTConfig.october_2025(
-        3, vocab_size=tokenizer.vocab_size, sequence_len=48, head_dim=64, kv_ratio=kv_ratio,
+        4, vocab_size=tokenizer.vocab_size, sequence_len=48, head_dim=64, kv_ratio=kv_ratio,
         rope_base=500.0, softcap=7.0,
     )  # fmt: skip
     model = build_model(config, generator=torch.Generator().manual_seed(0))
@@ -108,6 +108,10 @@ def test_logits_equal_those_of_transformers_for_ids_that_exist(kv_ratio, tokeniz
     assert logits.shape == (2, 48, 400)  # 448 rows with padding
     assert logits.std() > 0.1
     torch.testing.assert_close(model(idx), logits, rtol=1e-5, atol=1e-5)
+
+    rotate = gpt.rotate
+    monkeypatch.setattr(gpt, "rotate", lambda x, cos, sin: rotate(x, cos, -sin))
+    assert (model(idx) - logits).abs().max() > 1e-2, "the sign of the rotation went unnoticed"
 
 
 @torch.no_grad()
@@ -301,29 +305,25 @@ def test_the_chat_template_refuses_what_would_be_rendered_wrongly(their_tokenize
 # --- refusals ------------------------------------------------------------------------------------
 
 
+FEATURES = {
+    "sliding windows": {"window_pattern": "SL"}, "scaled QK-norm": {"qk_scale": 1.2},
+    "value embeddings": {"value_embeds": True}, "scalars on the residual": {"residual_scalars": True},
+    "smear": {"smear": True}, "backout": {"backout": True},
+}  # fmt: skip
+
+
 def test_the_recipe_is_refused_by_what_has_no_counterpart(tokenizer, tmp_path):
     config = GPTConfig.from_depth(4, vocab_size=tokenizer.vocab_size, sequence_len=32, head_dim=32)
     with pytest.raises(UserError) as refusal:
         save_hf(build_model(config, device="meta"), tokenizer, tmp_path / "no")
-    for feature in ("sliding windows", "scaled QK-norm", "value embeddings", "scalars", "smear", "backout"):
-        assert feature in str(refusal.value)
+    assert all(feature in str(refusal.value) for feature in FEATURES)
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"window_pattern": "SL"}, "sliding windows"),
-        ({"qk_scale": 1.2}, "scaled QK-norm"),
-        ({"value_embeds": True}, "value embeddings"),
-        ({"residual_scalars": True}, "scalars on the residual"),
-        ({"smear": True}, "smear"),
-        ({"backout": True}, "backout"),
-    ],
-)
-def test_each_feature_without_counterpart_is_refused_alone(config, tokenizer, tmp_path, change, named):
-    with pytest.raises(UserError, match=f"it has {named}"):
-        save_hf(build_model(replace(config, **change), device="meta"), tokenizer, tmp_path)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_each_feature_without_counterpart_is_refused_alone(config, tokenizer, tmp_path, feature):
+    with pytest.raises(UserError, match=f"it has {feature}"):
+        save_hf(build_model(replace(config, **FEATURES[feature]), device="meta"), tokenizer, tmp_path)
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(model, texts, tmp_path):
@@ -361,37 +361,18 @@ def test_a_folder_of_another_model_is_refused(folder):
         load_hf(folder)
 
 
-def reverse_merges(spec):
-    spec["model"]["merges"].reverse()
-
-
-def drop_a_token(spec):
-    spec["model"]["vocab"].pop(spec["model"]["merges"][0][0])
-
-
-def add_a_prefix(spec):
-    spec["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
-
-
-def change_the_text(spec):
-    spec["normalizer"] = {"type": "NFC"}
-
-
-def split_otherwise(spec):
-    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\w+|\W+"
-
-
-def split_once(spec):
-    spec["pre_tokenizer"] = spec["pre_tokenizer"]["pretokenizers"][1]
-
-
-def drop_the_model(spec):
-    spec["model"] = None
-
-
 @pytest.mark.parametrize(
     "change",
-    [reverse_merges, drop_a_token, add_a_prefix, change_the_text, split_otherwise, split_once, drop_the_model],
+    [
+        lambda spec: spec["model"]["merges"].reverse(),
+        lambda spec: spec["model"]["vocab"].pop(spec["model"]["merges"][0][0]),
+        lambda spec: spec["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+        lambda spec: spec.update(normalizer={"type": "NFC"}),
+        lambda spec: spec["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+|\W+"),
+        lambda spec: spec.update(pre_tokenizer=spec["pre_tokenizer"]["pretokenizers"][1]),
+        lambda spec: spec.update(model=None),
+    ],
+    ids=["merges", "token", "prefix", "normalizer", "pattern", "splits", "model"],
 )
 def test_a_tokenizer_that_would_give_other_ids_is_refused(folder, change):
     change_json(folder / "tokenizer.json", change)

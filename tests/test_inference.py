@@ -1,9 +1,11 @@
 """Prefill and decode with a cache against the whole forward pass."""
 
+import copy
 import random
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from nanochat.common import UserError
 from nanochat.engine.inference import InferenceModel, Piece, Product, _DecodeGraphs
@@ -159,15 +161,31 @@ def test_eight_bit_products_are_within_half_a_step_of_each_weight():
         close(product(x[:rows]), exact[:rows], 0.02 * exact.abs().max().item())
 
 
-def test_refreshed_weights_are_those_of_the_model(ids):
+def record_like_cuda(run):
+    """A recording as a CUDA graph is one: numbers keep the value they had, tensors are read where they were."""
+    return make_fx(run)()
+
+
+@pytest.mark.parametrize("as_graphs", [False, True])
+def test_refreshed_weights_are_those_of_the_model(model, ids, as_graphs):
+    """Also in decode passes recorded before: scalars were once plain numbers, which a recording keeps."""
+    trained = copy.deepcopy(model)
+    inference = InferenceModel(trained, 1)
+    if as_graphs:
+        inference._graphs = _DecodeGraphs(inference, record=record_like_cuda)
+    for _ in range(2):
+        read(inference, 0, ids[:20])
+        close(decode(inference, [ids[:21]])[0], whole(trained, ids[:21])[-1])
+        fill_randomly(trained, seed=7)
+        inference.refresh(trained)
+    assert not as_graphs or len(inference._graphs._ready) == 1
+
+
+def test_refreshing_leaves_the_model_it_was_made_of_alone():
     first, second = (build_model(CONFIGS["recipe"], generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    for model in (first, second):
-        fill_randomly(model)
-    inference = InferenceModel(first, 1)
-    before = inference._weights.head.weight.data_ptr()
-    inference.refresh(second)
-    close(read(inference, 0, ids), whole(second, ids)[-1].detach())
-    assert inference._weights.head.weight.data_ptr() == before
+    before = copy.deepcopy(first.state_dict())
+    InferenceModel(first, 1).refresh(second)
+    assert all(torch.equal(value, before[name]) for name, value in first.state_dict().items())
 
 
 def test_unknown_weights_are_refused(model):

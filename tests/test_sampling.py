@@ -28,47 +28,33 @@ def close(a, b):
     assert torch.allclose(a, torch.tensor(b, dtype=a.dtype), atol=2e-3), a
 
 
-def test_tokens_are_drawn_with_the_probabilities_of_the_model():
-    close(frequencies(Sampling()), [0.1, 0.4, 0.2, 0.25, 0.05])
+SQUARES = [p**2 for p in (0.1, 0.4, 0.2, 0.25, 0.05)]
 
 
-def test_temperature_sharpens_and_flattens():
-    squares = [p**2 for p in (0.1, 0.4, 0.2, 0.25, 0.05)]
-    close(frequencies(Sampling(temperature=0.5)), [p / sum(squares) for p in squares])
-
-
-def test_temperature_zero_is_greedy_and_so_is_a_tiny_one():
-    for temperature in (0.0, 1e-30):
-        close(frequencies(Sampling(temperature=temperature)), [0, 1, 0, 0, 0])
-
-
-def test_top_k_keeps_the_likeliest():
-    close(frequencies(Sampling(top_k=2)), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0])
-    close(frequencies(Sampling(top_k=1)), [0, 1, 0, 0, 0])
-
-
-@pytest.mark.parametrize("top_k", [None, 0, 5, 99])
-def test_top_k_of_none_zero_or_the_vocabulary_is_unrestricted(top_k):
-    close(frequencies(Sampling(top_k=top_k)), [0.1, 0.4, 0.2, 0.25, 0.05])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.1, 0.4, 0.2, 0.25, 0.05]),
+        ({"temperature": 0.5}, [p / sum(SQUARES) for p in SQUARES]),
+        ({"temperature": 0.0}, [0, 1, 0, 0, 0]), ({"temperature": 1e-30}, [0, 1, 0, 0, 0]),
+        # the likeliest k; no limit for None, 0 and the vocabulary's size or more
+        ({"top_k": 2}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]), ({"top_k": 1}, [0, 1, 0, 0, 0]),
+        *(({"top_k": k}, [0.1, 0.4, 0.2, 0.25, 0.05]) for k in (None, 0, 5, 99)),
+        # the likeliest that reach p together
+        ({"top_p": 0.6}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]), ({"top_p": 0.0}, [0, 1, 0, 0, 0]),
+        ({"top_p": 0.7}, [0, 0.4 / 0.85, 0.2 / 0.85, 0.25 / 0.85, 0]),
+        # those likely enough beside the likeliest
+        ({"min_p": 0.45}, [0, 0.4 / 0.85, 0.2 / 0.85, 0.25 / 0.85, 0]), ({"min_p": 1.0}, [0, 1, 0, 0, 0]),
+        # top-p sees what top-k left
+        ({"top_k": 3, "top_p": 0.7}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+    ],
+)  # fmt: skip
+def test_tokens_are_drawn_with_the_probabilities_that_the_settings_leave(settings, expected):
+    close(frequencies(Sampling(**settings)), expected)
 
 
 def test_top_k_keeps_exactly_k_of_equal_tokens():
     assert (frequencies(Sampling(top_k=2), torch.zeros(5)) > 0).sum() == 2
-
-
-def test_top_p_keeps_the_likeliest_that_reach_it_together():
-    close(frequencies(Sampling(top_p=0.6)), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0])
-    close(frequencies(Sampling(top_p=0.7)), [0, 0.4 / 0.85, 0.2 / 0.85, 0.25 / 0.85, 0])
-    close(frequencies(Sampling(top_p=0.0)), [0, 1, 0, 0, 0])
-
-
-def test_min_p_keeps_what_is_likely_enough():
-    close(frequencies(Sampling(min_p=0.45)), [0, 0.4 / 0.85, 0.2 / 0.85, 0.25 / 0.85, 0])
-    close(frequencies(Sampling(min_p=1.0)), [0, 1, 0, 0, 0])
-
-
-def test_top_p_sees_what_top_k_left():
-    close(frequencies(Sampling(top_k=3, top_p=0.7)), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0])
 
 
 def test_a_row_does_not_depend_on_the_others():

@@ -1,20 +1,22 @@
-"""What passes between the engine and those who ask it: requests, and what becomes of them.
+"""Requests to the engine, their completions, and the events that add to them; `Sample` is a completion in the making.
 
-Not here: how to sample (`sampling.py`), how replies come about (`engine.py`).
+Not here: sampling settings (`sampling.py`), how samples are scheduled (`engine.py`).
 """
 
+import random
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from nanochat.data.chat import Delta, visible_text
+from nanochat.data.chat import Delta, ReplyReader, visible_text
 from nanochat.engine.sampling import Sampling
+from nanochat.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a reply; `top` are the likeliest with their log probabilities. Forced tokens were not sampled."""
+    """A token of a reply; `top` are the likeliest ones with their log probabilities. Forced tokens were not sampled."""
 
     id: int
     is_forced: bool = False
@@ -24,7 +26,7 @@ class Token:
 
 @dataclass
 class Completion:
-    """A sample's reply: its tokens, without the one that ended it, and its message content in `parts`.
+    """One sampled reply: its tokens, without the one that ended it, and its message content in `parts`.
 
     `finish_reason` is "stop" (end of turn, stop text), "length" (`max_tokens`, context) or None while it goes on.
     """
@@ -39,14 +41,14 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """What it says, without tool calls and their results."""
+        """The reply's text, without tool calls and their results."""
         return visible_text(self.parts)
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and the samples asked for; `num_reused` tokens of the prompt were in the cache already. `logits` (V,)
-    after the prompt are kept until all samples have begun."""
+    """A prompt and the completions asked for; `num_reused` tokens of the prompt were in the cache already. `logits`
+    (V,) after the prompt are kept until all samples have begun."""
 
     prompt: list[int]
     sampling: Sampling
@@ -63,11 +65,43 @@ class Request:
 
 @dataclass(frozen=True)
 class Event:
-    """What a step added to sample `index` of a request. `deltas` hold back text that may be the beginning of a stop
-    text or an unfinished character; they are complete when `finish_reason` is set."""
+    """What a step added to completion `index` of a request. `deltas` hold back text that may be the beginning of a stop
+    text or an unfinished character; nothing is held back once `finish_reason` is set."""
 
     request: Request
     index: int
     tokens: tuple[Token, ...]
     deltas: tuple[Delta, ...]
     finish_reason: str | None
+
+
+class Sample:
+    """Completion `index` of a request in the making. The model has read the first `num_cached` of `tokens`, prompt and
+    reply; while a decode is in flight that is all of them, and the next token is on its way."""
+
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer, seed: int):
+        self.request, self.index = request, index
+        self.sampling = request.sampling
+        self.completion = request.completions[index]
+        self.tokens = list(request.prompt)
+        self.num_cached = 0
+        self.slot: int | None = None
+        self.copy_at: int | None = None  # number of cached tokens at which its slot is copied for later prompts
+        self.reader = ReplyReader(tokenizer, request.sampling.stop)
+        self.completion.parts = self.reader.parts
+        self.seen = set(self.tokens) if request.sampling.repetition_penalty != 1.0 else None
+        self.call_start: int | None = None  # where in `tokens` the expression of an open tool call begins
+        self._random = random.Random(f"{seed}/{index}")
+        self._uniforms: list[float] = []
+
+    @property
+    def is_done(self) -> bool:
+        return self.request.is_cancelled or self.completion.finish_reason is not None
+
+    def uniform(self) -> float:
+        """The random number, from 0 up to 1, for the position after the cached ones. Each position has its own, so that
+        a dropped draw (see `Engine`) changes no later one."""
+        position = self.num_cached - len(self.request.prompt)
+        while len(self._uniforms) <= position:
+            self._uniforms.append(self._random.random())
+        return self._uniforms[position]

@@ -1,8 +1,8 @@
-"""What to sample with, and the draw: one token for each row of logits.
+"""Sampling settings, and the draw: one token for each row of logits.
 
-The order is fixed and each step works on what the one before it left: repetition penalty, temperature, top-k, top-p,
-min-p. A row is drawn by one uniform number of its own sequence, so that a seed gives the same tokens whatever other
-sequences share the batch.
+The steps have a fixed order, and each works on the result of the one before: repetition penalty, temperature, top-k,
+top-p, min-p. A row is drawn with one uniform number of its own sequence, so that a seed gives the same tokens whatever
+else is in the batch.
 """
 
 import math
@@ -15,8 +15,8 @@ from torch import Tensor
 from nanochat.common import UserError
 
 MAX_STOPS = 16
-MIN_TEMPERATURE = 1e-4  # below it all but greedy, and logits over it would overflow
-_LIMITS = {  # of each number, inclusive, and what it must be
+MIN_TEMPERATURE = 1e-4  # lower ones are practically greedy, and dividing logits by them would overflow
+_LIMITS = {  # smallest and largest value of each number, and its type
     "max_tokens": (1, math.inf, int),
     "temperature": (0.0, 100.0, float),
     "top_k": (0, math.inf, int),
@@ -30,15 +30,15 @@ _LIMITS = {  # of each number, inclusive, and what it must be
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a sequence goes on. Checked on construction: `UserError` names the field and its value.
+    """How a reply is sampled. Checked on construction: `UserError` names the field and its value.
 
-    max_tokens: tokens to generate, those of a tool's answers included; the context bounds them as well.
-    temperature: 0 is greedy. top_k: None, 0 or the vocabulary's size and more leave all tokens.
-    top_p: the likeliest tokens that together have this probability (arXiv 1904.09751).
-    min_p: tokens at least this share as likely as the likeliest (arXiv 2407.01082).
+    max_tokens: tokens to generate, a tool's answers included; the context is a further bound.
+    temperature: 0 is greedy. top_k: None, 0 and anything from the vocabulary's size on keep all tokens.
+    top_p: keeps the likeliest tokens that together have this probability (arXiv 1904.09751).
+    min_p: keeps tokens with at least this share of the likeliest one's probability (arXiv 2407.01082).
     repetition_penalty: divides the logits of tokens that occurred, or multiplies negative ones (arXiv 1909.05858).
-    seed: None draws one. stop: texts that end the answer and are not part of it.
-    num_logprobs: None for no log probabilities; else those of the tokens and of this many likeliest ones.
+    seed: None draws one. stop: texts that end the reply and are not part of it.
+    num_logprobs: None for no log probabilities; otherwise those of the tokens and of this many likeliest ones.
     use_tool: whether tool calls are answered; if so, only the tool writes tool answers.
     """
 
@@ -69,16 +69,13 @@ class Sampling:
             raise UserError(f"stop must be at most {MAX_STOPS} texts, not {len(self.stop)}")
 
 
-# --- the draw ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Drawing:
-    """How the rows of a batch are drawn: `columns` (6, N) float32, by row temperature, top-k (the vocabulary's size for
-    all), top-p, min-p, random number, and 1 where `barred` tokens must not come.
+    """How the rows of a batch are drawn: `columns` (6, N) float32 are temperature, top-k (the vocabulary's size for
+    all), top-p, min-p, random number, and 1 for rows that must not draw `barred` tokens.
 
-    `is_random` and `num_ordered` say what has to be computed at all: a draw, and the order of so many likeliest tokens,
-    0 where no row is filtered. They are the same for many batches, so that a recorded CUDA graph can serve these.
+    `is_random` and `num_ordered` say what has to be computed at all: a draw, and how many of the likeliest tokens have
+    to be sorted (0: no row is filtered). Many batches share them, and so share a recorded CUDA graph.
     """
 
     columns: Tensor
@@ -94,26 +91,23 @@ class Drawing:
 def plan_draw(
     rows: Sequence[Sampling], uniforms: Sequence[float], vocab_size: int, barred: tuple[int, ...] = ()
 ) -> Drawing:
-    """The drawing of `rows` on the CPU. `uniforms` has a number from 0 up to 1 for each, which greedy rows do not use;
+    """The drawing of `rows`, on the CPU. `uniforms` has a number from 0 up to 1 for each, which greedy rows do not use;
     `barred` are the tokens that rows with a tool must not draw."""
     top_k = [min(row.top_k or vocab_size, vocab_size) for row in rows]
     table = [
         (row.temperature, k, row.top_p, row.min_p, uniform, row.use_tool)
         for row, k, uniform in zip(rows, top_k, uniforms, strict=True)
     ]
-    filtered = [
-        k for row, k in zip(rows, top_k, strict=True)
-        if row.temperature > 0 and (k < vocab_size or row.top_p < 1 or row.min_p > 0)
-    ]  # fmt: skip
-    # a power of two, or all: the numbers that people choose make few kinds
+    filtered = [k for t, k, top_p, min_p, *_ in table if t > 0 and (k < vocab_size or top_p < 1 or min_p > 0)]
+    # rounded up to a power of two, so that common settings need few recorded graphs
     num_ordered = min(vocab_size, 1 << (max(filtered) - 1).bit_length()) if filtered else 0
     columns = torch.tensor(table, dtype=torch.float32).T.contiguous()
     return Drawing(columns, any(row.temperature > 0 for row in rows), num_ordered, barred)
 
 
 def draw(logits: Tensor, columns: Tensor, kind: tuple) -> Tensor:
-    """A token for each row: (N,) int64, of logits (N, V) float32, which stay as they are; `columns` (6, N) on the same
-    device and `kind` are those of a `Drawing`. The host waits for nothing."""
+    """A token for each row, (N,) int64, from logits (N, V) float32, which are not changed; `columns` (6, N) on their
+    device, and `kind`, are those of a `Drawing`. Nothing here waits for the device."""
     is_random, num_ordered, barred = kind
     temperature, top_k, top_p, min_p, uniform, has_tool = columns.unsqueeze(-1)  # (N, 1) each
     if barred:
@@ -132,10 +126,8 @@ def draw(logits: Tensor, columns: Tensor, kind: tuple) -> Tensor:
     return torch.where(temperature.squeeze(-1) > 0, drawn, greedy)
 
 
-def _draw_filtered(
-    logits: Tensor, num_ordered: int, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
-) -> Tensor:
-    """Draws among the tokens that top-k, top-p and min-p, (N, 1) each, leave, in the order of their likelihood."""
+def _draw_filtered(logits: Tensor, num_ordered: int, top_k, top_p, min_p, uniform) -> Tensor:
+    """Draws among the tokens that top-k, top-p and min-p, (N, 1) each, keep, in the order of their likelihood."""
     order_all = num_ordered == logits.size(-1)
     ordered, ids = logits.sort(dim=-1, descending=True) if order_all else logits.topk(num_ordered, dim=-1)
     rank = torch.arange(num_ordered, device=logits.device)
@@ -146,13 +138,11 @@ def _draw_filtered(
 
 
 def _inverse(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The first place at which the running sum of weights (n, K) passes that share (n, 1) of the whole: (n,) int64.
-
-    The sum runs in float64: over a large vocabulary float32 would lose the unlikely tokens.
-    """
+    """The first index at which the running sum of weights (n, K) exceeds the share `uniform` (n, 1) of the total: (n,)
+    int64. The sum is in float64: over a large vocabulary float32 would lose the unlikely tokens."""
     cumulative = weights.double().cumsum(dim=-1) if weights.device.type != "mps" else weights.cumsum(dim=-1)
     places = torch.searchsorted(cumulative, uniform.to(cumulative.dtype) * cumulative[:, -1:], right=True)
-    last = (weights > 0).long().cumsum(dim=-1).argmax(dim=-1, keepdim=True)  # rounding can pass the end
+    last = (weights > 0).long().cumsum(dim=-1).argmax(dim=-1, keepdim=True)  # rounding can go past the end
     return torch.minimum(places, last).squeeze(-1)
 
 

@@ -1,7 +1,7 @@
-"""Causal attention, full or over a sliding window: one entry point, `causal_attention`, and the backends behind it.
+"""Causal attention, full or over a sliding window: one entry point, `causal_attention`, and its backends.
 
 Shapes: q (B, T, H, D); k, v (B, T, H_kv, D) with H a multiple of H_kv (grouped queries share a key head).
-Position t sees itself and the `window - 1` positions before it; `window=None` sees everything before it:
+Position t sees itself and the `window - 1` positions before it; with `window=None`, everything before it:
 
         full (T 6)          window 3
         x . . . . .         x . . . . .
@@ -13,11 +13,9 @@ Position t sees itself and the `window - 1` positions before it; `window=None` s
 
 Backends
 - "masked": PyTorch's SDPA with the mask above written out. The reference, O(T^2) in time and memory.
-- "sdpa":   PyTorch's SDPA; a window is cut into blocks of its own length, so that no (T, T) mask exists and the
-            work is O(T * window).
+- "sdpa":   PyTorch's SDPA; a sequence is cut into blocks as long as the window, so that no (T, T) mask exists and
+            the work is O(T * window).
 - "flash":  FlashAttention's windowed kernels (package `flash-attn-4`, Hopper and newer), where installed.
-
-No module state, no configuration parsing here.
 """
 
 import functools
@@ -33,7 +31,8 @@ BACKENDS = ("masked", "sdpa", "flash")
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, backend: str = "") -> Tensor:
     """Softmax attention with scale D ** -0.5 over the visible positions; (B, T, H, D) in the dtype of `q`.
 
-    `backend` is one of `BACKENDS`, or "" for the fastest that runs on the device and dtype of `q`.
+    `backend` is one of `BACKENDS`, or "" for `default_backend`; code that is compiled should pass one, because that
+    choice cannot be traced.
     """
     assert k.shape == v.shape, (k.shape, v.shape)
     assert q.shape[:2] == k.shape[:2], (q.shape, k.shape)
@@ -54,33 +53,32 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = No
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """Softmax attention of q (B, Q, H, D) over the places where `visible` (B, Q, T) is True, one at least for each
-    query: for texts that are not simply one token after another. The reference's cost, O(Q T)."""
+    """Softmax attention of q (B, Q, H, D) over the places where `visible` (B, Q, T) is True, at least one per query,
+    for rows that hold more than one sequence. Costs O(Q T), like the reference."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return _sdpa(q, k, v, attn_mask=visible.unsqueeze(1)).transpose(1, 2)
 
 
 def band_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
-    """(num_queries, num_keys) bool, True where visible; the last query stands at the last key's position."""
+    """(num_queries, num_keys) bool, True where visible; the last query is at the last key's position."""
     query_pos = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
     key_pos = torch.arange(num_keys, device=device).unsqueeze(0)
     visible = key_pos <= query_pos
     return visible if window is None else visible & (key_pos > query_pos - window)
 
 
-@functools.cache
 def default_backend(device_type: str, dtype: torch.dtype) -> str:
-    """ "flash" where its package is installed and its kernels run (Hopper and newer, 16-bit floats), else "sdpa"."""
-    if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        hopper_or_newer = torch.cuda.get_device_capability() >= (9, 0)
-        if hopper_or_newer and importlib.util.find_spec("flash_attn") and _flash_function() is not None:
-            return "flash"
+    """The fastest backend: "flash" for 16-bit floats on a GPU that runs its kernels, else "sdpa"."""
+    if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _flash_function() is not None:
+        return "flash"
     return "sdpa"
 
 
 @functools.cache
 def _flash_function():
-    """FlashAttention 4's function, or None where the package is missing or does not load."""
+    """FlashAttention 4's function; None where the GPU is too old or the package is missing or does not load."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        return None
     try:
         return importlib.import_module("flash_attn.cute").flash_attn_func
     except (ImportError, AttributeError):
@@ -88,7 +86,7 @@ def _flash_function():
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    # its window counts the positions to the left, without the query's own
+    # its window counts the positions to the left of the query, without the query's own
     reach = (None, None) if window is None else (window - 1, 0)
     y = _flash_function()(q, k, v, causal=True, window_size=reach)
     return y[0] if isinstance(y, tuple) else y
@@ -101,8 +99,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
 def _blocked_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Windowed attention as dense attention of blocks of `window` queries over their own and the previous block.
 
-    q, k, v: (B, H, T, D). The first block is plain causal attention. The other blocks all have the same mask, so
-    they go through one call with the blocks in the batch dimension.
+    q, k, v: (B, H, T, D). The first block is plain causal attention. The other blocks share one mask, so a single
+    call takes them in the batch dimension.
     """
     B, _, T, _ = q.shape
     head = _sdpa(q[:, :, :window], k[:, :, :window], v[:, :, :window], is_causal=True)
@@ -120,6 +118,6 @@ def _blocked_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def _previous_and_own_block(x: Tensor, window: int) -> Tensor:
-    """(B, H, N * window, D) -> ((N - 1) * B, H, 2 * window, D): every block but the first with the one before it."""
+    """(B, H, N * window, D) -> (B * (N - 1), H, 2 * window, D): every block but the first, behind the one before it."""
     pairs = x.unfold(2, 2 * window, window)  # (B, H, N - 1, D, 2 * window), a view
     return pairs.permute(0, 2, 1, 4, 3).flatten(0, 1)

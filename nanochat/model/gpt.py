@@ -3,11 +3,11 @@
 Shapes: B batch, T time, C channels (`n_embd`), H heads, H_kv key heads, D head size, V vocabulary.
 
 One class covers two architectures:
-- the recipe of this project, `GPTConfig.from_depth`: value embeddings, learned scalars on the residual stream and
-  on its start x0, smear (each embedding takes in some of the one before it), backout (the residual at half depth is
-  taken out at the end), sliding windows, scaled QK-norm;
-- the one of October 2025, `GPTConfig.october_2025`: none of these, RoPE base 10,000, full attention.
-Both have gainless RMSNorm, rotary positions, QK-norm, relu^2, untied soft-capped head, no biases.
+- this project's recipe, `GPTConfig.from_depth`: value embeddings, learned scalars on the residual stream and on its
+  start x0, smear (a gated share of the previous token's embedding is added to each one), backout (a share of the
+  residual at half depth is subtracted at the end), sliding windows, scaled QK-norm;
+- that of October 2025, `GPTConfig.october_2025`: none of these, RoPE base 10,000, full attention.
+Both have RMSNorm without a gain, rotary positions, QK-norm, relu^2, an untied soft-capped head and no biases.
 
 Not here: learning rates, sampling, checkpoints.
 """
@@ -15,6 +15,7 @@ Not here: learning rates, sampling, checkpoints.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -22,18 +23,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.common import UserError
-from nanochat.model.attention import causal_attention
+from nanochat.model import attention
 from nanochat.model.loss import IGNORE_INDEX, softcap_cross_entropy, softcap_logits
 
 __all__ = ["GPT", "IGNORE_INDEX", "GPTConfig", "build_model"]
 
 NORM_EPS = torch.finfo(torch.float32).eps
-VOCAB_MULTIPLE = 64  # the tables are padded to this many rows, for the matrix kernels' sake
+VOCAB_MULTIPLE = 64  # the tables are padded to a multiple of this many rows, which matrix kernels prefer
 CHANNELS_PER_LAYER = 64  # width over depth
 MAX_DEPTH = 256
 SHORT_WINDOW_FRAC = 0.25  # of the sequence length
-SMEAR_CHANNELS = 24  # channels that decide how much of the previous embedding comes in
-VALUE_GATE_CHANNELS = 12  # channels that decide how much of the value embedding comes in
+SMEAR_CHANNELS = 24  # channels that the smear's gate reads
+VALUE_GATE_CHANNELS = 12  # channels that the gate of the value embeddings reads
 EMBEDDING_STD = 0.8
 HEAD_STD = 1e-3
 MLP_INIT_MULT = 0.4  # c_fc starts this much smaller than the other input matrices
@@ -42,6 +43,9 @@ BACKOUT_INIT = 0.2
 RESID_INIT = (1.15, 1.05)  # first and last layer
 X0_INIT = (0.20, 0.05)
 VALUE_GATE_SCALE = 3.0
+
+Attend = Callable[..., Tensor]  # called as `causal_attention` is
+Places = tuple[Tensor, Tensor]  # index tensors (B, 1) and (B, Q): rows, and positions in them
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class GPTConfig:
     n_embd: int = 768
     n_head: int = 6
     n_kv_head: int = 6
-    window_pattern: str = "SSSL"  # S: the last `short_window` positions, L: all; repeated over the layers, last is L
+    window_pattern: str = "SSSL"  # S: the last `short_window` positions, L: all; repeats, but the last layer is L
     short_window: int = 512
     rope_base: float = 100_000.0
     qk_scale: float = 1.2
@@ -99,8 +103,8 @@ class GPTConfig:
     @classmethod
     def october_2025(cls, depth: int, *, vocab_size: int = 65536, sequence_len: int = 2048, **other) -> "GPTConfig":
         """The plain architecture of the first public release, which Hugging Face transformers calls NanoChat."""
-        plain = {"window_pattern": "L", "rope_base": 10_000.0, "qk_scale": 1.0, "value_embeds": False}
-        plain |= {"residual_scalars": False, "smear": False, "backout": False}
+        plain = {"window_pattern": "L", "rope_base": 10_000.0, "qk_scale": 1.0}
+        plain |= dict.fromkeys(("value_embeds", "residual_scalars", "smear", "backout"), False)
         return cls.from_depth(depth, vocab_size=vocab_size, sequence_len=sequence_len, **{**plain, **other})
 
     @property
@@ -133,6 +137,13 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
+def rotary_angles(config: GPTConfig, length: int, device: torch.device | str) -> Tensor:
+    """(length, D / 2) float32: by how much each pair of channels is rotated at positions 0 to length - 1."""
+    D = config.head_dim
+    frequencies = config.rope_base ** (-torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
+    return torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (arXiv 2104.09864) on the two halves of the head; the angle's sign is opposite to Llama's.
 
@@ -142,18 +153,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
-def _shifted(x: Tensor, previous: Tensor | None) -> Tensor:
-    """What stands before places 1, 2, ... of x (B, T, C): to their left, or at `previous` (B, T)."""
-    if previous is None:
-        return x[:, :-1]
-    return x[torch.arange(x.size(0), device=x.device).unsqueeze(1), previous[:, 1:]]
-
-
 class Linear(nn.Module):
-    """x @ weight.T, the float32 weight (out_features, in_features) cast to the dtype of what comes in.
+    """x @ weight.T, the float32 weight (out_features, in_features) cast to the dtype of x.
 
-    Unlike `nn.Linear` it draws no weights of its own: `GPT.init_weights` does, once. (On the meta device PyTorch's
-    drawing also imports its compiler, 9 seconds on a slow CPU.)
+    Unlike `nn.Linear` it does not initialise its weight, `GPT.init_weights` does. (On the meta device, PyTorch's
+    initialisation also imports its compiler: 9 seconds on a slow CPU.)
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -165,7 +169,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a table (num_rows, channels), looked up by idx; not filled on construction, see `Linear`."""
+    """Rows of a table (num_rows, channels), looked up by idx; not initialised on construction, see `Linear`."""
 
     def __init__(self, num_rows: int, channels: int):
         super().__init__()
@@ -187,15 +191,8 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.value_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head) if config.has_value_embed(layer) else None
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        value_embed: Tensor | None,
-        attend: Callable[..., Tensor] = causal_attention,
-        asking: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """x (B, T, C); value_embed (B, T, H_kv * D) or None; `attend` and `asking` as for `GPT.trunk`."""
+    def forward(self, x: Tensor, rotary, value_embed: Tensor | None, attend: Attend, asking: Places | None) -> Tensor:
+        """x (B, T, C); rotary: cos and sin; value_embed (B, T, H_kv * D) or None; the rest as for `GPT.trunk`."""
         heads = (-1, self.head_dim)
         q = self.c_q(x if asking is None else x[asking]).unflatten(-1, heads)  # (B, T, H, D)
         k = self.c_k(x).unflatten(-1, heads)  # (B, T, H_kv, D)
@@ -206,9 +203,9 @@ class Attention(nn.Module):
         q_rotary = rotary if asking is None else tuple(table[asking] for table in rotary)
         q, k = norm(rotate(q, *q_rotary)), norm(rotate(k, *rotary))
         if self.qk_scale != 1.0:
-            q = q * self.qk_scale**2  # both scales on q: their product is all that counts
-        y = attend(q, k, v, window=self.window, **({} if asking is None else {"asking": asking}))
-        return self.c_proj(y.flatten(-2))
+            q = q * self.qk_scale**2  # the scale of q and that of k: only their product counts
+        options = {} if asking is None else {"asking": asking}
+        return self.c_proj(attend(q, k, v, window=self.window, **options).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -227,23 +224,16 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        value_embed: Tensor | None,
-        attend: Callable[..., Tensor] = causal_attention,
-        asking: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary, value_embed, attend, asking) -> Tensor:
         residual = x if asking is None else x[asking]
         x = residual + self.attn(norm(x), rotary, value_embed, attend, asking)
         return x + self.mlp(norm(x))
 
 
 class GPT(nn.Module):
-    """Weights are float32 (the embedding tables may be narrower); activations have the dtype `compute_dtype`.
+    """The whole model. Weights are float32 (the embedding tables may be narrower), activations `compute_dtype`.
 
-    Built with storage that is not yet filled (also on the meta device): call `init_weights` or load a checkpoint.
+    Its weights are not initialised on construction (also on the meta device): call `init_weights` or load a checkpoint.
     """
 
     def __init__(self, config: GPTConfig, *, compute_dtype: torch.dtype = torch.float32):
@@ -261,7 +251,7 @@ class GPT(nn.Module):
         self.smear_gate = nn.Parameter(torch.empty(SMEAR_CHANNELS)) if config.smear else None
         self.smear_lambda = nn.Parameter(torch.empty(1)) if config.smear else None
         self.backout_lambda = nn.Parameter(torch.empty(1)) if config.backout else None
-        self._rotary: tuple[Tensor, Tensor] | None = None  # grows with the longest input seen
+        self._rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, as long as the longest input seen
         self._compiled_trunk: Callable[..., Tensor] | None = None
         self._training_shape: torch.Size | None = None
 
@@ -301,11 +291,7 @@ class GPT(nn.Module):
         """cos and sin of the rotary angles of positions 0 to length - 1, each (1, length, 1, D / 2)."""
         ready = self._rotary
         if ready is None or ready[0].size(1) < length or ready[0].device != self.device:
-            size = max(length, self.config.sequence_len)
-            D = self.config.head_dim
-            frequencies = self.config.rope_base ** (-torch.arange(0, D, 2, dtype=torch.float32, device=self.device) / D)
-            angles = torch.outer(torch.arange(size, dtype=torch.float32, device=self.device), frequencies)
-            angles = angles[None, :, None, :]
+            angles = rotary_angles(self.config, max(length, self.config.sequence_len), self.device)[None, :, None, :]
             ready = self._rotary = (angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype))
         return ready[0][:, :length], ready[1][:, :length]
 
@@ -328,35 +314,29 @@ class GPT(nn.Module):
 
     def hidden(self, idx: Tensor) -> Tensor:
         """Final normed hidden states (B, T, C) in the compute dtype of idx (B, T) int64."""
-        trunk = self._compiled_trunk if self._compiled_trunk and self._is_training_shape(idx) else self.trunk
-        return trunk(idx, *self.rotary(idx.size(1)))
-
-    def compile_trunk(self) -> None:
-        """Compile the part between the tables and the head, for the shape of batch that training has."""
-        self._compiled_trunk = torch.compile(self.trunk, dynamic=False)
-
-    def _is_training_shape(self, idx: Tensor) -> bool:
-        """Whether to run compiled: evaluation brings batches of many shapes, too many to compile for each."""
         if torch.is_grad_enabled():
             self._training_shape = idx.shape
-        return idx.shape == self._training_shape
+        # evaluation brings batches of many shapes, too many to compile for each
+        is_compiled = self._compiled_trunk is not None and idx.shape == self._training_shape
+        trunk = self._compiled_trunk if is_compiled else self.trunk
+        backend = attention.default_backend(self.device.type, self.compute_dtype)  # looks for packages: not traceable
+        attend = partial(attention.causal_attention, backend=backend)
+        return trunk(idx, *self.rotary(idx.size(1)), attend=attend)
+
+    def compile_trunk(self) -> None:
+        """Compile `trunk` for the shape of training's batches."""
+        self._compiled_trunk = torch.compile(self.trunk, dynamic=False)
 
     def trunk(
-        self,
-        idx: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *,
-        previous: Tensor | None = None,
-        attend: Callable[..., Tensor] = causal_attention,
-        asking: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """`hidden`, given the rotary angles: one graph for `torch.compile`.
+        self, idx: Tensor, cos: Tensor, sin: Tensor, *, previous: Tensor | None = None,
+        attend: Attend = attention.causal_attention, asking: Places | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`hidden`, given cos and sin of the rotary angles: one graph for `torch.compile`.
 
-        The other arguments are for scoring, where a row may hold several texts that begin alike (`scoring.py`).
-        previous: (B, T) int64, the place of the token before each one, None for the place to its left; attend: called
-        as `causal_attention` is; asking: index tensors (B, 1) and (B, Q) of the places whose hidden states are wanted,
-        (B, Q, C), None for all: the last layer calls `attend` with `asking` and the queries of these places only.
+        The other arguments serve scoring, where a row may hold several texts with a common beginning (`scoring.py`).
+        previous: (B, T) int64, the place of the token before each one; None: it is the place to the left. asking: the
+        places whose hidden states (B, Q, C) are wanted, None for all; the last layer calls `attend` with the queries of
+        these places only, and with the argument `asking`.
         """
         config = self.config
         x = norm(self.wte(idx).to(self.compute_dtype))  # (B, T, C)
@@ -377,27 +357,30 @@ class GPT(nn.Module):
             x = x - self.backout_lambda.to(x.dtype) * (middle if asking is None else middle[asking])
         return norm(x)
 
-    def _smeared(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
-        """Each position takes in a gated part of the one before it, at the place `previous` (B, T). x (B, T, C)."""
+    def _smeared(self, x: Tensor, previous: Tensor | None) -> Tensor:
+        """x (B, T, C), each plus a gated share of the one before it, which is to its left or at `previous` (B, T)."""
         gate = torch.sigmoid(x[:, 1:, :SMEAR_CHANNELS] @ self.smear_gate.to(x.dtype))  # (B, T - 1)
         share = (self.smear_lambda.to(x.dtype) * gate).unsqueeze(-1)
-        return torch.cat((x[:, :1], torch.addcmul(x[:, 1:], share, _shifted(x, previous))), dim=1)
+        if previous is None:
+            before = x[:, :-1]
+        else:
+            before = x[torch.arange(x.size(0), device=x.device).unsqueeze(1), previous[:, 1:]]
+        return torch.cat((x[:, :1], torch.addcmul(x[:, 1:], share, before)), dim=1)
 
     # --- counts ---
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by kind, padding included: matrices of the blocks, head, wte, value_embeds, scalars, total."""
-        matrices = sum(p.numel() for p in self.h.parameters())
-        counts = {"matrices": matrices, "head": self.lm_head.weight.numel(), "wte": self.wte.weight.numel()}
-        counts["value_embeds"] = self.value_embeds.weight.numel() if self.config.value_embeds else 0
+        """Parameters by kind, padding included: the blocks' matrices, head, wte, value_embeds, scalars, total."""
+        parts = {"matrices": self.h, "head": self.lm_head, "wte": self.wte, "value_embeds": self.value_embeds}
+        counts = {name: sum(p.numel() for p in part.parameters()) if part else 0 for name, part in parts.items()}
         total = sum(p.numel() for p in self.parameters())
         return {**counts, "scalars": total - sum(counts.values()), "total": total}
 
     def flops_per_token(self, sequence_len: int | None = None) -> float:
-        """Floating point operations of forward and backward per token of rows of `sequence_len` tokens.
+        """Floating point operations of forward and backward per token, for rows of `sequence_len` tokens.
 
-        Six per matrix and head weight (multiply and add; forward, and twice in backward), and twelve per channel
-        and visible position for attention, with the positions that the causal mask and the window really leave.
+        Six per matrix and head weight (a multiplication and an addition in forward, two of each in backward), and
+        twelve per channel and visible position for attention, counting only what causal mask and window leave visible.
         """
         T = sequence_len or self.config.sequence_len
         weights = sum(p.numel() for p in self.h.parameters()) + self.config.vocab_size * self.config.n_embd
@@ -407,15 +390,12 @@ class GPT(nn.Module):
 
 
 def build_model(
-    config: GPTConfig,
-    *,
-    device: torch.device | str = "cpu",
-    compute_dtype: torch.dtype = torch.float32,
+    config: GPTConfig, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32,
     generator: torch.Generator | None = None,
-) -> GPT:
-    """A model on `device`, its weights drawn from `generator` (on that device), or not yet filled without one.
+) -> GPT:  # fmt: skip
+    """A model on `device`, its weights drawn from `generator` (on that device); without one they are uninitialised.
 
-    On a GPU that computes in bfloat16 the embedding tables are kept in it: they are read and written, not multiplied.
+    On a GPU that computes in bfloat16 the embedding tables have that dtype too: they are looked up, not multiplied.
     """
     with torch.device("meta"):
         model = GPT(config, compute_dtype=compute_dtype)

@@ -1,16 +1,17 @@
-"""To and from a Hugging Face folder: the October 2025 architecture, which transformers calls NanoChat.
+"""Hugging Face folders, written and read: the October 2025 architecture, which transformers calls NanoChat.
 
-    config.json, generation_config.json, model.safetensors        the model, float32
-    tokenizer.json, tokenizer_config.json                         the tokenizer, and the conversation format
+    config.json, generation_config.json, model.safetensors        the model, in float32
+    tokenizer.json, tokenizer_config.json                         the tokenizer and the conversation format
 
-- The vocabulary has its real size there: our padded rows, which no token and no logit uses, stay behind.
-- tokenizer.json gives our ids for any text (see `derive_merges`), with <|bos|> in front unless the caller says
-  add_special_tokens=False. One difference lies in the format: the name of a special token within a text becomes that
-  token, unless the caller says split_special_tokens=True. With us text is never more than text.
-- The conversation format is a Jinja template with the ids of `chat.py`. As it goes through text, it refuses a message
-  that holds the name of a special token, which would otherwise end a turn where its author likes.
+- The tables have one row per id there. Our padded rows, which no token and no logit uses, are left out.
+- tokenizer.json gives our ids for any text (see `derive_merges`), with <|bos|> in front unless the caller passes
+  add_special_tokens=False. The format itself causes one difference: the name of a special token within a text becomes
+  that token, unless the caller passes split_special_tokens=True. In nanochat, text is never more than text.
+- The conversation format is the Jinja template `chat_template.jinja`; it gives the ids of `chat.py`. Since a rendered
+  conversation is tokenized as text, the template refuses messages that contain the name of a special token: they could
+  end a turn wherever their author likes.
 
-Not here: downloads, and architectures with features that NanoChat has not (`UserError` names them).
+Not here: downloads, and architectures with features that NanoChat lacks (a `UserError` names them).
 """
 
 import itertools
@@ -31,80 +32,20 @@ from nanochat.model.gpt import GPT, NORM_EPS, GPTConfig, build_model
 from nanochat.tokenizer import NUM_BYTES, Tokenizer
 
 CONFIG_FILE = "config.json"
-GENERATION_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
+SETTINGS_FILE = "tokenizer_config.json"
 
-MAX_NORM_EPS = 1e-6  # transformers' default, which some folders name: 2e-5 from ours in the logits
-FIXED_SETTINGS = {  # what the architecture always is
-    "model_type": "nanochat",
-    "hidden_act": "relu2",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-}
+# {% generation %} marks what the assistant wrote: its tokens are those of the loss mask in `chat.py`.
+CHAT_TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
+TEMPLATES_PATH = Path(__file__).with_name("hf_templates.json")
+MAX_NORM_EPS = 1e-6  # transformers' default, which some folders name; it moves the logits by 2e-5
+FIXED_SETTINGS = ("model_type", "hidden_act", "attention_bias", "tie_word_embeddings")
 LAYER_WEIGHTS = {  # their name within a layer: ours
-    "self_attn.q_proj": "attn.c_q",
-    "self_attn.k_proj": "attn.c_k",
-    "self_attn.v_proj": "attn.c_v",
-    "self_attn.o_proj": "attn.c_proj",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
-TABLES = {"model.embed_tokens": "wte", "lm_head": "lm_head"}  # a row for each id
-
-# {% generation %} is transformers' mark of what the assistant wrote: its tokens are those of the mask in `chat.py`.
-CHAT_TEMPLATE = """\
-{%- macro text(content) -%}
-  {%- if content is not string -%}
-    {{- raise_exception('a content must be a text, or of the assistant a list of parts') -}}
-  {%- endif -%}
-  {%- for name in SPECIAL_TOKENS -%}
-    {%- if name in content -%}
-      {{- raise_exception('a message holds the name of the special token ' + name) -}}
-    {%- endif -%}
-  {%- endfor -%}
-  {{- content -}}
-{%- endmacro -%}
-{{- '<|bos|>' -}}
-{%- set has_system = messages[0]['role'] == 'system' -%}
-{%- set turns = messages[1:] if has_system else messages -%}
-{%- for message in turns -%}
-  {%- if message['role'] != ('assistant' if loop.index0 % 2 else 'user') -%}
-    {{- raise_exception('after a system message, if any, user and assistant must take turns') -}}
-  {%- elif message['role'] == 'user' -%}
-    {{- '<|user_start|>' -}}
-    {%- if has_system and loop.first -%}
-      {{- text(messages[0]['content']) + '\\n\\n' -}}
-    {%- endif -%}
-    {{- text(message['content']) + '<|user_end|>' -}}
-  {%- else -%}
-    {{- '<|assistant_start|>' -}}
-    {%- set content = message['content'] -%}
-    {%- set parts = [{'type': 'text', 'text': content}] if content is string else content -%}
-    {%- set said = namespace(text='') -%}
-    {%- for part in parts -%}
-      {%- if part['type'] == 'text' -%}
-        {%- set said.text = said.text + text(part['text']) -%}
-      {%- elif part['type'] == 'python' -%}
-        {%- set said.text = said.text + '<|python_start|>' + text(part['text']) + '<|python_end|>' -%}
-      {%- elif part['type'] == 'python_output' -%}
-        {%- if said.text -%}
-          {%- generation -%}{{- said.text -}}{%- endgeneration -%}
-        {%- endif -%}
-        {%- set said.text = '' -%}
-        {{- '<|output_start|>' + text(part['text']) + '<|output_end|>' -}}
-      {%- else -%}
-        {{- raise_exception('the type of a part must be text, python or python_output') -}}
-      {%- endif -%}
-    {%- endfor -%}
-    {%- generation -%}{{- said.text + '<|assistant_end|>' -}}{%- endgeneration -%}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt and messages[-1]['role'] == 'user' -%}
-  {{- '<|assistant_start|>' -}}
-{%- endif -%}
-"""
+    "self_attn.q_proj": "attn.c_q", "self_attn.k_proj": "attn.c_k", "self_attn.v_proj": "attn.c_v",
+    "self_attn.o_proj": "attn.c_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+}  # fmt: skip
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")  # a row for each id
 
 
 def save_hf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
@@ -113,22 +54,26 @@ def save_hf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     Raises `UserError` when the model has features without a counterpart, the tokenizer is not the model's or splits
     text by an unknown pattern, or the folder cannot be written.
     """
-    _check_model(model.config)
+    config = model.config
+    _check_model(config)
     _check_pattern(tokenizer.pattern)
-    if tokenizer.vocab_size != model.config.vocab_size:
+    if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}; use the tokenizer "
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}; use the tokenizer "
             f"that the model was trained with"
         )
     with disk_errors("the model", folder):
         folder.mkdir(parents=True, exist_ok=True)
+    _save_weights(model, folder / WEIGHTS_FILE)
+    end = tokenizer.special_id("<|assistant_end|>")
     files = {
         TOKENIZER_FILE: tokenizer_spec(tokenizer),
-        TOKENIZER_SETTINGS_FILE: _tokenizer_settings(tokenizer, model.config.sequence_len),
-        GENERATION_FILE: _generation_settings(tokenizer),
-        CONFIG_FILE: _model_settings(model.config, tokenizer),
-    }
-    _save_tensors(folder / WEIGHTS_FILE, _to_their_weights(model))
+        SETTINGS_FILE: _tokenizer_settings(tokenizer, config.sequence_len),
+        "generation_config.json": {
+            "bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": end
+        },
+        CONFIG_FILE: _model_settings(config, bos_id=tokenizer.bos_id, end_id=end),
+    }  # fmt: skip
     for name, content in files.items():
         write_atomic(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -138,28 +83,37 @@ def load_hf(
 ) -> tuple[GPT, Tokenizer]:
     """The model, on `device`, and the tokenizer of a folder that `save_hf` or transformers' `save_pretrained` wrote.
 
-    Rows of the tables that the tokenizer has no ids for are left out. Raises `UserError` when a file is missing or
-    broken, or the folder holds another architecture or another kind of tokenizer.
+    Rows of the tables beyond the tokenizer's ids are left out. Raises `UserError` when a file is missing or broken, or
+    the folder holds another architecture or another kind of tokenizer.
     """
     settings = _read_json(folder / CONFIG_FILE)
     tokenizer = parse_tokenizer_spec(_read_json(folder / TOKENIZER_FILE), folder / TOKENIZER_FILE)
     config = _parse_model_settings(settings, tokenizer.vocab_size, folder / CONFIG_FILE)
     model = build_model(config, device=device, compute_dtype=compute_dtype)
-    try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot read {folder / WEIGHTS_FILE} ({error}); the weights must be in this one file"
-        ) from error
-    _from_their_weights(model, tensors, settings["vocab_size"], folder / WEIGHTS_FILE)
+    _load_weights(model, folder / WEIGHTS_FILE, num_rows=settings["vocab_size"])
     return model, tokenizer
+
+
+def _template(name: str) -> dict[str, Any]:
+    """The fixed content of a file; null stands where the model's own values go."""
+    return json.loads(TEMPLATES_PATH.read_text(encoding="utf-8"))[name]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); give the folder of a Hugging Face model") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return content
 
 
 # --- architecture --------------------------------------------------------------------------------
 
 
 def _check_model(config: GPTConfig) -> None:
-    """Raise `UserError` naming what NanoChat of transformers does not have."""
+    """Raise `UserError` naming the model's features that transformers' NanoChat does not have."""
     features = {
         "sliding windows": any(config.window(layer) for layer in range(config.n_layer)),
         "scaled QK-norm": config.qk_scale != 1.0,
@@ -175,46 +129,34 @@ def _check_model(config: GPTConfig) -> None:
         )
 
 
-def _model_settings(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "architectures": ["NanoChatForCausalLM"],
-        **FIXED_SETTINGS,
-        "dtype": "float32",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.n_embd,
-        "intermediate_size": 4 * config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head,
-        "max_position_embeddings": config.sequence_len,
-        "rms_norm_eps": NORM_EPS,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-        "final_logit_softcapping": config.softcap,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.special_id("<|assistant_end|>"),
-        "pad_token_id": None,  # the embedding of a padding id would get no gradient
-    }
+def _model_settings(config: GPTConfig, *, bos_id: int, end_id: int) -> dict[str, Any]:
+    settings = _template(CONFIG_FILE)  # it has no padding id: the embedding of one would get no gradient
+    settings["rope_parameters"]["rope_theta"] = config.rope_base
+    return settings | {
+        "vocab_size": config.vocab_size, "hidden_size": config.n_embd, "intermediate_size": 4 * config.n_embd,
+        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head, "max_position_embeddings": config.sequence_len,
+        "rms_norm_eps": NORM_EPS, "final_logit_softcapping": config.softcap,
+        "bos_token_id": bos_id, "eos_token_id": end_id,
+    }  # fmt: skip
 
 
 def _parse_model_settings(settings: dict[str, Any], vocab_size: int, path: Path) -> GPTConfig:
-    """The config for `vocab_size` ids; `UserError` names the setting of config.json that rules it out."""
-    for name, value in FIXED_SETTINGS.items():
-        if settings.get(name, value if name != "model_type" else None) != value:
+    """The config for `vocab_size` ids. Raises a `UserError` that names the offending setting of config.json."""
+    template = _template(CONFIG_FILE)
+    for name in FIXED_SETTINGS:
+        value = template[name]
+        if settings.get(name, None if name == "model_type" else value) != value:
             raise UserError(f"{path} is of another architecture: {name} is {settings.get(name)!r}, not {value!r}")
     try:
         rope = settings.get("rope_parameters") or {"rope_theta": settings["rope_theta"]}
         heads, width = settings["num_attention_heads"], settings["hidden_size"]
         config = GPTConfig.october_2025(
-            settings["num_hidden_layers"],
-            vocab_size=vocab_size,
-            sequence_len=settings["max_position_embeddings"],
-            n_embd=width,
-            n_head=heads,
-            n_kv_head=settings.get("num_key_value_heads") or heads,
-            rope_base=float(rope["rope_theta"]),
-            softcap=float(settings["final_logit_softcapping"]),
-        )
-        faults = {
+            settings["num_hidden_layers"], vocab_size=vocab_size, sequence_len=settings["max_position_embeddings"],
+            n_embd=width, n_head=heads, n_kv_head=settings.get("num_key_value_heads") or heads,
+            rope_base=float(rope["rope_theta"]), softcap=float(settings["final_logit_softcapping"]),
+        )  # fmt: skip
+        is_odd = {
             "intermediate_size": settings["intermediate_size"] != 4 * width,
             "head_dim": settings.get("head_dim", config.head_dim) != config.head_dim,
             "rope_parameters": rope.get("rope_type", "default") != "default",
@@ -223,59 +165,29 @@ def _parse_model_settings(settings: dict[str, Any], vocab_size: int, path: Path)
         }
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not the config of a NanoChat model ({type(error).__name__}: {error})") from error
-    if fault := next((name for name, is_there in faults.items() if is_there), None):
-        raise UserError(f"{path} has no counterpart here: {fault} is {settings.get(fault)!r}")
+    for name in is_odd:
+        if is_odd[name]:
+            raise UserError(f"{path} has no counterpart here: {name} is {settings.get(name)!r}")
     return config
-
-
-def _generation_settings(tokenizer: Tokenizer) -> dict[str, Any]:
-    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids)}
-    return {**ends, "pad_token_id": tokenizer.special_id("<|assistant_end|>")}
 
 
 # --- weights -------------------------------------------------------------------------------------
 
 
-def _weight_names(config: GPTConfig) -> dict[str, str]:
-    """Our name of each of their weights."""
-    names = {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in TABLES.items()}
-    for layer in range(config.n_layer):
+def _by_their_names(model: GPT) -> dict[str, Tensor]:
+    """The model's parameters, or views of them: the tables come without their padded rows."""
+    V = model.config.vocab_size
+    weights = dict(zip(TABLES, (model.wte.weight[:V], model.lm_head.weight[:V]), strict=True))
+    for layer, block in enumerate(model.h):
         for theirs, ours in LAYER_WEIGHTS.items():
-            names[f"model.layers.{layer}.{theirs}.weight"] = f"h.{layer}.{ours}.weight"
-    return names
-
-
-def _to_their_weights(model: GPT) -> dict[str, Tensor]:
-    """The weights by their names, on the CPU, float32, each in storage of its own."""
-    ours, weights = model.state_dict(), {}
-    for their_name, our_name in _weight_names(model.config).items():
-        weight = ours[our_name]
-        if our_name.removesuffix(".weight") in TABLES.values():
-            weight = weight[: model.config.vocab_size]
-        weights[their_name] = weight.to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+            weights[f"model.layers.{layer}.{theirs}.weight"] = block.get_submodule(ours).weight
     return weights
 
 
 @torch.no_grad()
-def _from_their_weights(model: GPT, tensors: Mapping[str, Tensor], num_rows: int, path: Path) -> None:
-    """Fill `model`; `num_rows` rows of each table are in the file. Padded rows become zero."""
-    names = _weight_names(model.config)
-    if odd := set(tensors) ^ set(names):
-        raise UserError(f"{path} does not have the weights its config asks for: {min(odd)} is missing or too many")
-    ours, V = model.state_dict(), model.config.vocab_size
-    for their_name, our_name in names.items():
-        theirs, weight = tensors[their_name], ours[our_name]  # `weight` shares the parameter's storage
-        is_table = our_name.removesuffix(".weight") in TABLES.values()
-        expected = (num_rows, weight.size(1)) if is_table else tuple(weight.shape)
-        if tuple(theirs.shape) != expected:
-            raise UserError(f"{path}: {their_name} has the shape {tuple(theirs.shape)}, not {expected}")
-        if is_table:
-            weight[V:] = 0
-            weight, theirs = weight[:V], theirs[:V]
-        weight.copy_(theirs)
-
-
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def _save_weights(model: GPT, path: Path) -> None:
+    own_storage = {"device": "cpu", "dtype": torch.float32, "copy": True, "memory_format": torch.contiguous_format}
+    tensors = {name: weight.to(**own_storage) for name, weight in _by_their_names(model).items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with disk_errors("the weights", path):
@@ -287,12 +199,31 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         partial.unlink(missing_ok=True)
 
 
+@torch.no_grad()
+def _load_weights(model: GPT, path: Path, *, num_rows: int) -> None:
+    """Fill `model` from a file whose tables have `num_rows` rows. The model's padded rows become zero."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path} ({error}); the weights must be in this one file") from error
+    weights = _by_their_names(model)
+    if odd := set(tensors) ^ set(weights):
+        raise UserError(f"{path} does not have the weights its config asks for: {min(odd)} is missing or too many")
+    for table in (model.wte, model.lm_head):
+        table.weight.zero_()
+    for name, weight in weights.items():
+        rows = num_rows if name in TABLES else weight.size(0)
+        if tensors[name].shape != (rows, weight.size(1)):
+            raise UserError(f"{path}: {name} has the shape {tuple(tensors[name].shape)}, not {(rows, weight.size(1))}")
+        weight.copy_(tensors[name][: weight.size(0)])
+
+
 # --- tokenizer -----------------------------------------------------------------------------------
 
 
 def _byte_characters() -> list[str]:
-    """The character that stands for each byte in tokenizer.json, as in GPT-2: a visible one for itself, for the
-    others those from U+0100 on, in order."""
+    """The character that stands for each byte in tokenizer.json, as in GPT-2: visible ones stand for themselves, the
+    others are replaced by the characters from U+0100 on, in order."""
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = itertools.count(0x100)
     return [chr(byte) if byte in visible else chr(next(others)) for byte in range(NUM_BYTES)]
@@ -302,14 +233,19 @@ BYTE_TO_CHARACTER = _byte_characters()
 CHARACTER_TO_BYTE = {character: byte for byte, character in enumerate(BYTE_TO_CHARACTER)}
 
 
-def derive_merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    """The pairs of tokens that join to another one, in the order of that one's id, at most one for each token.
+def _characters(token: bytes) -> str:
+    return "".join(BYTE_TO_CHARACTER[byte] for byte in token)
 
-    Ours are tokens with a rank: whatever two neighbours make up the lowest one are joined. tokenizer.json instead
-    lists the pairs that may join. The pair of a token is what joining leaves of its bytes before the last step. No
-    other pair is ever met: until neighbours within a longer text become this token, nothing has joined across their
-    ends, so what lies between went through the same steps as it does alone. A token whose bytes do not come down to
-    two parts has no pair; it is only ever found as a whole chunk of text, as "ignore_merges" has it.
+
+def derive_merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    """The pairs of tokens that merge into another one, ordered by the id of the result, at most one for each token.
+
+    Our tokenizer has ranks instead of merges: it always joins the two neighbours that make up the token of lowest rank.
+    tokenizer.json lists the pairs that may be joined. The pair of a token is what remains of its bytes, joined by our
+    rule, before the last step. No other pair ever occurs: until two neighbours within a longer text become this token,
+    nothing has been joined across its ends, so the bytes between them went through the same steps as they do alone. A
+    token whose bytes do not come down to two parts has no pair; it is found only as a whole chunk of text, which is
+    what "ignore_merges" means.
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return [pair for token in tokens if (pair := _last_pair(token, ranks)) is not None]
@@ -328,80 +264,38 @@ def _last_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] 
 
 
 def _check_pattern(pattern: str) -> None:
-    """Only of these patterns is it known that the `tokenizers` package splits every text as we do."""
+    """Only for these patterns is it known that the `tokenizers` package splits every text as we do."""
     if pattern not in {rustbpe.split_pattern(digits) for digits in (1, 2, 3)}:
         raise UserError(f"the tokenizer's split pattern {pattern!r} is not one that Hugging Face folders can have here")
 
 
 def tokenizer_spec(tokenizer: Tokenizer) -> dict[str, Any]:
-    """tokenizer.json as the `tokenizers` package reads it: the same ids for every text (see the module's head)."""
+    """tokenizer.json as the `tokenizers` package reads it: the same ids for every text (see the module's docstring)."""
     tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size - len(tokenizer.special_ids))]
-    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
-    to_characters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": name, **plain} for name, i in tokenizer.special_ids.items()],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_characters]},
-        "post_processor": _bos_in_front(tokenizer),
-        "decoder": to_characters,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,
-            "vocab": {_characters(token): i for i, token in enumerate(tokens)},
-            "merges": [[_characters(left), _characters(right)] for left, right in derive_merges(tokens)],
-        },
-    }
-
-
-def _bos_in_front(tokenizer: Tokenizer) -> dict[str, Any]:
-    bos = {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    ids = {"id": "<|bos|>", "ids": [tokenizer.bos_id], "tokens": ["<|bos|>"]}
-    return {
-        "type": "TemplateProcessing",
-        "single": [bos, first],
-        "pair": [bos, first, second],
-        "special_tokens": {"<|bos|>": ids},
-    }
-
-
-def _characters(token: bytes) -> str:
-    return "".join(BYTE_TO_CHARACTER[byte] for byte in token)
+    spec = _template(TOKENIZER_FILE)
+    (flags,) = spec["added_tokens"]
+    spec["added_tokens"] = [{"id": i, "content": name, **flags} for name, i in tokenizer.special_ids.items()]
+    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = tokenizer.pattern
+    spec["post_processor"]["special_tokens"]["<|bos|>"]["ids"] = [tokenizer.bos_id]
+    spec["model"]["vocab"] = {_characters(token): i for i, token in enumerate(tokens)}
+    spec["model"]["merges"] = [[_characters(left), _characters(right)] for left, right in derive_merges(tokens)]
+    return spec
 
 
 def _tokenizer_settings(tokenizer: Tokenizer, sequence_len: int) -> dict[str, Any]:
     names = json.dumps(list(tokenizer.special_ids))  # a list of strings reads the same in Jinja
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|bos|>",
-        "eos_token": "<|assistant_end|>",
-        "pad_token": "<|assistant_end|>",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": sequence_len,
-        "chat_template": CHAT_TEMPLATE.replace("SPECIAL_TOKENS", names),
-    }
+    chat_template = CHAT_TEMPLATE_PATH.read_text(encoding="utf-8").replace("SPECIAL_TOKENS", names)
+    return _template(SETTINGS_FILE) | {"model_max_length": sequence_len, "chat_template": chat_template}
 
 
 def parse_tokenizer_spec(spec: dict[str, Any], path: Path) -> Tokenizer:
-    """The tokenizer that a tokenizer.json describes. Raises `UserError` when it would give other ids than that."""
+    """The tokenizer that a tokenizer.json describes. Raises `UserError` if ours would give other ids than it does."""
     try:
-        vocab, added = spec["model"]["vocab"], spec["added_tokens"]
+        vocab, special = spec["model"]["vocab"], sorted(spec["added_tokens"], key=lambda token: token["id"])
         names = sorted(vocab, key=vocab.get)
         tokens = [bytes(CHARACTER_TO_BYTE[character] for character in name) for name in names]
-        special = sorted(added, key=lambda token: token["id"])
-        is_numbered = [vocab[name] for name in names] + [token["id"] for token in special]
-        fault = "" if is_numbered == list(range(len(tokens) + len(special))) else "ids are not 0, 1, 2, ..."
-        fault = fault or _spec_fault(spec, tokens)
+        ids = [vocab[name] for name in names] + [token["id"] for token in special]
+        fault = _spec_fault(spec, tokens) if ids == list(range(len(ids))) else "its ids are not 0, 1, 2, ..."
         pattern = "" if fault else spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
         special_names = [token["content"] for token in special]
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -413,28 +307,18 @@ def parse_tokenizer_spec(spec: dict[str, Any], path: Path) -> Tokenizer:
 
 
 def _spec_fault(spec: dict[str, Any], tokens: list[bytes]) -> str:
-    """What makes a tokenizer.json give other ids than ranks do, "" for nothing."""
+    """Why a tokenizer.json gives other ids than the ranks of its tokens do; "" if it does not."""
     split, to_characters = spec["pre_tokenizer"]["pretokenizers"]
     if spec["normalizer"] is not None or spec["model"]["type"] != "BPE":
-        return "it changes the text first, or is no BPE"
+        return "it normalizes the text, or is no BPE"
     if (split["type"], split["behavior"], split["invert"]) != ("Split", "Isolated", False):
-        return f"its text is split by {split}"
+        return f"it splits text by {split}"
     if to_characters["type"] != "ByteLevel" or to_characters["add_prefix_space"] or to_characters["use_regex"]:
-        return f"its bytes become characters by {to_characters}"
+        return f"it turns bytes into characters by {to_characters}"
     derived = [(_characters(left), _characters(right)) for left, right in derive_merges(tokens)]
     known, listed = set(derived), [tuple(pair) for pair in spec["model"]["merges"]]
-    if [pair for pair in listed if pair in known] != derived:  # further ones are never met, see `derive_merges`
+    if [pair for pair in listed if pair in known] != derived:  # the other pairs never occur, see `derive_merges`
         return "its merges do not follow from the order of its tokens"
     if not spec["model"]["ignore_merges"] and len(derived) < len(tokens) - NUM_BYTES:
         return "some of its tokens are never reached"
     return ""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); give the folder of a Hugging Face model") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return content

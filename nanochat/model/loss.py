@@ -1,10 +1,9 @@
 """Cross-entropy of a soft-capped vocabulary head, without ever holding the logits of a whole batch.
 
-The logits of a batch are the largest tensor of a small model: 2 GB in float32 for 16 K tokens and a vocabulary
-of 32,768. Here they are made a few rows at a time, and each piece is turned into its gradient at once, while it
-is still in the cache (CPU) or fits beside the activations (GPU); only the gradients of the hidden states and of
-the head remain. That the loss is known to be a (scaled) sum makes this possible: its gradient is fixed up to the
-factor that backward brings.
+A batch's logits are the largest tensor of a small model: 2 GB in float32 for 16 K tokens and a vocabulary of 32,768.
+Here they are computed a few rows at a time, and forward turns each piece into its gradient at once, while it is still
+in the cache (CPU) or fits beside the activations (GPU); only the gradients of the hidden states and of the head are
+kept. This works because the loss is a sum, whose gradient is known up to the factor that backward receives.
 """
 
 import functools
@@ -15,7 +14,7 @@ from torch import Tensor
 IGNORE_INDEX = -1  # a target with this value counts neither in the loss nor in its mean
 CPU_PIECE_ELEMENTS = 1 << 24  # logits per piece: 64 MB of float32, enough rows for fast matrix products
 GPU_PIECE_ELEMENTS = 1 << 27  # 256 MB of bfloat16
-CPU_BLOCK_ELEMENTS = 1 << 20  # what the elementwise part of a piece takes at a time: 4 MB, to stay in the cache
+CPU_BLOCK_ELEMENTS = 1 << 20  # logits per elementwise pass within a piece: 4 MB, to stay in the cache
 
 
 def softcap_logits(hidden: Tensor, weight: Tensor, softcap: float) -> Tensor:
@@ -29,16 +28,15 @@ def softcap_cross_entropy(
 ) -> Tensor:
     """Cross-entropy, in nats, of targets under `softcap_logits(hidden, weight, softcap)`.
 
-    hidden (..., C) in the compute dtype, weight (V, C), targets (...) int64 with `IGNORE_INDEX` where nothing is
-    to be predicted. `reduction`: "mean" over the targets that count (0 when there is none), "sum", or "none" for
-    a float32 loss per target, 0 where ignored, without gradients.
+    hidden (..., C) in the compute dtype, weight (V, C), targets (...) int64, `IGNORE_INDEX` where nothing is to be
+    predicted. `reduction`: "mean" over the targets that count (0 if there are none), "sum", or "none" for a float32
+    loss per target, 0 where ignored, without gradients.
     """
     rows, flat_targets = hidden.flatten(0, -2), targets.flatten()
     if reduction == "none":
         with torch.no_grad():
-            losses = [
-                _losses(rows[part], weight, flat_targets[part], softcap) for part in _pieces(rows, weight.size(0))
-            ]
+            pieces = _pieces(rows, weight.size(0))
+            losses = [_losses(rows[part], weight, flat_targets[part], softcap) for part in pieces]
             return torch.cat(losses).view_as(targets)
     total = _SoftcapCrossEntropySum.apply(rows, weight, flat_targets, softcap)
     if reduction == "sum":
@@ -58,7 +56,7 @@ def _losses(rows: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Te
 
 
 class _SoftcapCrossEntropySum(torch.autograd.Function):
-    """Sum of the losses; forward computes the gradients too, piece by piece, and backward only scales them."""
+    """Sum of the losses. Forward computes the gradients too, piece by piece; backward only scales them."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
@@ -93,8 +91,8 @@ class _SoftcapCrossEntropySum(torch.autograd.Function):
 def loss_and_logit_gradient_(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     """Summed loss of `softcap * tanh(z / softcap)` against targets, and its gradient with respect to z.
 
-    z (R, V) is overwritten when it is float32. With s = sigmoid(2 z / c), the capped logits are c (2 s - 1): a shift
-    that softmax does not see away from 2 c s, which lies in [0, 2 c], so exp needs no maximum subtracted first.
+    z (R, V) is overwritten if it is float32. With c = softcap, s = sigmoid(2 z / c), the capped logits are 2 c s - c.
+    Softmax ignores the shift by c, and 2 c s lies in [0, 2 c], so that exp needs no maximum subtracted first.
     d loss / d z = (p - onehot) * 4 s (1 - s). The sigmoid is six times faster than tanh on a CPU.
     """
     gate = z.float().mul_(2.0 / softcap).sigmoid_()  # in place for float32
@@ -109,7 +107,7 @@ def loss_and_logit_gradient_(z: Tensor, targets: Tensor, softcap: float) -> tupl
 
 
 def _blockwise_kernel(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """`loss_and_logit_gradient_` a few rows at a time, so that its passes over them read the cache (2.4x on a CPU)."""
+    """`loss_and_logit_gradient_` a few rows at a time, so that all its passes stay in the cache (2.4x on a CPU)."""
     total = torch.zeros((), device=z.device)
     step = max(1, CPU_BLOCK_ELEMENTS // z.size(1))
     for start in range(0, z.size(0), step):

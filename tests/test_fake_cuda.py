@@ -1,0 +1,102 @@
+"""The model and the engine on a GPU that is only pretended: no operation and no result may be on another device."""
+
+import pytest
+import torch
+from fake_cuda import _Watch, fake_cuda
+
+from nanochat.engine.inference import InferenceModel, Piece, _DecodeGraphs
+from nanochat.engine.sampling import Sampling, plan_draw
+from nanochat.model import attention
+from nanochat.model.gpt import GPT, GPTConfig, build_model
+
+SHAPE = {"vocab_size": 400, "sequence_len": 64, "head_dim": 32}
+CONFIGS = {
+    "recipe": GPTConfig.from_depth(4, **SHAPE),
+    "grouped": GPTConfig.from_depth(2, kv_ratio=2, **SHAPE),
+    "october": GPTConfig.october_2025(2, **SHAPE),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def without_driver(monkeypatch):
+    """No compiler, and no question to the driver about the kernels it can run."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(attention, "_flash_function", lambda: None)
+
+
+@pytest.fixture
+def watch():
+    with fake_cuda() as watch:
+        yield watch
+
+
+def on_gpu(config):
+    """As `build_model` makes it; that goes over the meta device, where a fake tensor cannot be."""
+    with torch.device("cuda"):
+        model = GPT(config, compute_dtype=torch.bfloat16)
+    for table in filter(None, (model.wte, model.value_embeds)):
+        table.weight = torch.nn.Parameter(torch.empty_like(table.weight, dtype=torch.bfloat16))
+    return model
+
+
+def draw_idx(shape):
+    return torch.zeros(shape, dtype=torch.int64, device="cuda")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_forward_of_training_stays_on_the_gpu(config, watch, reduction):
+    model = on_gpu(config)
+    model.compile_trunk()
+    idx = draw_idx((2, 48))
+    loss = model(idx, idx, reduction=reduction)
+    assert loss.device.type == "cuda"
+    if reduction == "sum":
+        gradients = loss.grad_fn.apply(torch.empty((), device="cuda"))  # the loss's own backward
+        assert [gradient.device.type for gradient in gradients[:2]] == ["cuda", "cuda"]
+    assert watch.num_operations > 100
+    assert watch.off_device == []
+
+
+def test_the_backward_of_the_trunk_stays_on_its_device(config):
+    """On the meta device: autograd asks CUDA's driver for its streams, also for a fake tensor."""
+    model = build_model(config, device="meta", compute_dtype=torch.bfloat16)
+    idx = torch.zeros(2, 48, dtype=torch.int64, device="meta")
+    with _Watch() as watch:
+        model.hidden(idx).sum().backward()
+    assert watch.num_operations > 200
+    assert {p.grad.device.type for p in model.h.parameters()} == {"meta"}
+    assert watch.off_device == []
+
+
+@torch.no_grad()
+def test_evaluation_stays_on_the_gpu(config, watch):
+    model = on_gpu(config)
+    idx = draw_idx((2, 48))
+    assert model(idx).device.type == model(idx, idx, reduction="none").device.type == "cuda"
+    assert watch.off_device == []
+
+
+@pytest.mark.parametrize("weights", ["", "float32"])
+def test_prefill_and_decode_stay_on_the_gpu(config, watch, weights):
+    inference = InferenceModel(on_gpu(config), 4, weights=weights)
+    inference._graphs = _DecodeGraphs(inference, record=lambda run: run)
+    watch.off_device.clear()  # the rotary table is computed on the host, once
+    pieces = [Piece(0, [1] * 20, 0, None), Piece(1, [2], 7, 3), Piece(2, [4] * 30, 9, 5)]
+    idx = draw_idx((3,))
+    assert inference.prefill(pieces).device.type == "cuda"
+    assert inference.decode(idx, idx, [20, 8, 39]).device.type == "cuda"
+    for rows in ([Sampling(temperature=0.0)], [Sampling()], [Sampling(top_k=5)], [Sampling(top_p=0.9)] * 3):
+        drawing = plan_draw(rows, [0.5] * len(rows), 400, barred=(3, 4))
+        watch.off_device.clear()  # a drawing is made on the host
+        logits, ids = inference.decode_and_draw(idx[: len(rows)], idx[: len(rows)], [20, 8, 39][: len(rows)], drawing)
+        assert (logits.device.type, ids.device.type) == ("cuda", "cuda")
+        assert watch.off_device == []
+    inference.cache.copy_slot(0, 2, 20)
+    inference.cache.swap_slots(0, 1, 20)
+    inference.refresh(on_gpu(config))
+    assert watch.off_device == []
