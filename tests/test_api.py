@@ -10,7 +10,8 @@ import pytest
 from live_server import CONTEXT, MODEL, PAGE, ask, events, live_server, question, wait_until
 
 from nanochat.common import UserError
-from nanochat.serve.api import PAGE_PATH, Settings, create_app
+from nanochat.serve.api import PAGE_PATH, create_app
+from nanochat.serve.middleware import Settings
 from nanochat.serve.worker import Pool
 
 CHAT = "/v1/chat/completions"
