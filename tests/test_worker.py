@@ -185,9 +185,8 @@ def test_close_fails_what_is_running(tokenizer):
 @pytest.mark.slow
 def test_a_process_answers_and_ends_when_its_server_is_gone(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    worker = Worker(partial(build_fake, tmp_path), in_thread=False)
     messages: queue.SimpleQueue = queue.SimpleQueue()
-    worker.start(messages.put)
+    worker = Worker(partial(build_fake, tmp_path), lambda _, message: messages.put(message), in_thread=False)
     assert messages.get(timeout=120).pieces == []
     os.kill(worker.runner.pid, signal.SIGINT)  # Ctrl-C at the server's terminal: not for the worker to decide
     worker.send(Work(1, [tokenizer.encode("count 9")], Sampling(num_logprobs=1, stop=("7",)), 1))

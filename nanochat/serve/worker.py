@@ -16,7 +16,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -36,7 +38,7 @@ QUEUE_RETRY_SECONDS = 1
 MakeEngine = Callable[[], Engine]
 
 
-# --- messages: to a worker `Work`, `Cancel`, or None to exit; from it `Progress`, `Refused`, `Failed` ----------------
+# --- messages: to a worker `Work`, the id of one to cancel, or None to exit; from it `Progress` and `Failed` ---------
 
 
 class Work(NamedTuple):
@@ -46,12 +48,6 @@ class Work(NamedTuple):
     prompts: list[list[int]]
     sampling: Sampling
     num_samples: int
-
-
-class Cancel(NamedTuple):
-    """Nobody waits for this work any more."""
-
-    id: int
 
 
 class Piece(NamedTuple):
@@ -76,17 +72,11 @@ class Progress(NamedTuple):
     stats: dict[str, int]
 
 
-class Refused(NamedTuple):
-    """The engine does not accept this work."""
-
-    id: int
-    message: str
-
-
 class Failed(NamedTuple):
-    """The worker exits, or is dead. `message` is for whoever started the server."""
+    """The engine refuses the work of that id (the message is for the client), or without one does nothing any more."""
 
     message: str
+    work_id: int | None = None
 
 
 # --- in the worker -------------------------------------------------------------------------------
@@ -98,7 +88,7 @@ def run_worker(make_engine: MakeEngine, connection: Connection) -> None:
     reader = threading.Thread(target=_read_commands, args=(connection, commands), daemon=True)
     reader.start()
     try:
-        _EngineLoop(make_engine(), connection.send).run(commands)
+        _serve(make_engine(), commands, connection.send)
     except UserError as error:
         connection.send(Failed(str(error)))
     except (BrokenPipeError, ConnectionResetError):
@@ -118,64 +108,51 @@ def _run_process(make_engine: MakeEngine, connection: Connection) -> None:
 
 def _read_commands(connection: Connection, commands: queue.SimpleQueue) -> None:
     """Empty the pipe at once, whatever the engine does, so that no sender waits for the end of a step."""
-    command: Work | Cancel | None = Cancel(0)
-    while command is not None:
-        try:
-            command = connection.recv()
-        except (EOFError, OSError):
-            command = None
-        commands.put(command)
+    with suppress(EOFError, OSError):
+        for command in iter(connection.recv, None):
+            commands.put(command)
+    commands.put(None)
 
 
-class _EngineLoop:
-    """Steps the engine while it has work, and accepts commands between steps."""
+def _serve(engine: Engine, commands: queue.SimpleQueue, send: Callable[[Progress | Failed], None]) -> None:
+    """Step the engine while it has work, and accept commands between steps, until None comes."""
+    origins: dict[Request, tuple[int, int]] = {}  # of running requests: id of the work, index of the first reply
 
-    def __init__(self, engine: Engine, send: Callable[[Any], None]):
-        self._engine, self._send = engine, send
-        self._origins: dict[Request, tuple[int, int]] = {}  # of running requests: id of the work, index of first reply
+    def report(events: Sequence[Event]) -> None:
+        pieces = []
+        for event in events:
+            work_id, first_index = origins[event.request]
+            tokens = event.tokens if event.request.sampling.num_logprobs is not None else ()
+            pieces.append(Piece(work_id, first_index + event.index, event.deltas, len(event.tokens), tokens,
+                                event.request.num_reused, event.finish_reason))  # fmt: skip
+        send(Progress(pieces, asdict(engine.stats) | {"active": engine.num_active, "waiting": engine.num_waiting}))
 
-    def run(self, commands: queue.SimpleQueue) -> None:
-        self._report([])
-        while True:
-            while not commands.empty() or not self._engine.has_work:
-                command = commands.get()
-                if command is None:
-                    return
-                self._obey(command)
-            events = self._engine.step()
-            if events:
-                self._report(events)
-            self._origins = {request: origin for request, origin in self._origins.items() if not request.is_done}
+    def cancel(work_id: int) -> None:
+        for request in [request for request, (id_, _) in origins.items() if id_ == work_id]:
+            engine.cancel(request)
+            del origins[request]
 
-    def _obey(self, command: Work | Cancel) -> None:
-        if isinstance(command, Cancel):
-            self._cancel(command.id)
-            self._report([])
-            return
-        try:
-            for number, prompt in enumerate(command.prompts):
-                request = self._engine.submit(prompt, command.sampling, num_samples=command.num_samples)
-                self._origins[request] = command.id, number * command.num_samples
-        except UserError as error:
-            self._cancel(command.id)
-            self._send(Refused(command.id, str(error)))
-
-    def _cancel(self, work_id: int) -> None:
-        for request in [request for request, (id_, _) in self._origins.items() if id_ == work_id]:
-            self._engine.cancel(request)
-            del self._origins[request]
-
-    def _report(self, events: Sequence[Event]) -> None:
-        stats = asdict(self._engine.stats)
-        stats |= {"active": self._engine.num_active, "waiting": self._engine.num_waiting}
-        self._send(Progress([self._piece(event) for event in events], stats))
-
-    def _piece(self, event: Event) -> Piece:
-        request = event.request
-        work_id, first_index = self._origins[request]
-        tokens = event.tokens if request.sampling.num_logprobs is not None else ()
-        return Piece(work_id, first_index + event.index, event.deltas, len(event.tokens), tokens, request.num_reused,
-                     event.finish_reason)  # fmt: skip
+    report([])
+    while True:
+        while not commands.empty() or not engine.has_work:
+            command = commands.get()
+            if command is None:
+                return
+            if isinstance(command, int):
+                cancel(command)
+                report([])
+                continue
+            try:
+                for number, prompt in enumerate(command.prompts):
+                    request = engine.submit(prompt, command.sampling, num_samples=command.num_samples)
+                    origins[request] = command.id, number * command.num_samples
+            except UserError as error:
+                cancel(command.id)
+                send(Failed(str(error), command.id))
+        events = engine.step()
+        if events:
+            report(events)
+        origins = {request: origin for request, origin in origins.items() if not request.is_done}
 
 
 # --- in the server -------------------------------------------------------------------------------
@@ -260,65 +237,65 @@ class Job:
 class Worker:
     """One engine's process (or thread) as seen from the server, with two threads that talk to it."""
 
-    def __init__(self, make_engine: MakeEngine, *, in_thread: bool):
-        self.make_engine, self.in_thread = make_engine, in_thread
+    def __init__(self, make_engine: MakeEngine, on_message: Callable[["Worker", Progress | Failed], None],
+                 *, in_thread: bool):  # fmt: skip
+        """Starts it; `on_message` is called in a thread of its own, at last with `Failed`."""
+        self.make_engine, self._on_message = make_engine, on_message
         self.state = "loading"  # then "ready", at last "failed"
         self.jobs: dict[int, Job] = {}
         self.stats: dict[str, int] = {}
-        self.send_queue: queue.SimpleQueue = queue.SimpleQueue()
-        self.pipe, self._theirs = multiprocessing.Pipe()
+        self._commands: queue.SimpleQueue = queue.SimpleQueue()
+        self.pipe, theirs = multiprocessing.Pipe()
         start = threading.Thread if in_thread else multiprocessing.get_context("spawn").Process  # CUDA forbids fork
         target = run_worker if in_thread else _run_process
-        self.runner = start(target=target, args=(make_engine, self._theirs), name="engine", daemon=True)
+        self.runner = start(target=target, args=(make_engine, theirs), name="engine", daemon=True)
+        self.runner.start()
+        if not in_thread:
+            theirs.close()  # now only the process holds it, so its death closes the pipe
+        threading.Thread(target=self._send_all, daemon=True).start()
+        threading.Thread(target=self._receive_all, daemon=True).start()
 
     @property
     def num_replies(self) -> int:
         """Replies it was given and has not finished."""
         return sum(job.num_unfinished for job in self.jobs.values())
 
-    def start(self, on_message: Callable[[Any], None]) -> None:
-        """`on_message` is called in a thread of its own; the last message is `Failed`."""
-        self.runner.start()
-        if not self.in_thread:
-            self._theirs.close()  # now only the process holds it, so its death closes the pipe
-        threading.Thread(target=self._send_all, daemon=True).start()
-        threading.Thread(target=self._receive_all, args=(on_message,), daemon=True).start()
-
-    def send(self, command: Work | Cancel | None) -> None:
+    def send(self, command: Work | int | None) -> None:
         """Never blocks."""
-        self.send_queue.put(command)
+        self._commands.put(command)
 
     def _send_all(self) -> None:
-        command: Work | Cancel | None = Cancel(0)
-        while command is not None:
-            command = self.send_queue.get()
-            try:
+        with suppress(OSError):  # it died; `_receive_all` reports that
+            for command in iter(self._commands.get, None):
                 self.pipe.send(command)
-            except OSError:  # it died; `_receive_all` reports that
-                return
+            self.pipe.send(None)
 
-    def _receive_all(self, on_message: Callable[[Any], None]) -> None:
-        message: Any = None
-        while not isinstance(message, Failed):
+    def _receive_all(self) -> None:
+        with suppress(RuntimeError):  # the event loop is closed
             try:
-                message = self.pipe.recv()
+                while True:
+                    self._on_message(self, self.pipe.recv())
             except (EOFError, OSError):
-                message = Failed("the engine's process ended")
-            try:
-                on_message(message)
-            except RuntimeError:  # the event loop is closed
-                break
-        self.send(None)  # ends the sending thread, and the reading one on the other side
+                self._on_message(self, Failed("the engine's process ended"))
+        self.send(None)
+
+    def fail(self, message: str) -> None:
+        """End it, and all jobs it has with an error."""
+        for job in self.jobs.values():
+            job.fail(ApiError(503, f"{message}; try again in a moment", code="worker_failed",
+                              retry_seconds=LOADING_RETRY_SECONDS))  # fmt: skip
+        self.jobs.clear()
+        self.send(None)
 
     def join(self, seconds: float) -> None:
         self.runner.join(seconds)
-        if not self.in_thread and self.runner.is_alive():
+        if not isinstance(self.runner, threading.Thread) and self.runner.is_alive():
             self.runner.kill()
             self.runner.join()
 
 
 class Pool:
-    """Workers, one for each of `make_engines`. All but the constructor runs in the event loop's thread.
+    """Workers, one for each of `make_engines`, that run from `start` to `close`; for the event loop's thread.
 
     `max_rows` replies are generated at a time in each worker, and `max_queue` more may wait. A worker that dies while
     it serves is restarted; one that cannot load stays down, and when none is left `on_failure(message)` is called. With
@@ -332,33 +309,31 @@ class Pool:
         assert make_engines
         assert max_rows > 0, max_rows
         assert max_queue >= 0, max_queue
-        self.workers = [Worker(make_engine, in_thread=in_threads) for make_engine in make_engines]
+        self.workers: list[Worker] = []
+        self._make_engines, self._in_threads, self._on_failure = make_engines, in_threads, on_failure
         self._max_rows, self._capacity = max_rows, len(make_engines) * max_rows + max_queue
-        self._on_failure = on_failure
         self._num_works = 0
         self._is_closing = False
 
     async def start(self) -> None:
         """Begin to load the models; `state` tells how far that is."""
-        for worker in self.workers:
-            self._start(worker)
+        self.workers = [self._new_worker(make_engine) for make_engine in self._make_engines]
 
-    def _start(self, worker: Worker) -> None:
-        loop = asyncio.get_running_loop()
-        worker.start(lambda message: loop.call_soon_threadsafe(self._on_message, worker, message))
+    def _new_worker(self, make_engine: MakeEngine) -> Worker:
+        on_message = partial(asyncio.get_running_loop().call_soon_threadsafe, self._on_message)
+        return Worker(make_engine, on_message, in_thread=self._in_threads)
 
     async def close(self) -> None:
         """End all workers; what they were doing fails."""
         self._is_closing = True
         for worker in self.workers:
-            self._fail_jobs(worker, "the server is shutting down")
-            worker.send(None)
+            worker.fail("the server is shutting down")
         await asyncio.gather(*(asyncio.to_thread(worker.join, CLOSE_SECONDS) for worker in self.workers))
 
     @property
     def state(self) -> str:
         """ "ok": a worker is ready; "loading": none is yet; "failed": none ever will be."""
-        states = {worker.state for worker in self.workers}
+        states = {worker.state for worker in self.workers} or {"loading"}
         return "ok" if "ready" in states else "loading" if "loading" in states else "failed"
 
     @property
@@ -399,41 +374,27 @@ class Pool:
         if not job.is_over:
             job.fail(ClientGone())
             del job.worker.jobs[job.work.id]
-            job.worker.send(Cancel(job.work.id))
+            job.worker.send(job.work.id)
 
-    def _on_message(self, worker: Worker, message: Progress | Refused | Failed) -> None:
+    def _on_message(self, worker: Worker, message: Progress | Failed) -> None:
         if isinstance(message, Progress):
             worker.state, worker.stats = "ready", message.stats
             for piece in message.pieces:
-                job = worker.jobs.get(piece.work_id)  # None: cancelled meanwhile
-                if job is not None:
+                if job := worker.jobs.get(piece.work_id):  # None: cancelled meanwhile
                     job.add(piece)
                     if job.is_over:
                         del worker.jobs[piece.work_id]
-        elif isinstance(message, Refused):
-            job = worker.jobs.pop(message.id, None)
-            if job is not None:
+        elif message.work_id is not None:
+            if job := worker.jobs.pop(message.work_id, None):
                 job.fail(ApiError(400, message.message))
-        elif not self._is_closing:
-            self._on_failed(worker, message.message)
-
-    def _on_failed(self, worker: Worker, message: str) -> None:
-        was_ready, worker.state = worker.state == "ready", "failed"
-        self._fail_jobs(worker, "the engine failed")
-        if was_ready:
-            logger.error("a worker failed (%s) and is restarted", message)
-            restarted = Worker(worker.make_engine, in_thread=worker.in_thread)
-            self.workers[self.workers.index(worker)] = restarted
-            self._start(restarted)
-        elif self.state == "failed":
-            self._on_failure(message)
-
-    @staticmethod
-    def _fail_jobs(worker: Worker, message: str) -> None:
-        for job in worker.jobs.values():
-            job.fail(ApiError(503, f"{message}; try again in a moment", code="worker_failed",
-                              retry_seconds=LOADING_RETRY_SECONDS))  # fmt: skip
-        worker.jobs.clear()
+        elif worker.state != "failed" and not self._is_closing:
+            was_ready, worker.state = worker.state == "ready", "failed"
+            worker.fail("the engine failed")
+            if was_ready:
+                logger.error("a worker failed (%s) and is restarted", message.message)
+                self.workers[self.workers.index(worker)] = self._new_worker(worker.make_engine)
+            elif self.state == "failed":
+                self._on_failure(message.message)
 
 
 # --- engines -------------------------------------------------------------------------------------
