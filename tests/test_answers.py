@@ -76,9 +76,9 @@ def test_chunks_joined_are_the_whole_answer(tokenizer, deltas, cuts):
     streamed = []
     for start, end in pairwise([0, *sorted(cuts), len(deltas)]):
         for chunk in answer.chunks(piece(), *(piece(deltas=[delta]) for delta in deltas[start:end])):
-            delta = chunk.choices[0].delta
-            extra = delta.nanochat
-            streamed.append((extra.type, extra.text) if extra else ("text", delta.content))
+            delta = chunk["choices"][0]["delta"]
+            extra = delta.get("nanochat")
+            streamed.append((extra["type"], extra["text"]) if extra else ("text", delta["content"]))
     answer.add(piece(finish_reason="stop"))
     message = answer.answer.whole().choices[0].message
     assert parts_of(streamed) == parts_of(deltas) == [[part.type, part.text] for part in message.nanochat.parts]
@@ -89,23 +89,24 @@ def test_pieces_that_come_together_are_one_chunk_for_each_reply(tokenizer):
     answer = chat_answer(tokenizer, 2)
     pieces = [piece(i, [Delta("text", text)]) for text in "abc" for i in (0, 1)]
     chunks = answer.chunks(*pieces, piece(1, [Delta("text", "d")], finish_reason="length"))
-    said = [(c.choices[0].index, c.choices[0].delta.content, c.choices[0].finish_reason) for c in chunks]
+    said = [
+        (c["index"], c["delta"].get("content"), c["finish_reason"]) for [c] in (chunk["choices"] for chunk in chunks)
+    ]
     assert said == [(0, "abc", None), (1, "abcd", None), (1, None, "length")]
 
 
 def test_the_context_counts_prompt_and_longest_reply(tokenizer):
     answering = chat_answer(tokenizer, 2, wants_usage=True)
     answer = answering.answer
-    assert answer.opening()[0].nanochat.context["used"] == 3
+    assert answer.opening()[0]["nanochat"]["context"]["used"] == 3
     answering.add(piece(0, tokens=(Token(5),) * 4, finish_reason="stop"))
     answering.add(piece(1, tokens=(Token(5),) * 6, finish_reason="length"))
     note = answer.whole().nanochat
     assert (note.num_dropped_messages, note.context) == (2, {"used": 9, "limit": 64})
     [closing] = answer.closing()
-    assert closing.choices == []
-    usage = closing.usage
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (3, 10, 13)
-    assert usage.prompt_tokens_details == {"cached_tokens": 2}
+    assert closing["choices"] == []
+    counts = {"prompt_tokens": 3, "completion_tokens": 10, "total_tokens": 13}
+    assert closing["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 2}}
 
 
 def test_logprobs_leave_out_forced_tokens_and_minus_infinity(tokenizer):
@@ -116,14 +117,11 @@ def test_logprobs_leave_out_forced_tokens_and_minus_infinity(tokenizer):
         Token(special, logprob=-1.0),
     )
     [chunk] = chat_answer(tokenizer, num_logprobs=2).chunks(piece(tokens=tokens))
-    first, second = chunk.choices[0].logprobs.content
-    assert (first.token, first.bytes, first.logprob) == (
-        tokenizer.decode([65]),
-        list(tokenizer.decode_bytes([65])),
-        -0.5,
-    )
-    assert first.top_logprobs[1].logprob == MIN_LOGPROB
-    assert (second.token, second.bytes) == ("<|python_start|>", None)
+    first, second = chunk["choices"][0]["logprobs"]["content"]
+    assert (first["token"], first["logprob"]) == (tokenizer.decode([65]), -0.5)
+    assert first["bytes"] == list(tokenizer.decode_bytes([65]))
+    assert first["top_logprobs"][1]["logprob"] == MIN_LOGPROB
+    assert (second["token"], second["bytes"]) == ("<|python_start|>", None)
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -135,7 +133,7 @@ def test_completion_offsets_run_through_all_pieces(tokenizer, streamed):
         text = Delta("text", tokenizer.decode([token]))
         one = piece(deltas=[text], tokens=(Token(token, logprob=-1.0),))
         if streamed:
-            offsets += answer.chunks(one)[0].choices[0].logprobs.text_offset
+            offsets += answer.chunks(one)[0]["choices"][0]["logprobs"]["text_offset"]
         else:
             answer.add(one)
     answer.add(piece(finish_reason="stop"))

@@ -1,7 +1,8 @@
 """Replies in the format of OpenAI's API: `whole`, or streamed as `opening`, `chunks` and `closing`.
 
-An answer belongs to one request and reads the replies of its job, which `worker.py` collects. Each method returns
-models of `schema.py`, ready to be sent. Not here: HTTP, waiting.
+An answer belongs to one request and reads the replies of its job, which `worker.py` collects. A chunk of a chat has a
+`delta` in each choice. A piece of a tool call or of its result is there as `nanochat`: {"type", "text"}, and an empty
+text begins a new part. Not here: HTTP, waiting.
 """
 
 import secrets
@@ -19,28 +20,53 @@ from nanochat.serve.worker import Job, Reply
 from nanochat.tokenizer import Tokenizer
 
 MIN_LOGPROB = -9999.0  # JSON has no minus infinity; OpenAI sends this for a token that is all but impossible
+Json = dict[str, Any]
 
 
 class Answer:
     """What chats and completions have in common."""
 
+    whole_type: type[BaseModel]
     object: str
     chunk_object: str
-    chunk_type: type[BaseModel]
+    id_prefix: str
 
     def __init__(self, tokenizer: Tokenizer, job: Job, settings: Settings, *, wants_usage: bool):
         self._tokenizer, self._job, self._settings, self._wants_usage = tokenizer, job, settings, wants_usage
         self._wants_logprobs = job.work.sampling.num_logprobs is not None
         self._special = frozenset(tokenizer.special_ids.values())
         self._head = {
-            "id": f"{'chatcmpl' if isinstance(self, ChatAnswer) else 'cmpl'}-{secrets.token_hex(12)}",
-            "object": self.object,
+            "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": settings.model_name,
             "system_fingerprint": settings.fingerprint,
         }
 
-    def usage(self) -> dict[str, Any]:
+    def whole(self) -> BaseModel:
+        choices = [self._choice(index, reply) for index, reply in enumerate(self._job.replies)]
+        head = self._head | {"object": self.object, "usage": self._usage()}
+        return self.whole_type(**head, **self._notes(), choices=choices)
+
+    def opening(self) -> list[Json]:
+        """The chunks before the first token."""
+        return []
+
+    def chunks(self, news: Mapping[int, Reply]) -> list[Json]:
+        """The chunks for what was added to the replies, by index."""
+        raise NotImplementedError
+
+    def closing(self) -> list[Json]:
+        """The chunks after the last token."""
+        return [self._chunk([], usage=self._usage())] if self._wants_usage else []
+
+    def _choice(self, index: int, reply: Reply) -> Json:
+        raise NotImplementedError
+
+    def _notes(self) -> Json:
+        """What stands beside the choices of a whole answer."""
+        return {}
+
+    def _usage(self) -> Json:
         num_prompt = sum(map(len, self._job.work.prompts))
         num_completion = sum(reply.num_tokens for reply in self._job.replies)
         return {
@@ -50,12 +76,9 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": self._job.num_cached},
         }
 
-    def closing(self) -> list[BaseModel]:
-        return [self._chunk([], usage=self.usage())] if self._wants_usage else []
-
-    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> BaseModel:
+    def _chunk(self, choices: list[Json], **more: Any) -> Json:
         usage = {"usage": None} if self._wants_usage else {}
-        return self.chunk_type(**self._head | {"object": self.chunk_object} | usage | more, choices=choices)
+        return self._head | {"object": self.chunk_object, "choices": choices} | usage | more
 
     def _text(self, token_id: int) -> str:
         return self._tokenizer.decode((token_id,))
@@ -67,54 +90,44 @@ def _sampled(tokens: Sequence[Token]) -> list[Token]:
 
 
 class ChatAnswer(Answer):
-    object, chunk_object, chunk_type = "chat.completion", "chat.completion.chunk", schema.ChatChunk
+    whole_type, id_prefix = schema.ChatCompletion, "chatcmpl"
+    object, chunk_object = "chat.completion", "chat.completion.chunk"
 
     def __init__(self, *args: Any, prompt: Prompt, **options: Any):
         super().__init__(*args, **options)
         self._prompt = prompt
 
-    def whole(self) -> schema.ChatCompletion:
-        choices = []
-        for index, reply in enumerate(self._job.replies):
-            parts, logprobs = {"parts": reply.parts}, self._logprobs(reply.tokens)
-            message = {"role": "assistant", "content": visible_text(reply.parts), "refusal": None, "nanochat": parts}
-            choice = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reply.finish_reason}
-            choices.append(choice)
-        return schema.ChatCompletion(**self._head, choices=choices, usage=self.usage(), nanochat=self._note())
+    def opening(self) -> list[Json]:
+        """The role, and what became of the conversation."""
+        delta = {"role": "assistant", "content": ""}
+        chunks = [self._chunk([_chunk_choice(index, delta)]) for index in range(len(self._job.replies))]
+        return [chunks[0] | self._notes(), *chunks[1:]]
 
-    def opening(self) -> list[BaseModel]:
-        """What is known before the first token: the role, and what became of the conversation."""
-        delta, notes = {"role": "assistant", "content": ""}, [{"nanochat": self._note()}]
-        notes += [{}] * (len(self._job.replies) - 1)
-        return [self._choice_chunk(index, delta, **note) for index, note in enumerate(notes)]
-
-    def chunks(self, news: Mapping[int, Reply]) -> list[BaseModel]:
+    def chunks(self, news: Mapping[int, Reply]) -> list[Json]:
         chunks = []
         for index, reply in news.items():
             logprobs = self._logprobs(reply.tokens)
             for delta in reply.deltas or [Delta("text", "")] * bool(logprobs and logprobs["content"]):
-                content = {"content": delta.text if delta.type == "text" else ""}
-                extra = {} if delta.type == "text" else {"nanochat": delta._asdict()}
-                chunks.append(self._choice_chunk(index, content | extra, logprobs))
+                is_text = delta.type == "text"
+                content = {"content": delta.text} if is_text else {"content": "", "nanochat": delta._asdict()}
+                chunks.append(self._chunk([_chunk_choice(index, content, logprobs)]))
                 logprobs = None  # the first chunk has those of all tokens
             if reply.finish_reason is not None:
-                end = self._choice_chunk(index, {}, finish_reason=reply.finish_reason, nanochat=self._note())
-                chunks.append(end)
+                end = _chunk_choice(index, {}, finish_reason=reply.finish_reason)
+                chunks.append(self._chunk([end], **self._notes()))
         return chunks
 
-    def _choice_chunk(
-        self, index: int, delta: dict[str, Any], logprobs: dict | None = None, finish_reason: str | None = None,
-        **more: Any,
-    ) -> BaseModel:  # fmt: skip
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return self._chunk([choice], **more)
+    def _choice(self, index: int, reply: Reply) -> Json:
+        parts, logprobs = reply.parts, self._logprobs(reply.tokens)
+        message = {"role": "assistant", "content": visible_text(parts), "nanochat": {"parts": parts}}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reply.finish_reason}
 
-    def _note(self) -> dict[str, Any]:
+    def _notes(self) -> Json:
         used = len(self._prompt.ids) + max(reply.num_tokens for reply in self._job.replies)
         context = {"used": used, "limit": self._settings.context_len}
-        return {"num_dropped_messages": self._prompt.num_dropped, "context": context}
+        return {"nanochat": {"num_dropped_messages": self._prompt.num_dropped, "context": context}}
 
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
         if not self._wants_logprobs:
             return None
         content = []
@@ -123,36 +136,33 @@ class ChatAnswer(Answer):
             content.append(self._described(token.id, token.logprob) | {"top_logprobs": top})
         return {"content": content}
 
-    def _described(self, token_id: int, logprob: float) -> dict[str, Any]:
+    def _described(self, token_id: int, logprob: float) -> Json:
         raw = None if token_id in self._special else list(self._tokenizer.decode_bytes((token_id,)))
         return {"token": self._text(token_id), "logprob": max(logprob, MIN_LOGPROB), "bytes": raw}
 
 
+def _chunk_choice(index: int, delta: Json, logprobs: Json | None = None, finish_reason: str | None = None) -> Json:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
 class CompletionAnswer(Answer):
+    whole_type, id_prefix = schema.Completion, "cmpl"
     object = chunk_object = "text_completion"
-    chunk_type = schema.Completion
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self._num_chars = [0] * len(self._job.replies)  # of the tokens described so far
 
-    def whole(self) -> schema.Completion:
-        choices = [self._choice(index, reply) for index, reply in enumerate(self._job.replies)]
-        return schema.Completion(**self._head, choices=choices, usage=self.usage())
-
-    def opening(self) -> list[BaseModel]:
-        return []
-
-    def chunks(self, news: Mapping[int, Reply]) -> list[BaseModel]:
+    def chunks(self, news: Mapping[int, Reply]) -> list[Json]:
         choices = (self._choice(index, reply) for index, reply in news.items())
         return [self._chunk([c]) for c in choices if c["text"] or c["logprobs"] or c["finish_reason"]]
 
-    def _choice(self, index: int, reply: Reply) -> dict[str, Any]:
+    def _choice(self, index: int, reply: Reply) -> Json:
         text = "".join(delta.text for delta in reply.deltas)
         logprobs = self._logprobs(index, reply.tokens)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reply.finish_reason}
 
-    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> Json | None:
         if not self._wants_logprobs:
             return None
         sampled, offsets = _sampled(tokens), []

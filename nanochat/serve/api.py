@@ -5,6 +5,7 @@ everywhere. Not here: flags, running the server.
 """
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
@@ -32,6 +33,7 @@ from nanochat.tokenizer import Tokenizer
 
 PAGE_PATH = Path(__file__).with_name("ui.html")
 REPLY_ROOM_FRAC = 0.25  # of the context: a long conversation is shortened until a reply of that length fits
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 HEALTH_MESSAGES = {
     "ok": "", "loading": "the model is being loaded", "failed": "the model could not be loaded; see the server's log",
 }  # fmt: skip
@@ -195,18 +197,14 @@ class _Server:
                 pass
         return Response(answer.whole().model_dump_json(), media_type="application/json")
 
-    async def _events(self, request: Request, job: Job, answer: Answer) -> AsyncIterator[list[str]]:
-        """The data of a streamed answer's events, in lists of those that come together."""
+    async def _events(self, request: Request, job: Job, answer: Answer) -> AsyncIterator[Iterable[str]]:
+        """The data of a streamed answer's events; those that come together are yielded together."""
         async with self._attended(request, job):
             try:
-                chunks = answer.opening()
-                while True:
-                    yield [chunk.model_dump_json(exclude_unset=True) for chunk in chunks]
-                    news = await job.next_news()
-                    if not news:
-                        break
-                    chunks = answer.chunks(news)
-                yield [*(chunk.model_dump_json(exclude_unset=True) for chunk in answer.closing()), "[DONE]"]
+                yield map(_to_json, answer.opening())
+                while news := await job.next_news():
+                    yield map(_to_json, answer.chunks(news))
+                yield [*map(_to_json, answer.closing()), "[DONE]"]
             except ClientGone:
                 pass
             except ApiError as error:
@@ -252,10 +250,10 @@ class _Server:
 
 
 class EventStream(Response):
-    """Server-sent events: `events` yields lists of data to send together. Unlike starlette's `StreamingResponse` it
+    """Server-sent events: what `events` yields at once is sent together. Unlike starlette's `StreamingResponse` it
     reads nothing from the client, which the generator does, and it always closes the generator before it returns."""
 
-    def __init__(self, events: AsyncIterator[list[str]]):
+    def __init__(self, events: AsyncIterator[Iterable[str]]):
         super().__init__(media_type="text/event-stream", headers={"x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
@@ -264,7 +262,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._events) as events:
             async for data in events:
-                if data:
-                    body = "".join(f"data: {text}\n\n" for text in data).encode()
+                body = "".join(f"data: {text}\n\n" for text in data).encode()
+                if body:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -41,7 +41,7 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Prompts = Field(min_length=1, max_length=MAX_PROMPTS)
 FinishReason = Literal["stop", "length"]
 
-# types of fields that are not supported: they accept only what asks for nothing
+# fields that are not supported accept only what asks for nothing
 Nothing = None
 Empty = Annotated[list[Any], Field(max_length=0)] | None
 EmptyObject = Annotated[dict[str, Any], Field(max_length=0)] | None
@@ -267,7 +267,7 @@ class ChatLogprobs(BaseModel):
 class ReplyMessage(BaseModel):
     role: Literal["assistant"]
     content: str
-    refusal: None
+    refusal: None = None
     nanochat: ReplyParts
 
 
@@ -280,7 +280,6 @@ class ChatChoice(BaseModel):
 
 class AnswerHead(BaseModel):
     id: str
-    object: str
     created: int
     model: str
     system_fingerprint: str
@@ -291,28 +290,6 @@ class ChatCompletion(AnswerHead):
     choices: list[ChatChoice]
     usage: Usage
     nanochat: ChatNote
-
-
-class ChatDelta(BaseModel):
-    """A piece of a reply. A tool call or its result comes in `nanochat`, where an empty text begins a new part."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    nanochat: ReplyPart | None = None
-
-
-class ChatChunkChoice(BaseModel):
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
-
-
-class ChatChunk(AnswerHead):
-    object: Literal["chat.completion.chunk"]
-    choices: list[ChatChunkChoice]
-    usage: Usage | None = None
-    nanochat: ChatNote | None = None
 
 
 class CompletionLogprobs(BaseModel):
@@ -360,12 +337,5 @@ class Health(BaseModel):
     waiting: int = Field(description="replies waiting in the queue")
 
 
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
 class ErrorBody(BaseModel):
-    error: ErrorDetail
+    error: dict[Literal["message", "type", "param", "code"], str | None]
