@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -162,15 +162,10 @@ def load_conversation(path: Path) -> list[dict[str, Any]]:
 # --- the chat ------------------------------------------------------------------------------------
 
 
-@dataclass
-class Answer:
-    """A reply as message parts, and how it ended. Times of the first and last token are seconds from the question."""
-
-    parts: list[dict[str, str]]
-    reason: str = ""
-    num_tokens: int = 0
-    first_seconds: float = 0.0
-    last_seconds: float = 0.0
+def _speed(times: Sequence[float]) -> str:
+    """In words, from the seconds after which each token came."""
+    rate = f", {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if times and times[-1] > times[0] else ""
+    return f"{len(times)} tokens{rate}, the first after {times[0] if times else 0.0:.2f} s"
 
 
 class TerminalChat:
@@ -195,10 +190,10 @@ class TerminalChat:
     @property
     def conversation(self) -> dict[str, Any]:
         """In the format of `chat.py`; before the first question it is not a valid one."""
-        return {"messages": self._with_system(self.messages)}
+        return self._with_system(self.messages)
 
-    def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{"role": "system", "content": self.system}, *messages] if self.system else messages
+    def _with_system(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"messages": [{"role": "system", "content": self.system}, *messages] if self.system else messages}
 
     def begin(self, messages: Sequence[dict[str, Any]] = ()) -> None:
         """A new conversation, or that of `messages`, which have no system message and end with an answer."""
@@ -217,70 +212,64 @@ class TerminalChat:
         """Like `ask`, with `messages` as the conversation: a last answer among them is continued."""
         if not messages:
             raise UserError("there is no answer yet")
-        room = max(1, min(self.sampling.max_tokens, int(REPLY_FRAC * self.engine.context)))
-        full = {"messages": self._with_system(messages)}
-        prompt = render_for_completion(self.tokenizer, full, max_tokens=self.engine.context - room)
+        context = self.engine.context
+        room = max(1, min(self.sampling.max_tokens, int(REPLY_FRAC * context)))
+        prompt = render_for_completion(self.tokenizer, self._with_system(messages), max_tokens=context - room)
         if prompt.num_dropped > self._num_dropped:
             self.screen.notice(
                 "the conversation is longer than the context: the model no longer sees the first "
                 f"{prompt.num_dropped} messages; /clear begins a new one"
             )
         self._num_dropped = prompt.num_dropped
-        sampling = self.sampling
-        if sampling.seed is not None:
-            sampling = replace(sampling, seed=sampling.seed + self._num_answers)
+        seed = self.sampling.seed
+        sampling = replace(self.sampling, seed=None if seed is None else seed + self._num_answers)
         self._num_answers += 1
 
-        answer = self._generate(prompt.ids, sampling)
+        added, reason, times = self._generate(prompt.ids, sampling)
         begun: list[dict[str, str]] = []
         if messages[-1]["role"] == "assistant":
             begun, messages = as_parts(messages[-1]["content"]), messages[:-1]
-        parts = as_parts([*begun, *answer.parts])
-        while answer.reason != "stop" and parts and parts[-1]["type"] != "text":
+        parts = as_parts([*begun, *added])
+        while reason != "stop" and parts and parts[-1]["type"] != "text":
             parts.pop()  # a tool call or result at the end of a cut answer may itself be cut
-        if parts or answer.reason == "stop":
+        if parts or reason == "stop":
             is_text = all(part["type"] == "text" for part in parts)
             self.messages = [*messages, {"role": "assistant", "content": visible_text(parts) if is_text else parts}]
-        self._tell_end(answer, bool(parts), len(prompt.ids))
-        return answer.reason
+        self._tell_end(reason, bool(parts))
+        if self.show_stats:
+            num_used = len(prompt.ids) + len(times)
+            self.screen.notice(f"{_speed(times)}; {num_used:,} of {context:,} tokens of context used")
+        return reason
 
-    def _generate(self, prompt_ids: list[int], sampling: Sampling) -> Answer:
-        """Print what the model says after the prompt, until it ends or Ctrl-C is pressed."""
-        begin = time.perf_counter()
+    def _generate(self, prompt_ids: list[int], sampling: Sampling) -> tuple[list[dict[str, str]], str, list[float]]:
+        """Print what the model says after the prompt, until it ends or Ctrl-C is pressed: message parts, how it ended,
+        and when each token came, in seconds from the call."""
+        begin, times, reason = time.perf_counter(), [], ""
         with held_interrupt() as is_interrupted:
             request = self.engine.submit(prompt_ids, sampling)
-            answer = Answer(request.completions[0].parts)
 
             def deltas() -> Iterator[Delta]:
-                while not answer.reason:
+                nonlocal reason
+                while not reason:
                     for event in self.engine.step():
-                        if event.tokens:
-                            answer.last_seconds = time.perf_counter() - begin
-                            answer.first_seconds = answer.first_seconds or answer.last_seconds
-                            answer.num_tokens += len(event.tokens)
+                        times.extend([time.perf_counter() - begin] * len(event.tokens))
                         yield from event.deltas
-                        answer.reason = event.finish_reason or ""
-                    if is_interrupted() and not answer.reason:
+                        reason = event.finish_reason or ""
+                    if is_interrupted() and not reason:
                         self.engine.cancel(request)
-                        answer.reason = INTERRUPTED
+                        reason = INTERRUPTED
 
             print_reply(self.screen, deltas(), show_tools=self.is_dialogue)
-        return answer
+        return request.completions[0].parts, reason, times
 
-    def _tell_end(self, answer: Answer, has_parts: bool, num_prompt: int) -> None:
-        if answer.reason == INTERRUPTED and self.is_dialogue:
+    def _tell_end(self, reason: str, has_parts: bool) -> None:
+        if reason == INTERRUPTED and self.is_dialogue:
             self.screen.notice(f"stopped; {'the answer so far is kept' if has_parts else 'the question is taken back'}")
-        elif answer.reason == "length":
+        elif reason == "length":
             hint = "; /continue goes on, /maxtokens changes the limit" if self.is_dialogue else ""
             self.screen.notice(f"the answer reached the token limit{hint}")
-        elif answer.reason == "stop" and not has_parts:
+        elif reason == "stop" and not has_parts:
             self.screen.notice("the model gave an empty answer")
-        if self.show_stats:
-            text, num_used = f"{answer.num_tokens} tokens", num_prompt + answer.num_tokens
-            if answer.num_tokens > 1 and answer.last_seconds > answer.first_seconds:
-                text += f", {(answer.num_tokens - 1) / (answer.last_seconds - answer.first_seconds):.1f} tokens/s"
-            text += f", the first after {answer.first_seconds:.2f} s"
-            self.screen.notice(f"{text}; {num_used:,} of {self.engine.context:,} tokens of context used")
 
     # --- the loop ---
 
