@@ -24,7 +24,8 @@ Json = dict[str, Any]
 
 
 class Answer:
-    """What chats and completions have in common."""
+    """What chats and completions have in common; each kind also has `opening`, `chunks`, and `_choice` and `_note` for
+    whole answers."""
 
     whole_type: type[BaseModel]
     object: str
@@ -45,26 +46,11 @@ class Answer:
     def whole(self) -> BaseModel:
         choices = [self._choice(index, reply) for index, reply in enumerate(self._job.replies)]
         head = self._head | {"object": self.object, "usage": self._usage()}
-        return self.whole_type(**head, **self._notes(), choices=choices)
-
-    def opening(self) -> list[Json]:
-        """The chunks before the first token."""
-        return []
-
-    def chunks(self, news: Mapping[int, Reply]) -> list[Json]:
-        """The chunks for what was added to the replies, by index."""
-        raise NotImplementedError
+        return self.whole_type(**head, **self._note(), choices=choices)
 
     def closing(self) -> list[Json]:
         """The chunks after the last token."""
         return [self._chunk([], usage=self._usage())] if self._wants_usage else []
-
-    def _choice(self, index: int, reply: Reply) -> Json:
-        raise NotImplementedError
-
-    def _notes(self) -> Json:
-        """What stands beside the choices of a whole answer."""
-        return {}
 
     def _usage(self) -> Json:
         num_prompt = sum(map(len, self._job.work.prompts))
@@ -101,7 +87,7 @@ class ChatAnswer(Answer):
         """The role, and what became of the conversation."""
         delta = {"role": "assistant", "content": ""}
         chunks = [self._chunk([_chunk_choice(index, delta)]) for index in range(len(self._job.replies))]
-        return [chunks[0] | self._notes(), *chunks[1:]]
+        return [chunks[0] | self._note(), *chunks[1:]]
 
     def chunks(self, news: Mapping[int, Reply]) -> list[Json]:
         chunks = []
@@ -114,7 +100,7 @@ class ChatAnswer(Answer):
                 logprobs = None  # the first chunk has those of all tokens
             if reply.finish_reason is not None:
                 end = _chunk_choice(index, {}, finish_reason=reply.finish_reason)
-                chunks.append(self._chunk([end], **self._notes()))
+                chunks.append(self._chunk([end], **self._note()))
         return chunks
 
     def _choice(self, index: int, reply: Reply) -> Json:
@@ -122,7 +108,7 @@ class ChatAnswer(Answer):
         message = {"role": "assistant", "content": visible_text(parts), "nanochat": {"parts": parts}}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reply.finish_reason}
 
-    def _notes(self) -> Json:
+    def _note(self) -> Json:
         used = len(self._prompt.ids) + max(reply.num_tokens for reply in self._job.replies)
         context = {"used": used, "limit": self._settings.context_len}
         return {"nanochat": {"num_dropped_messages": self._prompt.num_dropped, "context": context}}
@@ -153,9 +139,15 @@ class CompletionAnswer(Answer):
         super().__init__(*args, **options)
         self._num_chars = [0] * len(self._job.replies)  # of the tokens described so far
 
+    def opening(self) -> list[Json]:
+        return []
+
     def chunks(self, news: Mapping[int, Reply]) -> list[Json]:
         choices = (self._choice(index, reply) for index, reply in news.items())
         return [self._chunk([c]) for c in choices if c["text"] or c["logprobs"] or c["finish_reason"]]
+
+    def _note(self) -> Json:
+        return {}
 
     def _choice(self, index: int, reply: Reply) -> Json:
         text = "".join(delta.text for delta in reply.deltas)

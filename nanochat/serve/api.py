@@ -26,8 +26,7 @@ from nanochat.data.chat import Conversation, Prompt, check_conversation, render_
 from nanochat.serve import schema
 from nanochat.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from nanochat.serve.errors import ApiError, ClientGone, as_api_error
-from nanochat.serve.middleware import AccessLog, Gate, Settings, page_policy
-from nanochat.serve.prometheus import Metrics
+from nanochat.serve.middleware import AccessLog, Gate, Metrics, Settings, page_policy
 from nanochat.serve.worker import LOADING_RETRY_SECONDS, Job, Pool
 from nanochat.tokenizer import Tokenizer
 
@@ -62,7 +61,7 @@ def create_app(pool: Pool, tokenizer: Tokenizer, settings: Settings, *, page_pat
     if settings.cors_origins:
         allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["authorization", "content-type"]}
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origins), **allowed)
-    app.add_middleware(AccessLog, observe=metrics.observe_request)
+    app.add_middleware(AccessLog, metrics=metrics)
     for kind in (ApiError, UserError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _error_response)
 

@@ -1,4 +1,4 @@
-"""What every request passes before it reaches a route: access log, host, origin and API key, size and time limits.
+"""What every request passes before it reaches a route: access log and metrics, host, origin and API key, limits.
 
 `api.py` wraps its application in `AccessLog`, starlette's CORS middleware and `Gate`, outermost first. They are plain
 ASGI: starlette's base class for middleware would wrap `receive`, through which a client's disconnect is noticed. Its
@@ -16,16 +16,18 @@ import re
 import secrets
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from urllib.parse import urlsplit
 
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat.common import UserError
 from nanochat.serve.errors import CLIENT_GONE, ApiError, ClientGone, as_api_error
+from nanochat.serve.worker import Pool
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("nanochat.access")
@@ -34,7 +36,7 @@ LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 PUBLIC_PATHS = ("/", "/health")  # served without a key
 MIN_KEY_CHARS = 8
 DRAIN_BYTES = 1 << 26  # read and discard this much of a body that is too large, or the client never reads the answer
-
+SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 SECURITY_HEADERS = {
     "cache-control": "no-store",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
@@ -97,19 +99,53 @@ def page_policy(html: str) -> str:
     )
 
 
-# --- access log ----------------------------------------------------------------------------------
+# --- metrics and access log ----------------------------------------------------------------------
+
+
+class Metrics:
+    """Prometheus metrics, with a registry of their own, so that several applications can live in one process."""
+
+    def __init__(self, pool: Pool):
+        self._pool, self._registry = pool, CollectorRegistry()
+        self._registry.register(self)
+        new = {"registry": self._registry, "namespace": "nanochat"}
+        timing = {"buckets": SECONDS_BUCKETS, **new}
+        self.requests = Counter("requests", "Requests answered", ["route", "status"], **new)
+        self.request_seconds = Histogram("request_seconds", "From request to end of answer", ["route"], **timing)
+        self.first_token_seconds = Histogram("first_token_seconds", "From request to first token", **timing)
+        self.token_seconds = Histogram("token_seconds", "Mean time between tokens of a reply", **timing)
+        self.tokens = Counter("tokens", "Tokens by kind; cached ones are part of the prompts", ["kind"], **new)
+        self.disconnects = Counter("disconnects", "Clients that disconnected before their answer was complete", **new)
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """The engines' own counters, read at each scrape."""
+        up = GaugeMetricFamily("nanochat_worker_up", "1 if the engine accepts work", labels=["worker"])
+        replies = GaugeMetricFamily("nanochat_engine_replies", "Replies in the engine", labels=["worker", "state"])
+        counts = CounterMetricFamily("nanochat_engine", "Counters of the engine", labels=["worker", "count"])
+        for number, worker in enumerate(self._pool.workers):
+            up.add_metric([str(number)], float(worker.state == "ready"))
+            for name, value in worker.stats.items():
+                family = replies if name in ("active", "waiting") else counts
+                family.add_metric([str(number), name], value)
+        return up, replies, counts
+
+    def text(self) -> bytes:
+        """In the text format of Prometheus."""
+        return generate_latest(self._registry)
 
 
 class AccessLog:
     """Logs one JSON line per request to `nanochat.access`, sets security headers, and answers unexpected exceptions.
 
     Routes add fields to the line through `scope["log"]`. A client appears as a hash of its address under a key drawn
-    at each start: requests of one client can be related to each other, but not to an address. `observe` receives route,
-    status and seconds of each request.
+    at each start: requests of one client can be related to each other, but not to an address.
     """
 
-    def __init__(self, app: ASGIApp, *, observe: Callable[[str, int, float], None]):
-        self._app, self._observe, self._key = app, observe, secrets.token_bytes(16)
+    def __init__(self, app: ASGIApp, *, metrics: Metrics):
+        self._app, self._metrics, self._key = app, metrics, secrets.token_bytes(16)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -139,7 +175,8 @@ class AccessLog:
             seconds, status = time.perf_counter() - start, status or CLIENT_GONE
             # the pattern of the route, not the path: paths can hold anything, and there is no end of them
             route = getattr(scope.get("route"), "path", "other")
-            self._observe(route, status, seconds)
+            self._metrics.requests.labels(route, status).inc()
+            self._metrics.request_seconds.labels(route).observe(seconds)
             address = scope["client"][0] if scope.get("client") else ""
             line = {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -181,7 +218,7 @@ class Gate:
         host, origin = headers.get("host", ""), headers.get("origin")
         if settings.allowed_hosts and re.sub(r":\d+$", "", host).lower() not in settings.allowed_hosts:
             raise ApiError(403, "this server does not answer to this host name", code="unknown_host")
-        is_foreign = origin is not None and _netloc(origin) != host
+        is_foreign = origin is not None and origin.partition("://")[2] != host
         if is_foreign and not {origin, "*"} & set(settings.cors_origins):
             raise ApiError(403, "pages of other origins may not use this server", code="foreign_origin")
         if settings.api_key is None or scope["path"] in PUBLIC_PATHS:
@@ -224,10 +261,3 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return receive_again
-
-
-def _netloc(origin: str) -> str:
-    try:
-        return urlsplit(origin).netloc
-    except ValueError:
-        return ""
