@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -244,7 +245,7 @@ class Worker:
         self.state = "loading"  # then "ready", at last "failed"
         self.jobs: dict[int, Job] = {}
         self.stats: dict[str, int] = {}
-        self._commands: queue.SimpleQueue = queue.SimpleQueue()
+        self._sender = ThreadPoolExecutor(1)
         self.pipe, theirs = multiprocessing.Pipe()
         start = threading.Thread if in_thread else multiprocessing.get_context("spawn").Process  # CUDA forbids fork
         target = run_worker if in_thread else _run_process
@@ -252,7 +253,6 @@ class Worker:
         self.runner.start()
         if not in_thread:
             theirs.close()  # now only the process holds it, so its death closes the pipe
-        threading.Thread(target=self._send_all, daemon=True).start()
         threading.Thread(target=self._receive_all, daemon=True).start()
 
     @property
@@ -261,14 +261,8 @@ class Worker:
         return sum(job.num_unfinished for job in self.jobs.values())
 
     def send(self, command: Work | int | None) -> None:
-        """Never blocks."""
-        self._commands.put(command)
-
-    def _send_all(self) -> None:
-        with suppress(OSError):  # it died; `_receive_all` reports that
-            for command in iter(self._commands.get, None):
-                self.pipe.send(command)
-            self.pipe.send(None)
+        """Never blocks. A fault stays in the future: the worker died, which `_receive_all` reports."""
+        self._sender.submit(self.pipe.send, command)
 
     def _receive_all(self) -> None:
         with suppress(RuntimeError):  # the event loop is closed
@@ -277,7 +271,6 @@ class Worker:
                     self._on_message(self, self.pipe.recv())
             except (EOFError, OSError):
                 self._on_message(self, Failed("the engine's process ended"))
-        self.send(None)
 
     def fail(self, message: str) -> None:
         """End it, and all jobs it has with an error."""
