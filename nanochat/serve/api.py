@@ -41,7 +41,7 @@ HEALTH_MESSAGES = {
 def create_app(pool: Pool, tokenizer: Tokenizer, settings: Settings, *, page_path: Path = PAGE_PATH) -> FastAPI:
     """The application; it starts and closes `pool`. Raises `UserError` when the page cannot be read."""
     try:
-        page_text = page_path.read_text(encoding="utf-8")
+        html = page_path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the chat page {page_path}: {error}") from error
 
@@ -54,7 +54,7 @@ def create_app(pool: Pool, tokenizer: Tokenizer, settings: Settings, *, page_pat
             await pool.close()
 
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
-    metrics, created = Metrics(pool), int(time.time())
+    metrics, policy, created = Metrics(pool), page_policy(html), int(time.time())
     server = _Server(pool, tokenizer, settings, metrics)
 
     app.add_middleware(Gate, settings=settings)
@@ -76,7 +76,7 @@ def create_app(pool: Pool, tokenizer: Tokenizer, settings: Settings, *, page_pat
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(page_text, headers={"content-security-policy": page_policy(page_text)})
+        return HTMLResponse(html, headers={"content-security-policy": policy})
 
     @app.get("/health", responses={status: {"model": schema.Health} for status in (200, 503)})
     async def health() -> JSONResponse:

@@ -117,9 +117,6 @@ class Metrics:
         self.tokens = Counter("tokens", "Tokens by kind; cached ones are part of the prompts", ["kind"], **new)
         self.disconnects = Counter("disconnects", "Clients that disconnected before their answer was complete", **new)
 
-    def describe(self) -> Iterable[Metric]:
-        return ()
-
     def collect(self) -> Iterable[Metric]:
         """The engines' own counters, read at each scrape."""
         up = GaugeMetricFamily("nanochat_worker_up", "1 if the engine accepts work", labels=["worker"])
@@ -204,14 +201,19 @@ class Gate:
         self._app, self._settings = app, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        messages: list[Message] = []  # the whole body, before anything else that comes from the client
         if scope["type"] == "http":
             try:
                 self._check_caller(scope)
                 if scope["method"] in ("POST", "PUT", "PATCH"):
-                    receive = _replayed(await self._read_body(scope, receive), receive)
+                    messages.append({"type": "http.request", "body": await self._read_body(scope, receive)})
             except ApiError as error:
                 return await error.response()(scope, receive, send)
-        await self._app(scope, receive, send)
+
+        async def receive_whole() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, receive_whole, send)
 
     def _check_caller(self, scope: Scope) -> None:
         settings, headers = self._settings, Headers(scope=scope)
@@ -251,13 +253,3 @@ class Gate:
         if media_type != "application/json":
             raise ApiError(415, "the request must have the content type application/json")
         return b"".join(chunks)
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that returns the whole body first, then whatever else comes from the client."""
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive_again() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return receive_again
