@@ -124,22 +124,22 @@ class _Server:
 
     async def chat(self, body: schema.ChatRequest, request: Request) -> Response:
         """The assistant's next reply in a conversation, or the rest of its last one."""
-        self._check(body, body.num_samples)
+        log = self._check(body, request, body.num_samples)
         sampling = body.sampling(self.settings.reply_limit)
         prompt = await asyncio.to_thread(self._render, body.conversation, sampling.max_tokens)
-        request.scope["log"]["num_dropped"] = prompt.num_dropped
+        log["num_dropped"] = prompt.num_dropped
         if self.settings.log_texts:
-            request.scope["log"]["messages"] = body.conversation["messages"]
+            log["messages"] = body.conversation["messages"]
         job = self.pool.submit([prompt.ids], sampling, num_samples=body.num_samples)
         return await self._respond(body, request, job, ChatAnswer, prompt=prompt)
 
     async def completion(self, body: schema.CompletionRequest, request: Request) -> Response:
         """The continuation of a text."""
-        self._check(body, body.num_samples * len(body.prompts))
+        log = self._check(body, request, body.num_samples * len(body.prompts))
         sampling = body.sampling(self.settings.reply_limit)
         prompts = await asyncio.to_thread(self._encode, body.prompts)
         if self.settings.log_texts:
-            request.scope["log"]["prompts"] = body.prompts
+            log["prompts"] = body.prompts
         job = self.pool.submit(prompts, sampling, num_samples=body.num_samples)
         return await self._respond(body, request, job, CompletionAnswer)
 
@@ -148,8 +148,8 @@ class _Server:
             message = f"the model {name!r} does not exist; this server has {self.settings.model_name!r}"
             raise ApiError(404, message, code="model_not_found", param="model")
 
-    def _check(self, body: schema.SamplingFields, num_replies: int) -> None:
-        """Raises `ApiError` for what can be refused before the prompt is encoded."""
+    def _check(self, body: schema.SamplingFields, request: Request, num_replies: int) -> dict[str, Any]:
+        """The request's fields in the access log. Raises `ApiError` for what can be refused before encoding."""
         self.check_model(body.model)
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options requires stream: true", param="stream_options")
@@ -158,6 +158,8 @@ class _Server:
             message = f"the request asks for {num_replies} replies; the limit is {limit} per request"
             raise ApiError(400, message, param="n")
         self.pool.check_room(num_replies)
+        request.scope["log"]["stream"] = bool(body.stream)
+        return request.scope["log"]
 
     def _render(self, conversation: Conversation, max_tokens: int) -> Prompt:
         """The prompt, with room for the reply. Raises `ApiError` for a conversation that is malformed or too long."""
@@ -188,7 +190,6 @@ class _Server:
     ) -> Response:
         wants_usage = body.stream_options is not None and body.stream_options.include_usage
         answer = kind(self.tokenizer, job, self.settings, wants_usage=wants_usage, **options)
-        request.scope["log"]["stream"] = bool(body.stream)
         if body.stream:
             return EventStream(self._events(request, job, answer))
         async with self._attended(request, job):
