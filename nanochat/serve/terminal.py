@@ -229,9 +229,9 @@ class TerminalChat:
         begun: list[dict[str, str]] = []
         if messages[-1]["role"] == "assistant":
             begun, messages = as_parts(messages[-1]["content"]), messages[:-1]
+        while reason != "stop" and added and added[-1]["type"] != "text":
+            added.pop()  # a tool call or result at the end of a cut answer may itself be cut
         parts = as_parts([*begun, *added])
-        while reason != "stop" and parts and parts[-1]["type"] != "text":
-            parts.pop()  # a tool call or result at the end of a cut answer may itself be cut
         if parts or reason == "stop":
             is_text = all(part["type"] == "text" for part in parts)
             self.messages = [*messages, {"role": "assistant", "content": visible_text(parts) if is_text else parts}]
