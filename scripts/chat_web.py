@@ -163,19 +163,14 @@ def listen(host: str, port: int) -> socket.socket:
 def open_access_log(path: str) -> QueueListener:
     """A running thread that writes the log to `path`: a reader that stops reading, as `less` does, must not stop the
     server."""
-    handlers = []
     with disk_errors("the access log", path):
-        if path:
-            is_stdout = path == "-"
-            handlers.append(
-                logging.StreamHandler(sys.stdout) if is_stdout else logging.FileHandler(path, encoding="utf-8")
-            )
+        to_file = partial(logging.FileHandler, path or os.devnull, encoding="utf-8")
+        handler = logging.StreamHandler(sys.stdout) if path == "-" else to_file()
     lines: queue.SimpleQueue = queue.SimpleQueue()
+    access_logger.addHandler(QueueHandler(lines))
+    access_logger.setLevel(logging.INFO)
     access_logger.propagate = False
-    if handlers:
-        access_logger.addHandler(QueueHandler(lines))
-        access_logger.setLevel(logging.INFO)
-    writer = QueueListener(lines, *handlers)
+    writer = QueueListener(lines, handler)
     writer.start()
     return writer
 
