@@ -1,8 +1,8 @@
-"""Chat with a model in the terminal, or ask it one thing.
+"""Chat with a model in the terminal, or ask it a single question.
 
-Reads a checkpoint. On a terminal: a conversation with line editing, a history (kept in `chat_history` in the base
-folder) and commands, which /help lists. With --prompt, or with anything but a terminal as standard input, which is
-then read whole: prints the answer and nothing else.
+Reads a checkpoint. In a terminal: a conversation with line editing, a history (in `chat_history` in the base folder)
+and commands, which /help lists. With --prompt, or when standard input is not a terminal (it is then read whole): prints
+the answer and nothing else.
 
     python -m scripts.chat_cli --device-type cpu --weights int8 --stats        # a CPU
     python -m scripts.chat_cli                                                 # one GPU
@@ -12,6 +12,7 @@ then read whole: prints the answer and nothing else.
 import argparse
 import signal
 import sys
+from dataclasses import fields
 
 from nanochat.checkpoint import add_checkpoint_flags
 from nanochat.common import Runtime, add_runtime_flags, base_dir, init_runtime, run_main
@@ -19,7 +20,7 @@ from nanochat.engine.engine import Engine
 from nanochat.engine.inference import add_weights_flag
 from nanochat.engine.sampling import Sampling
 from nanochat.model.load import LoadedModel, load_model
-from nanochat.serve.terminal import COMMANDS, INTERRUPTED, LineReader, Screen, TerminalChat, single_prompt
+from nanochat.serve.terminal import COMMANDS, INTERRUPTED, Screen, TerminalChat, single_prompt
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,15 +31,15 @@ def parse_args() -> argparse.Namespace:
     add_checkpoint_flags(parser, source="sft")
     add_weights_flag(parser)
     # conversation
-    add("-p", "--prompt", help="ask this, print the answer and leave")
-    add("--system", default="", help="system message: what the model is told before the conversation")
-    # sampling
+    add("-p", "--prompt", help="ask this, print the answer and exit")
+    add("--system", default="", help="system message, which precedes the conversation")
+    # sampling: each flag has the name of a field of `Sampling`
     add("--temperature", type=float, default=0.6, help="randomness of the answer; 0 is greedy")
-    add("--top-k", type=int, default=50, help="draw from this many likeliest tokens; 0 is all")
-    add("--max-tokens", type=int, default=256, help="length of an answer in tokens, at most")
-    add("--seed", type=int, help="of the random draws (default: drawn anew)")
+    add("--top-k", type=int, default=50, help="sample only from the K most likely tokens; 0: all")
+    add("--max-tokens", type=int, default=256, help="longest answer in tokens")
+    add("--seed", type=int, help="random seed (default: a new one each time)")
     # output
-    add("--stats", action="store_true", help="tokens a second and use of the context after each answer")
+    add("--stats", action="store_true", help="show tokens per second and context use after each answer")
     return parser.parse_args()
 
 
@@ -47,42 +48,37 @@ def main(args: argparse.Namespace) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a model writes characters that not every terminal has
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program, without a traceback
-    sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, seed=args.seed)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program without a traceback
+    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling) if field.name in args})
     prompt = single_prompt(args.prompt, sys.stdin)
     runtime = init_runtime(args.device_type, args.dtype)
 
     # model
     loaded = load_model(args.source, runtime, model_tag=args.model_tag, step=args.step)
+    engine = Engine(loaded.model, loaded.tokenizer, max_rows=1, weights=args.weights)
     screen = Screen(sys.stdout, sys.stderr)
-    chat = TerminalChat(
-        Engine(loaded.model, loaded.tokenizer, max_rows=1, weights=args.weights),
-        loaded.tokenizer,
-        screen,
-        sampling=sampling,
-        system=args.system,
-        show_stats=args.stats,
-        is_dialogue=prompt is None,
-    )
+    options = {"sampling": sampling, "system": args.system, "show_stats": args.stats}
 
     # one question
     if prompt is not None:
+        chat = TerminalChat(engine, loaded.tokenizer, screen, is_dialogue=False, **options)
         if chat.ask(prompt) == INTERRUPTED:
             raise KeyboardInterrupt
         return
 
     # conversation
+    from nanochat.serve.console import LineReader, MarkdownScreen
+
+    if screen.is_styled:
+        screen = MarkdownScreen(sys.stdout, sys.stderr)
     screen.notice(describe(loaded, runtime, args.weights))
     screen.notice("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
-    reader = LineReader(base_dir() / "chat_history", [command.name for command in COMMANDS])
-    try:
-        chat.run(reader.read)
-    finally:
-        reader.close()
+    reader = LineReader(base_dir() / "chat_history", list(COMMANDS))
+    TerminalChat(engine, loaded.tokenizer, screen, **options).run(reader.read)
 
 
 def describe(loaded: LoadedModel, runtime: Runtime, weights: str) -> str:
-    """What one talks to."""
+    """One line about the model."""
     run, config = loaded.folder.parent, loaded.model.config
     source = run.parent.name.removesuffix("_checkpoints")
     form = weights or str(runtime.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Serve a chat model: the page in the browser, and OpenAI's API for programs.
+"""Serve a chat model: a page for the browser, and OpenAI's API for programs.
 
 Reads a checkpoint; writes an access log of one JSON line per request to standard output (or `--access-log`), without
 prompts and replies. Listens on this machine only, unless told otherwise.
@@ -27,8 +27,8 @@ import uvicorn
 from nanochat.checkpoint import add_checkpoint_flags, find_checkpoint, load_tokenizer, read_meta
 from nanochat.common import UserError, add_runtime_flags, choose_device, disk_errors, run_main
 from nanochat.engine.inference import add_weights_flag
-from nanochat.serve.api import Settings, create_app
-from nanochat.serve.middleware import LOOPBACK_HOSTS, access_logger, is_loopback
+from nanochat.serve.api import create_app
+from nanochat.serve.middleware import LOOPBACK_HOSTS, Settings, access_logger, is_loopback
 from nanochat.serve.worker import Pool, load_engine
 
 MAX_ROWS = {"cuda": 32}  # by device, where --max-rows is not given
@@ -40,33 +40,28 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_runtime_flags(parser)
     add = parser.add_argument
-    add("--num-gpus", type=int, default=1, help="GPUs, each with a copy of the model")
+    add("--num-gpus", type=int, default=1, help="number of GPUs, each with a copy of the model")
     # model
     add_checkpoint_flags(parser, source="sft")
     add_weights_flag(parser)
-    add("--model-name", default="", help="id that clients know the model by (default: nanochat-MODEL_TAG)")
+    add("--model-name", default="", help="id by which clients know the model (default: nanochat-MODEL_TAG)")
     # network
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     add("--port", type=int, default=8000, help="port to listen on, 0 for any free one")
     add("--api-key", default="", help=f"key that clients must send (better: {KEY_VARIABLE} in the environment)")
     add("--no-api-key", action="store_true", help="let everyone who can reach --host use the server")
-    add(
-        "--allowed-host",
-        action="append",
-        default=[],
-        help="a name under which the server may be called, say of a proxy in front of it; may be repeated (default: "
-        "localhost and its addresses where it listens there, else any)",
-    )
-    add("--cors-origin", action="append", default=[], help="a page's origin that may use the server; may be repeated")
+    add("--allowed-host", action="append", default=[], help="host name by which the server may be called, such as a "
+        "proxy's; may be repeated (default: localhost and its addresses if it listens there, else any)")  # fmt: skip
+    add("--cors-origin", action="append", default=[], help="origin whose pages may use the server; may be repeated")
     # limits
-    add("--max-rows", type=int, default=None, help="replies written at a time on each device (default: by device)")
+    add("--max-rows", type=int, help="replies generated at a time on each device (default: by device)")
     add("--max-queue", type=int, default=128, help="replies that may wait; more are refused with status 429")
-    add("--max-tokens", type=int, default=0, help="longest reply that may be asked for, 0: as long as the context")
+    add("--max-tokens", type=int, default=0, help="longest reply that a request may ask for, 0: the context")
     add("--max-body-kib", type=int, default=1024, help="largest request in KiB")
-    add("--drain-seconds", type=int, default=30, help="time that running replies have to end at shutdown")
+    add("--drain-seconds", type=int, default=30, help="time for running replies to finish at shutdown")
     # output
     add("--access-log", default="-", help='file to append the access log to, "-": standard output, "": none')
-    add("--log-texts", action="store_true", help="put prompts and replies in the access log")
+    add("--log-texts", action="store_true", help="include prompts and replies in the access log")
     return parser.parse_args()
 
 
@@ -85,21 +80,20 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(folder, meta)
     model_tag = folder.parent.name
 
-    # model: the workers load it while the page is there already
+    # model: the workers load it while the page is already served
     checkpoint = {"source": args.source, "model_tag": model_tag, "step": meta["step"]}
     runtime = {"device_type": args.device_type, "dtype": args.dtype}
-    load = partial(load_engine, **checkpoint, **runtime, weights=args.weights, max_rows=max_rows)
     failures: list[str] = []
 
     def stop_server(message: str) -> None:
         failures.append(message)
         server.should_exit = True
 
-    pool = Pool(
-        [partial(load, gpu) for gpu in gpus], max_rows=max_rows, max_queue=args.max_queue, on_failure=stop_server
-    )
+    load = partial(load_engine, checkpoint=checkpoint, runtime=runtime, weights=args.weights, max_rows=max_rows)
+    loads = [partial(load, gpu) for gpu in gpus]
+    pool = Pool(loads, max_rows=max_rows, max_queue=args.max_queue, on_failure=stop_server)
 
-    # the server
+    # server
     settings = Settings(
         model_name=args.model_name or f"nanochat-{model_tag}",
         context_len=meta["config"]["sequence_len"],
@@ -115,20 +109,12 @@ def main(args: argparse.Namespace) -> None:
     log_writer = open_access_log(args.access_log)
     listener = listen(args.host, args.port)
     address = f"[{args.host}]" if ":" in args.host else args.host
-    print(
-        f"{settings.model_name} ({args.source}, step {meta['step']}): http://{address}:{listener.getsockname()[1]}",
-        flush=True,
-    )
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # else a line for whatever is sent that is no HTTP
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,  # it would name whole paths; the application has its own
-        server_header=False,
-        timeout_graceful_shutdown=args.drain_seconds,
-        ws="none",
-    )
-    server = Server(config)
+    url = f"http://{address}:{listener.getsockname()[1]}"
+    print(f"{settings.model_name} ({args.source}, step {meta['step']}): {url}", flush=True)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # otherwise a line for anything sent that is not HTTP
+    # uvicorn's own access log would contain whole paths
+    options = {"log_config": None, "access_log": False, "server_header": False, "ws": "none"}
+    server = Server(uvicorn.Config(app, timeout_graceful_shutdown=args.drain_seconds, **options))
     try:
         server.run(sockets=[listener])
     finally:
@@ -138,7 +124,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 class Server(uvicorn.Server):
-    """Ends with status 0 when it is asked to end; uvicorn's own raises the signal again after its work is done."""
+    """Exits with status 0 after a signal; uvicorn's own class raises the signal again after shutting down."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -148,19 +134,19 @@ class Server(uvicorn.Server):
 
 
 def check_flags(args: argparse.Namespace) -> str | None:
-    """Raises `UserError` for flags that make no sense; the API key, if one is to be asked for."""
-    least = {"num_gpus": 1, "port": 0, "max_queue": 0, "max_tokens": 0, "max_body_kib": 1, "drain_seconds": 0}
-    for name, low in least.items():
-        if getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")
-    if args.max_rows is not None and args.max_rows < 1:
-        raise UserError(f"--max-rows must be at least 1, not {args.max_rows}")
+    """The API key, if one is to be required. Raises `UserError` for flags that make no sense."""
+    limits = {"num_gpus": 1, "port": 0, "max_rows": 1, "max_queue": 0, "max_tokens": 0, "max_body_kib": 1,
+              "drain_seconds": 0}  # fmt: skip
+    for name, low in limits.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
     api_key = args.api_key or os.environ.get(KEY_VARIABLE, "")
     if api_key and args.no_api_key:
-        raise UserError(f"there is an API key (--api-key or {KEY_VARIABLE}) and --no-api-key as well; choose one")
+        raise UserError(f"both an API key (--api-key or {KEY_VARIABLE}) and --no-api-key are given; choose one")
     if not api_key and not args.no_api_key and not is_loopback(args.host):
         raise UserError(
-            f"--host {args.host} lets other machines in: set a key in {KEY_VARIABLE}, or say --no-api-key to let "
+            f"--host {args.host} lets other machines in: set a key in {KEY_VARIABLE}, or pass --no-api-key to let "
             "everyone in"
         )
     return api_key or None
@@ -175,20 +161,16 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def open_access_log(path: str) -> QueueListener:
-    """A thread that writes the log to `path`, already running: a reader of the log that stops reading, as `less` does,
-    must not stop the server."""
-    handlers = []
-    if path:
-        with disk_errors("the access log", path):
-            handlers = [
-                logging.StreamHandler(sys.stdout) if path == "-" else logging.FileHandler(path, encoding="utf-8")
-            ]
+    """A running thread that writes the log to `path`: a reader that stops reading, as `less` does, must not stop the
+    server."""
+    with disk_errors("the access log", path):
+        to_file = partial(logging.FileHandler, path or os.devnull, encoding="utf-8")
+        handler = logging.StreamHandler(sys.stdout) if path == "-" else to_file()
     lines: queue.SimpleQueue = queue.SimpleQueue()
-    if handlers:
-        access_logger.addHandler(QueueHandler(lines))
-        access_logger.setLevel(logging.INFO)
+    access_logger.addHandler(QueueHandler(lines))
+    access_logger.setLevel(logging.INFO)
     access_logger.propagate = False
-    writer = QueueListener(lines, *handlers)
+    writer = QueueListener(lines, handler)
     writer.start()
     return writer
 

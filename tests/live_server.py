@@ -15,7 +15,8 @@ from typing import Any
 import uvicorn
 from fake_engine import FakeEngine
 
-from nanochat.serve.api import Settings, create_app
+from nanochat.serve.api import create_app
+from nanochat.serve.middleware import Settings
 from nanochat.serve.worker import Pool
 from nanochat.tokenizer import Tokenizer
 

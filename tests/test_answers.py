@@ -1,5 +1,5 @@
+import asyncio
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -7,25 +7,38 @@ from hypothesis import strategies as st
 
 from nanochat.data.chat import Delta, Prompt
 from nanochat.engine.generation import Token
-from nanochat.serve.answers import MIN_LOGPROB, ChatAnswer, CompletionAnswer, merged
-from nanochat.serve.worker import Piece
+from nanochat.engine.sampling import Sampling
+from nanochat.serve.answers import MIN_LOGPROB, ChatAnswer, CompletionAnswer
+from nanochat.serve.middleware import Settings
+from nanochat.serve.worker import Job, Piece, Reply, Work
 
 TYPES = ("text", "python", "python_output")
 
 
-def replies_to(num_replies=1, prompts=((1, 2, 3),)):
-    """A job, as far as answers look at it."""
-    return SimpleNamespace(num_replies=num_replies, work=SimpleNamespace(prompts=prompts), num_cached=2)
+class Answering:
+    """A job of `num_replies`, and the answer that reads it."""
+
+    def __init__(self, kind, tokenizer, num_replies=1, *, num_logprobs=None, wants_usage=False, **options):
+        work = Work(1, [[1, 2, 3]], Sampling(num_logprobs=num_logprobs), num_replies)
+        self.job = Job(work, worker=None)
+        self.answer = kind(tokenizer, self.job, Settings("m", 64), wants_usage=wants_usage, **options)
+
+    def add(self, *pieces):
+        for piece in pieces:
+            self.job.add(piece)
+
+    def chunks(self, *pieces):
+        """The chunks for pieces that come together."""
+        self.add(*pieces)
+        return self.answer.chunks(asyncio.run(self.job.next_news()))
 
 
 def piece(index=0, deltas=(), tokens=(), finish_reason=None):
-    return Piece(1, index, deltas, len(tokens), tokens, 0, finish_reason)
+    return Piece(1, index, deltas, len(tokens), tokens, 2, finish_reason)
 
 
-def chat_answer(tokenizer, num_replies=1, *, wants_logprobs=False, wants_usage=False):
-    options = {"model": "m", "fingerprint": "f", "wants_usage": wants_usage, "wants_logprobs": wants_logprobs}
-    prompt = Prompt([1, 2, 3], num_dropped=2)
-    return ChatAnswer(tokenizer, replies_to(num_replies), prompt=prompt, context_len=64, **options)
+def chat_answer(tokenizer, num_replies=1, **options):
+    return Answering(ChatAnswer, tokenizer, num_replies, prompt=Prompt([1, 2, 3], num_dropped=2), **options)
 
 
 @st.composite
@@ -50,10 +63,11 @@ def parts_of(deltas):
 
 @given(replies())
 def test_merged_deltas_say_the_same_in_fewer_pieces(deltas):
-    result = merged(deltas)
-    assert parts_of(result) == parts_of(deltas)
-    assert all(a.type != b.type or not a.text or not b.text for a, b in pairwise(result))
-    assert merged([]) == []
+    reply = Reply()
+    for delta in deltas:
+        reply.add(piece(deltas=[delta]))
+    assert parts_of(reply.deltas) == parts_of(deltas) == [[part["type"], part["text"]] for part in reply.parts]
+    assert all(a.type != b.type or not a.text or not b.text for a, b in pairwise(reply.deltas))
 
 
 @given(replies(), st.lists(st.integers(0, 20), max_size=4))
@@ -61,12 +75,12 @@ def test_chunks_joined_are_the_whole_answer(tokenizer, deltas, cuts):
     answer = chat_answer(tokenizer)
     streamed = []
     for start, end in pairwise([0, *sorted(cuts), len(deltas)]):
-        for chunk in answer.chunks([piece(deltas=[delta]) for delta in deltas[start:end]]):
-            delta = chunk.choices[0].delta
-            extra = delta.nanochat
-            streamed.append((extra.type, extra.text) if extra else ("text", delta.content))
-    answer.add([piece(finish_reason="stop")])
-    message = answer.whole().choices[0].message
+        for chunk in answer.chunks(piece(), *(piece(deltas=[delta]) for delta in deltas[start:end])):
+            delta = chunk["choices"][0]["delta"]
+            extra = delta.get("nanochat")
+            streamed.append((extra["type"], extra["text"]) if extra else ("text", delta["content"]))
+    answer.add(piece(finish_reason="stop"))
+    message = answer.answer.whole().choices[0].message
     assert parts_of(streamed) == parts_of(deltas) == [[part.type, part.text] for part in message.nanochat.parts]
     assert message.content == "".join(text for type_, text in streamed if type_ == "text")
 
@@ -74,23 +88,25 @@ def test_chunks_joined_are_the_whole_answer(tokenizer, deltas, cuts):
 def test_pieces_that_come_together_are_one_chunk_for_each_reply(tokenizer):
     answer = chat_answer(tokenizer, 2)
     pieces = [piece(i, [Delta("text", text)]) for text in "abc" for i in (0, 1)]
-    chunks = answer.chunks([*pieces, piece(1, [Delta("text", "d")], finish_reason="length")])
-    said = [(c.choices[0].index, c.choices[0].delta.content, c.choices[0].finish_reason) for c in chunks]
+    chunks = answer.chunks(*pieces, piece(1, [Delta("text", "d")], finish_reason="length"))
+    said = [
+        (c["index"], c["delta"].get("content"), c["finish_reason"]) for [c] in (chunk["choices"] for chunk in chunks)
+    ]
     assert said == [(0, "abc", None), (1, "abcd", None), (1, None, "length")]
 
 
 def test_the_context_counts_prompt_and_longest_reply(tokenizer):
-    answer = chat_answer(tokenizer, 2, wants_usage=True)
-    assert answer.opening()[0].nanochat.context.used == 3
-    answer.add([piece(0, tokens=(Token(5),) * 4, finish_reason="stop")])
-    answer.add([piece(1, tokens=(Token(5),) * 6, finish_reason="length")])
+    answering = chat_answer(tokenizer, 2, wants_usage=True)
+    answer = answering.answer
+    assert answer.opening()[0]["nanochat"]["context"]["used"] == 3
+    answering.add(piece(0, tokens=(Token(5),) * 4, finish_reason="stop"))
+    answering.add(piece(1, tokens=(Token(5),) * 6, finish_reason="length"))
     note = answer.whole().nanochat
-    assert (note.num_dropped_messages, note.context.used, note.context.limit) == (2, 9, 64)
+    assert (note.num_dropped_messages, note.context) == (2, {"used": 9, "limit": 64})
     [closing] = answer.closing()
-    assert closing.choices == []
-    usage = closing.usage
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (3, 10, 13)
-    assert usage.prompt_tokens_details.cached_tokens == 2
+    assert closing["choices"] == []
+    counts = {"prompt_tokens": 3, "completion_tokens": 10, "total_tokens": 13}
+    assert closing["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 2}}
 
 
 def test_logprobs_leave_out_forced_tokens_and_minus_infinity(tokenizer):
@@ -100,32 +116,27 @@ def test_logprobs_leave_out_forced_tokens_and_minus_infinity(tokenizer):
         Token(66, is_forced=True),
         Token(special, logprob=-1.0),
     )
-    answer = chat_answer(tokenizer, wants_logprobs=True)
-    [chunk] = answer.chunks([piece(tokens=tokens)])
-    first, second = chunk.choices[0].logprobs.content
-    assert (first.token, first.bytes, first.logprob) == (
-        tokenizer.decode([65]),
-        list(tokenizer.decode_bytes([65])),
-        -0.5,
-    )
-    assert first.top_logprobs[1].logprob == MIN_LOGPROB
-    assert (second.token, second.bytes) == ("<|python_start|>", None)
+    [chunk] = chat_answer(tokenizer, num_logprobs=2).chunks(piece(tokens=tokens))
+    first, second = chunk["choices"][0]["logprobs"]["content"]
+    assert (first["token"], first["logprob"]) == (tokenizer.decode([65]), -0.5)
+    assert first["bytes"] == list(tokenizer.decode_bytes([65]))
+    assert first["top_logprobs"][1]["logprob"] == MIN_LOGPROB
+    assert (second["token"], second["bytes"]) == ("<|python_start|>", None)
 
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_completion_offsets_run_through_all_pieces(tokenizer, streamed):
-    options = {"model": "m", "fingerprint": "f", "wants_usage": False, "wants_logprobs": True}
-    answer = CompletionAnswer(tokenizer, replies_to(), **options)
+    answer = Answering(CompletionAnswer, tokenizer, num_logprobs=0)
     ids = tokenizer.encode("river stone garden")
     offsets = []
     for token in ids:
         text = Delta("text", tokenizer.decode([token]))
-        one = [piece(deltas=[text], tokens=(Token(token, logprob=-1.0),))]
+        one = piece(deltas=[text], tokens=(Token(token, logprob=-1.0),))
         if streamed:
-            offsets += answer.chunks(one)[0].choices[0].logprobs.text_offset
+            offsets += answer.chunks(one)[0]["choices"][0]["logprobs"]["text_offset"]
         else:
             answer.add(one)
-    answer.add([piece(finish_reason="stop")])
+    answer.add(piece(finish_reason="stop"))
     if not streamed:
-        offsets = answer.whole().choices[0].logprobs.text_offset
+        offsets = answer.answer.whole().choices[0].logprobs.text_offset
     assert offsets == [len(tokenizer.decode(ids[:i])) for i in range(len(ids))]

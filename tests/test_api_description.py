@@ -13,7 +13,7 @@ from schemathesis.specs.openapi import checks
 KEY = "a-key-for-the-tests"
 MAX_EXAMPLES = 40
 # Not `positive_data_acceptance`: what fits the description may still be wrong (order of roles, a length, the model).
-# Not `ignored_auth`, which cannot take away a key given to it: test_server.py looks at that.
+# Not `ignored_auth`, which cannot take away a key given to it: test_api.py looks at that.
 CHECKS = [
     not_a_server_error,
     checks.status_code_conformance,

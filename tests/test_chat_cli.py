@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 from argparse import Namespace
 from pathlib import Path
 
@@ -47,18 +48,6 @@ ON_OWN_TERMINAL = """
 import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.argv[1], sys.argv[1:])
-"""
-# Another thread takes the signal, so the wait for a line goes on: as with a Ctrl-C that comes just before the wait.
-UNSEEN_CTRL_C = """
-import signal, threading
-from pathlib import Path
-from nanochat.serve.terminal import LineReader
-reader = LineReader(Path("no history"), [])
-try:
-    threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
-    reader.read()
-except KeyboardInterrupt:
-    print("line given up")
 """
 
 
@@ -118,6 +107,7 @@ class Terminal:
 
     def __init__(self, command: list[str]):
         self._descriptor, child = pty.openpty()
+        termios.tcsetwinsize(child, (40, 100))
         command = [sys.executable, "-c", ON_OWN_TERMINAL, *command]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=child, stdout=child, stderr=child, start_new_session=True
@@ -191,6 +181,7 @@ def open_terminal(monkeypatch):
     """Opens terminals, and ends what still runs on them."""
     monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("PROMPT_TOOLKIT_NO_CPR", "1")  # nobody here answers where the cursor is
     opened = []
 
     def start(command: list[str]) -> Terminal:
@@ -210,7 +201,7 @@ def test_a_session_answers_in_turns_and_obeys_its_commands(command, open_termina
     terminal = open_terminal(command("parrot", "--seed", "1"))
     terminal.expect("sft parrot step 7")
     terminal.expect("context of 256 tokens, float32 on cpu")
-    terminal.expect("> ")
+    terminal.expect("\n>")
     terminal.send(f"{QUESTION}\r")
     terminal.expect("It is [python: 12*34 => 408]408 in 東京 🌿.\n")
     assert "\ufffd" not in terminal.text
@@ -218,7 +209,7 @@ def test_a_session_answers_in_turns_and_obeys_its_commands(command, open_termina
     terminal.expect("shown after each answer")
     terminal.send("Thank you!\r")
     terminal.expect("Gladly.\n(")
-    terminal.expect("of 256 tokens of context used)\n> ")
+    terminal.expect("of 256 tokens of context used)\n>")
 
     terminal.send("/tempreature 1\r")
     terminal.expect("did you mean /temperature?")
@@ -232,34 +223,35 @@ def test_a_session_answers_in_turns_and_obeys_its_commands(command, open_termina
     terminal.expect("4 messages saved")
     assert json.loads(saved.read_text()) == CONVERSATION
     terminal.send("/clear\r")
-    terminal.expect("a new conversation")
+    terminal.expect("new conversation")
     terminal.send(f"/load {saved}\r")
     terminal.expect("4 messages loaded")
-    terminal.expect("> Thank you!\nGladly.\n")
+    terminal.expect("> Thank you!\n")
+    terminal.expect("Gladly.\n")
 
     terminal.send("half a line")
-    terminal.expect("> half a line")
+    terminal.expect("half a line")
     terminal.send(CTRL_C)
-    terminal.expect("\n> ")
+    terminal.expect("\n>")
     terminal.send(UP + UP + "\r")  # before the last line, which was given up: /clear
-    terminal.expect("a new conversation")
-    terminal.expect("> ")
+    terminal.expect("new conversation")
+    terminal.expect("\n>")
     terminal.send(CTRL_D)
     assert terminal.wait() == 0
 
     history = base / "chat_history"
     assert history.stat().st_mode & 0o777 == 0o600
-    assert QUESTION in history.read_text().splitlines()
+    assert f"+{QUESTION}" in history.read_text().splitlines()
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_session(command, open_terminal, tmp_path):
     terminal = open_terminal(command("endless", "--max-tokens", "16000"))
-    terminal.expect("> ")
+    terminal.expect("\n>")
     terminal.send("river\r")
-    terminal.expect("river\n")
-    terminal.expect_more(20)
+    terminal.expect("river")
+    terminal.expect_more(200)
     terminal.send(CTRL_C)
-    terminal.expect("(stopped; what was said so far stays)\n> ")
+    terminal.expect("(stopped; the answer so far is kept)\n>")
     saved = tmp_path / "talk.json"
     terminal.send(f"/save {saved}\r")
     terminal.expect("2 messages saved")
@@ -271,14 +263,8 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(command, open_terminal, t
     terminal.send("/maxtokens 5\r")
     terminal.expect("(max_tokens 5)")
     terminal.send("stone\r")
-    terminal.expect("the answer is cut at the limit of tokens")
+    terminal.expect("the answer reached the token limit")
     terminal.send("/quit\r")
-    assert terminal.wait() == 0
-
-
-def test_a_ctrl_c_that_the_wait_for_a_line_does_not_see_is_obeyed(open_terminal):
-    terminal = open_terminal([sys.executable, "-c", UNSEEN_CTRL_C])
-    terminal.expect("line given up\n")
     assert terminal.wait() == 0
 
 

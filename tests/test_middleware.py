@@ -1,9 +1,6 @@
-import asyncio
-
 import pytest
-from starlette.responses import PlainTextResponse
 
-from nanochat.serve.middleware import ApiError, BodyLimit, is_loopback, page_policy, validation_error
+from nanochat.serve.middleware import is_loopback, page_policy
 
 
 def test_policy_allows_each_inline_block_by_its_hash_and_nothing_else():
@@ -30,92 +27,3 @@ def test_a_page_without_scripts_may_run_none():
 )  # fmt: skip
 def test_loopback_is_told_from_other_addresses(host, expected):
     assert is_loopback(host) is expected
-
-
-def test_errors_have_the_shape_of_the_api_and_stay_ascii():
-    error = ApiError(400, "lone \ud800", code="c", param="p")
-    assert error.response().body == (
-        b'{"error": {"message": "lone \\ud800", "type": "invalid_request_error", "param": "p", "code": "c"}}'
-    )
-    assert ApiError(503, "x", retry_seconds=7).response().headers["retry-after"] == "7"
-    assert ApiError(401, "x").response().headers["www-authenticate"] == "Bearer"
-    assert [ApiError(status, "").body["error"]["type"] for status in (401, 403, 404, 429, 500)] == [
-        "authentication_error",
-        "permission_error",
-        "invalid_request_error",
-        "rate_limit_error",
-        "server_error",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("path", "param"),
-    [
-        (("body", "temperature"), "temperature"),
-        (("body", "user"), "user"),
-        (("body", "messages", 3, "user", "content", "list[TextPart]", 1, "text"), "messages[3].content[1].text"),
-        (("body", "stop", "constrained-str"), "stop"),
-        (("body", "messages", 0, "assistant", "content", "str"), "messages[0].content"),
-        (("body",), None),
-    ],
-)
-def test_a_fault_is_named_by_its_place_in_the_request(path, param):
-    error = validation_error([{"loc": path, "type": "missing", "msg": "Field required"}])
-    assert error.param == param
-
-
-def test_of_several_faults_the_deepest_is_told():
-    faults = [
-        {"loc": ("body", "stop", "str"), "type": "string_type", "msg": "shallow"},
-        {"loc": ("body", "stop", "list[str]", 2), "type": "string_type", "msg": "deep"},
-    ]
-    assert validation_error(faults).message == "stop[2]: deep"
-
-
-def run_body_limit(messages, *, max_bytes=10, max_seconds=1.0, content_type=b"application/json"):
-    """What an application behind the limit received, and what was sent."""
-    received, sent, pending = [], [], list(messages)
-
-    async def app(scope, receive, send):
-        received.append(await receive())
-        await PlainTextResponse("ok")(scope, receive, send)
-
-    async def receive():
-        if not pending:
-            await asyncio.sleep(60)
-        return pending.pop(0)
-
-    async def send(message):
-        sent.append(message)
-
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", content_type)]}
-    asyncio.run(BodyLimit(app, max_bytes=max_bytes, max_seconds=max_seconds)(scope, receive, send))
-    return received, sent
-
-
-def chunk(body, more=False):
-    return {"type": "http.request", "body": body, "more_body": more}
-
-
-def test_a_body_in_pieces_is_handed_on_as_one():
-    received, sent = run_body_limit([chunk(b"12345", True), chunk(b"", True), chunk(b"67890")])
-    assert received == [chunk(b"1234567890")]
-    assert sent[0]["status"] == 200
-
-
-def test_a_body_without_a_length_is_counted_as_it_comes():
-    received, sent = run_body_limit([chunk(b"12345", True), chunk(b"123456", True), chunk(b"more")])
-    assert not received
-    assert sent[0]["status"] == 413
-
-
-def test_a_body_that_does_not_end_is_given_up():
-    received, sent = run_body_limit([chunk(b"1", True)], max_seconds=0.05)
-    assert not received
-    assert sent[0]["status"] == 408
-
-
-def test_who_leaves_within_the_body_gets_no_answer():
-    received, sent = run_body_limit([chunk(b"1", True), {"type": "http.disconnect"}])
-    assert not received
-    assert not sent

@@ -90,7 +90,7 @@ def test_escape_stops_the_answer(chat):
 
 def test_an_answer_cut_by_its_limit_can_be_gone_on_with(chat):
     chat.send("Count", says("one, two", finish_reason="length"))
-    chat.wait_for("Reached its length limit.")
+    chat.wait_for("Length limit reached.")
     chat.server.script.append(says(", three"))
     chat.button("Continue").click()
     chat.wait_until_done()
@@ -291,7 +291,7 @@ def test_full_storage_is_said_and_the_conversation_goes_on(chat):
     chat.input.evaluate("node => node.value = 'Hello'")
     chat.server.script.append(says("Hi."))
     chat.button("Send", exact=True).evaluate("node => node.form.requestSubmit()")
-    chat.wait_for("The browser keeps nothing more")
+    chat.wait_for("The browser's storage is full")
     chat.wait_for("Hi.")
 
 
@@ -315,9 +315,9 @@ FAILURES = {
     ),
     "context": (refuses(400, "It has 3000 tokens.", "context_length_exceeded"), "The message is too long."),
     "refused": (refuses(400, "top_k must be at least 0"), "top_k must be at least 0"),
-    "html": (Reply(["<html>bad gateway</html>"], 502), "It answered with status 502."),
-    "broken": (Reply([head(), piece("Well")]), "The answer broke off."),
-    "empty": (Reply([]), "The answer broke off."),
+    "html": (Reply(["<html>bad gateway</html>"], 502), "The server answered with status 502."),
+    "broken": (Reply([head(), piece("Well")]), "The answer was cut off."),
+    "empty": (Reply([]), "The answer was cut off."),
     "in the stream": (
         Reply([head(), sse(error={"message": "the worker stopped", "code": None})]),
         "the worker stopped",
@@ -344,7 +344,7 @@ def test_a_server_that_is_gone_is_said_and_noticed_when_it_is_back(chat):
     chat.page.route("**/health", lambda route: route.abort("connectionrefused"))
     chat.send("Hello")
     chat.page.get_by_role("alert").get_by_text("The server cannot be reached.").wait_for()
-    chat.page.locator("#server-note").get_by_text("Trying again and again").wait_for()
+    chat.page.locator("#server-note").get_by_text("Retrying").wait_for()
     chat.page.unroute("**/v1/**")
     chat.page.unroute("**/health")
     chat.page.evaluate("checkHealth()")
@@ -394,7 +394,9 @@ def test_dropped_messages_are_said_and_marked_and_the_meter_shows_the_context(ch
         chat.ask(f"Question {i}", f"Answer {i}")
     chat.send("Question 3", Reply([head(num_dropped=4, used=1900), piece("Answer 3"), end()]))
     chat.wait_until_done()
-    chat.wait_for("Not all fits the context of 2,048 tokens: the model answered without the oldest 4 messages.")
+    chat.wait_for(
+        "The conversation is longer than the context of 2,048 tokens: the model did not see the oldest 4 messages."
+    )
     order = chat.page.locator("#transcript > *").evaluate_all("nodes => nodes.map((node) => node.className)")
     assert order.index("divider") == 4
     assert chat.page.locator("#meter").inner_text().strip() == "1,900 of 2,048 tokens"
@@ -437,7 +439,7 @@ def test_commands_are_offered_completed_and_run(chat):
     chat.command("/max 0")
     chat.wait_for("must be a whole number from 1")
     chat.command("/nonsense")
-    chat.wait_for("There is no command /nonsense;")
+    chat.wait_for("Unknown command /nonsense;")
     assert chat.input.input_value() == "/nonsense"
     chat.send(" /nonsense", says("ok"))
     chat.wait_until_done()

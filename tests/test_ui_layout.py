@@ -145,7 +145,7 @@ def test_everything_that_can_be_used_has_a_name_and_is_reached_by_keyboard(chat)
             )
         )
     expected = {
-        "To the message field",
+        "Skip to the message field",
         "New chat",
         "Hello",
         "Delete Hello",

@@ -14,7 +14,8 @@ from fake_engine import FakeEngine
 
 from nanochat.common import UserError
 from nanochat.engine.sampling import Sampling
-from nanochat.serve.worker import ClientGone, Failed, Job, NotReady, Pool, QueueFull, Ready, Work, Worker, WorkerLost
+from nanochat.serve.errors import ApiError, ClientGone
+from nanochat.serve.worker import Failed, Job, Pool, Work, Worker
 from nanochat.tokenizer import Tokenizer
 
 
@@ -33,12 +34,31 @@ async def wait_until(condition, seconds=30.0):
 
 
 async def read_all(job: Job) -> list[str]:
-    """The texts of a job's replies."""
-    texts = [""] * job.num_replies
-    while pieces := await job.next_pieces():
-        for piece in pieces:
-            texts[piece.index] += "".join(delta.text for delta in piece.deltas)
+    """The texts of a job's replies, which are also what its news add up to."""
+    texts = [""] * len(job.replies)
+    while news := await job.next_news():
+        for index, reply in news.items():
+            texts[index] += "".join(delta.text for delta in reply.deltas)
+    assert texts == ["".join(delta.text for delta in reply.deltas) for reply in job.replies]
     return texts
+
+
+async def failure_of(job: Job) -> str | None:
+    """The code of the error that ends a job."""
+    with pytest.raises(ApiError) as caught:
+        await read_all(job)
+    return caught.value.code
+
+
+def refusal_of(pool: Pool, num_samples: int = 1) -> str | None:
+    """The code of the error with which a pool refuses work."""
+    with pytest.raises(ApiError) as caught:
+        pool.submit([[1]], Sampling(), num_samples=num_samples)
+    return caught.value.code
+
+
+def all_ready(pool: Pool) -> bool:
+    return all(worker.state == "ready" for worker in pool.workers)
 
 
 class running:
@@ -50,7 +70,7 @@ class running:
 
     async def __aenter__(self):
         await self.pool.start()
-        await wait_until(lambda: all(state == "ready" for state, _ in self.pool.workers))
+        await wait_until(lambda: all_ready(self.pool))
         return self.pool
 
     async def __aexit__(self, *_):
@@ -67,7 +87,7 @@ def test_replies_come_in_pieces_and_end(tokenizer):
             assert pool.num_replies == 0
             assert job.num_cached == 1
             assert job.started <= job.first_token_time < job.last_token_time
-            assert await job.next_pieces() == []
+            assert await job.next_news() == {}
             prompts = [tokenizer.encode("river"), tokenizer.encode("stone")]
             assert await read_all(pool.submit(prompts, Sampling(), num_samples=2)) == ["river"] * 2 + ["stone"] * 2
 
@@ -78,11 +98,9 @@ def test_the_queue_is_bounded_and_a_cancelled_job_makes_room(tokenizer):
     async def main():
         async with running(tokenizer, max_rows=2, max_queue=1, step_seconds=0.01) as pool:
             prompt = tokenizer.encode("count 60")
-            with pytest.raises(QueueFull):
-                pool.submit([prompt], Sampling(), num_samples=4)
+            assert refusal_of(pool, 4) == "queue_full"
             jobs = [pool.submit([prompt], Sampling()) for _ in range(3)]
-            with pytest.raises(QueueFull):
-                pool.submit([prompt], Sampling())
+            assert refusal_of(pool) == "queue_full"
             assert (pool.num_active, pool.num_replies) == (2, 3)
             pool.cancel(jobs[0])
             pool.cancel(jobs[0])  # a second time changes nothing
@@ -93,7 +111,7 @@ def test_the_queue_is_bounded_and_a_cancelled_job_makes_room(tokenizer):
             for job in jobs:
                 pool.cancel(job)
             assert pool.num_replies == 0
-            await wait_until(lambda: pool.workers[0][1]["active"] == 0)
+            await wait_until(lambda: pool.workers[0].stats["active"] == 0)
 
     asyncio.run(main())
 
@@ -116,11 +134,10 @@ def test_a_failed_engine_fails_its_jobs_only_and_is_started_again(tokenizer):
             good = pool.submit([tokenizer.encode("count 30")], Sampling())
             bad = pool.submit([tokenizer.encode("crash")], Sampling())
             assert good.worker is not bad.worker
-            with pytest.raises(WorkerLost):
-                await read_all(bad)
+            assert await failure_of(bad) == "worker_failed"
             assert pool.state == "ok"
             assert (await read_all(good))[0].endswith("30")
-            await wait_until(lambda: all(state == "ready" for state, _ in pool.workers))
+            await wait_until(lambda: all_ready(pool))
 
     asyncio.run(main())
 
@@ -129,7 +146,7 @@ def test_what_the_engine_refuses_is_a_user_error_and_leaves_nothing(tokenizer):
     async def main():
         async with running(tokenizer) as pool:
             job = pool.submit([tokenizer.encode("hello"), tokenizer.encode("refuse")], Sampling())
-            with pytest.raises(UserError, match="refuses"):
+            with pytest.raises(ApiError, match="refuses"):
                 await read_all(job)
             assert pool.num_replies == 0
             assert await read_all(pool.submit([tokenizer.encode("hello")], Sampling())) == ["hello"]
@@ -142,12 +159,10 @@ def test_nothing_is_taken_before_the_model_is_loaded_or_when_it_cannot_be(tokeni
         failures = []
         pool = Pool([fail_to_load] * 2, max_rows=1, max_queue=1, in_threads=True, on_failure=failures.append)
         assert pool.state == "loading"
-        with pytest.raises(NotReady, match="loading"):
-            pool.submit([[1]], Sampling())
+        assert refusal_of(pool) == "model_loading"
         await pool.start()
         await wait_until(lambda: pool.state == "failed")
-        with pytest.raises(NotReady, match="failed"):
-            pool.submit([[1]], Sampling())
+        assert refusal_of(pool) == "worker_failed"
         assert failures == ["the weights are damaged"]  # told once, when no engine is left
         await pool.close()
 
@@ -159,11 +174,10 @@ def test_close_fails_what_is_running(tokenizer):
         running_pool = running(tokenizer, step_seconds=0.01)
         async with running_pool as pool:
             job = pool.submit([tokenizer.encode("count 60")], Sampling())
-            await job.next_pieces()
-        with pytest.raises(WorkerLost, match="shutting down"):
+            await job.next_news()
+        with pytest.raises(ApiError, match="shutting down"):
             await read_all(job)
-        with pytest.raises(NotReady, match="closing"):
-            running_pool.pool.submit([[1]], Sampling())
+        assert refusal_of(pool) == "shutting_down"
 
     asyncio.run(main())
 
@@ -171,10 +185,9 @@ def test_close_fails_what_is_running(tokenizer):
 @pytest.mark.slow
 def test_a_process_answers_and_ends_when_its_server_is_gone(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    worker = Worker(partial(build_fake, tmp_path), in_thread=False)
     messages: queue.SimpleQueue = queue.SimpleQueue()
-    worker.start(messages.put)
-    assert isinstance(messages.get(timeout=120), Ready)
+    worker = Worker(partial(build_fake, tmp_path), lambda _, message: messages.put(message), in_thread=False)
+    assert messages.get(timeout=120).pieces == []
     os.kill(worker.runner.pid, signal.SIGINT)  # Ctrl-C at the server's terminal: not for the worker to decide
     worker.send(Work(1, [tokenizer.encode("count 9")], Sampling(num_logprobs=1, stop=("7",)), 1))
     pieces = []
@@ -198,11 +211,10 @@ def test_the_death_of_a_process_is_noticed_and_it_is_started_again(tokenizer, tm
         await pool.start()
         await wait_until(lambda: pool.state == "ok", seconds=120)
         job = pool.submit([tokenizer.encode("count 60")], Sampling())
-        await job.next_pieces()
+        await job.next_news()
         [child] = multiprocessing.active_children()
         os.kill(child.pid, signal.SIGKILL)
-        with pytest.raises(WorkerLost):
-            await read_all(job)
+        assert await failure_of(job) == "worker_failed"
         await wait_until(lambda: pool.state == "ok", seconds=120)
         assert await read_all(pool.submit([tokenizer.encode("hello")], Sampling())) == ["hello"]
         await pool.close()

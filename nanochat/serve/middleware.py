@@ -1,7 +1,8 @@
-"""What stands between the network and the routes: who may ask, how much at once, what is logged and counted.
+"""What every request passes before it reaches a route: access log and metrics, host, origin and API key, limits.
 
-Plain ASGI middleware around the application of `server.py`, outermost first: `AccessLog`, `Guard`, `BodyLimit`.
-Errors have the shape of OpenAI's API wherever they come from. Not here: routes, prompts, engines.
+`api.py` wraps its application in `AccessLog`, starlette's CORS middleware and `Gate`, outermost first. They are plain
+ASGI: starlette's base class for middleware would wrap `receive`, through which a client's disconnect is noticed. Its
+`TrustedHostMiddleware` answers in plain text, not in the format of OpenAI's errors.
 """
 
 import asyncio
@@ -11,28 +12,31 @@ import hmac
 import ipaddress
 import json
 import logging
+import re
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from html.parser import HTMLParser
-from typing import Any
-from urllib.parse import urlsplit
 
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nanochat.common import UserError
+from nanochat.serve.errors import CLIENT_GONE, ApiError, ClientGone, as_api_error
+from nanochat.serve.worker import Pool
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("nanochat.access")
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-PUBLIC_PATHS = ("/", "/health")  # answered without a key
-DRAIN_BYTES = 1 << 26  # of a body that is too large, this much is read and thrown away, so that the answer is read
-ROLES = ("system", "developer", "user", "assistant")
-CLIENT_GONE = 499  # in log and metrics, where a client left before it had an answer (as nginx has it)
-
+PUBLIC_PATHS = ("/", "/health")  # served without a key
+MIN_KEY_CHARS = 8
+DRAIN_BYTES = 1 << 26  # read and discard this much of a body that is too large, or the client never reads the answer
+SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 SECURITY_HEADERS = {
     "cache-control": "no-store",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
@@ -44,132 +48,106 @@ SECURITY_HEADERS = {
 }
 
 
-class ApiError(Exception):
-    """Ends a request with an error that its sender is told."""
+@dataclass(frozen=True)
+class Settings:
+    """How a server is configured. Raises `UserError` for a value that makes no sense."""
 
-    def __init__(
-        self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry_seconds: int = 0
-    ):
-        super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
-        self.retry_seconds = retry_seconds
+    model_name: str  # the id by which clients know the model
+    context_len: int  # of the model, in tokens
+    fingerprint: str = ""  # differs between models that may answer the same request differently
+    max_tokens: int = 0  # longest reply that a request may ask for, 0: the context
+    max_replies: int = 16  # per request: n times the number of prompts
+    max_body_bytes: int = 1 << 20
+    body_seconds: float = 30.0  # time limit for receiving a request
+    api_key: str | None = None
+    allowed_hosts: tuple[str, ...] = LOOPBACK_HOSTS  # host names by which the server may be called, none: any
+    cors_origins: tuple[str, ...] = ()  # other origins whose pages may call the server, "*": all
+    log_texts: bool = False  # include prompts and replies in the access log
+
+    def __post_init__(self):
+        for name in ("context_len", "max_replies", "max_body_bytes", "body_seconds"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be more than 0, not {getattr(self, name)}")
+        if self.max_tokens < 0:
+            raise UserError(f"max_tokens must be at least 0, not {self.max_tokens}")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise UserError("the API key must consist of printable ASCII characters")
+        if self.api_key is not None and len(self.api_key.strip()) < MIN_KEY_CHARS:
+            raise UserError(f"the API key must have at least {MIN_KEY_CHARS} characters")
 
     @property
-    def body(self) -> dict[str, Any]:
-        """In the shape of OpenAI's API."""
-        types = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        type_ = types.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": type_, "param": self.param, "code": self.code}}
-
-    def response(self, headers: dict[str, str] | None = None) -> Response:
-        # ASCII only: a message may quote a lone surrogate, which has no UTF-8
-        headers = dict(headers or {})
-        if self.retry_seconds:
-            headers["retry-after"] = str(self.retry_seconds)
-        if self.status == 401:
-            headers["www-authenticate"] = "Bearer"
-        return Response(json.dumps(self.body), self.status, headers, media_type="application/json")
+    def reply_limit(self) -> int:
+        return min(self.max_tokens or self.context_len, self.context_len)
 
 
-def validation_error(errors: Sequence[dict[str, Any]]) -> ApiError:
-    """What a client is told when its request does not fit the schema, from pydantic's list of faults.
-
-    Where a value may be of several kinds there is a fault for each: the one that lies deepest is of the kind meant.
-    """
-    error = max(errors, key=lambda error: len(error["loc"]))
-    param, kind, context = _param(error["loc"][1:]), error["type"], error.get("ctx", {})
-    if kind == "json_invalid":
-        return ApiError(400, f"the request is not valid JSON: {context.get('error', '')}")
-    if kind == "extra_forbidden":
-        message = f"{param} is no field of this request"
-    elif kind == "none_required" or (kind == "too_long" and context["max_length"] == 0):
-        message = f"{param} is not supported here"
-    elif kind == "union_tag_invalid":
-        param = f"{param}.role"
-        message = f"{param} is unknown; known are {context['expected_tags']}"
-    else:
-        message = f"{param or 'the request'}: {error['msg']}"
-    return ApiError(400, message, param=param or None)
-
-
-def _param(path: Sequence[str | int]) -> str:
-    """A place in a request: of ("messages", 0, "user", "content", "list[TextPart]", 1) it is "messages[0].content[1]".
-
-    Alternatives that were tried stand in the path by name, and are left out.
-    """
-    param, before = "", None
-    for step in path:
-        if isinstance(step, int):
-            param += f"[{step}]"
-        elif step.isidentifier() and step != "str" and not (step in ROLES and isinstance(before, int)):
-            param += f".{step}" if param else step
-        before = step
-    return param
-
-
-# --- the page ------------------------------------------------------------------------------------
+def is_loopback(host: str) -> bool:
+    """Whether `host`, an address or name to listen on, can be reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def page_policy(html: str) -> str:
-    """A content security policy for a page: its own inline scripts and styles by their hashes, requests to its own
-    server, nothing else."""
-    finder = _InlineBlocks()
-    finder.feed(html)
-    finder.close()
-    hashes = {tag: "".join(f" '{_hash(text)}'" for text in texts) or " 'none'" for tag, texts in finder.texts.items()}
+    """The content security policy of a page: its own inline scripts and styles by hash, requests to its own server."""
+    hashes, none = {"script": "", "style": ""}, " 'none'"
+    for tag, text in re.findall(r"<(script|style)\b[^>]*>(.*?)</\1>", html, re.DOTALL):
+        hashes[tag] += f" 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
     return (
-        f"default-src 'none'; script-src{hashes['script']}; style-src{hashes['style']}; connect-src 'self'; "
-        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src{hashes['script'] or none}; style-src{hashes['style'] or none}; "
+        "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
 
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+# --- metrics and access log ----------------------------------------------------------------------
 
 
-class _InlineBlocks(HTMLParser):
-    """Collects what stands between <script> and </script>, <style> and </style>."""
+class Metrics:
+    """Prometheus metrics, with a registry of their own, so that several applications can live in one process."""
 
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=False)
-        self.texts: dict[str, list[str]] = {"script": [], "style": []}
-        self._inside = ""
+    def __init__(self, pool: Pool):
+        self._pool, self._registry = pool, CollectorRegistry()
+        self._registry.register(self)
+        new = {"registry": self._registry, "namespace": "nanochat"}
+        timing = {"buckets": SECONDS_BUCKETS, **new}
+        self.requests = Counter("requests", "Requests answered", ["route", "status"], **new)
+        self.request_seconds = Histogram("request_seconds", "From request to end of answer", ["route"], **timing)
+        self.first_token_seconds = Histogram("first_token_seconds", "From request to first token", **timing)
+        self.token_seconds = Histogram("token_seconds", "Mean time between tokens of a reply", **timing)
+        self.tokens = Counter("tokens", "Tokens by kind; cached ones are part of the prompts", ["kind"], **new)
+        self.disconnects = Counter("disconnects", "Clients that disconnected before their answer was complete", **new)
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in self.texts:
-            self._inside = tag
-            self.texts[tag].append("")
+    def collect(self) -> Iterable[Metric]:
+        """The engines' own counters, read at each scrape."""
+        up = GaugeMetricFamily("nanochat_worker_up", "1 if the engine accepts work", labels=["worker"])
+        replies = GaugeMetricFamily("nanochat_engine_replies", "Replies in the engine", labels=["worker", "state"])
+        counts = CounterMetricFamily("nanochat_engine", "Counters of the engine", labels=["worker", "count"])
+        for number, worker in enumerate(self._pool.workers):
+            up.add_metric([str(number)], float(worker.state == "ready"))
+            for name, value in worker.stats.items():
+                family = replies if name in ("active", "waiting") else counts
+                family.add_metric([str(number), name], value)
+        return up, replies, counts
 
-    def handle_endtag(self, tag: str) -> None:
-        if tag == self._inside:
-            self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside:
-            self.texts[self._inside][-1] += data
-
-
-# --- log and metrics -----------------------------------------------------------------------------
+    def text(self) -> bytes:
+        """In the text format of Prometheus."""
+        return generate_latest(self._registry)
 
 
 class AccessLog:
-    """One JSON line in the logger `nanochat.access` per request, security headers, and an answer to what went wrong.
+    """Logs one JSON line per request to `nanochat.access`, sets security headers, and answers unexpected exceptions.
 
-    Handlers add to the line through `scope["log"]`. Clients stand in it as a keyed hash of their address that changes
-    with every start: requests of one client can be told together, but not where they came from. `observe` gets route,
-    status and seconds of every request.
+    Routes add fields to the line through `scope["log"]`. A client appears as a hash of its address under a key drawn
+    at each start: requests of one client can be related to each other, but not to an address.
     """
 
-    def __init__(self, app: ASGIApp, *, observe: Callable[[str, int, float], None]):
-        self._app, self._observe = app, observe
-        self._key = secrets.token_bytes(16)
+    def __init__(self, app: ASGIApp, *, metrics: Metrics):
+        self._app, self._metrics, self._key = app, metrics, secrets.token_bytes(16)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        start, status = time.perf_counter(), 0
-        request_id = f"req-{secrets.token_hex(12)}"
+            return await self._app(scope, receive, send)
+        start, status, request_id = time.perf_counter(), 0, f"req-{secrets.token_hex(12)}"
         scope["log"] = log = {}
 
         async def send_with_headers(message: Message) -> None:
@@ -185,157 +163,93 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
-            # where it happened, but not the message, which may quote what the client sent
+            # the place, but not the message, which may quote what the client sent
             logger.error("%s in\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
             log["error"] = type(error).__name__
             if not status:
-                await ApiError(500, "the server failed; its log says where").response()(
-                    scope, receive, send_with_headers
-                )
+                await as_api_error(error).response()(scope, receive, send_with_headers)
         finally:
-            seconds = time.perf_counter() - start
-            route = _route_of(scope)
-            status = status or CLIENT_GONE
-            self._observe(route, status, seconds)
+            seconds, status = time.perf_counter() - start, status or CLIENT_GONE
+            # the pattern of the route, not the path: paths can hold anything, and there is no end of them
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(route, status).inc()
+            self._metrics.request_seconds.labels(route).observe(seconds)
+            address = scope["client"][0] if scope.get("client") else ""
             line = {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "id": request_id,
-                "client": self._client_hash(scope),
+                "client": hmac.new(self._key, address.encode(), hashlib.sha256).hexdigest()[:12],
                 "method": scope["method"],
                 "route": route,
                 "status": status,
                 "seconds": round(seconds, 4),
-                **log,
             }
-            access_logger.info(json.dumps(line))
-
-    def _client_hash(self, scope: Scope) -> str:
-        address = scope["client"][0] if scope.get("client") else ""
-        return hmac.new(self._key, address.encode(), hashlib.sha256).hexdigest()[:12]
+            access_logger.info(json.dumps(line | log))
 
 
-def _route_of(scope: Scope) -> str:
-    """The pattern of the path, "other" for what is no route: paths may hold anything, and have no end."""
-    return getattr(scope.get("route"), "path", "other")
+# --- who may call, and how much ------------------------------------------------------------------
 
 
-# --- who may ask ---------------------------------------------------------------------------------
+class Gate:
+    """Refuses callers without the API key, foreign host names and origins, and bodies that are too large or too slow.
 
-
-class Guard:
-    """Turns away who has not the key (`api_key`, None: no key), pages of other hosts, and names that are not ours.
-
-    The last two protect a server on loopback from web pages in its user's browser: a page may send a request to
-    127.0.0.1, and with a host name of its own that leads there even read the answer. Pages at `cors_origins` ("*": all)
-    may ask. `allowed_hosts` are the names under which the server may be called; none: any.
+    Host and origin protect a server on loopback from web pages in its user's browser: any page can send a request to
+    127.0.0.1, and one whose own host name resolves to that address could even read the answer.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        api_key: str | None,
-        allowed_hosts: tuple[str, ...] = (),
-        cors_origins: tuple[str, ...] = (),
-    ):
-        self._app = app
-        self._key = None if api_key is None else api_key.encode()
-        self._allowed_hosts, self._cors_origins = frozenset(allowed_hosts), frozenset(cors_origins)
+    def __init__(self, app: ASGIApp, settings: Settings):
+        self._app, self._settings = app, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._refusal(scope) if scope["type"] == "http" else None
-        await (error.response() if error else self._app)(scope, receive, send)
+        messages: list[Message] = []  # the whole body, before anything else that comes from the client
+        if scope["type"] == "http":
+            try:
+                self._check_caller(scope)
+                if scope["method"] in ("POST", "PUT", "PATCH"):
+                    messages.append({"type": "http.request", "body": await self._read_body(scope, receive)})
+            except ApiError as error:
+                return await error.response()(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> ApiError | None:
-        headers = Headers(scope=scope)
+        async def receive_whole() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, receive_whole, send)
+
+    def _check_caller(self, scope: Scope) -> None:
+        settings, headers = self._settings, Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._allowed_hosts and _without_port(host) not in self._allowed_hosts:
-            return ApiError(403, "this server does not answer to this host name", code="unknown_host")
-        is_foreign = origin is not None and _netloc(origin) != host
-        if is_foreign and not {origin, "*"} & self._cors_origins:
-            return ApiError(403, "pages of other origins may not use this server", code="foreign_origin")
-        if self._key is None or scope["path"] in PUBLIC_PATHS:
-            return None
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), self._key):
-            return None
-        fault = "the API key is wrong" if key else "an API key is needed, as the header Authorization: Bearer KEY"
-        return ApiError(401, fault, code="invalid_api_key")
-
-
-def _without_port(host: str) -> str:
-    name, colon, port = host.rpartition(":")
-    return (name if colon and port.isdigit() else host).lower()
-
-
-def _netloc(origin: str) -> str:
-    try:
-        return urlsplit(origin).netloc
-    except ValueError:
-        return ""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host`, an address or a name to listen on, can only be reached from this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-# --- how much at once ----------------------------------------------------------------------------
-
-
-class BodyLimit:
-    """Reads the body of a request before anything else sees it: at most `max_bytes` within `max_seconds`, JSON only."""
-
-    def __init__(self, app: ASGIApp, *, max_bytes: int, max_seconds: float):
-        self._app, self._max_bytes, self._max_seconds = app, max_bytes, max_seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
-            await self._app(scope, receive, send)
+        if settings.allowed_hosts and re.sub(r":\d+$", "", host).lower() not in settings.allowed_hosts:
+            raise ApiError(403, "this server does not answer to this host name", code="unknown_host")
+        is_foreign = origin is not None and origin.partition("://")[2] != host
+        if is_foreign and not {origin, "*"} & set(settings.cors_origins):
+            raise ApiError(403, "pages of other origins may not use this server", code="foreign_origin")
+        if settings.api_key is None or scope["path"] in PUBLIC_PATHS:
             return
-        try:
-            async with asyncio.timeout(self._max_seconds):
-                body = await self._read(scope, receive)
-        except TimeoutError:
-            error = ApiError(408, f"the request took longer than {self._max_seconds:g} s to arrive")
-            await error.response({"connection": "close"})(scope, receive, send)
-        except ApiError as error:
-            await error.response()(scope, receive, send)
-        else:
-            if body is not None:
-                await self._app(scope, _replayed(body, receive), send)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        expected = settings.api_key.encode()
+        if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), expected):
+            message = "wrong API key" if key else "an API key is required, as the header Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key")
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body, None when the client has gone. Raises `ApiError` for one that is too large or no JSON."""
-        chunks, size, more = [], 0, True
-        while more and size <= DRAIN_BYTES:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            chunk, more = message.get("body", b""), message.get("more_body", False)
-            size += len(chunk)
-            if size <= self._max_bytes:
-                chunks.append(chunk)
-        if size > self._max_bytes:
-            raise ApiError(413, f"the request is larger than {self._max_bytes} bytes", code="request_too_large")
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
+        settings, chunks, size, more = self._settings, [], 0, True
+        try:
+            async with asyncio.timeout(settings.body_seconds):
+                while more and size <= DRAIN_BYTES:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    chunk, more = message.get("body", b""), message.get("more_body", False)
+                    size += len(chunk)
+                    if size <= settings.max_body_bytes:
+                        chunks.append(chunk)
+        except TimeoutError as error:
+            message = f"the request took longer than {settings.body_seconds:g} s to arrive"
+            raise ApiError(408, message, headers={"connection": "close"}) from error
+        if size > settings.max_body_bytes:
+            message = f"the request is larger than {settings.max_body_bytes} bytes"
+            raise ApiError(413, message, code="request_too_large")
         media_type = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":
             raise ApiError(415, "the request must have the content type application/json")
         return b"".join(chunks)
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the whole body first; after it, what comes from the client."""
-    is_given = False
-
-    async def receive_again() -> Message:
-        nonlocal is_given
-        if is_given:
-            return await receive()
-        is_given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return receive_again

@@ -1,13 +1,14 @@
-"""What goes in and out of the server's API, in the shape that OpenAI's clients use, checked field by field.
+"""What goes over the wire: requests, checked field by field, and answers, in the format of OpenAI's API.
 
-Checks are strict: a number in quotes is no number, an unknown field is a mistake. Fields of OpenAI's API that this
-server has no use for are accepted with the value that asks for nothing (`tools: []`) and refused with any other.
-Its own additions are sampling options (`top_k`, `min_p`, `repetition_penalty`), parts of messages of the types
-`python` and `python_output`, and the objects named `nanochat`. Not here: routes and HTTP (`server.py`).
+Checks are strict: a number in quotes is not a number, and an unknown field is a mistake. Fields of OpenAI's API that do
+not apply here are accepted with the value that asks for nothing (`tools: []`) and refused with any other. Our additions
+are sampling options (`top_k`, `min_p`, `repetition_penalty`), message parts of the types `python` and `python_output`,
+and the objects named `nanochat`. A sampling option needs only a field in `SamplingFields` with the name it has in
+`Sampling`. Not here: routes (`api.py`), errors in words (`errors.py`).
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from dataclasses import fields
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -18,37 +19,40 @@ MAX_MESSAGES = 4096
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 MAX_TOP_LOGPROBS = 20
-MAX_COMPLETION_LOGPROBS = 5  # of /v1/completions, as at OpenAI
+MAX_COMPLETION_LOGPROBS = 5  # in /v1/completions, as at OpenAI
 MAX_PROMPTS = 64
-DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions, as at OpenAI
+DEFAULT_COMPLETION_TOKENS = 16  # in /v1/completions, as at OpenAI
 _INT64 = 2**63
-
-# Values that ask for nothing
-Nothing = None
-Empty = Annotated[list[Any], Field(max_length=0)] | None
-EmptyObject = Annotated[dict[str, Any], Field(max_length=0)] | None
-Zero = Annotated[float, Field(ge=0, le=0)] | None
 
 
 def _unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        place = f"character {error.start}"
-        raise ValueError(f"the text holds a lone surrogate at {place}, which is no Unicode text") from error
+        raise ValueError(f"the text has a lone surrogate at character {error.start}, not valid in Unicode") from error
     return text
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Seed = Annotated[int, Field(ge=-_INT64, lt=_INT64)]
+Count = Annotated[int, Field(ge=1)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Prompts = Field(min_length=1, max_length=MAX_PROMPTS)
+FinishReason = Literal["stop", "length"]
+
+# fields that are not supported accept only what asks for nothing
+Nothing = None
+Empty = Annotated[list[Any], Field(max_length=0)] | None
+EmptyObject = Annotated[dict[str, Any], Field(max_length=0)] | None
+Zero = Annotated[float, Field(ge=0, le=0)] | None
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-# --- requests ------------------------------------------------------------------------------------
+# --- messages ------------------------------------------------------------------------------------
 
 
 class TextPart(Strict):
@@ -57,42 +61,35 @@ class TextPart(Strict):
 
 
 class ReplyPart(Strict):
-    """What an assistant says (`text`), asks the Python tool (`python`) and got as its answer (`python_output`)."""
+    """What an assistant says (`text`), a call of the Python tool (`python`), or its result (`python_output`)."""
 
     type: Literal["text", "python", "python_output"]
     text: Text
-
-
-class SystemMessage(Strict):
-    role: Literal["system", "developer"]
-    content: Text | list[TextPart]
-    name: str | None = None
-
-    def as_message(self) -> dict[str, Any]:
-        return {"role": "system", "content": _joined(self.content)}
-
-
-class UserMessage(Strict):
-    role: Literal["user"]
-    content: Text | list[TextPart]
-    name: str | None = None
-
-    def as_message(self) -> dict[str, Any]:
-        return {"role": "user", "content": _joined(self.content)}
 
 
 class ReplyParts(Strict):
     parts: list[ReplyPart]
 
 
+class InputMessage(Strict):
+    role: Literal["system", "developer", "user"]
+    content: Text | list[TextPart]
+    name: str | None = None
+
+    def as_message(self) -> dict[str, Any]:
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
 class AssistantMessage(Strict):
-    """An earlier reply, also one as it came from this server: its `nanochat.parts`, tool calls included, stand for
-    the content as long as they say the same."""
+    """An earlier reply, also one as this server sent it: its `nanochat.parts`, which include tool calls, replace the
+    content as long as they say the same."""
 
     role: Literal["assistant"]
     content: Text | list[ReplyPart]
     name: str | None = None
     nanochat: ReplyParts | None = None
+    # not supported
     refusal: Nothing = None
     annotations: Empty = None
     audio: Nothing = None
@@ -101,17 +98,14 @@ class AssistantMessage(Strict):
 
     def as_message(self) -> dict[str, Any]:
         content = self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
-        parts = [part.model_dump() for part in self.nanochat.parts] if self.nanochat else []
-        if parts and content == visible_text(parts):
-            content = parts
-        return {"role": "assistant", "content": content}
+        parts = self.nanochat.model_dump()["parts"] if self.nanochat else []
+        return {"role": "assistant", "content": parts if parts and content == visible_text(parts) else content}
 
 
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+Message = Annotated[InputMessage | AssistantMessage, Field(discriminator="role")]
 
 
-def _joined(content: str | Sequence[TextPart]) -> str:
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+# --- requests ------------------------------------------------------------------------------------
 
 
 class StreamOptions(Strict):
@@ -126,16 +120,19 @@ class TextFormat(Strict):
 class SamplingFields(Strict):
     """What chat and completion requests have in common."""
 
-    model: str | None = Field(None, description="the id that /v1/models gives; may be left out")
+    use_tool: ClassVar[bool]
+
+    model: str | None = Field(None, description="the id from /v1/models; may be omitted")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1)] | None = 1
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(1.0, description="0: the likeliest token always")
+    n: Count | None = 1
+    max_tokens: Count | None = Field(None, description="at most what fits the context")
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(1.0, description="0: greedy decoding")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     top_k: Annotated[int, Field(ge=0, lt=_INT64)] | None = Field(None, description="0: no limit")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
-    seed: Seed | None = None
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     # ignored
     user: str | None = None
@@ -154,27 +151,29 @@ class SamplingFields(Strict):
         return 1 if self.n is None else self.n
 
     @property
-    def wants_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def num_logprobs(self) -> int | None:
+        """How many alternatives to give for each token; None: no log probabilities."""
+        raise NotImplementedError
 
-    def _sampling(self, max_tokens: int, num_logprobs: int | None, *, use_tool: bool) -> Sampling:
-        given = {
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "seed": self.seed,
-            "stop": (self.stop,) if isinstance(self.stop, str) else self.stop and tuple(self.stop),
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        return Sampling(max_tokens=max_tokens, num_logprobs=num_logprobs, use_tool=use_tool, **given)
+    @property
+    def reply_tokens(self) -> int | None:
+        """How long a reply may get, None: to the server's limit."""
+        return self.max_tokens
+
+    def sampling(self, limit: int) -> Sampling:
+        """For replies of at most `limit` tokens. Raises `UserError` for a value that the engine refuses."""
+        options = {field.name: getattr(self, field.name) for field in fields(Sampling)}
+        options["max_tokens"] = min(self.reply_tokens or limit, limit)
+        if self.stop is not None:
+            options["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return Sampling(**{name: value for name, value in options.items() if value is not None})
 
 
 class ChatRequest(SamplingFields):
+    use_tool = True
+
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="at most what fits the context")
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="the newer name of max_tokens")
+    max_completion_tokens: Count | None = Field(None, description="the newer name of max_tokens")
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     # ignored
@@ -194,32 +193,25 @@ class ChatRequest(SamplingFields):
 
     @property
     def conversation(self) -> dict[str, Any]:
-        """As `chat.py` takes it, which checks the order of roles."""
+        """In the format of `chat.py`, which checks the order of roles."""
         return {"messages": [message.as_message() for message in self.messages]}
 
     @property
-    def wants_logprobs(self) -> bool:
-        return bool(self.logprobs)
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
-    def sampling(self, most: int) -> Sampling:
-        """For replies of at most `most` tokens. Raises `UserError` for a value that the engine does not take."""
-        max_tokens = min(self.max_completion_tokens or self.max_tokens or most, most)
-        num_logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._sampling(max_tokens, num_logprobs, use_tool=True)
-
-
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+    @property
+    def reply_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
 
 class CompletionRequest(SamplingFields):
-    prompt: (
-        Text
-        | TokenIds
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-    ) = Field(description="text, to which the begin-of-sequence token is added, or token ids, or a list of either")
-    max_tokens: Annotated[int, Field(ge=1)] | None = DEFAULT_COMPLETION_TOKENS
+    use_tool = False
+
+    prompt: Text | TokenIds | Annotated[list[Text], Prompts] | Annotated[list[TokenIds], Prompts] = Field(
+        description="text, to which the begin-of-sequence token is added, or token ids, or a list of either"
+    )
+    max_tokens: Count | None = DEFAULT_COMPLETION_TOKENS
     logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     # not supported
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
@@ -232,39 +224,29 @@ class CompletionRequest(SamplingFields):
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
     @property
-    def wants_logprobs(self) -> bool:
-        return self.logprobs is not None
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
-    def sampling(self, most: int) -> Sampling:
-        """For replies of at most `most` tokens. Raises `UserError` for a value that the engine does not take."""
-        max_tokens = min(self.max_tokens or DEFAULT_COMPLETION_TOKENS, most)
-        return self._sampling(max_tokens, self.logprobs, use_tool=False)
+    @property
+    def reply_tokens(self) -> int | None:
+        return self.max_tokens or DEFAULT_COMPLETION_TOKENS
 
 
 # --- answers -------------------------------------------------------------------------------------
-
-
-class CachedTokens(BaseModel):
-    cached_tokens: int
 
 
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
-
-
-class Context(BaseModel):
-    used: int
-    limit: int
+    prompt_tokens_details: dict[Literal["cached_tokens"], int]
 
 
 class ChatNote(BaseModel):
-    """What became of the conversation: how many of its oldest messages did not fit, how full the context is."""
+    """How many of the oldest messages did not fit, and how full the context is."""
 
     num_dropped_messages: int
-    context: Context
+    context: dict[Literal["used", "limit"], int]
 
 
 class TopLogprob(BaseModel):
@@ -285,7 +267,7 @@ class ChatLogprobs(BaseModel):
 class ReplyMessage(BaseModel):
     role: Literal["assistant"]
     content: str
-    refusal: None
+    refusal: None = None
     nanochat: ReplyParts
 
 
@@ -293,44 +275,21 @@ class ChatChoice(BaseModel):
     index: int
     message: ReplyMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
 
 
-class ChatCompletion(BaseModel):
+class AnswerHead(BaseModel):
     id: str
-    object: Literal["chat.completion"]
     created: int
     model: str
     system_fingerprint: str
+
+
+class ChatCompletion(AnswerHead):
+    object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
     nanochat: ChatNote
-
-
-class ChatDelta(BaseModel):
-    """A piece of a reply. A tool call or its result comes in `nanochat`, where an empty text begins a new part."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    nanochat: ReplyPart | None = None
-
-
-class ChatChunkChoice(BaseModel):
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-class ChatChunk(BaseModel):
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | None = None
-    nanochat: ChatNote | None = None
 
 
 class CompletionLogprobs(BaseModel):
@@ -344,34 +303,25 @@ class CompletionChoice(BaseModel):
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: FinishReason | None = None
 
 
-class Completion(BaseModel):
-    """The whole answer, and each piece of a streamed one."""
+class Completion(AnswerHead):
+    """A whole answer, and each chunk of a streamed one."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
 
 
-class ModelNote(BaseModel):
-    """Sizes in tokens: of the context, and of the longest reply that may be asked for."""
-
-    context: int
-    max_tokens: int
-
-
 class ModelCard(BaseModel):
+    """`nanochat` has sizes in tokens: the context, and the longest reply that a request may ask for."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["nanochat"] = "nanochat"
-    nanochat: ModelNote
+    nanochat: dict[Literal["context", "max_tokens"], int]
 
 
 class ModelList(BaseModel):
@@ -382,17 +332,10 @@ class ModelList(BaseModel):
 class Health(BaseModel):
     status: Literal["ok", "loading", "failed"]
     model: str
-    message: str = Field(description="in words, what keeps the model from answering")
-    active: int = Field(description="replies being written")
-    waiting: int = Field(description="replies that wait for their turn")
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
+    message: str = Field(description="why the model cannot answer")
+    active: int = Field(description="replies being generated")
+    waiting: int = Field(description="replies waiting in the queue")
 
 
 class ErrorBody(BaseModel):
-    error: ErrorDetail
+    error: dict[Literal["message", "type", "param", "code"], str | None]

@@ -1,0 +1,133 @@
+"""The interactive side of a terminal chat: lines edited with prompt_toolkit, replies rendered as Markdown with rich.
+
+A module of its own, imported when a dialogue starts: a single question needs neither library, and both take a moment.
+Not here: commands and the conversation (`terminal.py`).
+"""
+
+import re
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from markdown_it import MarkdownIt
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from rich.console import Console
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.segment import Segment, SegmentLines
+from rich.theme import Theme
+
+from nanochat.serve.terminal import PROMPT, Screen, printable
+
+CONTINUATION_PROMPT = ". "
+REFRESH_SECONDS = 0.05  # at most this often
+
+# HTML stays text, which rich would drop otherwise
+_PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+
+
+class LineReader:
+    """Reads messages from the terminal, with line editing, a history kept in a file, and completion by Tab."""
+
+    def __init__(self, history: Path, commands: Sequence[str]):
+        keys = KeyBindings()
+        keys.add("enter")(_on_enter)
+        self._session: PromptSession[str] = PromptSession(
+            history=_open_history(history), completer=_ChatCompleter(commands), complete_while_typing=False,
+            key_bindings=keys, multiline=True, prompt_continuation=CONTINUATION_PROMPT,
+        )  # fmt: skip
+
+    def read(self) -> str:
+        """The next message. Raises `EOFError` on Ctrl-D and `KeyboardInterrupt` on Ctrl-C."""
+        return self._session.prompt(PROMPT)
+
+
+def _on_enter(event: KeyPressEvent) -> None:
+    """Send the message, or begin a new line in place of a backslash."""
+    buffer = event.current_buffer
+    if buffer.document.text_before_cursor.endswith("\\"):
+        buffer.delete_before_cursor()
+        buffer.insert_text("\n")
+    else:
+        buffer.validate_and_handle()
+
+
+def _open_history(path: Path) -> History:
+    """The history in a file that only its owner can read; without a file when that cannot be written."""
+    try:
+        path.touch(mode=0o600)
+        path.chmod(0o600)
+    except OSError as error:
+        print(f"warning: no history in {path}: {error.strerror or error}")
+        return InMemoryHistory()
+    return FileHistory(str(path))
+
+
+class _ChatCompleter(Completer):
+    """Completes a command, and behind it the path of a file."""
+
+    def __init__(self, commands: Sequence[str]):
+        self._commands, self._paths = WordCompleter(list(commands), sentence=True), PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        command, space, argument = document.text_before_cursor.partition(" ")
+        if space and command.startswith("/"):
+            return self._paths.get_completions(Document(argument.lstrip()), complete_event)
+        return self._commands.get_completions(document, complete_event)
+
+
+class MarkdownScreen(Screen):
+    """A terminal on which replies are rendered as Markdown while they come.
+
+    Finished paragraphs, lists and code blocks are printed for good. Only the last, unfinished one is redrawn as it
+    grows, and never taller than the terminal, so that nothing is repeated in the scrollback.
+    """
+
+    def __init__(self, out: TextIO, err: TextIO):
+        super().__init__(out, err)
+        self._console = Console(file=out, highlight=False, theme=Theme({"markdown.code": "cyan"}))
+        plain_streams = {"redirect_stdout": False, "redirect_stderr": False}
+        self._live = Live(console=self._console, auto_refresh=False, transient=True, **plain_streams)
+        self._pending, self._show_at = "", 0.0
+
+    def write(self, text: str, color: str = "") -> None:
+        """More of a reply; with a colour it is no Markdown."""
+        text = printable(text)
+        self._live.start()
+        self._pending += re.sub(r"([\\`*_~\[\]()<>#+.!|-])", r"\\\1", text) if color else text
+        end = _finished_length(self._pending)
+        if end:
+            self._console.print(SegmentLines([*self._lines(self._pending[:end]), []], new_lines=True), end="")
+            self._pending = self._pending[end:]
+        begin = time.perf_counter()
+        if end or begin >= self._show_at:
+            lines = self._lines(self._pending)[1 - self._console.height :]
+            self._live.update(SegmentLines(lines, new_lines=True), refresh=True)
+            seconds = time.perf_counter() - begin
+            self._show_at = begin + max(REFRESH_SECONDS, 5 * seconds)  # a long block must not slow the model down
+
+    def end_reply(self) -> None:
+        self._live.update("")
+        self._live.stop()
+        self._console.print(SegmentLines(self._lines(self._pending), new_lines=True), end="")
+        self._pending = ""
+
+    def _lines(self, text: str) -> list[list[Segment]]:
+        markdown = Markdown("", code_theme="ansi_dark", justify="default", hyperlinks=False)
+        markdown.parsed = _PARSER.parse(text.replace("\n", "  \n"))  # two spaces keep the end of a line
+        lines = self._console.render_lines(markdown, pad=False)
+        full = [number for number, line in enumerate(lines) if any(segment.text.strip() for segment in line)]
+        return lines[full[0] : full[-1] + 1] if full else []
+
+
+def _finished_length(text: str) -> int:
+    """The length of what no further text can change: up to the last blank line that is not inside a code block."""
+    end = text.rfind("\n\n")
+    while end >= 0 and len(re.findall(r"^ *(?:```|~~~)", text[:end], re.MULTILINE)) % 2:
+        end = text.rfind("\n\n", 0, end)
+    return end + 2 if end >= 0 else 0

@@ -1,0 +1,137 @@
+"""Line editing on a pipe instead of a keyboard, and Markdown on a terminal that a string stands for."""
+
+import io
+import re
+
+import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+from nanochat.data.chat import Delta
+from nanochat.serve.console import LineReader, MarkdownScreen
+from nanochat.serve.terminal import print_reply
+
+UP = "\x1b[A"
+
+
+@pytest.fixture
+def read_typed(tmp_path):
+    """What a reader with that history returns for what is typed."""
+
+    def read(typed, num_messages=1, history=tmp_path / "history"):
+        with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
+            keyboard.send_text(typed)
+            reader = LineReader(history, [])
+            return [reader.read() for _ in range(num_messages)]
+
+    return read
+
+
+def test_a_backslash_at_the_end_of_a_line_continues_the_message(read_typed):
+    assert read_typed("one \\\rtwo\rthree\r", 2) == ["one \ntwo", "three"]
+
+
+def test_lines_can_be_edited_and_taken_from_the_history_of_an_earlier_session(read_typed, tmp_path):
+    assert read_typed("stone\x01the \r") == ["the stone"]  # Ctrl-A goes to the beginning
+    assert (tmp_path / "history").stat().st_mode & 0o777 == 0o600
+    assert read_typed(f"{UP}\r") == ["the stone"]
+
+
+@pytest.mark.parametrize(("key", "error"), [("\x03", KeyboardInterrupt), ("\x04", EOFError)])
+def test_ctrl_c_and_ctrl_d_are_exceptions(read_typed, key, error):
+    with pytest.raises(error):
+        read_typed(key)
+
+
+def test_the_history_of_before_becomes_private_and_one_that_cannot_be_written_is_a_warning(
+    read_typed, tmp_path, capsys
+):
+    (tmp_path / "history").touch(mode=0o644)
+    assert read_typed("stone\r") == ["stone"]
+    assert (tmp_path / "history").stat().st_mode & 0o777 == 0o600
+    assert capsys.readouterr().out == ""
+    assert read_typed("stone\r", history=tmp_path / "absent" / "history") == ["stone"]
+    assert "no history in" in capsys.readouterr().out
+
+
+def test_commands_and_the_paths_behind_them_are_completed(tmp_path):
+    (tmp_path / "talk.json").touch()
+    with create_app_session(output=DummyOutput()):
+        completer = LineReader(tmp_path / "history", ["/save", "/stats", "/help"])._session.completer
+
+    def complete(text):
+        found = completer.get_completions(Document(text), CompleteEvent())
+        return [text[: len(text) + each.start_position] + each.text for each in found]
+
+    assert complete("/s") == ["/save", "/stats"]
+    assert complete(f"/load {tmp_path}/ta") == [f"/load {tmp_path}/talk.json"]
+    assert complete("say /s") == []
+
+
+# --- Markdown ------------------------------------------------------------------------------------
+
+
+class Tty(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def rendered(monkeypatch, *deltas, height=25, width=40):
+    """What a terminal shows in the end, without styles; and all that was written to it."""
+    for name, value in {"TERM": "xterm", "COLUMNS": str(width), "LINES": str(height)}.items():
+        monkeypatch.setenv(name, value)
+    out = Tty()
+    print_reply(MarkdownScreen(out, out), deltas)
+    return screen_after(out.getvalue(), height), out.getvalue()
+
+
+def screen_after(written, height):
+    """Obeys the cursor movements that rich uses: to the beginning of a line, one line up, erase the line."""
+    lines, row = [""], 0
+    for piece in re.findall(r"\x1b\[[?0-9;]*[a-zA-Z]|[^\x1b]", re.sub(r"\x1b\[[?0-9;]*[mhl]", "", written)):
+        if piece == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif piece == "\x1b[1A":
+            row -= 1
+            assert row > len(lines) - 1 - height, "what has scrolled out of the terminal cannot be erased"
+        elif piece == "\x1b[2K":
+            lines[row] = ""
+        elif piece != "\r":
+            lines[row] += piece
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def test_markdown_is_rendered_and_other_text_stays(monkeypatch):
+    text = "# Title\n\nSome **bold** words,\na <b>second</b> line.\n\n- one\n\n```\na = *b*\n\nc\n```\n\n2 * 3 * 4"
+    deltas = [Delta("text", text[i : i + 3]) for i in range(0, len(text), 3)]
+    shown, written = rendered(monkeypatch, *deltas)
+    assert "Title" in shown
+    assert "#" not in shown
+    assert "Some bold words,\na <b>second</b> line.\n\n \u2022 one\n\n a = *b*\n\n c\n\n2 * 3 * 4\n" in shown
+    assert "\x1b[1mbold" in written
+
+
+def test_tool_calls_are_not_taken_for_markdown(monkeypatch):
+    deltas = [Delta("python", "2**3*_4_"), Delta("python_output", "32"), Delta("text", "(http://x.y)")]
+    assert rendered(monkeypatch, *deltas)[0] == "[python: 2**3*_4_ => 32](http://x.y)\n"
+
+
+def test_control_characters_do_not_reach_the_terminal(monkeypatch):
+    shown, _ = rendered(monkeypatch, Delta("text", "a\x1b[2J\x07\x9bb"))
+    assert shown == "a\u241b[2J\u2407\ufffdb\n"
+
+
+def test_a_block_taller_than_the_terminal_is_shown_once(monkeypatch):
+    monkeypatch.setattr("nanochat.serve.console.REFRESH_SECONDS", 0.0)
+    code = "```\n" + "\n".join(f"line{i}" for i in range(30)) + "\n```"
+    shown, _ = rendered(monkeypatch, *(Delta("text", c) for c in code), height=8)
+    assert [line.strip() for line in shown.splitlines()] == [f"line{i}" for i in range(30)]
+
+
+def test_words_appear_as_they_come(monkeypatch):
+    _, written = rendered(monkeypatch, Delta("text", "first "), Delta("text", "second"))
+    assert "first" in written[: written.index("second")]
