@@ -61,24 +61,6 @@ def test_the_band_of_a_window_is_the_one_drawn_in_the_header():
     assert torch.equal(band_mask(2, 6, 3, torch.device("cpu")), expected[4:])
 
 
-def test_flash_gets_the_window_without_the_query_itself(monkeypatch):
-    """The CPU test of the GPU path: a stand-in with FlashAttention's signature, built on the reference."""
-    calls = []
-
-    def flash(q, k, v, *, causal, window_size):
-        calls.append(window_size)
-        left = window_size[0]
-        window = None if left is None else left + 1
-        return causal_attention(q, k, v, window=window, backend="masked"), None
-
-    monkeypatch.setattr(attention, "_flash_function", lambda: flash)
-    q, k, v = draw(9)
-    for window in (None, 4, 9):
-        y = causal_attention(q, k, v, window=window, backend="flash")
-        torch.testing.assert_close(y, plain_attention(q, k, v, window))
-    assert calls == [(None, None), (3, 0), (None, None)]
-
-
 def test_a_cpu_uses_sdpa():
     assert attention.default_backend("cpu", torch.bfloat16) == "sdpa"
 

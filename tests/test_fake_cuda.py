@@ -26,7 +26,7 @@ def config(request):
 def without_driver(monkeypatch):
     """No compiler, and no question to the driver about the kernels it can run."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(attention, "_flash_function", lambda: None)
+    monkeypatch.setattr(attention, "flash_kernels", lambda: None)
 
 
 @pytest.fixture

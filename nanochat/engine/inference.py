@@ -347,7 +347,7 @@ class InferenceModel:
                 gate = gpt.VALUE_GATE_SCALE * torch.sigmoid(mixed[:, valued : valued + H_kv, None])  # (N, H_kv, 1)
                 v = torch.addcmul(v, gate, ve[:, layer.value_embed].unflatten(-1, (H_kv, D)))
             x = x + layer.attend_out(attend(i, qk[:, :H], qk[:, H:], v).flatten(1))
-            x = x + layer.contract(F.relu(layer.expand(norm(x))).square())
+            x = x + layer.contract(gpt.activation(layer.expand(norm(x))))
         if config.backout:
             x = torch.addcmul(x, middle, weights.minus_backout)
         return norm(x)

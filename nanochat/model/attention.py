@@ -15,15 +15,14 @@ Backends
 - "masked": PyTorch's SDPA with the mask above written out. The reference, O(T^2) in time and memory.
 - "sdpa":   PyTorch's SDPA; a sequence is cut into blocks as long as the window, so that no (T, T) mask exists and
             the work is O(T * window).
-- "flash":  FlashAttention's windowed kernels (package `flash-attn-4`, Hopper and newer), where installed.
+- "flash":  FlashAttention's windowed kernels (`flash.py`; package `flash-attn-4`, Hopper and newer), where installed.
 """
-
-import functools
-import importlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nanochat.model.flash import flash_attention, flash_kernels
 
 BACKENDS = ("masked", "sdpa", "flash")
 
@@ -41,7 +40,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = No
         window = None
     backend = backend or default_backend(q.device.type, q.dtype)
     if backend == "flash":
-        return _flash(q, k, v, window)
+        return flash_attention(q, k, v, window)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), as SDPA wants it
     if window is None:
         y = _sdpa(q, k, v, is_causal=True)
@@ -69,27 +68,9 @@ def band_mask(num_queries: int, num_keys: int, window: int | None, device: torch
 
 def default_backend(device_type: str, dtype: torch.dtype) -> str:
     """The fastest backend: "flash" for 16-bit floats on a GPU that runs its kernels, else "sdpa"."""
-    if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _flash_function() is not None:
+    if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) and flash_kernels() is not None:
         return "flash"
     return "sdpa"
-
-
-@functools.cache
-def _flash_function():
-    """FlashAttention 4's function; None where the GPU is too old or the package is missing or does not load."""
-    if torch.cuda.get_device_capability() < (9, 0):
-        return None
-    try:
-        return importlib.import_module("flash_attn.cute").flash_attn_func
-    except (ImportError, AttributeError):
-        return None
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    # its window counts the positions to the left of the query, without the query's own
-    reach = (None, None) if window is None else (window - 1, 0)
-    y = _flash_function()(q, k, v, causal=True, window_size=reach)
-    return y[0] if isinstance(y, tuple) else y
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:

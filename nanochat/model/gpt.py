@@ -144,6 +144,11 @@ def rotary_angles(config: GPTConfig, length: int, device: torch.device | str) ->
     return torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
 
 
+def activation(x: Tensor) -> Tensor:
+    """relu^2 (arXiv 2109.08668), of the MLP, here and in the engine."""
+    return F.relu(x).square()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (arXiv 2104.09864) on the two halves of the head; the angle's sign is opposite to Llama's.
 
@@ -215,7 +220,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(activation(self.c_fc(x)))
 
 
 class Block(nn.Module):

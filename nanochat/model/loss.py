@@ -6,8 +6,6 @@ in the cache (CPU) or fits beside the activations (GPU); only the gradients of t
 kept. This works because the loss is a sum, whose gradient is known up to the factor that backward receives.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -65,7 +63,7 @@ class _SoftcapCrossEntropySum(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         grad_rows = torch.empty_like(rows) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
-        kernel = _compiled_kernel() if rows.is_cuda else _blockwise_kernel
+        kernel = _gpu_kernel if rows.is_cuda else _blockwise_kernel
         for part in _pieces(rows, weight.size(0)):
             z = rows[part] @ compute_weight.T  # (R, V)
             loss, grad_z = kernel(z, targets[part], softcap)
@@ -119,6 +117,10 @@ def _blockwise_kernel(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tenso
     return total, z
 
 
-@functools.cache
-def _compiled_kernel():
-    return torch.compile(loss_and_logit_gradient_, dynamic=False)
+def _gpu_kernel(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """`loss_and_logit_gradient_` in one pass of a kernel of ours; where Triton is missing, by PyTorch's operations."""
+    try:
+        from nanochat.model.kernels import softcap_loss_
+    except ImportError:
+        return loss_and_logit_gradient_(z, targets, softcap)
+    return softcap_loss_(z, targets.contiguous(), softcap, IGNORE_INDEX).sum(), z
