@@ -1,30 +1,29 @@
 #!/usr/bin/env bash
-# The main run: from raw text to a chat model and its report, sized to the machine it runs on. Without a GPU, and so
-# perhaps without a network, it is a miniature: the same stages in less than 20 minutes, pretrained on documentation
-# found on this machine, and a model that chats about a small world (tasks/small_world/).
+# The main run: from raw text to a chat model and its report, sized to the machine it runs on. Without a GPU it trains a
+# miniature in less than 20 minutes and without a network: the same stages, pretrained on documentation found on this
+# machine, for a model that chats about a small world (tasks/small_world/).
 #
-#   bash speedrun.sh                                     # 8 GPUs: depth 20; fewer: the same, longer; none: a miniature
+#   bash speedrun.sh                                     # 8 GPUs: depth 24, 4.2 hours, $100 (estimate); fewer: longer
 #   bash speedrun.sh --dry-run                           # what it takes on GPUs: tokens, disk, memory, hours, dollars
-#   DEPTH=22 WANDB_RUN=d22 bash speedrun.sh              # a larger model, logged to wandb
+#   DEPTH=20 WANDB_RUN=d20 bash speedrun.sh              # a smaller model, logged to wandb
 #   bash runs/d26.sh                                     # runs/: recipes for other budgets, with the same options
 #   bash runs/laptop.sh                                  # half an hour without a GPU, on the full run's data sets
 #
-# Safe to run again: finished stages are kept, an interrupted one goes on from its last checkpoint. To start anew, move
-# the work folder away or set NANOCHAT_BASE_DIR. May be set beforehand:
+# Safe to run again: finished stages are kept, and an interrupted one continues from its last checkpoint. To start anew,
+# move the work folder away or set NANOCHAT_BASE_DIR. These variables may be set beforehand:
 #   NANOCHAT_BASE_DIR  work folder (default: ~/.cache/nanochat)
 #   DATASET            hub repository, local folder, or "local" for the documentation texts found on this machine
-#   DEPTH NPROC        layers of the model; processes, one per GPU (a dry run without GPUs reckons with 8)
-#   GPU                a dry run's kind of GPU (default: this machine's, or H100)
+#   DEPTH NPROC        layers of the model; processes, one per GPU (a dry run without GPUs assumes 8)
+#   GPU                kind of GPU for a dry run (default: this machine's, or H100)
 #   VOCAB_SIZE         tokens of the vocabulary
-#   NUM_STEPS          steps of every training stage, to try it out; or the horizon of pretraining alone:
-#   TOKEN_RATIO        training tokens per parameter (default on GPUs: see scripts.base_train --help)
+#   NUM_STEPS          steps of every training stage, to try it out
+#   TOKEN_RATIO        training tokens per parameter of matrices and head (default on GPUs: 12)
 #   MINUTES            minutes of pretraining, without a GPU only (default: 1.5)
 #   PRETRAIN_FLAGS     further flags of scripts.base_train, which win over those here
 #   SAVE_EVERY         steps between checkpoints
-#   CHAT               0: only the base model (default: 1, mid-training, finetuning and chat evaluation too)
+#   CHAT               0 stops after the base model (default: 1, mid-training, finetuning and chat evaluation follow)
 #   CHAT_DATA          "mixture" of data sets from the hub (default with a GPU), or "small_world", generated
-#   RL                 1: reinforcement learning after that, on GSM8K; without a GPU, and 1 by default there, on
-#                      spelling
+#   RL                 1 adds reinforcement learning: on GSM8K, or without a GPU, where it is the default, on spelling
 #   WANDB_RUN          name of the run on wandb (default: no wandb)
 set -euo pipefail
 
@@ -84,6 +83,7 @@ train() {
 num_gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
 read -ra pretrain_flags <<<"${PRETRAIN_FLAGS:-}"
 horizon=()
+if [ "$num_gpus" -gt 0 ] || [ "$dry_run" = 1 ]; then TOKEN_RATIO="${TOKEN_RATIO:-12}"; fi
 if [ -n "${NUM_STEPS:-}" ]; then
     horizon=(--num-steps "$NUM_STEPS")
 elif [ -n "${TOKEN_RATIO:-}" ]; then
@@ -92,7 +92,7 @@ fi
 if [ "$num_gpus" -gt 0 ] || [ "$dry_run" = 1 ]; then
     NPROC="${NPROC:-$((num_gpus > 0 ? num_gpus : 8))}"
     DATASET="${DATASET:-karpathy/climbmix-400b-shuffle}"
-    DEPTH="${DEPTH:-20}"
+    DEPTH="${DEPTH:-24}"
     VOCAB_SIZE="${VOCAB_SIZE:-32768}"
     size=()
     SAVE_EVERY="${SAVE_EVERY:-1000}"

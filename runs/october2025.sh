@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The first public release's $100 run, of October 2025: its architecture at depth 20 (561 million parameters), 65,536
-# tokens of vocabulary, FineWeb-Edu, 20 training tokens for every parameter, its batch and its schedule. By the dry run,
-# pretraining takes 2.78 hours and $67 on 8 H100; that release's took 2.9. It also needs 64 GB of disk.
+# tokens of vocabulary, FineWeb-Edu, 20 training tokens for every parameter, its batch and its schedule. By the dry run it
+# takes 3.7 hours and $90 on 8 H100, from the tokenizer to the last evaluation (that release: 3 h 51 min), and 64 GB of disk.
 #
 #   bash runs/october2025.sh --dry-run        # the plan, for this machine's GPUs or 8 H100
 #   bash runs/october2025.sh

@@ -210,7 +210,8 @@ def test_d20_on_eight_gpus_costs_what_arithmetic_says():
     d20, plan, needs = d20_estimate()
     flops = recipe.count_model(d20).flops_per_token() * plan.train_tokens
     assert needs.hours == pytest.approx(flops / (8 * 989e12 * recipe.EXPECTED_MFU * 3600))
-    assert needs.dollars == pytest.approx(needs.hours * 8 * 3.0)
+    assert needs.total_hours == pytest.approx(needs.hours + needs.mid_hours + recipe.OTHER_H100_HOURS / 8)
+    assert needs.dollars == pytest.approx(needs.total_hours * 8 * 3.0)
     assert 0.5 < needs.hours < 3.0
     assert needs.mid_hours == pytest.approx(needs.hours * recipe.MID_TOKENS / plan.train_tokens)
     assert needs.num_shards == recipe.shards_for(plan.train_tokens)

@@ -17,9 +17,9 @@ from tasks.registry import TASK_NAMES
 ROOT = Path(__file__).parent.parent
 H100 = "H100 80GB HBM3"
 MODELS = {  # of each recipe: configuration, tokens per parameter, batch where it is given
-    "speedrun.sh": (GPTConfig.from_depth(20, vocab_size=32768), 10, 0),
-    "runs/d26.sh": (GPTConfig.from_depth(26, vocab_size=32768), 20, 0),
-    "runs/d32.sh": (GPTConfig.from_depth(32, vocab_size=32768), 20, 0),
+    "speedrun.sh": (GPTConfig.from_depth(24, vocab_size=32768), 12, 0),
+    "runs/d26.sh": (GPTConfig.from_depth(26, vocab_size=32768), 27, 0),
+    "runs/d32.sh": (GPTConfig.from_depth(32, vocab_size=32768), 29, 0),
     "runs/october2025.sh": (GPTConfig.october_2025(20), 20, 2**19),
 }
 RECIPES = [*MODELS, "runs/laptop.sh"]
@@ -127,15 +127,16 @@ def test_a_dry_run_says_what_the_arithmetic_says(plans, name):
     assert said["disk"] == f"{needs.disk_bytes / 1e9:.0f} GB with {needs.num_checkpoints} checkpoints"
     assert said["memory per GPU"].startswith(f"{needs.gpu_bytes / 2**30:.1f} GiB of 73.6 usable")
     assert said[f"8 x {H100}"] == f"assumed: 45% of peak, $3.00 per GPU hour ({hardware.PRICES_AS_OF})"
-    assert said["pretraining"] == f"{needs.hours:.2f} hours, ${needs.dollars:,.0f}"
+    assert said["pretraining"] == f"{needs.hours:.2f} hours"
+    assert said["whole run"] == f"{needs.total_hours:.1f} hours, ${needs.dollars:,.0f}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("runs/")])
 def test_the_header_of_a_recipe_says_what_its_dry_run_says(plans, name):
     header = " ".join(line.removeprefix("# ") for line in (ROOT / name).read_text().splitlines()[1:6])
-    hours, dollars, disk = re.search(r"takes ([\d.]+ hours) and (\$\d+) .* needs (\d+ GB) of disk", header).groups()
-    assert plans[name]["pretraining"] == f"{hours}, {dollars}"
+    hours, dollars, disk = re.search(r"takes ([\d.]+ hours) and (\$\d+) .* and (\d+ GB) of disk", header).groups()
+    assert plans[name]["whole run"] == f"{hours}, {dollars}"
     assert plans[name]["disk"].startswith(disk)
 
 
@@ -148,12 +149,13 @@ def test_the_readmes_table_says_what_the_dry_runs_say(plans, name):
     parameters, tokens = (
         int(said[key].split(":")[0].split(", ")[0].replace(",", "")) for key in ("parameters", "tokens")
     )
-    hours, dollars = re.fullmatch(r"([\d.]+) hours, \$([\d,]+)", said["pretraining"]).groups()
+    hours, dollars = re.fullmatch(r"([\d.]+) hours, (\$[\d,]+)", said["whole run"]).groups()
     cells = [f"{parameters / 1e6:,.0f}M", f"{tokens / 1e9:.1f}B", said["text"].removesuffix(" of 100 MB"),
              said["disk"].partition(" with")[0], said["memory per GPU"].partition(" ")[0], hours, dollars]  # fmt: skip
     assert [cell.strip() for cell in row.split("|")[2:-1]] == cells
     if name == "runs/d26.sh":
-        assert "".join(f"{key:<20} {text}\n" for key, text in said.items()) in readme
+        sample = "".join(f"{key:<20} {text}\n" for key, text in said.items())
+        assert sample in (ROOT / "docs" / "running.md").read_text()
 
 
 @pytest.mark.slow
@@ -212,15 +214,15 @@ def test_all_stages_run_on_all_gpus(checkout):
     train = next(stage for stage in stages if "scripts.base_train" in stage)
     assert train == (
         "torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --data karpathy/climbmix-400b-shuffle "
-        "--depth 20 --save-every 1000 --run  --resume"
+        "--depth 24 --token-ratio 12 --save-every 1000 --run  --resume"
     )
 
 
 def test_reinforcement_learning_comes_last_when_asked_for(checkout):
     stages = [stage.partition(" -m ")[2] for stage in checkout.stages(RL="1", WANDB_RUN="mine")]
     assert stages[-3:-1] == [
-        "scripts.chat_rl -- --model-tag d20 --run mine --resume --tasks GSM8K",
-        f"scripts.chat_eval -- -i rl --model-tag d20 --tasks {'|'.join(TASK_NAMES)} --resume",
+        "scripts.chat_rl -- --model-tag d24 --run mine --resume --tasks GSM8K",
+        f"scripts.chat_eval -- -i rl --model-tag d24 --tasks {'|'.join(TASK_NAMES)} --resume",
     ]
 
 

@@ -94,11 +94,16 @@ def dry_run(args: argparse.Namespace) -> None:
         "disk": f"{estimate.disk_bytes / 1e9:.0f} GB with {estimate.num_checkpoints} checkpoints",
         "memory per GPU": _memory_in_words(estimate.gpu_bytes, memory, fitting),
         f"{num_gpus} x {gpu}": f"assumed: {recipe.EXPECTED_MFU:.0%} of peak, {dollars}",
-        "pretraining": _cost_in_words(estimate.hours, num_gpus, price),
-        "mid-training": f"{_cost_in_words(estimate.mid_hours, num_gpus, price)}, about "
-        f"{recipe.MID_TOKENS / 1e6:.0f} million tokens",
-        "not estimated": "tokenizer, finetuning, evaluation",
     }
+    if estimate.total_hours is None:
+        lines["whole run"] = "no estimate: the speed of this GPU is not known"
+    else:
+        others = estimate.total_hours - estimate.hours - estimate.mid_hours
+        lines["pretraining"] = f"{estimate.hours:.2f} hours"
+        lines["mid-training"] = f"{estimate.mid_hours:.2f} hours, about {recipe.MID_TOKENS / 1e6:.0f} million tokens"
+        lines["other stages"] = f"about {others:.2f} hours: tokenizer, finetuning, evaluation"
+        cost = "" if estimate.dollars is None else f", ${estimate.dollars:,.0f}"
+        lines["whole run"] = f"{estimate.total_hours:.1f} hours{cost}"
     print0("\n".join(f"{name:<20} {text}" for name, text in lines.items()))
     facts = {"gpu": gpu, "num_gpus": num_gpus, "device_batch_size": num_rows, "num_micro_steps": num_micro_steps}
     print0(json.dumps({**asdict(plan), **asdict(estimate), **facts, "fits": fits, "parameters": counts["total"]}))
@@ -113,9 +118,3 @@ def _memory_in_words(needed: int, memory: int | None, fitting: int) -> str:
         return f"{needed / 2**30:.1f} GiB of {usable / 2**30:.1f} usable"
     remedy = f"--device-batch-size {fitting} should" if fitting else "take a larger one, more of them, or less --depth"
     return f"{needed / 2**30:.1f} GiB, but only {usable / 2**30:.1f} are usable: DOES NOT FIT; {remedy}"
-
-
-def _cost_in_words(hours: float | None, num_gpus: int, price: float | None) -> str:
-    if hours is None:
-        return "no estimate: the speed of this GPU is not known"
-    return f"{hours:.2f} hours" + (f", ${hours * num_gpus * price:,.0f}" if price is not None else "")

@@ -22,6 +22,10 @@ SHARD_BYTES = 100_000_000  # size of such a shard on disk
 SPARE_SHARDS_FRAC = 0.1  # a run that is short of text reads some of it twice
 EXPECTED_MFU = 0.45  # by our count, 8 H100 reached 0.44 with the first release's d20 and 0.475 with its d32
 MID_TOKENS = 809 * 2**19  # of mid-training: the steps of the first release, with spelling tasks, on the same mixture
+# Tokenizer, finetuning, evaluation: 8 GPUs for 51 minutes. That is what the first release's run took beside pretraining
+# and mid-training: 3 h 51 min in all, 2 h 52 min of it pretraining.
+OTHER_H100_HOURS = 6.8
+H100_PEAK_FLOPS = 989e12  # bfloat16, dense
 STAGES_AFTER = 2  # mid-training and finetuning, each of which leaves a checkpoint of the same size
 
 # Bytes per token and channel that autograd keeps of the compiled trunk (dev/LOG.md, memory of a training step)
@@ -122,8 +126,8 @@ class Estimate:
     """What a plan needs on `num_gpus` GPUs.
 
     `num_shards` of text; disk for these and the checkpoints of all stages; memory of each GPU at a device batch of
-    `device_batch_size` rows; hours and dollars of pretraining, and hours of mid-training, None if the peak or the price
-    of the GPU is not known.
+    `device_batch_size` rows; hours of pretraining, of mid-training, and of all stages together, and what these cost in
+    dollars. Hours and dollars are None if the peak or the price of the GPU is not known.
     """
 
     num_shards: int
@@ -131,8 +135,9 @@ class Estimate:
     disk_bytes: int
     gpu_bytes: int
     hours: float | None
-    dollars: float | None
     mid_hours: float | None
+    total_hours: float | None
+    dollars: float | None
 
 
 def shards_for(train_tokens: float) -> int:
@@ -184,11 +189,12 @@ def estimate(
     num_checkpoints = (math.ceil(plan.num_steps / save_every) if save_every else 1) + STAGES_AFTER
     tables = counts["wte"] + counts["value_embeds"]
     checkpoint = 10 * tables + 12 * counts["head"] + 8 * counts["matrices"]  # weights and optimizer state
-    hours = dollars = mid_hours = None
+    hours = mid_hours = total_hours = dollars = None
     if peak_flops:
         hours_per_token = model.flops_per_token() / (peak_flops * EXPECTED_MFU * num_gpus) / 3600
         hours, mid_hours = hours_per_token * plan.train_tokens, hours_per_token * MID_TOKENS
-        dollars = hours * num_gpus * gpu_hour_dollars if gpu_hour_dollars else None
+        total_hours = hours + mid_hours + OTHER_H100_HOURS * H100_PEAK_FLOPS / peak_flops / num_gpus
+        dollars = total_hours * num_gpus * gpu_hour_dollars if gpu_hour_dollars else None
     disk_bytes = (num_shards + 1) * SHARD_BYTES + num_checkpoints * checkpoint
     gpu_bytes = training_bytes(config, num_gpus=num_gpus, device_batch_size=device_batch_size)
-    return Estimate(num_shards, num_checkpoints, disk_bytes, gpu_bytes, hours, dollars, mid_hours)
+    return Estimate(num_shards, num_checkpoints, disk_bytes, gpu_bytes, hours, mid_hours, total_hours, dollars)
