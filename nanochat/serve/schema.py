@@ -118,9 +118,11 @@ class TextFormat(Strict):
 
 
 class SamplingFields(Strict):
-    """What chat and completion requests have in common."""
+    """What chat and completion requests have in common.
 
-    use_tool: ClassVar[bool]
+    Each of them also has `reply_tokens` (how long a reply may get, None: to the server's limit) and, as in `Sampling`,
+    `use_tool` and `num_logprobs`.
+    """
 
     model: str | None = Field(None, description="the id from /v1/models; may be omitted")
     stream: bool | None = False
@@ -146,20 +148,6 @@ class SamplingFields(Strict):
     presence_penalty: Zero = None
     logit_bias: EmptyObject = None
 
-    @property
-    def num_samples(self) -> int:
-        return 1 if self.n is None else self.n
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """How many alternatives to give for each token; None: no log probabilities."""
-        raise NotImplementedError
-
-    @property
-    def reply_tokens(self) -> int | None:
-        """How long a reply may get, None: to the server's limit."""
-        return self.max_tokens
-
     def sampling(self, limit: int) -> Sampling:
         """For replies of at most `limit` tokens. Raises `UserError` for a value that the engine refuses."""
         options = {field.name: getattr(self, field.name) for field in fields(Sampling)}
@@ -170,7 +158,7 @@ class SamplingFields(Strict):
 
 
 class ChatRequest(SamplingFields):
-    use_tool = True
+    use_tool: ClassVar = True
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: Count | None = Field(None, description="the newer name of max_tokens")
@@ -206,7 +194,7 @@ class ChatRequest(SamplingFields):
 
 
 class CompletionRequest(SamplingFields):
-    use_tool = False
+    use_tool: ClassVar = False
 
     prompt: Text | TokenIds | Annotated[list[Text], Prompts] | Annotated[list[TokenIds], Prompts] = Field(
         description="text, to which the begin-of-sequence token is added, or token ids, or a list of either"
