@@ -129,12 +129,12 @@ class SamplingFields(Strict):
     stream_options: StreamOptions | None = None
     n: Count | None = 1
     max_tokens: Count | None = Field(None, description="at most what fits the context")
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(1.0, description="0: greedy decoding")
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=0, lt=_INT64)] | None = Field(None, description="0: no limit")
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
-    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    temperature: float | None = Field(1.0, ge=0, le=2, description="0: greedy decoding")
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, lt=_INT64, description="0: no limit")
+    min_p: float | None = Field(0.0, ge=0, le=1)
+    repetition_penalty: float | None = Field(1.0, gt=0, le=10)
+    seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     # ignored
     user: str | None = None
@@ -163,7 +163,7 @@ class ChatRequest(SamplingFields):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: Count | None = Field(None, description="the newer name of max_tokens")
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     # ignored
     parallel_tool_calls: bool | None = None
     # not supported
@@ -200,20 +200,16 @@ class CompletionRequest(SamplingFields):
         description="text, to which the begin-of-sequence token is added, or token ids, or a list of either"
     )
     max_tokens: Count | None = DEFAULT_COMPLETION_TOKENS
-    logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
+    num_logprobs: int | None = Field(None, alias="logprobs", ge=0, le=MAX_COMPLETION_LOGPROBS)
     # not supported
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    best_of: int | None = Field(None, ge=1, le=1)
     echo: Literal[False] | None = None
-    suffix: Annotated[str, Field(max_length=0)] | None = None
+    suffix: str | None = Field(None, max_length=0)
 
     @property
     def prompts(self) -> list[str | list[int]]:
         prompt = self.prompt
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return self.logprobs
 
     @property
     def reply_tokens(self) -> int | None:
