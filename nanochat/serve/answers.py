@@ -62,12 +62,9 @@ class Answer:
     def _usage(self) -> Json:
         num_prompt = sum(map(len, self._job.work.prompts))
         num_completion = sum(reply.num_tokens for reply in self._job.replies)
-        return {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_completion,
-            "total_tokens": num_prompt + num_completion,
-            "prompt_tokens_details": {"cached_tokens": self._job.num_cached},
-        }
+        total, details = num_prompt + num_completion, {"cached_tokens": self._job.num_cached}
+        counts = {"prompt_tokens": num_prompt, "completion_tokens": num_completion, "total_tokens": total}
+        return counts | {"prompt_tokens_details": details}
 
     def _chunk(self, choices: list[Json], **more: Any) -> Json:
         usage = {"usage": None} if self._wants_usage else {}

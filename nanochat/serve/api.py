@@ -149,7 +149,7 @@ class _Server:
             raise ApiError(404, message, code="model_not_found", param="model")
 
     def _check(self, body: schema.SamplingFields, request: Request, *, num_prompts: int) -> dict[str, Any]:
-        """The request's fields in the access log. Raises `ApiError` for what can be refused before encoding."""
+        """The request's log line, to add to. Raises `ApiError` for what can be refused before encoding."""
         self.check_model(body.model)
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options requires stream: true", param="stream_options")
@@ -199,7 +199,7 @@ class _Server:
         return Response(answer.whole().model_dump_json(), media_type="application/json")
 
     async def _events(self, request: Request, job: Job, answer: Answer) -> AsyncIterator[str]:
-        """A streamed answer; the events of what a step brings are yielded, and sent, together."""
+        """A streamed answer; events of the same engine step are yielded, and so sent, together."""
         async with self._attended(request, job):
             try:
                 yield _as_events(answer.opening())
@@ -214,7 +214,7 @@ class _Server:
 
     @asynccontextmanager
     async def _attended(self, request: Request, job: Job) -> AsyncIterator[None]:
-        """Inside, the job is cancelled when its client leaves; at the end in any case, and what it did is recorded."""
+        """Cancels the job when its client leaves, and at the end in any case; then records what it did."""
 
         async def cancel_when_gone() -> None:
             while (await request.receive())["type"] != "http.disconnect":

@@ -57,7 +57,7 @@ class ClientGone(ApiError):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told about any exception; nothing of an unexpected one, which may quote other requests."""
+    """What a client is told. The message of an unexpected exception is left out: it may quote other requests."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestValidationError):

@@ -161,14 +161,14 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
-            # the place, but not the message, which may quote what the client sent
+            # without the message, which may quote what the client sent
             logger.error("%s in\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
             log["error"] = type(error).__name__
             if not status:
                 await as_api_error(error).response()(scope, receive, send_with_headers)
         finally:
             seconds, status = time.perf_counter() - start, status or CLIENT_GONE
-            # the pattern of the route, not the path: paths can hold anything, and there is no end of them
+            # the route's pattern and not the path, which can contain anything: each value makes a series of metrics
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, status).inc()
             self._metrics.request_seconds.labels(route).observe(seconds)

@@ -41,12 +41,6 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Prompts = Field(min_length=1, max_length=MAX_PROMPTS)
 FinishReason = Literal["stop", "length"]
 
-# fields that are not supported accept only what asks for nothing
-Nothing = None
-Empty = Annotated[list[Any], Field(max_length=0)] | None
-EmptyObject = Annotated[dict[str, Any], Field(max_length=0)] | None
-Zero = Annotated[float, Field(ge=0, le=0)] | None
-
 
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
@@ -89,12 +83,12 @@ class AssistantMessage(Strict):
     content: Text | list[ReplyPart]
     name: str | None = None
     nanochat: ReplyParts | None = None
-    # not supported
-    refusal: Nothing = None
-    annotations: Empty = None
-    audio: Nothing = None
-    function_call: Nothing = None
-    tool_calls: Empty = None
+    # not supported: the values that ask for nothing
+    refusal: None = None
+    annotations: list[Any] | None = Field(None, max_length=0)
+    audio: None = None
+    function_call: None = None
+    tool_calls: list[Any] | None = Field(None, max_length=0)
 
     def as_message(self) -> dict[str, Any]:
         content = self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
@@ -143,10 +137,10 @@ class SamplingFields(Strict):
     service_tier: str | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
-    # not supported
-    frequency_penalty: Zero = None
-    presence_penalty: Zero = None
-    logit_bias: EmptyObject = None
+    # not supported: the values that ask for nothing
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    logit_bias: dict[str, Any] | None = Field(None, max_length=0)
 
     def sampling(self, limit: int) -> Sampling:
         """For replies of at most `limit` tokens. Raises `UserError` for a value that the engine refuses."""
@@ -166,18 +160,18 @@ class ChatRequest(SamplingFields):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     # ignored
     parallel_tool_calls: bool | None = None
-    # not supported
-    tools: Empty = None
+    # not supported: the values that ask for nothing
+    tools: list[Any] | None = Field(None, max_length=0)
     tool_choice: Literal["none", "auto"] | None = None
-    functions: Empty = None
+    functions: list[Any] | None = Field(None, max_length=0)
     function_call: Literal["none", "auto"] | None = None
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    audio: Nothing = None
-    prediction: Nothing = None
-    reasoning_effort: Nothing = None
-    verbosity: Nothing = None
-    web_search_options: Nothing = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
 
     @property
     def conversation(self) -> dict[str, Any]:
@@ -201,7 +195,7 @@ class CompletionRequest(SamplingFields):
     )
     max_tokens: Count | None = DEFAULT_COMPLETION_TOKENS
     num_logprobs: int | None = Field(None, alias="logprobs", ge=0, le=MAX_COMPLETION_LOGPROBS)
-    # not supported
+    # not supported: the values that ask for nothing
     best_of: int | None = Field(None, ge=1, le=1)
     echo: Literal[False] | None = None
     suffix: str | None = Field(None, max_length=0)

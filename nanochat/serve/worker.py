@@ -70,7 +70,7 @@ class Progress(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """The engine refuses the work of that id (the message is for the client), or without one does nothing any more."""
+    """The engine refused the work of that id (the message is for the client) or, without an id, it has stopped."""
 
     message: str
     work_id: int | None = None
@@ -110,7 +110,7 @@ def run_worker(make_engine: MakeEngine, connection: Connection, *, is_process: b
 
 def _serve(engine: Engine, commands: queue.SimpleQueue, send: Callable[[Progress | Failed], None]) -> None:
     """Step the engine while it has work, and accept commands between steps, until None comes."""
-    origins: dict[Request, tuple[int, int]] = {}  # of running requests: id of the work, index of the first reply
+    origins: dict[Request, tuple[int, int]] = {}  # of each running request: id of the work, index of its first reply
 
     def report(events: Sequence[Event]) -> None:
         pieces = []
@@ -174,7 +174,7 @@ class Reply:
 
     @property
     def parts(self) -> list[dict[str, str]]:
-        """As content of a message: Delta("python", ""), Delta("python", "1+1") is one part."""
+        """The content of a message: Delta("python", ""), Delta("python", "1+1") are one part."""
         parts: list[dict[str, str]] = []
         for type_, text in self.deltas:
             if not text or not parts or parts[-1]["type"] != type_:
@@ -254,7 +254,7 @@ class Worker:
         return sum(job.num_unfinished for job in self.jobs.values())
 
     def send(self, command: Work | int | None) -> None:
-        """Never blocks. A fault stays in the future: the worker died, which `_receive_all` reports."""
+        """Never blocks. An error stays in the future: it means that the worker died, which `_receive_all` reports."""
         self._sender.submit(self.pipe.send, command)
 
     def _receive_all(self) -> None:
@@ -266,7 +266,7 @@ class Worker:
                 self._on_message(self, Failed("the engine's process ended"))
 
     def fail(self, message: str) -> None:
-        """End it, and all jobs it has with an error."""
+        """End the worker and fail its jobs."""
         for job in self.jobs.values():
             job.fail(ApiError(503, f"{message}; try again in a moment", code="worker_failed",
                               retry_seconds=LOADING_RETRY_SECONDS))  # fmt: skip
@@ -302,7 +302,7 @@ class Pool:
         self._is_closing = False
 
     async def start(self) -> None:
-        """Begin to load the models; `state` tells how far that is."""
+        """Begin to load the models, which `state` follows."""
         self.workers = [self._new_worker(make_engine) for make_engine in self._make_engines]
 
     def _new_worker(self, make_engine: MakeEngine) -> Worker:
@@ -329,7 +329,7 @@ class Pool:
 
     @property
     def num_active(self) -> int:
-        """Those of them that are being generated."""
+        """How many of them are being generated now."""
         return sum(min(worker.num_replies, self._max_rows) for worker in self.workers)
 
     def check_room(self, num_replies: int) -> None:
@@ -356,7 +356,7 @@ class Pool:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Free what a job holds; does nothing when it is over."""
+        """End a job and free what it holds; does nothing when it is over."""
         if not job.is_over:
             job.fail(ClientGone())
             del job.worker.jobs[job.work.id]
@@ -366,7 +366,7 @@ class Pool:
         if isinstance(message, Progress):
             worker.state, worker.stats = "ready", message.stats
             for piece in message.pieces:
-                if job := worker.jobs.get(piece.work_id):  # None: cancelled meanwhile
+                if job := worker.jobs.get(piece.work_id):  # None: cancelled in the meantime
                     job.add(piece)
                     if job.is_over:
                         del worker.jobs[piece.work_id]
