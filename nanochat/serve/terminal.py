@@ -84,15 +84,15 @@ def print_reply(screen: Screen, deltas: Iterable[Delta], *, show_tools: bool = T
     A tool call and its result appear in brackets, `[python: 12*34 => 408]`; without `show_tools` only the words do.
     """
     openings, open_type = {"text": "", "python": "[python: ", "python_output": "["}, "text"
+    shown = deltas if show_tools else (delta for delta in deltas if delta.type == "text")
     try:
-        for type_, text in deltas:
-            if show_tools and type_ != open_type:
+        for type_, text in shown:
+            if type_ != open_type:
                 is_answered = (open_type, type_) == ("python", "python_output")
                 closing = "]" if open_type != "text" else ""
                 screen.write(" => " if is_answered else closing + openings[type_], CYAN)
                 open_type = type_
-            if show_tools or type_ == "text":
-                screen.write(text, CYAN if type_ != "text" else "")
+            screen.write(text, CYAN if type_ != "text" else "")
     finally:
         if open_type != "text":
             screen.write("]", CYAN)
@@ -167,10 +167,8 @@ class TerminalChat:
         room = max(1, min(self.sampling.max_tokens, int(REPLY_FRAC * context)))
         prompt = render_for_completion(self.tokenizer, self._with_system(messages), max_tokens=context - room)
         if prompt.num_dropped > self._num_dropped:
-            self.screen.notice(
-                "the conversation is longer than the context: the model no longer sees the first "
-                f"{prompt.num_dropped} messages; /clear begins a new one"
-            )
+            dropped = f"the model no longer sees the first {prompt.num_dropped} messages"
+            self.screen.notice(f"the conversation is longer than the context: {dropped}; /clear begins a new one")
         self._num_dropped = prompt.num_dropped
         seed = self.sampling.seed
         sampling = replace(self.sampling, seed=None if seed is None else seed + self._num_answers)
@@ -275,10 +273,8 @@ def _help(chat: TerminalChat, _: str) -> None:
     usages = [f"{name} {command.argument}".strip() for name, command in COMMANDS.items()]
     for usage, command in zip(usages, COMMANDS.values(), strict=True):
         chat.screen.line(f"{usage:<{max(map(len, usages))}}  {command.help}")
-    chat.screen.line(
-        "A backslash at the end of a line continues the message on the next one; // begins a message with a slash.\n"
-        "Ctrl-C stops an answer, Ctrl-D leaves."
-    )
+    chat.screen.line("A backslash at the end of a line continues the message on the next one.")
+    chat.screen.line("// begins a message with a slash. Ctrl-C stops an answer, Ctrl-D leaves.")
 
 
 def _clear(chat: TerminalChat, _: str) -> None:
@@ -345,17 +341,16 @@ def _load(chat: TerminalChat, argument: str) -> None:
     has_system = messages[0]["role"] == "system"
     chat.system = messages[0]["content"] if has_system else ""
     turns = messages[has_system:]
-    question = turns.pop()["content"] if turns[-1]["role"] == "user" else ""
-    chat.begin(turns)
+    is_open = turns[-1]["role"] == "user"
+    chat.begin(turns[:-1] if is_open else turns)
     chat.screen.notice(f"{len(messages)} messages loaded from {path}")
-    for message in turns[-2:]:
+    for message in turns[-3 if is_open else -2 :]:
         if message["role"] == "user":
             chat.screen.line(PROMPT + message["content"])
         else:
             print_reply(chat.screen, (Delta(**part) for part in as_parts(message["content"])))
-    if question:
-        chat.screen.line(PROMPT + question)
-        chat.ask(question)
+    if is_open:
+        chat.answer(turns)
 
 
 def _quit(chat: TerminalChat, _: str) -> None:
