@@ -79,14 +79,10 @@ def main(args: argparse.Namespace) -> None:
 
 def describe(loaded: LoadedModel, runtime: Runtime, weights: str) -> str:
     """One line about the model."""
-    run, config = loaded.folder.parent, loaded.model.config
-    source = run.parent.name.removesuffix("_checkpoints")
-    form = weights or str(runtime.dtype).removeprefix("torch.")
-    millions = loaded.model.parameter_counts()["total"] / 1e6
-    return (
-        f"{source} {run.name} step {loaded.meta['step']}: {millions:,.1f}M parameters, context of "
-        f"{config.sequence_len:,} tokens, {form} on {runtime.device.type}"
-    )
+    run, context = loaded.folder.parent, loaded.model.config.sequence_len
+    name = f"{run.parent.name.removesuffix('_checkpoints')} {run.name} step {loaded.meta['step']}"
+    size = f"{loaded.model.parameter_counts()['total'] / 1e6:,.1f}M parameters, context of {context:,} tokens"
+    return f"{name}: {size}, {weights or runtime.dtype_name} on {runtime.device.type}"
 
 
 if __name__ == "__main__":

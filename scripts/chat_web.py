@@ -31,8 +31,7 @@ from nanochat.serve.api import create_app
 from nanochat.serve.middleware import LOOPBACK_HOSTS, Settings, access_logger, is_loopback
 from nanochat.serve.worker import Pool, load_engine
 
-MAX_ROWS = {"cuda": 32}  # by device, where --max-rows is not given
-OTHER_MAX_ROWS = 8
+MAX_ROWS = {"cuda": 32, "mps": 8, "cpu": 8}  # where --max-rows is not given
 KEY_VARIABLE = "NANOCHAT_API_KEY"
 
 
@@ -72,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     device_type = choose_device(args.device_type).type
     if len(gpus) > 1 and (device_type != "cuda" or len(gpus) > torch.cuda.device_count()):
         raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} GPUs to use")
-    max_rows = args.max_rows or MAX_ROWS.get(device_type, OTHER_MAX_ROWS)
+    max_rows = args.max_rows or MAX_ROWS[device_type]
 
     # inputs
     folder = find_checkpoint(args.source, model_tag=args.model_tag, step=args.step)
@@ -89,28 +88,24 @@ def main(args: argparse.Namespace) -> None:
         failures.append(message)
         server.should_exit = True
 
-    load = partial(load_engine, checkpoint=checkpoint, runtime=runtime, weights=args.weights, max_rows=max_rows)
-    loads = [partial(load, gpu) for gpu in gpus]
+    options = {"weights": args.weights, "max_rows": max_rows}
+    loads = [partial(load_engine, gpu, checkpoint, runtime, **options) for gpu in gpus]
     pool = Pool(loads, max_rows=max_rows, max_queue=args.max_queue, on_failure=stop_server)
 
     # server
     settings = Settings(
-        model_name=args.model_name or f"nanochat-{model_tag}",
-        context_len=meta["config"]["sequence_len"],
-        fingerprint=f"{args.source}-{model_tag}-{meta['step']}",
-        max_tokens=args.max_tokens,
-        max_body_bytes=args.max_body_kib * 1024,
-        api_key=api_key,
+        model_name=args.model_name or f"nanochat-{model_tag}", context_len=meta["config"]["sequence_len"],
+        fingerprint=f"{args.source}-{model_tag}-{meta['step']}", max_tokens=args.max_tokens,
+        max_body_bytes=args.max_body_kib * 1024, api_key=api_key, cors_origins=tuple(args.cors_origin),
         allowed_hosts=(*(LOOPBACK_HOSTS if is_loopback(args.host) else ()), *map(str.lower, args.allowed_host)),
-        cors_origins=tuple(args.cors_origin),
         log_texts=args.log_texts,
-    )
+    )  # fmt: skip
     app = create_app(pool, tokenizer, settings)
     log_writer = open_access_log(args.access_log)
     listener = listen(args.host, args.port)
     address = f"[{args.host}]" if ":" in args.host else args.host
-    url = f"http://{address}:{listener.getsockname()[1]}"
-    print(f"{settings.model_name} ({args.source}, step {meta['step']}): {url}", flush=True)
+    about = f"{settings.model_name} ({args.source}, step {meta['step']})"
+    print(f"{about}: http://{address}:{listener.getsockname()[1]}", flush=True)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # otherwise a line for anything sent that is not HTTP
     # uvicorn's own access log would contain whole paths
     options = {"log_config": None, "access_log": False, "server_header": False, "ws": "none"}
@@ -135,8 +130,7 @@ class Server(uvicorn.Server):
 
 def check_flags(args: argparse.Namespace) -> str | None:
     """The API key, if one is to be required. Raises `UserError` for flags that make no sense."""
-    limits = {"num_gpus": 1, "port": 0, "max_rows": 1, "max_queue": 0, "max_tokens": 0, "max_body_kib": 1,
-              "drain_seconds": 0}  # fmt: skip
+    limits = dict(num_gpus=1, port=0, max_rows=1, max_queue=0, max_tokens=0, max_body_kib=1, drain_seconds=0)
     for name, low in limits.items():
         value = getattr(args, name)
         if value is not None and value < low:
@@ -145,10 +139,7 @@ def check_flags(args: argparse.Namespace) -> str | None:
     if api_key and args.no_api_key:
         raise UserError(f"both an API key (--api-key or {KEY_VARIABLE}) and --no-api-key are given; choose one")
     if not api_key and not args.no_api_key and not is_loopback(args.host):
-        raise UserError(
-            f"--host {args.host} lets other machines in: set a key in {KEY_VARIABLE}, or pass --no-api-key to let "
-            "everyone in"
-        )
+        raise UserError(f"--host {args.host} lets other machines in: set a key in {KEY_VARIABLE} or pass --no-api-key")
     return api_key or None
 
 
@@ -164,8 +155,7 @@ def open_access_log(path: str) -> QueueListener:
     """A running thread that writes the log to `path`: a reader that stops reading, as `less` does, must not stop the
     server."""
     with disk_errors("the access log", path):
-        to_file = partial(logging.FileHandler, path or os.devnull, encoding="utf-8")
-        handler = logging.StreamHandler(sys.stdout) if path == "-" else to_file()
+        handler = logging.StreamHandler(sys.stdout) if path == "-" else logging.FileHandler(path or os.devnull)
     lines: queue.SimpleQueue = queue.SimpleQueue()
     access_logger.addHandler(QueueHandler(lines))
     access_logger.setLevel(logging.INFO)

@@ -8,6 +8,7 @@ text begins a new part. Not here: HTTP, waiting.
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from pydantic import BaseModel
@@ -24,8 +25,8 @@ Json = dict[str, Any]
 
 
 class Answer:
-    """What chats and completions have in common; each kind also has `opening`, `chunks`, and `_choice` and `_note` for
-    whole answers."""
+    """What chats and completions have in common. Each kind also has `chunks`, `_choice` for a reply of a whole answer,
+    and `_describe` for the log probabilities of the tokens of a reply."""
 
     whole_type: type[BaseModel]
     object: str
@@ -34,8 +35,6 @@ class Answer:
 
     def __init__(self, tokenizer: Tokenizer, job: Job, settings: Settings, *, wants_usage: bool):
         self._tokenizer, self._job, self._settings, self._wants_usage = tokenizer, job, settings, wants_usage
-        self._wants_logprobs = job.work.sampling.num_logprobs is not None
-        self._special = frozenset(tokenizer.special_ids.values())
         self._head = {
             "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -48,31 +47,37 @@ class Answer:
         head = self._head | {"object": self.object, "usage": self._usage()}
         return self.whole_type(**head, **self._note(), choices=choices)
 
+    def opening(self) -> list[Json]:
+        """The chunks before the first token."""
+        return []
+
     def closing(self) -> list[Json]:
         """The chunks after the last token."""
         return [self._chunk([], usage=self._usage())] if self._wants_usage else []
 
+    def _note(self) -> Json:
+        """What an answer has besides OpenAI's fields."""
+        return {}
+
     def _usage(self) -> Json:
         num_prompt = sum(map(len, self._job.work.prompts))
         num_completion = sum(reply.num_tokens for reply in self._job.replies)
-        return {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_completion,
-            "total_tokens": num_prompt + num_completion,
-            "prompt_tokens_details": {"cached_tokens": self._job.num_cached},
-        }
+        total, details = num_prompt + num_completion, {"cached_tokens": self._job.num_cached}
+        counts = {"prompt_tokens": num_prompt, "completion_tokens": num_completion, "total_tokens": total}
+        return counts | {"prompt_tokens_details": details}
 
     def _chunk(self, choices: list[Json], **more: Any) -> Json:
         usage = {"usage": None} if self._wants_usage else {}
         return self._head | {"object": self.chunk_object, "choices": choices} | usage | more
 
+    def _logprobs(self, index: int, reply: Reply) -> Json | None:
+        """None when they were not requested."""
+        if self._job.work.sampling.num_logprobs is None:
+            return None
+        return self._describe(index, [token for token in reply.tokens if token.logprob is not None])  # no tool results
+
     def _text(self, token_id: int) -> str:
         return self._tokenizer.decode((token_id,))
-
-
-def _sampled(tokens: Sequence[Token]) -> list[Token]:
-    """Without what the tool answered, which has no probability."""
-    return [token for token in tokens if token.logprob is not None]
 
 
 class ChatAnswer(Answer):
@@ -92,7 +97,7 @@ class ChatAnswer(Answer):
     def chunks(self, news: Mapping[int, Reply]) -> list[Json]:
         chunks = []
         for index, reply in news.items():
-            logprobs = self._logprobs(reply.tokens)
+            logprobs = self._logprobs(index, reply)
             for delta in reply.deltas or [Delta("text", "")] * bool(logprobs and logprobs["content"]):
                 is_text = delta.type == "text"
                 content = {"content": delta.text} if is_text else {"content": "", "nanochat": delta._asdict()}
@@ -104,7 +109,7 @@ class ChatAnswer(Answer):
         return chunks
 
     def _choice(self, index: int, reply: Reply) -> Json:
-        parts, logprobs = reply.parts, self._logprobs(reply.tokens)
+        parts, logprobs = reply.parts, self._logprobs(index, reply)
         message = {"role": "assistant", "content": visible_text(parts), "nanochat": {"parts": parts}}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reply.finish_reason}
 
@@ -113,18 +118,13 @@ class ChatAnswer(Answer):
         context = {"used": used, "limit": self._settings.context_len}
         return {"nanochat": {"num_dropped_messages": self._prompt.num_dropped, "context": context}}
 
-    def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
-        if not self._wants_logprobs:
-            return None
-        content = []
-        for token in _sampled(tokens):
-            top = [self._described(id_, logprob) for id_, logprob in token.top]
-            content.append(self._described(token.id, token.logprob) | {"top_logprobs": top})
-        return {"content": content}
+    def _describe(self, _: int, tokens: Sequence[Token]) -> Json:
+        def entry(token_id: int, logprob: float) -> Json:
+            is_special = token_id in self._tokenizer.special_ids.values()
+            raw = None if is_special else list(self._tokenizer.decode_bytes((token_id,)))
+            return {"token": self._text(token_id), "logprob": max(logprob, MIN_LOGPROB), "bytes": raw}
 
-    def _described(self, token_id: int, logprob: float) -> Json:
-        raw = None if token_id in self._special else list(self._tokenizer.decode_bytes((token_id,)))
-        return {"token": self._text(token_id), "logprob": max(logprob, MIN_LOGPROB), "bytes": raw}
+        return {"content": [entry(t.id, t.logprob) | {"top_logprobs": [entry(*top) for top in t.top]} for t in tokens]}
 
 
 def _chunk_choice(index: int, delta: Json, logprobs: Json | None = None, finish_reason: str | None = None) -> Json:
@@ -139,32 +139,20 @@ class CompletionAnswer(Answer):
         super().__init__(*args, **options)
         self._num_chars = [0] * len(self._job.replies)  # of the tokens described so far
 
-    def opening(self) -> list[Json]:
-        return []
-
     def chunks(self, news: Mapping[int, Reply]) -> list[Json]:
         choices = (self._choice(index, reply) for index, reply in news.items())
         return [self._chunk([c]) for c in choices if c["text"] or c["logprobs"] or c["finish_reason"]]
 
-    def _note(self) -> Json:
-        return {}
-
     def _choice(self, index: int, reply: Reply) -> Json:
-        text = "".join(delta.text for delta in reply.deltas)
-        logprobs = self._logprobs(index, reply.tokens)
+        text, logprobs = "".join(delta.text for delta in reply.deltas), self._logprobs(index, reply)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reply.finish_reason}
 
-    def _logprobs(self, index: int, tokens: Sequence[Token]) -> Json | None:
-        if not self._wants_logprobs:
-            return None
-        sampled, offsets = _sampled(tokens), []
-        texts = [self._text(token.id) for token in sampled]
-        for text in texts:
-            offsets.append(self._num_chars[index])
-            self._num_chars[index] += len(text)
+    def _describe(self, index: int, tokens: Sequence[Token]) -> Json:
+        texts = [self._text(token.id) for token in tokens]
+        *offsets, self._num_chars[index] = accumulate(map(len, texts), initial=self._num_chars[index])
         return {
             "tokens": texts,
-            "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in sampled],
-            "top_logprobs": [{self._text(id_): max(value, MIN_LOGPROB) for id_, value in t.top} for t in sampled],
+            "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in tokens],
+            "top_logprobs": [{self._text(id_): max(value, MIN_LOGPROB) for id_, value in t.top} for t in tokens],
             "text_offset": offsets,
         }

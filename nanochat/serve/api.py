@@ -15,8 +15,9 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
+from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
@@ -68,8 +69,7 @@ def create_app(pool: Pool, tokenizer: Tokenizer, settings: Settings, *, page_pat
     # for the description of the API: `Gate` checks the key, `_error_response` builds the errors
     key = {"dependencies": [Depends(HTTPBearer(auto_error=False))]} if settings.api_key else {}
     errors = {status: {"model": schema.ErrorBody} for status in ("4XX", "5XX")}
-    error_content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
-    text_errors = {status: {"description": "Error", "content": error_content} for status in errors}
+    text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
     about = 'the `data` of each event is a chunk of the answer as JSON; the last one is "[DONE]"'
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"], "description": about}
     stream = {200: {"content": {"text/event-stream": {"schema": event}}}}
@@ -87,10 +87,10 @@ def create_app(pool: Pool, tokenizer: Tokenizer, settings: Settings, *, page_pat
         headers = {"retry-after": str(LOADING_RETRY_SECONDS)} if state == "loading" else {}
         return JSONResponse(body, 200 if state == "ok" else 503, headers)
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=text_errors, **key)
-    async def prometheus() -> PlainTextResponse:
+    @app.get("/metrics", response_class=Response, responses=text | errors, **key)
+    async def prometheus() -> Response:
         """Metrics for Prometheus."""
-        return PlainTextResponse(metrics.text())
+        return PlainTextResponse(generate_latest(metrics.registry))
 
     @app.get("/v1/models", responses=errors, **key)
     async def models() -> schema.ModelList:
@@ -124,23 +124,23 @@ class _Server:
 
     async def chat(self, body: schema.ChatRequest, request: Request) -> Response:
         """The assistant's next reply in a conversation, or the rest of its last one."""
-        log = self._check(body, request, body.num_samples)
+        log = self._check(body, request, num_prompts=1)
         sampling = body.sampling(self.settings.reply_limit)
         prompt = await asyncio.to_thread(self._render, body.conversation, sampling.max_tokens)
         log["num_dropped"] = prompt.num_dropped
         if self.settings.log_texts:
             log["messages"] = body.conversation["messages"]
-        job = self.pool.submit([prompt.ids], sampling, num_samples=body.num_samples)
+        job = self.pool.submit([prompt.ids], sampling, num_samples=body.n or 1)
         return await self._respond(body, request, job, ChatAnswer, prompt=prompt)
 
     async def completion(self, body: schema.CompletionRequest, request: Request) -> Response:
         """The continuation of a text."""
-        log = self._check(body, request, body.num_samples * len(body.prompts))
+        log = self._check(body, request, num_prompts=len(body.prompts))
         sampling = body.sampling(self.settings.reply_limit)
         prompts = await asyncio.to_thread(self._encode, body.prompts)
         if self.settings.log_texts:
             log["prompts"] = body.prompts
-        job = self.pool.submit(prompts, sampling, num_samples=body.num_samples)
+        job = self.pool.submit(prompts, sampling, num_samples=body.n or 1)
         return await self._respond(body, request, job, CompletionAnswer)
 
     def check_model(self, name: str | None) -> None:
@@ -148,12 +148,12 @@ class _Server:
             message = f"the model {name!r} does not exist; this server has {self.settings.model_name!r}"
             raise ApiError(404, message, code="model_not_found", param="model")
 
-    def _check(self, body: schema.SamplingFields, request: Request, num_replies: int) -> dict[str, Any]:
-        """The request's fields in the access log. Raises `ApiError` for what can be refused before encoding."""
+    def _check(self, body: schema.SamplingFields, request: Request, *, num_prompts: int) -> dict[str, Any]:
+        """The request's log line, to add to. Raises `ApiError` for what can be refused before encoding."""
         self.check_model(body.model)
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options requires stream: true", param="stream_options")
-        limit = self.settings.max_replies
+        num_replies, limit = num_prompts * (body.n or 1), self.settings.max_replies
         if num_replies > limit:
             message = f"the request asks for {num_replies} replies; the limit is {limit} per request"
             raise ApiError(400, message, param="n")
@@ -191,29 +191,30 @@ class _Server:
         wants_usage = body.stream_options is not None and body.stream_options.include_usage
         answer = kind(self.tokenizer, job, self.settings, wants_usage=wants_usage, **options)
         if body.stream:
-            return EventStream(self._events(request, job, answer))
+            headers = {"x-accel-buffering": "no"}
+            return EventStream(self._events(request, job, answer), headers=headers, media_type="text/event-stream")
         async with self._attended(request, job):
             while await job.next_news():
                 pass
         return Response(answer.whole().model_dump_json(), media_type="application/json")
 
-    async def _events(self, request: Request, job: Job, answer: Answer) -> AsyncIterator[Iterable[str]]:
-        """The data of a streamed answer's events; those that come together are yielded together."""
+    async def _events(self, request: Request, job: Job, answer: Answer) -> AsyncIterator[str]:
+        """A streamed answer; events of the same engine step are yielded, and so sent, together."""
         async with self._attended(request, job):
             try:
-                yield map(_to_json, answer.opening())
+                yield _as_events(answer.opening())
                 while news := await job.next_news():
-                    yield map(_to_json, answer.chunks(news))
-                yield [*map(_to_json, answer.closing()), "[DONE]"]
+                    yield _as_events(answer.chunks(news))
+                yield _as_events(answer.closing()) + "data: [DONE]\n\n"
             except ClientGone:
                 pass
             except ApiError as error:
                 request.scope["log"]["error"] = error.code or "refused"
-                yield [error.json]
+                yield f"data: {error.json}\n\n"
 
     @asynccontextmanager
     async def _attended(self, request: Request, job: Job) -> AsyncIterator[None]:
-        """Inside, the job is cancelled when its client leaves; at the end in any case, and what it did is recorded."""
+        """Cancels the job when its client leaves, and at the end in any case; then records what it did."""
 
         async def cancel_when_gone() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -249,20 +250,14 @@ class _Server:
                 self.metrics.token_seconds.observe((job.last_token_time - job.first_token_time) / num_steps)
 
 
-class EventStream(Response):
-    """Server-sent events: what `events` yields at once is sent together. Unlike starlette's `StreamingResponse` it
-    reads nothing from the client, which the generator does, and it always closes the generator before it returns."""
+def _as_events(chunks: Iterable[dict[str, Any]]) -> str:
+    return "".join(f"data: {_to_json(chunk)}\n\n" for chunk in chunks)
 
-    def __init__(self, events: AsyncIterator[Iterable[str]]):
-        super().__init__(media_type="text/event-stream", headers={"x-accel-buffering": "no"})
-        del self.headers["content-length"]
-        self._events = events
+
+class EventStream(StreamingResponse):
+    """Server-sent events. Unlike its base class it reads nothing from the client, which the generator of the events
+    does, and it always closes the generator before it returns."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self._events) as events:
-            async for data in events:
-                body = "".join(f"data: {text}\n\n" for text in data).encode()
-                if body:
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async with aclosing(self.body_iterator):
+            await self.stream_response(send)

@@ -36,7 +36,17 @@ class LineReader:
 
     def __init__(self, history: Path, commands: Sequence[str]):
         keys = KeyBindings()
-        keys.add("enter")(_on_enter)
+
+        @keys.add("enter")
+        def on_enter(event: KeyPressEvent) -> None:
+            """Send the message, or begin a new line in place of a backslash."""
+            buffer = event.current_buffer
+            if buffer.document.text_before_cursor.endswith("\\"):
+                buffer.delete_before_cursor()
+                buffer.insert_text("\n")
+            else:
+                buffer.validate_and_handle()
+
         self._session: PromptSession[str] = PromptSession(
             history=_open_history(history), completer=_ChatCompleter(commands), complete_while_typing=False,
             key_bindings=keys, multiline=True, prompt_continuation=CONTINUATION_PROMPT,
@@ -45,16 +55,6 @@ class LineReader:
     def read(self) -> str:
         """The next message. Raises `EOFError` on Ctrl-D and `KeyboardInterrupt` on Ctrl-C."""
         return self._session.prompt(PROMPT)
-
-
-def _on_enter(event: KeyPressEvent) -> None:
-    """Send the message, or begin a new line in place of a backslash."""
-    buffer = event.current_buffer
-    if buffer.document.text_before_cursor.endswith("\\"):
-        buffer.delete_before_cursor()
-        buffer.insert_text("\n")
-    else:
-        buffer.validate_and_handle()
 
 
 def _open_history(path: Path) -> History:

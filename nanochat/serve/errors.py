@@ -57,7 +57,7 @@ class ClientGone(ApiError):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told about any exception; nothing of an unexpected one, which may quote other requests."""
+    """What a client is told. The message of an unexpected exception is left out: it may quote other requests."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestValidationError):
@@ -78,9 +78,8 @@ def _validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     error = max(errors, key=lambda error: len(error["loc"]))
     param, kind, context = _param(error["loc"][1:]), error["type"], error.get("ctx", {})
     if kind == "json_invalid":
-        message = f"the request is not valid JSON: {context.get('error', '')}"
-        param = ""
-    elif kind == "extra_forbidden":
+        return ApiError(400, f"the request is not valid JSON: {context.get('error', '')}")
+    if kind == "extra_forbidden":
         message = f"unknown field {param}"
     elif kind == "none_required" or (kind == "too_long" and context["max_length"] == 0):
         message = f"{param} is not supported"

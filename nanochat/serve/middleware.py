@@ -20,9 +20,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat.common import UserError
@@ -70,10 +71,11 @@ class Settings:
                 raise UserError(f"{name} must be more than 0, not {getattr(self, name)}")
         if self.max_tokens < 0:
             raise UserError(f"max_tokens must be at least 0, not {self.max_tokens}")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise UserError("the API key must consist of printable ASCII characters")
-        if self.api_key is not None and len(self.api_key.strip()) < MIN_KEY_CHARS:
-            raise UserError(f"the API key must have at least {MIN_KEY_CHARS} characters")
+        if self.api_key is not None:
+            if not (self.api_key.isascii() and self.api_key.isprintable()):
+                raise UserError("the API key must consist of printable ASCII characters")
+            if len(self.api_key.strip()) < MIN_KEY_CHARS:
+                raise UserError(f"the API key must have at least {MIN_KEY_CHARS} characters")
 
     @property
     def reply_limit(self) -> int:
@@ -106,9 +108,9 @@ class Metrics:
     """Prometheus metrics, with a registry of their own, so that several applications can live in one process."""
 
     def __init__(self, pool: Pool):
-        self._pool, self._registry = pool, CollectorRegistry()
-        self._registry.register(self)
-        new = {"registry": self._registry, "namespace": "nanochat"}
+        self._pool, self.registry = pool, CollectorRegistry()
+        self.registry.register(self)
+        new = {"registry": self.registry, "namespace": "nanochat"}
         timing = {"buckets": SECONDS_BUCKETS, **new}
         self.requests = Counter("requests", "Requests answered", ["route", "status"], **new)
         self.request_seconds = Histogram("request_seconds", "From request to end of answer", ["route"], **timing)
@@ -128,10 +130,6 @@ class Metrics:
                 family = replies if name in ("active", "waiting") else counts
                 family.add_metric([str(number), name], value)
         return up, replies, counts
-
-    def text(self) -> bytes:
-        """In the text format of Prometheus."""
-        return generate_latest(self._registry)
 
 
 class AccessLog:
@@ -163,14 +161,14 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
-            # the place, but not the message, which may quote what the client sent
+            # without the message, which may quote what the client sent
             logger.error("%s in\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
             log["error"] = type(error).__name__
             if not status:
                 await as_api_error(error).response()(scope, receive, send_with_headers)
         finally:
             seconds, status = time.perf_counter() - start, status or CLIENT_GONE
-            # the pattern of the route, not the path: paths can hold anything, and there is no end of them
+            # the route's pattern and not the path, which can contain anything: each value makes a series of metrics
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, status).inc()
             self._metrics.request_seconds.labels(route).observe(seconds)
@@ -232,24 +230,23 @@ class Gate:
             raise ApiError(401, message, code="invalid_api_key")
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
-        settings, chunks, size, more = self._settings, [], 0, True
+        settings, request, body, size = self._settings, Request(scope, receive), bytearray(), 0
         try:
             async with asyncio.timeout(settings.body_seconds):
-                while more and size <= DRAIN_BYTES:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientGone
-                    chunk, more = message.get("body", b""), message.get("more_body", False)
+                async for chunk in request.stream():
                     size += len(chunk)
                     if size <= settings.max_body_bytes:
-                        chunks.append(chunk)
+                        body += chunk
+                    elif size > DRAIN_BYTES:
+                        break
+        except ClientDisconnect as error:
+            raise ClientGone from error
         except TimeoutError as error:
             message = f"the request took longer than {settings.body_seconds:g} s to arrive"
             raise ApiError(408, message, headers={"connection": "close"}) from error
         if size > settings.max_body_bytes:
             message = f"the request is larger than {settings.max_body_bytes} bytes"
             raise ApiError(413, message, code="request_too_large")
-        media_type = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
-        if media_type != "application/json":
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "the request must have the content type application/json")
-        return b"".join(chunks)
+        return bytes(body)

@@ -41,12 +41,6 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Prompts = Field(min_length=1, max_length=MAX_PROMPTS)
 FinishReason = Literal["stop", "length"]
 
-# fields that are not supported accept only what asks for nothing
-Nothing = None
-Empty = Annotated[list[Any], Field(max_length=0)] | None
-EmptyObject = Annotated[dict[str, Any], Field(max_length=0)] | None
-Zero = Annotated[float, Field(ge=0, le=0)] | None
-
 
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
@@ -89,12 +83,12 @@ class AssistantMessage(Strict):
     content: Text | list[ReplyPart]
     name: str | None = None
     nanochat: ReplyParts | None = None
-    # not supported
-    refusal: Nothing = None
-    annotations: Empty = None
-    audio: Nothing = None
-    function_call: Nothing = None
-    tool_calls: Empty = None
+    # not supported: the values that ask for nothing
+    refusal: None = None
+    annotations: list[Any] | None = Field(None, max_length=0)
+    audio: None = None
+    function_call: None = None
+    tool_calls: list[Any] | None = Field(None, max_length=0)
 
     def as_message(self) -> dict[str, Any]:
         content = self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
@@ -118,21 +112,23 @@ class TextFormat(Strict):
 
 
 class SamplingFields(Strict):
-    """What chat and completion requests have in common."""
+    """What chat and completion requests have in common.
 
-    use_tool: ClassVar[bool]
+    Each of them also has `reply_tokens` (how long a reply may get, None: to the server's limit) and, as in `Sampling`,
+    `use_tool` and `num_logprobs`.
+    """
 
     model: str | None = Field(None, description="the id from /v1/models; may be omitted")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Count | None = 1
     max_tokens: Count | None = Field(None, description="at most what fits the context")
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(1.0, description="0: greedy decoding")
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=0, lt=_INT64)] | None = Field(None, description="0: no limit")
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
-    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    temperature: float | None = Field(1.0, ge=0, le=2, description="0: greedy decoding")
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, lt=_INT64, description="0: no limit")
+    min_p: float | None = Field(0.0, ge=0, le=1)
+    repetition_penalty: float | None = Field(1.0, gt=0, le=10)
+    seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     # ignored
     user: str | None = None
@@ -141,24 +137,10 @@ class SamplingFields(Strict):
     service_tier: str | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
-    # not supported
-    frequency_penalty: Zero = None
-    presence_penalty: Zero = None
-    logit_bias: EmptyObject = None
-
-    @property
-    def num_samples(self) -> int:
-        return 1 if self.n is None else self.n
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """How many alternatives to give for each token; None: no log probabilities."""
-        raise NotImplementedError
-
-    @property
-    def reply_tokens(self) -> int | None:
-        """How long a reply may get, None: to the server's limit."""
-        return self.max_tokens
+    # not supported: the values that ask for nothing
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    logit_bias: dict[str, Any] | None = Field(None, max_length=0)
 
     def sampling(self, limit: int) -> Sampling:
         """For replies of at most `limit` tokens. Raises `UserError` for a value that the engine refuses."""
@@ -170,26 +152,26 @@ class SamplingFields(Strict):
 
 
 class ChatRequest(SamplingFields):
-    use_tool = True
+    use_tool: ClassVar = True
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: Count | None = Field(None, description="the newer name of max_tokens")
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     # ignored
     parallel_tool_calls: bool | None = None
-    # not supported
-    tools: Empty = None
+    # not supported: the values that ask for nothing
+    tools: list[Any] | None = Field(None, max_length=0)
     tool_choice: Literal["none", "auto"] | None = None
-    functions: Empty = None
+    functions: list[Any] | None = Field(None, max_length=0)
     function_call: Literal["none", "auto"] | None = None
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    audio: Nothing = None
-    prediction: Nothing = None
-    reasoning_effort: Nothing = None
-    verbosity: Nothing = None
-    web_search_options: Nothing = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
 
     @property
     def conversation(self) -> dict[str, Any]:
@@ -206,26 +188,22 @@ class ChatRequest(SamplingFields):
 
 
 class CompletionRequest(SamplingFields):
-    use_tool = False
+    use_tool: ClassVar = False
 
     prompt: Text | TokenIds | Annotated[list[Text], Prompts] | Annotated[list[TokenIds], Prompts] = Field(
         description="text, to which the begin-of-sequence token is added, or token ids, or a list of either"
     )
     max_tokens: Count | None = DEFAULT_COMPLETION_TOKENS
-    logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
-    # not supported
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    num_logprobs: int | None = Field(None, alias="logprobs", ge=0, le=MAX_COMPLETION_LOGPROBS)
+    # not supported: the values that ask for nothing
+    best_of: int | None = Field(None, ge=1, le=1)
     echo: Literal[False] | None = None
-    suffix: Annotated[str, Field(max_length=0)] | None = None
+    suffix: str | None = Field(None, max_length=0)
 
     @property
     def prompts(self) -> list[str | list[int]]:
         prompt = self.prompt
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return self.logprobs
 
     @property
     def reply_tokens(self) -> int | None:

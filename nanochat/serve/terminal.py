@@ -10,7 +10,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -31,7 +30,7 @@ _CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code)
 _CONTROL_PICTURES |= {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 
 
-# --- writing -------------------------------------------------------------------------------------
+# --- writing and reading -------------------------------------------------------------------------
 
 
 def printable(text: str) -> str:
@@ -59,7 +58,7 @@ class Screen:
         self._put(self._out, text, color)
 
     def end_reply(self) -> None:
-        self.write("\n")
+        self._put(self._out, "\n")
 
     def line(self, text: str) -> None:
         self._put(self._out, text + "\n")
@@ -85,22 +84,19 @@ def print_reply(screen: Screen, deltas: Iterable[Delta], *, show_tools: bool = T
     A tool call and its result appear in brackets, `[python: 12*34 => 408]`; without `show_tools` only the words do.
     """
     openings, open_type = {"text": "", "python": "[python: ", "python_output": "["}, "text"
+    shown = deltas if show_tools else (delta for delta in deltas if delta.type == "text")
     try:
-        for type_, text in deltas:
-            if show_tools and type_ != open_type:
+        for type_, text in shown:
+            if type_ != open_type:
                 is_answered = (open_type, type_) == ("python", "python_output")
                 closing = "]" if open_type != "text" else ""
                 screen.write(" => " if is_answered else closing + openings[type_], CYAN)
                 open_type = type_
-            if show_tools or type_ == "text":
-                screen.write(text, CYAN if type_ != "text" else "")
+            screen.write(text, CYAN if type_ != "text" else "")
     finally:
         if open_type != "text":
             screen.write("]", CYAN)
         screen.end_reply()
-
-
-# --- reading -------------------------------------------------------------------------------------
 
 
 def single_prompt(given: str | None, stdin: TextIO) -> str | None:
@@ -120,52 +116,7 @@ def single_prompt(given: str | None, stdin: TextIO) -> str | None:
     return given.strip()
 
 
-@contextmanager
-def held_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C raises nothing; the function given tells whether it was pressed. Main thread only.
-
-    An exception in the middle of the engine's step would leave rows of its KV cache half written.
-    """
-    presses: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda signum, frame: presses.append(signum))
-    try:
-        yield lambda: bool(presses)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-# --- files ---------------------------------------------------------------------------------------
-
-
-def save_conversation(path: Path, conversation: Mapping[str, Any]) -> None:
-    """Write a conversation as JSON. Raises `UserError` when that fails, or would replace another kind of file."""
-    if path.exists():
-        try:
-            load_conversation(path)
-        except UserError as error:
-            raise UserError(f"{path} exists and is not a conversation; choose another name") from error
-    write_atomic(path, json.dumps(conversation, ensure_ascii=False, indent=1) + "\n")
-
-
-def load_conversation(path: Path) -> list[dict[str, Any]]:
-    """The messages of a conversation in a JSON file. Raises `UserError` when there is none, or it is malformed."""
-    try:
-        return check_conversation(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
 # --- the chat ------------------------------------------------------------------------------------
-
-
-def _speed(times: Sequence[float]) -> str:
-    """In words, from the seconds after which each token came."""
-    rate = f", {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if times and times[-1] > times[0] else ""
-    return f"{len(times)} tokens{rate}, the first after {times[0] if times else 0.0:.2f} s"
 
 
 class TerminalChat:
@@ -216,10 +167,8 @@ class TerminalChat:
         room = max(1, min(self.sampling.max_tokens, int(REPLY_FRAC * context)))
         prompt = render_for_completion(self.tokenizer, self._with_system(messages), max_tokens=context - room)
         if prompt.num_dropped > self._num_dropped:
-            self.screen.notice(
-                "the conversation is longer than the context: the model no longer sees the first "
-                f"{prompt.num_dropped} messages; /clear begins a new one"
-            )
+            dropped = f"the model no longer sees the first {prompt.num_dropped} messages"
+            self.screen.notice(f"the conversation is longer than the context: {dropped}; /clear begins a new one")
         self._num_dropped = prompt.num_dropped
         seed = self.sampling.seed
         sampling = replace(self.sampling, seed=None if seed is None else seed + self._num_answers)
@@ -237,29 +186,35 @@ class TerminalChat:
             self.messages = [*messages, {"role": "assistant", "content": visible_text(parts) if is_text else parts}]
         self._tell_end(reason, bool(parts))
         if self.show_stats:
-            num_used = len(prompt.ids) + len(times)
-            self.screen.notice(f"{_speed(times)}; {num_used:,} of {context:,} tokens of context used")
+            first, last = (times[0], times[-1]) if times else (0.0, 0.0)
+            rate = f", {(len(times) - 1) / (last - first):.1f} tokens/s" if last > first else ""
+            used = f"{len(prompt.ids) + len(times):,} of {context:,} tokens of context used"
+            self.screen.notice(f"{len(times)} tokens{rate}, the first after {first:.2f} s; {used}")
         return reason
 
     def _generate(self, prompt_ids: list[int], sampling: Sampling) -> tuple[list[dict[str, str]], str, list[float]]:
         """Print what the model says after the prompt, until it ends or Ctrl-C is pressed: message parts, how it ended,
         and when each token came, in seconds from the call."""
         begin, times, reason = time.perf_counter(), [], ""
-        with held_interrupt() as is_interrupted:
+        presses: list[int] = []  # of Ctrl-C; an exception during a step would leave rows of the KV cache half written
+        before = signal.signal(signal.SIGINT, lambda number, _: presses.append(number))
+
+        def deltas() -> Iterator[Delta]:
+            nonlocal reason
+            while not reason:
+                for event in self.engine.step():
+                    times.extend([time.perf_counter() - begin] * len(event.tokens))
+                    yield from event.deltas
+                    reason = event.finish_reason or ""
+                if presses and not reason:
+                    self.engine.cancel(request)
+                    reason = INTERRUPTED
+
+        try:
             request = self.engine.submit(prompt_ids, sampling)
-
-            def deltas() -> Iterator[Delta]:
-                nonlocal reason
-                while not reason:
-                    for event in self.engine.step():
-                        times.extend([time.perf_counter() - begin] * len(event.tokens))
-                        yield from event.deltas
-                        reason = event.finish_reason or ""
-                    if is_interrupted() and not reason:
-                        self.engine.cancel(request)
-                        reason = INTERRUPTED
-
             print_reply(self.screen, deltas(), show_tools=self.is_dialogue)
+        finally:
+            signal.signal(signal.SIGINT, before)
         return request.completions[0].parts, reason, times
 
     def _tell_end(self, reason: str, has_parts: bool) -> None:
@@ -295,11 +250,14 @@ class TerminalChat:
             self.ask(line[1:])
         else:
             name, *argument = line.split(maxsplit=1)
+            argument = "".join(argument).strip()
             if name not in COMMANDS:
                 near = difflib.get_close_matches(name, COMMANDS, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""
                 raise UserError(f"unknown command {name}; {hint}/help lists them, and // begins a message with a slash")
-            COMMANDS[name].run(self, "".join(argument).strip())
+            if COMMANDS[name].argument == "FILE" and not argument:
+                raise UserError(f"{name} needs the name of a file: {name} talk.json")
+            COMMANDS[name].run(self, argument)
 
 
 # --- commands ------------------------------------------------------------------------------------
@@ -315,10 +273,8 @@ def _help(chat: TerminalChat, _: str) -> None:
     usages = [f"{name} {command.argument}".strip() for name, command in COMMANDS.items()]
     for usage, command in zip(usages, COMMANDS.values(), strict=True):
         chat.screen.line(f"{usage:<{max(map(len, usages))}}  {command.help}")
-    chat.screen.line(
-        "A backslash at the end of a line continues the message on the next one; // begins a message with a slash.\n"
-        "Ctrl-C stops an answer, Ctrl-D leaves."
-    )
+    chat.screen.line("A backslash at the end of a line continues the message on the next one.")
+    chat.screen.line("// begins a message with a slash. Ctrl-C stops an answer, Ctrl-D leaves.")
 
 
 def _clear(chat: TerminalChat, _: str) -> None:
@@ -353,38 +309,48 @@ def _stats(chat: TerminalChat, _: str) -> None:
     chat.screen.notice(f"speed and context use are {'shown' if chat.show_stats else 'not shown'} after each answer")
 
 
-def _path(command: str, argument: str) -> Path:
-    if not argument:
-        raise UserError(f"{command} needs the name of a file: {command} talk.json")
-    return Path(argument).expanduser()
+def load_conversation(path: Path) -> list[dict[str, Any]]:
+    """The messages of a conversation in a JSON file. Raises `UserError` when there is none, or it is malformed."""
+    try:
+        return check_conversation(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _save(chat: TerminalChat, argument: str) -> None:
-    path = _path("/save", argument)
+    path = Path(argument).expanduser()
     if not chat.messages:
         raise UserError("there is nothing to save yet")
-    save_conversation(path, chat.conversation)
+    if path.exists():
+        try:
+            load_conversation(path)
+        except UserError as error:
+            raise UserError(f"{path} exists and is not a conversation; choose another name") from error
+    write_atomic(path, json.dumps(chat.conversation, ensure_ascii=False, indent=1) + "\n")
     chat.screen.notice(f"{len(chat.conversation['messages'])} messages saved to {path}")
 
 
 def _load(chat: TerminalChat, argument: str) -> None:
-    path = _path("/load", argument)
+    path = Path(argument).expanduser()
     messages = load_conversation(path)
     render_for_completion(chat.tokenizer, {"messages": messages})  # refuses text that cannot be encoded
     has_system = messages[0]["role"] == "system"
     chat.system = messages[0]["content"] if has_system else ""
     turns = messages[has_system:]
-    question = turns.pop()["content"] if turns[-1]["role"] == "user" else ""
-    chat.begin(turns)
+    is_open = turns[-1]["role"] == "user"
+    chat.begin(turns[:-1] if is_open else turns)
     chat.screen.notice(f"{len(messages)} messages loaded from {path}")
-    for message in turns[-2:]:
+    for message in turns[-3 if is_open else -2 :]:
         if message["role"] == "user":
             chat.screen.line(PROMPT + message["content"])
         else:
             print_reply(chat.screen, (Delta(**part) for part in as_parts(message["content"])))
-    if question:
-        chat.screen.line(PROMPT + question)
-        chat.ask(question)
+    if is_open:
+        chat.answer(turns)
 
 
 def _quit(chat: TerminalChat, _: str) -> None:

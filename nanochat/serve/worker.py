@@ -2,8 +2,7 @@
 
 Processes rather than threads: one that dies takes no other with it, and engines that spend their time in Python, as in
 front of a fast GPU, do not share an interpreter lock with the server and each other (1.4 times the tokens/s with one
-engine of 64 rows, 1.9 times with two; no difference on a CPU, where matrix products take the time). `Pool` belongs to
-the thread of the event loop; it gives work to the engine with the least to do and bounds the queue. A worker never
+engine of 64 rows, 1.9 times with two; no difference on a CPU, where matrix products take the time). A worker never
 outlives the server: when its pipe closes, it exits.
 """
 
@@ -21,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nanochat.common import UserError, init_runtime
 from nanochat.data.chat import Delta
@@ -52,16 +51,13 @@ class Work(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What one step added to the reply `index` of a work (sample i of prompt p: p * num_samples + i).
-
-    `tokens` are present only when log probabilities were requested, `num_tokens` always.
-    """
+    """What one step added to a reply."""
 
     work_id: int
-    index: int
+    index: int  # of the reply: sample i of prompt p has p * num_samples + i
     deltas: Sequence[Delta]
     num_tokens: int
-    tokens: Sequence[Token]
+    tokens: Sequence[Token]  # only when log probabilities were requested
     num_cached: int  # prompt tokens that were in the cache already
     finish_reason: str | None
 
@@ -74,7 +70,7 @@ class Progress(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """The engine refuses the work of that id (the message is for the client), or without one does nothing any more."""
+    """The engine refused the work of that id (the message is for the client) or, without an id, it has stopped."""
 
     message: str
     work_id: int | None = None
@@ -83,10 +79,21 @@ class Failed(NamedTuple):
 # --- in the worker -------------------------------------------------------------------------------
 
 
-def run_worker(make_engine: MakeEngine, connection: Connection) -> None:
+def run_worker(make_engine: MakeEngine, connection: Connection, *, is_process: bool) -> None:
     """Build the engine and do the work that comes through `connection` until it closes."""
+    if is_process:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the server decides when to exit
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     commands: queue.SimpleQueue = queue.SimpleQueue()
-    reader = threading.Thread(target=_read_commands, args=(connection, commands), daemon=True)
+
+    def read_commands() -> None:
+        """Empty the pipe at once, whatever the engine does, so that no sender waits for the end of a step."""
+        with suppress(EOFError, OSError):
+            for command in iter(connection.recv, None):
+                commands.put(command)
+        commands.put(None)
+
+    reader = threading.Thread(target=read_commands, daemon=True)
     reader.start()
     try:
         _serve(make_engine(), commands, connection.send)
@@ -101,23 +108,9 @@ def run_worker(make_engine: MakeEngine, connection: Connection) -> None:
     connection.close()
 
 
-def _run_process(make_engine: MakeEngine, connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the server decides when to exit
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    run_worker(make_engine, connection)
-
-
-def _read_commands(connection: Connection, commands: queue.SimpleQueue) -> None:
-    """Empty the pipe at once, whatever the engine does, so that no sender waits for the end of a step."""
-    with suppress(EOFError, OSError):
-        for command in iter(connection.recv, None):
-            commands.put(command)
-    commands.put(None)
-
-
 def _serve(engine: Engine, commands: queue.SimpleQueue, send: Callable[[Progress | Failed], None]) -> None:
     """Step the engine while it has work, and accept commands between steps, until None comes."""
-    origins: dict[Request, tuple[int, int]] = {}  # of running requests: id of the work, index of the first reply
+    origins: dict[Request, tuple[int, int]] = {}  # of each running request: id of the work, index of its first reply
 
     def report(events: Sequence[Event]) -> None:
         pieces = []
@@ -136,20 +129,20 @@ def _serve(engine: Engine, commands: queue.SimpleQueue, send: Callable[[Progress
     report([])
     while True:
         while not commands.empty() or not engine.has_work:
-            command = commands.get()
-            if command is None:
-                return
-            if isinstance(command, int):
-                cancel(command)
-                report([])
-                continue
-            try:
-                for number, prompt in enumerate(command.prompts):
-                    request = engine.submit(prompt, command.sampling, num_samples=command.num_samples)
-                    origins[request] = command.id, number * command.num_samples
-            except UserError as error:
-                cancel(command.id)
-                send(Failed(str(error), command.id))
+            match commands.get():
+                case None:
+                    return
+                case int(work_id):
+                    cancel(work_id)
+                    report([])
+                case Work(work_id, prompts, sampling, num_samples):
+                    try:
+                        for number, prompt in enumerate(prompts):
+                            request = engine.submit(prompt, sampling, num_samples=num_samples)
+                            origins[request] = work_id, number * num_samples
+                    except UserError as error:
+                        cancel(work_id)
+                        send(Failed(str(error), work_id))
         events = engine.step()
         if events:
             report(events)
@@ -181,7 +174,7 @@ class Reply:
 
     @property
     def parts(self) -> list[dict[str, str]]:
-        """As content of a message: Delta("python", ""), Delta("python", "1+1") is one part."""
+        """The content of a message: Delta("python", ""), Delta("python", "1+1") are one part."""
         parts: list[dict[str, str]] = []
         for type_, text in self.deltas:
             if not text or not parts or parts[-1]["type"] != type_:
@@ -236,11 +229,11 @@ class Job:
 
 
 class Worker:
-    """One engine's process (or thread) as seen from the server, with two threads that talk to it."""
+    """One engine's process (or thread) as seen from the server, with two threads that talk to it: one sends, the other
+    calls `on_message`, at last with `Failed`."""
 
     def __init__(self, make_engine: MakeEngine, on_message: Callable[["Worker", Progress | Failed], None],
                  *, in_thread: bool):  # fmt: skip
-        """Starts it; `on_message` is called in a thread of its own, at last with `Failed`."""
         self.make_engine, self._on_message = make_engine, on_message
         self.state = "loading"  # then "ready", at last "failed"
         self.jobs: dict[int, Job] = {}
@@ -248,8 +241,8 @@ class Worker:
         self._sender = ThreadPoolExecutor(1)
         self.pipe, theirs = multiprocessing.Pipe()
         start = threading.Thread if in_thread else multiprocessing.get_context("spawn").Process  # CUDA forbids fork
-        target = run_worker if in_thread else _run_process
-        self.runner = start(target=target, args=(make_engine, theirs), name="engine", daemon=True)
+        target = partial(run_worker, make_engine, theirs, is_process=not in_thread)
+        self.runner = start(target=target, name="engine", daemon=True)
         self.runner.start()
         if not in_thread:
             theirs.close()  # now only the process holds it, so its death closes the pipe
@@ -257,11 +250,11 @@ class Worker:
 
     @property
     def num_replies(self) -> int:
-        """Replies it was given and has not finished."""
+        """Those it was given and has not finished."""
         return sum(job.num_unfinished for job in self.jobs.values())
 
     def send(self, command: Work | int | None) -> None:
-        """Never blocks. A fault stays in the future: the worker died, which `_receive_all` reports."""
+        """Never blocks. An error stays in the future: it means that the worker died, which `_receive_all` reports."""
         self._sender.submit(self.pipe.send, command)
 
     def _receive_all(self) -> None:
@@ -273,7 +266,7 @@ class Worker:
                 self._on_message(self, Failed("the engine's process ended"))
 
     def fail(self, message: str) -> None:
-        """End it, and all jobs it has with an error."""
+        """End the worker and fail its jobs."""
         for job in self.jobs.values():
             job.fail(ApiError(503, f"{message}; try again in a moment", code="worker_failed",
                               retry_seconds=LOADING_RETRY_SECONDS))  # fmt: skip
@@ -290,9 +283,9 @@ class Worker:
 class Pool:
     """Workers, one for each of `make_engines`, that run from `start` to `close`; for the event loop's thread.
 
-    `max_rows` replies are generated at a time in each worker, and `max_queue` more may wait. A worker that dies while
-    it serves is restarted; one that cannot load stays down, and when none is left `on_failure(message)` is called. With
-    `in_threads` the engines are threads of this process, for tests.
+    Work goes to the worker with the least to do. `max_rows` replies are generated at a time in each, and `max_queue`
+    more may wait. A worker that dies while it serves is restarted; one that cannot load stays down, and when none is
+    left `on_failure(message)` is called. With `in_threads` the engines are threads of this process, for tests.
     """
 
     def __init__(
@@ -309,7 +302,7 @@ class Pool:
         self._is_closing = False
 
     async def start(self) -> None:
-        """Begin to load the models; `state` tells how far that is."""
+        """Begin to load the models, which `state` follows."""
         self.workers = [self._new_worker(make_engine) for make_engine in self._make_engines]
 
     def _new_worker(self, make_engine: MakeEngine) -> Worker:
@@ -336,7 +329,7 @@ class Pool:
 
     @property
     def num_active(self) -> int:
-        """Those of them that are being generated."""
+        """How many of them are being generated now."""
         return sum(min(worker.num_replies, self._max_rows) for worker in self.workers)
 
     def check_room(self, num_replies: int) -> None:
@@ -363,7 +356,7 @@ class Pool:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Free what a job holds; does nothing when it is over."""
+        """End a job and free what it holds; does nothing when it is over."""
         if not job.is_over:
             job.fail(ClientGone())
             del job.worker.jobs[job.work.id]
@@ -373,7 +366,7 @@ class Pool:
         if isinstance(message, Progress):
             worker.state, worker.stats = "ready", message.stats
             for piece in message.pieces:
-                if job := worker.jobs.get(piece.work_id):  # None: cancelled meanwhile
+                if job := worker.jobs.get(piece.work_id):  # None: cancelled in the meantime
                     job.add(piece)
                     if job.is_over:
                         del worker.jobs[piece.work_id]
@@ -390,13 +383,8 @@ class Pool:
                 self._on_failure(message.message)
 
 
-# --- engines -------------------------------------------------------------------------------------
-
-
-def load_engine(
-    gpu: int | None, checkpoint: dict[str, Any], runtime: dict[str, str], *, weights: str, max_rows: int
-) -> Engine:
-    """An engine for a checkpoint, on GPU number `gpu` where there are several; to be called in its process.
+def load_engine(gpu: int | None, checkpoint: dict, runtime: dict, *, weights: str, max_rows: int) -> Engine:
+    """An engine on GPU number `gpu` (None: the only device); to be called in its process.
 
     `checkpoint` has source, model_tag and step, `runtime` device_type and dtype.
     """
