@@ -66,12 +66,8 @@ def evaluate_bpb(model, batches: Iterable, token_bytes: np.ndarray | Tensor) -> 
     # One value per row stays on the device and is read once at the end, so the host never waits inside the loop.
     row_nats = torch.cat(nats).cpu().double() if nats else torch.zeros(0, dtype=torch.float64)
     row_bytes, row_tokens = torch.cat(counts, 1).cpu().double() if counts else torch.zeros(2, 0, dtype=torch.float64)
-    sums = torch.stack(
-        [
-            row_nats.sum(), row_bytes.sum(), row_tokens.sum(), (row_bytes > 0).sum().double(),
-            row_nats @ row_nats, row_nats @ row_bytes, row_bytes @ row_bytes,
-        ]
-    )  # fmt: skip
+    totals = [row_nats.sum(), row_bytes.sum(), row_tokens.sum(), (row_bytes > 0).sum().double()]
+    sums = torch.stack([*totals, row_nats @ row_nats, row_nats @ row_bytes, row_bytes @ row_bytes])
     if dist.is_initialized():
         sums = sums.to(model.device)
         dist.all_reduce(sums)
@@ -90,9 +86,8 @@ def evaluate_split(
     """Bits per byte of `model` on the documents of the shards `paths`: on their first `num_tokens` tokens, rounded up
     to whole batches of `batch_size` rows on every rank, or with 0 on each token of every document once."""
     T, ranks = model.config.sequence_len, {"rank": runtime.rank, "world_size": runtime.world_size}
-    loader = TextLoader(tokenizer, paths, batch_size, T, **ranks, device=runtime.device, epochs=1)
     num_batches = math.ceil(num_tokens / (batch_size * T * runtime.world_size)) or None
-    with closing(loader):
+    with closing(TextLoader(tokenizer, paths, batch_size, T, **ranks, device=runtime.device, epochs=1)) as loader:
         return evaluate_bpb(model, islice(loader, num_batches), tokenizer.token_bytes())
 
 
@@ -103,23 +98,21 @@ def sample_completions(
 ) -> list[str]:  # fmt: skip
     """The model's continuation of each prompt: text of at most `max_tokens` tokens, without the prompt.
 
-    All prompts run as one batch of whole forward passes, without a cache: simple, and fast enough for a few short
-    samples. A row ends at the next beginning-of-sequence token (a new document) or when the context is full. A prompt
-    that fills the context by itself loses its beginning, so that one token can follow. `temperature` 0 is greedy;
-    otherwise draws come from `generator`, on the CPU.
+    All prompts run as one batch of whole forward passes, without a cache, which is fast enough for a few short samples.
+    A row ends at the next beginning-of-sequence token (a new document) or when the context is full. A prompt that fills
+    the context loses its beginning, so that one token can follow. `temperature` 0 is greedy; otherwise draws come from
+    `generator`, on the CPU.
     """
     limit = model.config.sequence_len
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)[-(limit - 1) :]] for prompt in prompts]
-    starts = [len(row) for row in rows]
-
-    def goes_on(i: int) -> bool:
-        num_added = len(rows[i]) - starts[i]
-        return num_added < max_tokens and len(rows[i]) <= limit and not (num_added and rows[i][-1] == tokenizer.bos_id)
-
-    while active := [i for i in range(len(rows)) if goes_on(i)]:
+    starts = list(map(len, rows))
+    active = list(range(len(rows)))
+    for _ in range(max_tokens):
+        if not active:
+            break
         last = [len(rows[i]) - 1 for i in active]  # the padding on the right cannot be seen from there
-        width = max(last) + 1
-        idx = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in active], device=model.device)  # (B, T)
+        T = max(last) + 1
+        idx = torch.tensor([rows[i] + [0] * (T - len(rows[i])) for i in active], device=model.device)  # (B, T)
         logits = model.logits(model.hidden(idx)[torch.arange(len(active)), last])  # (B, V) float32
         if temperature == 0:
             next_ids = logits.argmax(-1)
@@ -128,5 +121,6 @@ def sample_completions(
             next_ids = torch.multinomial(probs, 1, generator=generator).flatten()
         for i, token in zip(active, next_ids.tolist(), strict=True):
             rows[i].append(token)
+        active = [i for i in active if rows[i][-1] != tokenizer.bos_id and len(rows[i]) <= limit]
     ends = [len(row) - (row[-1] == tokenizer.bos_id) for row in rows]
     return [tokenizer.decode(row[s : max(s, e)]) for row, s, e in zip(rows, starts, ends, strict=True)]
