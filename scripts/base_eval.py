@@ -90,16 +90,16 @@ def main(args: argparse.Namespace) -> None:
         append_record("base_eval", settings={**vars(args), "model": name}, results=results, table=table)
 
 
-def print_task(task: TaskResult) -> None:
-    row = "{task:<34} {shots:>5} {examples:>8} {cut:>5} {accuracy:>8.4f} {centered:>8.4f} {seconds:>8.1f}"
-    print0(row.format_map(task_row(task)))
-
-
 def task_row(task: TaskResult) -> dict:
     """The row of a task in the table."""
     row = {"task": task.label, "shots": task.num_shots, "examples": len(task.items), "cut": task.num_cut}
     row |= {"accuracy": task.accuracy, "baseline": task.baseline, "centered": task.centered}
     return row | {"seconds": task.seconds}
+
+
+def print_task(task: TaskResult) -> None:
+    row = "{task:<34} {shots:>5} {examples:>8} {cut:>5} {accuracy:>8.4f} {centered:>8.4f} {seconds:>8.1f}"
+    print0(row.format_map(task_row(task)))
 
 
 def to_csv(table: list[dict], result: CoreResult) -> str:

@@ -91,8 +91,8 @@ def main(args: argparse.Namespace) -> None:
         engine = Engine(model, tokenizer, max_rows=batch_rows)
 
     # evaluation
-    name = re.sub(r"[^\w.-]+", "_", f"{args.source}_{loaded.folder.parent.name}_{loaded.folder.name}")
-    name += "_slow" if args.slow else ""
+    slow = "_slow" if args.slow else ""
+    name = re.sub(r"[^\w.-]+", "_", f"{args.source}_{loaded.folder.parent.name}_{loaded.folder.name}{slow}")
     logs = [result_log(name, task, loaded, settings, runtime) for task in tasks]
     prepare_logs(logs, resume=args.resume)
     print0("task                 problems accuracy    95 % interval baseline centered   cut  long  seconds")
@@ -104,10 +104,9 @@ def main(args: argparse.Namespace) -> None:
         print_task(result)
         results.append(result)
     core_results = of_chat_core(results)
-    averaged = core_results or results
+    averaged, title = (core_results, "ChatCORE") if core_results else (results, "mean centred accuracy")
     core = chat_core(averaged)
-    title = "ChatCORE" if core_results else "mean centred accuracy"
-    print0(f"{title} {core.value:.4f} ({interval(core.low, core.high)}) over {len(averaged)} tasks")
+    print0(f"{title} {core.value:.4f} ({core.low:.4f} - {core.high:.4f}) over {len(averaged)} tasks")
     print0("intervals: 95 % confidence, Wilson's for a task; cut: prompts shortened; long: answers without an end")
 
     # output
@@ -159,17 +158,14 @@ def table_rows(result: TaskResult) -> list[dict]:
 
 def print_task(result: TaskResult) -> None:
     """The line of a task, then a line for each further score."""
-    whole = "{task:<20} {problems:>8} {accuracy:>8.4f} {interval:>16} {baseline:>8.2f} {centered:>8.4f} {cut:>5}"
-    whole += " {unfinished:>5} {seconds:>8.1f}"
-    for row in table_rows(result):
-        line = whole if "problems" in row else "  {task:<18}          {accuracy:>8.4f} {interval:>16}"
-        print0(line.format_map(row | {"interval": interval(row["low"], row["high"])}))
+    estimate = " {accuracy:>8.4f} {low:>7.4f} - {high:.4f}"
+    counts = " {baseline:>8.2f} {centered:>8.4f} {cut:>5} {unfinished:>5} {seconds:>8.1f}"
+    first, *further = table_rows(result)
+    print0(("{task:<20} {problems:>8}" + estimate + counts).format_map(first))
+    for row in further:
+        print0(("  {task:<18}         " + estimate).format_map(row))
     if result.num_earlier:
         print0(f"  {result.num_earlier} of the problems were answered in an earlier run")
-
-
-def interval(low: float, high: float) -> str:
-    return f"{low:.4f} - {high:.4f}"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from nanochat.common import UserError, from_rank0
 from nanochat.data.chat import ReplyReader, render_for_completion, visible_text
@@ -289,7 +288,7 @@ def evaluate_task(
 def _on_rank0(work: Callable[[], Any]) -> Any:
     """Do `work` in one process; its result, or the `UserError` it raised, is that of every process."""
     result, error = None, None
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if scoring.rank_and_world_size()[0] == 0:
         try:
             result = work()
         except UserError as raised:

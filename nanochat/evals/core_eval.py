@@ -229,26 +229,23 @@ def evaluate_core(
     this; each scores its share, all get the result. Raises `UserError` for a malformed bundle and for NaN losses.
     """
     begin = time.perf_counter()
+    rank, world_size = scoring.rank_and_world_size()
     results = []
     for task in read_tasks(bundle):
-        results.append(_evaluate_task(model, tokenizer, task, max_per_task, batch_tokens, slow))
+        task_begin = time.perf_counter()
+        mine = range(len(task.records))[: max_per_task or None][rank::world_size]
+        # the last token of a row is only predicted, never read: a row may be one longer than the context
+        examples = build_examples(task, tokenizer, mine, model.config.sequence_len + 1)
+        scores = score_plainly(model, examples) if slow else score_batched(model, examples, batch_tokens)
+        own = [(index, score, one.num_cut > 0) for index, score, one in zip(mine, scores, examples, strict=True)]
+        gathered = sorted(scoring.gather_from_ranks(own), key=lambda one: one[0])
+        items = tuple(_judge(task, index, score) for index, score, _ in gathered)
+        num_cut = sum(is_cut for _, _, is_cut in gathered)
+        seconds = time.perf_counter() - task_begin
+        results.append(TaskResult(task.label, task.num_shots, task.baseline, num_cut, seconds, items))
         progress(results[-1])
     core = sum(result.centered for result in results) / len(results)
     return CoreResult(tuple(results), core, time.perf_counter() - begin)
-
-
-def _evaluate_task(model, tokenizer, task: Task, max_per_task: int, batch_tokens: int, slow: bool) -> TaskResult:
-    begin = time.perf_counter()
-    rank, world_size = scoring.rank_and_world_size()
-    mine = range(len(task.records))[: max_per_task or None][rank::world_size]
-    # the last token of a row is only predicted, never read: a row may be one longer than the context
-    examples = build_examples(task, tokenizer, mine, model.config.sequence_len + 1)
-    scores = score_plainly(model, examples) if slow else score_batched(model, examples, batch_tokens)
-    own = [(index, s, example.num_cut > 0) for index, s, example in zip(mine, scores, examples, strict=True)]
-    gathered = sorted(scoring.gather_from_ranks(own), key=lambda one: one[0])
-    items = tuple(_judge(task, index, score) for index, score, _ in gathered)
-    num_cut = sum(is_cut for _, _, is_cut in gathered)
-    return TaskResult(task.label, task.num_shots, task.baseline, num_cut, time.perf_counter() - begin, items)
 
 
 def _judge(task: Task, index: int, score: Score) -> ItemResult:
