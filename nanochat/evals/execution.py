@@ -179,14 +179,15 @@ def _probe(method: str) -> str:
 
 @functools.cache
 def _visible() -> tuple[list[str], list[str]]:
-    """(paths that the sandbox shows, parents before what is below them; package folders in them that it empties)."""
+    """The paths that the sandbox shows, none below another one, and the package folders in them that it empties."""
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
     stdlib = {os.path.realpath(sysconfig.get_path(name, vars=base)) for name in ("stdlib", "platstdlib")}
     shared = os.path.join(sysconfig.get_config_var("LIBDIR") or "", sysconfig.get_config_var("INSTSONAME") or "")
     own_libraries = Path(sys.base_prefix, "lib").glob("*.so*")  # of conda, or of a Python built as a library
     paths = {*_SYSTEM_LIBRARIES, *stdlib, _PYTHON, shared, *map(str, own_libraries)}
     packages = [f"{folder}/{name}-packages" for folder in (*stdlib, "/usr/lib/python3") for name in ("site", "dist")]
-    visible = sorted(path for path in paths if os.path.isabs(path) and os.path.exists(path))
+    found = sorted(path for path in paths if os.path.isabs(path) and os.path.exists(path))
+    visible = [path for path in found if not any(path.startswith(f"{parent}/") for parent in found)]
     return visible, [path for path in packages if os.path.isdir(path)]
 
 
@@ -200,10 +201,9 @@ def _bubblewrap() -> list[str]:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     # as process 1 itself: bubblewrap's own reaper would be left as a zombie for the system to reap
     command += ["--as-pid-1", "--die-with-parent", "--new-session", "--hostname", "sandbox"]
-    roots = [path for path in visible if not any(path.startswith(f"{parent}/") for parent in visible)]
-    for folder in sorted({str(parent) for path in roots for parent in Path(path).parents} - {"/"}):
+    for folder in sorted({str(parent) for path in visible for parent in Path(path).parents} - {"/"}):
         command += ["--perms", "0755", "--dir", folder]  # by default bubblewrap may close them to other users
-    for path in roots:
+    for path in visible:
         command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     for path in hidden:
         command += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]

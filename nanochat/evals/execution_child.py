@@ -321,8 +321,8 @@ def die_with_parent() -> None:
 
 
 def enter_namespaces(visible: list[str], hidden: list[str], scratch_bytes: int) -> None:
-    """Move into new namespaces whose file system is `visible` (files, folders and links, parents first; read-only), in
-    which the folders `hidden` are empty, and a scratch folder. Returns in a child process."""
+    """Move into new namespaces whose file system is `visible` (files, folders and links; read-only), in which the
+    folders `hidden` are empty, and a scratch folder. Returns in a child process."""
     user, group, column = os.geteuid(), os.getegid(), _ARCHITECTURES[os.uname().machine][0]
     call_libc("unshare", _CLONE_NEW | (_CLONE_NEWUSER if user else 0))
     if user:
@@ -341,8 +341,7 @@ def enter_namespaces(visible: list[str], hidden: list[str], scratch_bytes: int) 
     call_libc("syscall", _DENIED["pivot_root"][column], b"/tmp", b"/tmp/old")
     os.chdir("/")
     for path in visible:
-        if not os.path.lexists(path):  # else it is below a folder that is visible already
-            show(path)
+        show(path)
     for path in hidden:
         mount_tmpfs(path, "size=4k,mode=755")
     os.mkdir("/scratch")

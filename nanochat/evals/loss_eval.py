@@ -56,27 +56,26 @@ def evaluate_bpb(model, batches: Iterable, token_bytes: np.ndarray | Tensor) -> 
     taken as independent draws (W. G. Cochran, Sampling Techniques, 1977, section 6.3); inf for fewer than two rows.
     """
     lengths = torch.as_tensor(token_bytes, device=model.device).long()  # (V,)
-    nats, counts = [], []
+    rows = []
     for batch in batches:
         losses = model(batch.idx, batch.targets, reduction="none")  # (B, T)
         num_bytes = lengths[batch.targets.clamp(min=0)].masked_fill(batch.targets == IGNORE_INDEX, 0)  # (B, T)
         counted = num_bytes > 0
-        nats.append(losses.float().masked_fill(~counted, 0).sum(1))
-        counts.append(torch.stack([num_bytes.sum(1), counted.sum(1)]))
+        rows.append((losses.float().masked_fill(~counted, 0).sum(1), num_bytes.sum(1), counted.sum(1)))
     # One value per row stays on the device and is read once at the end, so the host never waits inside the loop.
-    row_nats = torch.cat(nats).cpu().double() if nats else torch.zeros(0, dtype=torch.float64)
-    row_bytes, row_tokens = torch.cat(counts, 1).cpu().double() if counts else torch.zeros(2, 0, dtype=torch.float64)
+    columns = zip(*rows, strict=True) if rows else [[torch.zeros(0)]] * 3
+    row_nats, row_bytes, row_tokens = (torch.cat(column).cpu().double() for column in columns)
     totals = [row_nats.sum(), row_bytes.sum(), row_tokens.sum(), (row_bytes > 0).sum().double()]
     sums = torch.stack([*totals, row_nats @ row_nats, row_nats @ row_bytes, row_bytes @ row_bytes])
     if dist.is_initialized():
         sums = sums.to(model.device)
         dist.all_reduce(sums)
-    nats_sum, bytes_sum, tokens_sum, rows, nats_nats, nats_bytes, bytes_bytes = sums.tolist()
+    nats_sum, bytes_sum, tokens_sum, count, nats_nats, nats_bytes, bytes_bytes = sums.tolist()
     if not bytes_sum:
         return BpbResult(math.inf, math.inf, nats_sum, 0, 0)
     rate = nats_sum / bytes_sum
     squares = max(0.0, nats_nats - 2 * rate * nats_bytes + rate**2 * bytes_bytes)  # squared residuals of the rows
-    se = math.sqrt(squares * rows / (rows - 1)) / bytes_sum if rows > 1 else math.inf
+    se = math.sqrt(squares * count / (count - 1)) / bytes_sum if count > 1 else math.inf
     return BpbResult(rate / math.log(2), se / math.log(2), nats_sum, int(bytes_sum), int(tokens_sum))
 
 

@@ -214,7 +214,8 @@ def last_position_logits(
     of each prompt. Batches hold at most `batch_tokens` tokens (0: what suits the device); the vocabulary head runs at
     last positions only.
     """
-    trees = [plant([np.asarray(prompt, dtype=np.int64)])[0][0] for prompt, _ in zip(prompts, token_ids, strict=True)]
+    assert len(prompts) == len(token_ids), (len(prompts), len(token_ids))
+    trees = [plant([np.asarray(prompt, dtype=np.int64)])[0][0] for prompt in prompts]
     answers: list[np.ndarray] = [np.empty(0, np.float32)] * len(prompts)
     for batch in batches_by_length(list(map(len, trees)), batch_tokens or default_batch_tokens(model.device)):
         last = np.array([len(trees[i]) - 1 for i in batch])
