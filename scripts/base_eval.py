@@ -24,7 +24,7 @@ from torch import Tensor
 from nanochat.checkpoint import add_checkpoint_flags
 from nanochat.common import UserError, add_runtime_flags, base_dir, init_runtime, print0, run_main, write_atomic
 from nanochat.evals.core_bundle import fetch_bundle
-from nanochat.evals.core_eval import CoreResult, TaskResult, evaluate_core
+from nanochat.evals.core_eval import TaskResult, evaluate_core
 from nanochat.model.load import load_model
 from nanochat.report import append_record
 
@@ -73,7 +73,9 @@ def main(args: argparse.Namespace) -> None:
     # evaluation
     print0("task                               shots examples   cut accuracy centered  seconds")
     options = {"max_per_task": args.max_per_task, "batch_tokens": args.batch_tokens, "slow": args.slow}
-    result = evaluate_core(model, tokenizer, bundle, **options, progress=print_task)
+    line = "{task:<34} {shots:>5} {examples:>8} {cut:>5} {accuracy:>8.4f} {centered:>8.4f} {seconds:>8.1f}"
+    options |= {"progress": lambda task: print0(line.format_map(task_row(task)))}
+    result = evaluate_core(model, tokenizer, bundle, **options)
     print0(f"CORE {result.core:.4f} over {len(result.tasks)} tasks in {result.seconds:.1f} s")
 
     # output
@@ -82,7 +84,11 @@ def main(args: argparse.Namespace) -> None:
         folder = base_dir() / "base_eval"
         table = [task_row(task) for task in result.tasks]
         items = [{"task": task.label, **asdict(item)} for task in result.tasks for item in task.items]
-        write_atomic(folder / f"{name}.csv", to_csv(table, result))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(table[0]), lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows([*table, {"task": "CORE", "centered": result.core, "seconds": result.seconds}])
+        write_atomic(folder / f"{name}.csv", text.getvalue())
         write_atomic(folder / f"{name}.items.jsonl", "".join(json.dumps(item) + "\n" for item in items))
         print0(f"table and predictions: {folder / name}.csv, {name}.items.jsonl")
         results = {"core": result.core, "elapsed_seconds": result.seconds}
@@ -95,20 +101,6 @@ def task_row(task: TaskResult) -> dict:
     row = {"task": task.label, "shots": task.num_shots, "examples": len(task.items), "cut": task.num_cut}
     row |= {"accuracy": task.accuracy, "baseline": task.baseline, "centered": task.centered}
     return row | {"seconds": task.seconds}
-
-
-def print_task(task: TaskResult) -> None:
-    row = "{task:<34} {shots:>5} {examples:>8} {cut:>5} {accuracy:>8.4f} {centered:>8.4f} {seconds:>8.1f}"
-    print0(row.format_map(task_row(task)))
-
-
-def to_csv(table: list[dict], result: CoreResult) -> str:
-    """The table as CSV; its last row is CORE."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(table[0]), lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows([*table, {"task": "CORE", "centered": result.core, "seconds": result.seconds}])
-    return text.getvalue()
 
 
 # --- Hugging Face models -------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -78,12 +78,11 @@ def problem_seed(seed: int, index: int) -> int:
 
 
 class Question(NamedTuple):
-    """A problem ready to be asked: its index in the task, its conversation, the prompt's ids."""
+    """A problem ready to be asked: its conversation, the prompt's ids, and what is known of the result already."""
 
-    index: int
     conversation: Mapping[str, Any]
     ids: list[int]
-    is_cut: bool
+    item: Item
 
 
 def choose_problems(count: int, max_problems: int) -> tuple[int, ...]:
@@ -119,14 +118,13 @@ def fit_prompt(tokenizer: Tokenizer, conversation: Mapping[str, Any], max_tokens
 @functools.lru_cache(maxsize=16)
 def _questions(task, tokenizer: Tokenizer, indices: tuple[int, ...], max_tokens: int) -> tuple[Question, ...]:
     """The questions of `task` at `indices`, made once for all evaluations of a training run."""
-    conversations = ((index, task[index]) for index in indices)
-    return tuple(Question(index, one, *fit_prompt(tokenizer, one, max_tokens)) for index, one in conversations)
-
-
-def _make_item(tokenizer: Tokenizer, question: Question, samples: Iterable[Sample], *, logits=None, seed=None) -> Item:
-    expected = visible_text(question.conversation["messages"][-1]["content"])
-    prompt = tokenizer.decode(question.ids)
-    return Item(question.index, prompt, question.is_cut, expected, logits, seed, tuple(samples))
+    questions = []
+    for index in indices:
+        conversation = task[index]
+        ids, is_cut = fit_prompt(tokenizer, conversation, max_tokens)
+        expected = visible_text(conversation["messages"][-1]["content"])
+        questions.append(Question(conversation, ids, Item(index, tokenizer.decode(ids), is_cut, expected)))
+    return tuple(questions)
 
 
 def letter_ids(tokenizer: Tokenizer, letters: Sequence[str]) -> list[int]:
@@ -152,11 +150,11 @@ def _answer_categorical(model, tokenizer: Tokenizer, task, questions: Sequence[Q
         for question, offered, values in zip(group, letters, scores, strict=True):
             logits = dict(zip(offered, map(float, values), strict=True))
             if any(map(math.isnan, logits.values())):
-                where = f"{task.name}, problem {question.index}"
+                where = f"{task.name}, problem {question.item.index}"
                 raise UserError(f"{where}: the logits are {logits}; the model's weights are broken")
             letter = max(logits, key=logits.__getitem__)
             sample = Sample(letter, task.evaluate(question.conversation, letter))
-            yield _make_item(tokenizer, question, [sample], logits=logits)
+            yield replace(question.item, logits=logits, samples=(sample,))
 
 
 def _answer_generative(model, tokenizer: Tokenizer, engine, task, questions, settings: EvalSettings) -> Iterator[Item]:
@@ -174,13 +172,14 @@ def _answer_generative(model, tokenizer: Tokenizer, engine, task, questions, set
             for one in completions:
                 scores = task.score(question.conversation, one.parts)
                 samples.append(Sample(one.parts, bool(next(verdicts)), scores, one.finish_reason, len(one.tokens)))
-            yield _make_item(tokenizer, question, samples, seed=problem_seed(settings.seed, question.index))
+            seed = problem_seed(settings.seed, question.item.index)
+            yield replace(question.item, seed=seed, samples=tuple(samples))
 
 
 def _complete_all(engine: Engine, questions, settings: EvalSettings) -> Iterator[tuple[Question, list[Completion]]]:
     """All questions through the engine at the same time, each yielded when its last sample is done."""
     options = {"num_samples": settings.num_samples}
-    waiting = {engine.submit(one.ids, settings.sampling(one.index), **options): one for one in questions}
+    waiting = {engine.submit(one.ids, settings.sampling(one.item.index), **options): one for one in questions}
     try:
         while waiting:
             for event in engine.step():
@@ -223,20 +222,16 @@ def complete_plainly(model, tokenizer: Tokenizer, prompt: Sequence[int], *, max_
 
 
 def check_task(task) -> None:
-    """Load the data of `task` and try its judge, which must accept the task's own answer to its first problem.
-
-    Raises `UserError` for a task without problems or whose judge does not, and what the task raises: data that cannot
-    be loaded, no isolation for code.
-    """
+    """Load the data of `task` and try its judge, which must accept the task's own answer to its first problem. Raises
+    `UserError` where it does not or there are no problems, and what the task raises (no data, no isolation)."""
     assert task.kind in ("categorical", "generative"), f"{task.name} cannot be examined"
     if len(task) == 0:
         raise UserError(f"the task {task.name} has no problems; choose others")
     conversation = task[0]
     if not task.evaluate(conversation, conversation["messages"][-1]["content"]):
-        raise UserError(
-            f"{task.name} does not accept its own answer to its first problem, so that none of its verdicts could be "
-            f"trusted; if it runs code, is this machine overloaded?"
-        )
+        fault = f"{task.name} does not accept its own answer to its first problem"
+        doubt = "none of its verdicts could be trusted; if it runs code, is this machine overloaded?"
+        raise UserError(f"{fault}, so that {doubt}")
 
 
 def prepare_logs(logs: Iterable[ResultLog], *, resume: bool) -> None:

@@ -74,9 +74,9 @@ class Item:
     prompt: str
     is_cut: bool
     expected: str
-    logits: dict[str, float] | None
-    seed: int | None
-    samples: tuple[Sample, ...]
+    logits: dict[str, float] | None = None
+    seed: int | None = None
+    samples: tuple[Sample, ...] = ()
 
     @property
     def share(self) -> float:
@@ -173,10 +173,8 @@ class ResultLog:
         for name in sorted({*self.settings, *header}):
             before, now = header.get(name), self.settings.get(name)
             if before != now:
-                raise UserError(
-                    f"{path} was made with {name} {before!r}, which is {now!r} now; "
-                    f"leave it as it was, or start anew without --resume"
-                )
+                change = f"{path} was made with {name} {before!r}, which is {now!r} now"
+                raise UserError(f"{change}; leave it as it was, or start anew without --resume")
         items = []
         for line in lines[1:]:
             try:

@@ -141,11 +141,8 @@ def score_plainly(model, examples: Sequence[Example]) -> list[Score]:
 
 @torch.no_grad()
 def score_batched(model, examples: Sequence[Example], batch_tokens: int = 0) -> list[Score]:
-    """All options in batches of at most `batch_tokens` (0: what suits the device), rows of like length together.
-
-    The options of an example share their common beginning (`scoring.py`) where the model can, and the vocabulary head
-    runs only where a token is scored.
-    """
+    """All options in batches of at most `batch_tokens` (0: what suits the device), rows of like length together. The
+    options of an example share their common beginning where the model can; only scored tokens need logits."""
     if not examples:  # on a rank beyond the number of examples
         return []
     trees: list[scoring.Tree] = []

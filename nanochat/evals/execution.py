@@ -113,11 +113,8 @@ def grade(
         return run.watch()
 
 
-def grade_many(
-    problems: Iterable[tuple[str, str, str]], *, num_workers: int | None = None, **options
-) -> list[Verdict]:  # fmt: skip
-    """The verdicts on `problems`, in order, `num_workers` at a time (default: one per usable core). `options` are
-    those of `grade`."""
+def grade_many(problems: Iterable[tuple[str, str, str]], *, num_workers: int = 0, **options) -> list[Verdict]:
+    """The verdicts on `problems` in order, `num_workers` at a time (0: one per core); `options` as for `grade`."""
     options.setdefault("sandbox", isolation())  # found before the threads ask for it
     workers = num_workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
     with ThreadPoolExecutor(workers) as pool:

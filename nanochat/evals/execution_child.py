@@ -341,7 +341,16 @@ def enter_namespaces(visible: list[str], hidden: list[str], scratch_bytes: int) 
     call_libc("syscall", _DENIED["pivot_root"][column], b"/tmp", b"/tmp/old")
     os.chdir("/")
     for path in visible:
-        show(path)
+        old = "/old" + path
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if os.path.islink(old):
+            os.symlink(os.readlink(old), path)
+            continue
+        if os.path.isdir(old):
+            os.mkdir(path)
+        else:
+            os.mknod(path)
+        call_libc("mount", old.encode(), path.encode(), None, _MS_BIND | _MS_REC, None)
     for path in hidden:
         mount_tmpfs(path, "size=4k,mode=755")
     os.mkdir("/scratch")
@@ -352,20 +361,6 @@ def enter_namespaces(visible: list[str], hidden: list[str], scratch_bytes: int) 
     call_libc("syscall", number, _AT_FDCWD, b"/", _AT_RECURSIVE, attributes, len(attributes))
     mount_tmpfs("/scratch", f"size={scratch_bytes},nr_inodes=1024,mode=1777")
     os.chdir("/scratch")
-
-
-def show(path: str) -> None:
-    """Make `path` of the old root, mounted at /old, appear in the same place of the new one."""
-    old = "/old" + path
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    if os.path.islink(old):
-        os.symlink(os.readlink(old), path)
-        return
-    if os.path.isdir(old):
-        os.mkdir(path)
-    else:
-        os.mknod(path)
-    call_libc("mount", old.encode(), path.encode(), None, _MS_BIND | _MS_REC, None)
 
 
 def continue_in_child() -> None:

@@ -5,7 +5,7 @@ divided by the text's length in UTF-8. Not here: in-context tasks (`core_eval.py
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -79,9 +79,7 @@ def evaluate_bpb(model, batches: Iterable, token_bytes: np.ndarray | Tensor) -> 
     return BpbResult(rate / math.log(2), se / math.log(2), nats_sum, int(bytes_sum), int(tokens_sum))
 
 
-def evaluate_split(
-    model, tokenizer, paths: Sequence[Path], runtime: Runtime, batch_size: int, num_tokens: int = 0
-) -> BpbResult:
+def evaluate_split(model, tokenizer, paths: list[Path], runtime: Runtime, batch_size: int, num_tokens=0) -> BpbResult:
     """Bits per byte of `model` on the documents of the shards `paths`: on their first `num_tokens` tokens, rounded up
     to whole batches of `batch_size` rows on every rank, or with 0 on each token of every document once."""
     T, ranks = model.config.sequence_len, {"rank": runtime.rank, "world_size": runtime.world_size}

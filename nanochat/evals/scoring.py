@@ -226,9 +226,7 @@ def last_position_logits(
 
 
 @torch.no_grad()
-def last_position_logits_plainly(
-    model, prompts: Sequence[Sequence[int]], token_ids: Sequence[Sequence[int]]
-) -> list[np.ndarray]:
+def last_position_logits_plainly(model, prompts: Sequence, token_ids: Sequence) -> list[np.ndarray]:
     """The reference for `last_position_logits`: one prompt at a time, all logits of all its positions."""
     answers = []
     for prompt, candidates in zip(prompts, token_ids, strict=True):
