@@ -72,10 +72,11 @@ def main(args: argparse.Namespace) -> None:
 
     # evaluation
     print0("task                               shots examples   cut accuracy centered  seconds")
-    options = {"max_per_task": args.max_per_task, "batch_tokens": args.batch_tokens, "slow": args.slow}
     line = "{task:<34} {shots:>5} {examples:>8} {cut:>5} {accuracy:>8.4f} {centered:>8.4f} {seconds:>8.1f}"
-    options |= {"progress": lambda task: print0(line.format_map(task_row(task)))}
-    result = evaluate_core(model, tokenizer, bundle, **options)
+    result = evaluate_core(
+        model, tokenizer, bundle, max_per_task=args.max_per_task, batch_tokens=args.batch_tokens, slow=args.slow,
+        progress=lambda task: print0(line.format_map(task_row(task))),
+    )  # fmt: skip
     print0(f"CORE {result.core:.4f} over {len(result.tasks)} tasks in {result.seconds:.1f} s")
 
     # output
