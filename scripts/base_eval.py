@@ -22,18 +22,9 @@ import torch
 from torch import Tensor
 
 from nanochat.checkpoint import add_checkpoint_flags
-from nanochat.common import (
-    Runtime,
-    UserError,
-    add_runtime_flags,
-    base_dir,
-    init_runtime,
-    print0,
-    run_main,
-    write_atomic,
-)
+from nanochat.common import UserError, add_runtime_flags, base_dir, init_runtime, print0, run_main, write_atomic
 from nanochat.evals.core_bundle import fetch_bundle
-from nanochat.evals.core_eval import CoreResult, TaskResult, evaluate_core
+from nanochat.evals.core_eval import TaskResult, evaluate_core
 from nanochat.model.load import load_model
 from nanochat.report import append_record
 
@@ -49,8 +40,7 @@ def parse_args() -> argparse.Namespace:
     add_checkpoint_flags(parser)
     add("--hf-path", default="", help="evaluate this Hugging Face model (folder or name) instead")
     # data
-    bundle_help = "URL, zip file or folder of the tasks (default: $NANOCHAT_EVAL_BUNDLE, else the public address)"
-    add("--bundle", default="", help=bundle_help)
+    add("--bundle", default="", help="URL, zip or folder of tasks (default: $NANOCHAT_EVAL_BUNDLE or the public ones)")
     add("--max-per-task", type=int, default=0, help="limit of examples per task, 0 for all")
     # evaluation
     add("--batch-tokens", type=int, default=0, help="tokens of a batch, 0 for what suits the device")
@@ -61,14 +51,13 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     # runtime
     if min(args.max_per_task, args.batch_tokens) < 0:
-        raise UserError(
-            f"--max-per-task {args.max_per_task} and --batch-tokens {args.batch_tokens} must not be negative"
-        )
+        given = f"--max-per-task {args.max_per_task} and --batch-tokens {args.batch_tokens}"
+        raise UserError(f"{given} must not be negative")
     runtime = init_runtime(args.device_type, args.dtype)
 
     # inputs
     if args.hf_path:
-        model, tokenizer = load_hugging_face(args.hf_path, runtime)
+        model, tokenizer = load_hugging_face(args.hf_path, runtime.device, runtime.dtype)
         name = "hf_" + Path(args.hf_path).resolve().name
     else:
         loaded = load_model(args.source, runtime, model_tag=args.model_tag, step=args.step)
@@ -82,9 +71,12 @@ def main(args: argparse.Namespace) -> None:
         raise
 
     # evaluation
-    print0(f"{'task':<34} {'shots':>5} {'examples':>8} {'cut':>5} {'accuracy':>8} {'centered':>8} {'seconds':>8}")
-    options = {"max_per_task": args.max_per_task, "batch_tokens": args.batch_tokens, "slow": args.slow}
-    result = evaluate_core(model, tokenizer, bundle, **options, progress=print_task)
+    print0("task                               shots examples   cut accuracy centered  seconds")
+    line = "{task:<34} {shots:>5} {examples:>8} {cut:>5} {accuracy:>8.4f} {centered:>8.4f} {seconds:>8.1f}"
+    result = evaluate_core(
+        model, tokenizer, bundle, max_per_task=args.max_per_task, batch_tokens=args.batch_tokens, slow=args.slow,
+        progress=lambda task: print0(line.format_map(task_row(task))),
+    )  # fmt: skip
     print0(f"CORE {result.core:.4f} over {len(result.tasks)} tasks in {result.seconds:.1f} s")
 
     # output
@@ -93,7 +85,11 @@ def main(args: argparse.Namespace) -> None:
         folder = base_dir() / "base_eval"
         table = [task_row(task) for task in result.tasks]
         items = [{"task": task.label, **asdict(item)} for task in result.tasks for item in task.items]
-        write_atomic(folder / f"{name}.csv", to_csv(table, result))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(table[0]), lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows([*table, {"task": "CORE", "centered": result.core, "seconds": result.seconds}])
+        write_atomic(folder / f"{name}.csv", text.getvalue())
         write_atomic(folder / f"{name}.items.jsonl", "".join(json.dumps(item) + "\n" for item in items))
         print0(f"table and predictions: {folder / name}.csv, {name}.items.jsonl")
         results = {"core": result.core, "elapsed_seconds": result.seconds}
@@ -101,25 +97,11 @@ def main(args: argparse.Namespace) -> None:
         append_record("base_eval", settings={**vars(args), "model": name}, results=results, table=table)
 
 
-def print_task(task: TaskResult) -> None:
-    row = "{task:<34} {shots:>5} {examples:>8} {cut:>5} {accuracy:>8.4f} {centered:>8.4f} {seconds:>8.1f}"
-    print0(row.format_map(task_row(task)))
-
-
 def task_row(task: TaskResult) -> dict:
     """The row of a task in the table."""
     row = {"task": task.label, "shots": task.num_shots, "examples": len(task.items), "cut": task.num_cut}
     row |= {"accuracy": task.accuracy, "baseline": task.baseline, "centered": task.centered}
     return row | {"seconds": task.seconds}
-
-
-def to_csv(table: list[dict], result: CoreResult) -> str:
-    """The table as CSV; its last row is CORE."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(table[0]), lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows([*table, {"task": "CORE", "centered": result.core, "seconds": result.seconds}])
-    return text.getvalue()
 
 
 # --- Hugging Face models -------------------------------------------------------------------------
@@ -131,8 +113,7 @@ class HuggingFaceModel:
     def __init__(self, model):
         text_config = model.config.get_text_config()
         sequence_len = getattr(text_config, "max_position_embeddings", None) or FALLBACK_CONTEXT_TOKENS
-        self.model = model
-        self.device = model.device
+        self.model, self.device = model, model.device
         self.config = SimpleNamespace(sequence_len=sequence_len, vocab_size=text_config.vocab_size)
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
         # whether the logits are the output embedding of the last hidden states: some models also scale them
@@ -171,8 +152,9 @@ class HuggingFaceTokenizer:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def load_hugging_face(path: str, runtime: Runtime) -> tuple[HuggingFaceModel, HuggingFaceTokenizer]:
-    """The model and tokenizer at `path`. Raises `UserError` when transformers is missing or cannot load them."""
+def load_hugging_face(path: str, device: torch.device, dtype: torch.dtype):
+    """The `HuggingFaceModel` and `HuggingFaceTokenizer` at `path`. Raises `UserError` when transformers is missing or
+    cannot load them."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
@@ -182,7 +164,7 @@ def load_hugging_face(path: str, runtime: Runtime) -> tuple[HuggingFaceModel, Hu
     path = str(Path(path).expanduser())
     try:
         tokenizer = HuggingFaceTokenizer(AutoTokenizer.from_pretrained(path))
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=runtime.dtype).to(runtime.device).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"--hf-path {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     if tokenizer.bos_id is None:

@@ -9,6 +9,7 @@ Reads a checkpoint and the shards of its training data; writes nothing but its r
 
 import argparse
 import time
+from functools import partial
 
 import torch
 
@@ -35,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     add("--device-batch-size", type=int, default=8, help="rows of a batch on each device")
     # evaluation
     split_help = "tokens of each split, 0 for all of validation and as many training tokens (default: by device)"
-    add("--split-tokens", type=int, default=None, help=split_help)
+    add("--split-tokens", type=int, help=split_help)
     add("--sample-tokens", type=int, default=32, help="length of each sample in tokens, 0 for no samples")
     add("--seed", type=int, default=42, help="seed of the random samples")
     return parser.parse_args()
@@ -44,9 +45,9 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     # runtime
     if args.device_batch_size < 1 or (args.split_tokens or 0) < 0 or args.sample_tokens < 0:
+        given = f"{args.device_batch_size}, {args.split_tokens} and {args.sample_tokens}"
         raise UserError(
-            "--device-batch-size must be at least 1, --split-tokens and --sample-tokens at least 0, not "
-            f"{args.device_batch_size}, {args.split_tokens} and {args.sample_tokens}"
+            f"--device-batch-size must be at least 1, --split-tokens and --sample-tokens at least 0, not {given}"
         )
     runtime = init_runtime(args.device_type, args.dtype)
     begin = time.perf_counter()
@@ -67,19 +68,16 @@ def main(args: argparse.Namespace) -> None:
         result = evaluate_split(model, tokenizer, paths[split], runtime, args.device_batch_size, num_tokens)
         size = f"{result.tokens:,} tokens, {result.bytes:,} bytes"
         print0(f"{split:<5} {result.bpb:.4f} +- {result.se:.4f} bits per byte over {size}")
-        results |= {f"{split}_bpb": result.bpb, f"{split}_bpb_se": result.se}
-        results |= {f"{split}_tokens": result.tokens, f"{split}_bytes": result.bytes}
+        numbers = {"bpb": result.bpb, "bpb_se": result.se, "tokens": result.tokens, "bytes": result.bytes}
+        results |= {f"{split}_{name}": number for name, number in numbers.items()}
         num_tokens = split_tokens or result.tokens
 
     # samples
     samples = []
     if args.sample_tokens and runtime.is_main:
-        generator = torch.Generator().manual_seed(args.seed)
-        for temperature in (0.0, SAMPLE_TEMPERATURE):
-            texts = sample_completions(
-                model, tokenizer, SAMPLE_PROMPTS, args.sample_tokens, temperature=temperature, generator=generator
-            )
-            samples += [prompt + text for prompt, text in zip(SAMPLE_PROMPTS, texts, strict=True)]
+        sample = partial(sample_completions, model, tokenizer, SAMPLE_PROMPTS, args.sample_tokens)
+        texts = sample() + sample(temperature=SAMPLE_TEMPERATURE, generator=torch.Generator().manual_seed(args.seed))
+        samples = [prompt + text for prompt, text in zip(SAMPLE_PROMPTS * 2, texts, strict=True)]
         print0("\n".join(samples))
 
     # output

@@ -13,7 +13,6 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
 from functools import partial
 
 from tqdm import tqdm
@@ -22,7 +21,7 @@ from nanochat.checkpoint import SOURCES, add_checkpoint_flags
 from nanochat.common import Runtime, UserError, add_runtime_flags, base_dir, init_runtime, print0, run_main
 from nanochat.engine.engine import Engine
 from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task, prepare_logs
-from nanochat.evals.chat_results import Estimate, ResultLog, TaskResult, chat_core
+from nanochat.evals.chat_results import ResultLog, TaskResult, chat_core
 from nanochat.model.load import LoadedModel, load_model
 from nanochat.report import append_record
 from tasks.common import Task
@@ -74,14 +73,14 @@ def main(args: argparse.Namespace) -> None:
     # inputs
     loaded = load_model(args.source, runtime, model_tag=args.model_tag, step=args.step)
     model, tokenizer = loaded.model, loaded.tokenizer
-    for task in tasks:
-        try:
+    try:
+        for task in tasks:
             check_task(task)
-        except UserError:
-            if runtime.is_main:
-                results = {"not_run": f"{task.name} has no data or cannot be judged"}
-                append_record("chat_eval", settings=vars(args), results=results)
-            raise
+    except UserError:
+        if runtime.is_main:
+            results = {"not_run": f"{task.name} has no data or cannot be judged"}
+            append_record("chat_eval", settings=vars(args), results=results)
+        raise
     print0(f"{loaded.folder}: {', '.join(f'{task.name} {len(task):,}' for task in tasks)} problems")
 
     # model
@@ -92,8 +91,8 @@ def main(args: argparse.Namespace) -> None:
         engine = Engine(model, tokenizer, max_rows=batch_rows)
 
     # evaluation
-    name = re.sub(r"[^\w.-]+", "_", f"{args.source}_{loaded.folder.parent.name}_{loaded.folder.name}")
-    name += "_slow" if args.slow else ""
+    slow = "_slow" if args.slow else ""
+    name = re.sub(r"[^\w.-]+", "_", f"{args.source}_{loaded.folder.parent.name}_{loaded.folder.name}{slow}")
     logs = [result_log(name, task, loaded, settings, runtime) for task in tasks]
     prepare_logs(logs, resume=args.resume)
     print0("task                 problems accuracy    95 % interval baseline centered   cut  long  seconds")
@@ -105,9 +104,9 @@ def main(args: argparse.Namespace) -> None:
         print_task(result)
         results.append(result)
     core_results = of_chat_core(results)
-    core = chat_core(core_results or results)
-    title = "ChatCORE" if core_results else "mean centred accuracy"
-    print0(f"{title} {core.value:.4f} ({interval(core.low, core.high)}) over {len(core_results or results)} tasks")
+    averaged, title = (core_results, "ChatCORE") if core_results else (results, "mean centred accuracy")
+    core = chat_core(averaged)
+    print0(f"{title} {core.value:.4f} ({core.low:.4f} - {core.high:.4f}) over {len(averaged)} tasks")
     print0("intervals: 95 % confidence, Wilson's for a task; cut: prompts shortened; long: answers without an end")
 
     # output
@@ -116,29 +115,28 @@ def main(args: argparse.Namespace) -> None:
         numbers = {result.task: result.accuracy.value for result in results}
         if core_results:
             numbers |= {"ChatCORE": core.value, "ChatCORE_low": core.low, "ChatCORE_high": core.high}
-        numbers |= {"elapsed_seconds": time.perf_counter() - begin}
+        numbers["elapsed_seconds"] = time.perf_counter() - begin
         table = [row for result in results for row in table_rows(result)]
         append_record("chat_eval", settings={**vars(args), "model": name}, results=numbers, table=table)
 
 
 def result_log(name: str, task: Task, loaded: LoadedModel, settings: EvalSettings, runtime: Runtime) -> ResultLog:
     """The log of a task, with everything its results depend on except the device."""
+
+    def digest(content: bytes) -> str:
+        return hashlib.sha256(content).hexdigest()[:16]
+
     depends_on = {
-        "task": task.name,
-        "num_problems": len(task),
+        "task": task.name, "num_problems": len(task),
         "data": digest(json.dumps([task[0], task[len(task) - 1]]).encode()),
         "checkpoint": digest((loaded.folder / "meta.json").read_bytes()),
         "dtype": str(runtime.dtype).removeprefix("torch."),
-    }
+    }  # fmt: skip
     path = base_dir() / "chat_eval" / name / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', task.name)}.jsonl"
     return ResultLog(path, depends_on | settings.of_kind(task.kind))
 
 
-def digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def of_chat_core(results: Sequence[TaskResult]) -> list[TaskResult]:
+def of_chat_core(results: list[TaskResult]) -> list[TaskResult]:
     """The results that ChatCORE is the mean of; none when one of its tasks is missing."""
     found = [result for result in results if result.task in TASK_NAMES]
     return found if len(found) == len(TASK_NAMES) else []
@@ -146,35 +144,28 @@ def of_chat_core(results: Sequence[TaskResult]) -> list[TaskResult]:
 
 def table_rows(result: TaskResult) -> list[dict]:
     """The rows of a task in the report: the task, then each further score."""
-    further = {f"{result.task} {name}": estimate for name, estimate in result.scores.items()}
+    estimates = {result.task: result.accuracy}
+    estimates |= {f"{result.task} {name}": estimate for name, estimate in result.scores.items()}
     num_samples = len(result.items[0].samples)
     if num_samples > 1:
-        further[f"{result.task} pass@{num_samples}"] = result.pass_at_k
-    first = {"task": result.task, "problems": len(result.items), **accuracy_columns(result.accuracy)}
-    first |= {"baseline": result.baseline, "centered": result.centered.value, "cut": result.num_cut}
-    first |= {"unfinished": result.num_unfinished, "seconds": result.seconds}
-    return [first, *({"task": name, **accuracy_columns(estimate)} for name, estimate in further.items())]
-
-
-def accuracy_columns(estimate: Estimate) -> dict[str, float]:
-    return {"accuracy": estimate.value, "low": estimate.low, "high": estimate.high}
+        estimates[f"{result.task} pass@{num_samples}"] = result.pass_at_k
+    rows = [{"task": name, "accuracy": e.value, "low": e.low, "high": e.high} for name, e in estimates.items()]
+    rows[0] = {"task": result.task, "problems": len(result.items), **rows[0]}
+    rows[0] |= {"baseline": result.baseline, "centered": result.centered.value, "cut": result.num_cut}
+    rows[0] |= {"unfinished": result.num_unfinished, "seconds": result.seconds}
+    return rows
 
 
 def print_task(result: TaskResult) -> None:
     """The line of a task, then a line for each further score."""
-    for row in table_rows(result):
-        line = f"{row['accuracy']:>8.4f} {interval(row['low'], row['high']):>16}"
-        if "problems" in row:
-            counts = " {baseline:>8.2f} {centered:>8.4f} {cut:>5} {unfinished:>5} {seconds:>8.1f}".format_map(row)
-            print0(f"{row['task']:<20} {row['problems']:>8} {line}{counts}")
-        else:
-            print0(f"  {row['task']:<18} {'':>8} {line}")
+    estimate = " {accuracy:>8.4f} {low:>7.4f} - {high:.4f}"
+    counts = " {baseline:>8.2f} {centered:>8.4f} {cut:>5} {unfinished:>5} {seconds:>8.1f}"
+    first, *further = table_rows(result)
+    print0(("{task:<20} {problems:>8}" + estimate + counts).format_map(first))
+    for row in further:
+        print0(("  {task:<18}         " + estimate).format_map(row))
     if result.num_earlier:
         print0(f"  {result.num_earlier} of the problems were answered in an earlier run")
-
-
-def interval(low: float, high: float) -> str:
-    return f"{low:.4f} - {high:.4f}"
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 - Categorical tasks: the answer is the offered letter with the highest logit after the prompt.
 - Generative tasks: the model writes an answer through the engine, tool calls included, and the task judges it.
 
-Here: prompts that fit the context, answers and verdicts, each rank's share of the work, and plain paths that the fast
-ones are checked against. Not here: the tasks (passed in as objects), sums and result files (`chat_results.py`), flags,
-printing.
+Not here: the tasks (passed in as objects), sums and result files (`chat_results.py`), flags, printing.
 """
 
 import functools
@@ -13,12 +11,11 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from nanochat.common import UserError, from_rank0
 from nanochat.data.chat import ReplyReader, render_for_completion, visible_text
@@ -57,19 +54,17 @@ class EvalSettings:
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
         if self.num_samples > 1 and self.temperature == 0:
-            raise UserError(
-                f"--num-samples {self.num_samples} at temperature 0 would give the same answer every time; "
-                f"set --temperature, 1.0 for example"
-            )
+            same = f"--num-samples {self.num_samples} at temperature 0 would give the same answer every time"
+            raise UserError(f"{same}; set --temperature, 1.0 for example")
         if self.slow and self.temperature != 0:
             raise UserError(f"--slow answers greedily; leave out --temperature {self.temperature}")
         self.sampling(0)  # checks the others
 
     def of_kind(self, kind: str) -> dict[str, Any]:
         """The settings that the answers to one problem of a task of that kind depend on."""
-        relevant = asdict(self)
-        del relevant["max_problems"]
-        return relevant if kind == "generative" else {"slow": self.slow}
+        everything = asdict(self)
+        del everything["max_problems"]
+        return everything if kind == "generative" else {"slow": self.slow}
 
     def sampling(self, index: int) -> Sampling:
         """How the answers to problem `index` are drawn."""
@@ -82,26 +77,20 @@ def problem_seed(seed: int, index: int) -> int:
     return random.Random(f"{seed}/{index}").getrandbits(31)
 
 
-# --- prompts -------------------------------------------------------------------------------------
-
-
 class Question(NamedTuple):
-    """A problem ready to be asked: its index in the task, its conversation, the prompt's ids."""
+    """A problem ready to be asked: its conversation, the prompt's ids, and what is known of the result already."""
 
-    index: int
     conversation: Mapping[str, Any]
     ids: list[int]
-    is_cut: bool
+    item: Item
 
 
 def choose_problems(count: int, max_problems: int) -> tuple[int, ...]:
     """Which of `count` problems are asked, ascending: all, or a fixed random choice of `max_problems`. A smaller choice
     is part of every larger one, so that a run can be extended."""
     order = list(range(count))
-    if 0 < max_problems < count:
-        random.Random(ORDER_SEED).shuffle(order)
-        order = sorted(order[:max_problems])
-    return tuple(order)
+    random.Random(ORDER_SEED).shuffle(order)
+    return tuple(sorted(order[: max_problems or count]))
 
 
 def prompt_budget(kind: str, sequence_len: int, max_new_tokens: int) -> int:
@@ -129,17 +118,13 @@ def fit_prompt(tokenizer: Tokenizer, conversation: Mapping[str, Any], max_tokens
 @functools.lru_cache(maxsize=16)
 def _questions(task, tokenizer: Tokenizer, indices: tuple[int, ...], max_tokens: int) -> tuple[Question, ...]:
     """The questions of `task` at `indices`, made once for all evaluations of a training run."""
-    conversations = [(index, task[index]) for index in indices]
-    return tuple(Question(index, one, *fit_prompt(tokenizer, one, max_tokens)) for index, one in conversations)
-
-
-def _make_item(tokenizer: Tokenizer, question: Question, samples: Iterable[Sample], *, logits=None, seed=None) -> Item:
-    expected = visible_text(question.conversation["messages"][-1]["content"])
-    prompt = tokenizer.decode(question.ids)
-    return Item(question.index, prompt, question.is_cut, expected, logits, seed, tuple(samples))
-
-
-# --- categorical tasks ---------------------------------------------------------------------------
+    questions = []
+    for index in indices:
+        conversation = task[index]
+        ids, is_cut = fit_prompt(tokenizer, conversation, max_tokens)
+        expected = visible_text(conversation["messages"][-1]["content"])
+        questions.append(Question(conversation, ids, Item(index, tokenizer.decode(ids), is_cut, expected)))
+    return tuple(questions)
 
 
 def letter_ids(tokenizer: Tokenizer, letters: Sequence[str]) -> list[int]:
@@ -147,18 +132,14 @@ def letter_ids(tokenizer: Tokenizer, letters: Sequence[str]) -> list[int]:
     `UserError` when two answers share it."""
     firsts = [tokenizer.encode(letter)[0] for letter in letters]
     if len(set(firsts)) < len(firsts):
-        raise UserError(
-            f"the answers {', '.join(letters)} cannot be told apart by their first token; "
-            f"the task must offer others, single letters for example"
-        )
+        fault = f"the answers {', '.join(letters)} cannot be told apart by their first token"
+        raise UserError(f"{fault}; the task must offer others, single letters for example")
     return firsts
 
 
 def _answer_categorical(model, tokenizer: Tokenizer, task, questions: Sequence[Question], slow: bool) -> Iterator[Item]:
-    """The questions with the letter chosen, longest first. In a tie the first letter wins.
-
-    Raises `UserError` for a logit that is NaN: no comparison with NaN is true, so a broken model would choose a letter.
-    """
+    """The questions with the letter chosen, longest first. In a tie the first letter wins. Raises `UserError` for a
+    logit that is NaN: no comparison with NaN is true, so a broken model would choose a letter."""
     score = scoring.last_position_logits_plainly if slow else scoring.last_position_logits
     group_tokens = 1 if slow else GROUP_BATCHES * scoring.default_batch_tokens(model.device)
     for indices in scoring.batches_by_length([len(question.ids) for question in questions], group_tokens):
@@ -169,15 +150,11 @@ def _answer_categorical(model, tokenizer: Tokenizer, task, questions: Sequence[Q
         for question, offered, values in zip(group, letters, scores, strict=True):
             logits = dict(zip(offered, map(float, values), strict=True))
             if any(map(math.isnan, logits.values())):
-                raise UserError(
-                    f"{task.name}, problem {question.index}: the logits are {logits}; the model's weights are broken"
-                )
+                where = f"{task.name}, problem {question.item.index}"
+                raise UserError(f"{where}: the logits are {logits}; the model's weights are broken")
             letter = max(logits, key=logits.__getitem__)
             sample = Sample(letter, task.evaluate(question.conversation, letter))
-            yield _make_item(tokenizer, question, [sample], logits=logits)
-
-
-# --- generative tasks ----------------------------------------------------------------------------
+            yield replace(question.item, logits=logits, samples=(sample,))
 
 
 def _answer_generative(model, tokenizer: Tokenizer, engine, task, questions, settings: EvalSettings) -> Iterator[Item]:
@@ -195,13 +172,14 @@ def _answer_generative(model, tokenizer: Tokenizer, engine, task, questions, set
             for one in completions:
                 scores = task.score(question.conversation, one.parts)
                 samples.append(Sample(one.parts, bool(next(verdicts)), scores, one.finish_reason, len(one.tokens)))
-            yield _make_item(tokenizer, question, samples, seed=problem_seed(settings.seed, question.index))
+            seed = problem_seed(settings.seed, question.item.index)
+            yield replace(question.item, seed=seed, samples=tuple(samples))
 
 
 def _complete_all(engine: Engine, questions, settings: EvalSettings) -> Iterator[tuple[Question, list[Completion]]]:
     """All questions through the engine at the same time, each yielded when its last sample is done."""
-    num_samples = settings.num_samples
-    waiting = {engine.submit(q.ids, settings.sampling(q.index), num_samples=num_samples): q for q in questions}
+    options = {"num_samples": settings.num_samples}
+    waiting = {engine.submit(one.ids, settings.sampling(one.item.index), **options): one for one in questions}
     try:
         while waiting:
             for event in engine.step():
@@ -216,20 +194,19 @@ def _complete_all(engine: Engine, questions, settings: EvalSettings) -> Iterator
 def complete_plainly(model, tokenizer: Tokenizer, prompt: Sequence[int], *, max_tokens: int) -> Completion:
     """The reference for the engine at temperature 0: one answer at a time, the whole text through the model for each
     token, without a cache. A tool call is followed by the tool's answer, which the model does not write itself."""
-    special, ends = tokenizer.special_ids, tokenizer.stop_ids
+    special = tokenizer.special_ids
     tool_marks = [special["<|output_start|>"], special["<|output_end|>"]]
     ids, tokens, forced, call = list(prompt), [], [], None
     # the model reads at most one context, which leaves room to say one more token
     limit = min(len(ids) + max_tokens, model.config.sequence_len + 1)
     while len(ids) < limit:
-        is_forced = bool(forced)
-        if is_forced:
+        if is_forced := bool(forced):
             token = forced.pop(0)
         else:
             logits = model(torch.tensor([ids], device=model.device))[0, -1].clone()  # (V,)
             logits[tool_marks] = -torch.inf
             token = logits.argmax().item()
-            if token in ends:
+            if token in tokenizer.stop_ids:
                 break
         ids.append(token)
         tokens.append(Token(token, is_forced))
@@ -244,35 +221,24 @@ def complete_plainly(model, tokenizer: Tokenizer, prompt: Sequence[int], *, max_
     return Completion(tokens, reader.parts, "length" if len(ids) == limit else "stop")
 
 
-# --- tasks ---------------------------------------------------------------------------------------
-
-
 def check_task(task) -> None:
-    """Load the data of `task` and try its judge, which must accept the task's own answer to its first problem.
-
-    Raises `UserError` for a task without problems or whose judge does not, and what the task raises: data that cannot
-    be loaded, no isolation for code.
-    """
+    """Load the data of `task` and try its judge, which must accept the task's own answer to its first problem. Raises
+    `UserError` where it does not or there are no problems, and what the task raises (no data, no isolation)."""
     assert task.kind in ("categorical", "generative"), f"{task.name} cannot be examined"
     if len(task) == 0:
         raise UserError(f"the task {task.name} has no problems; choose others")
     conversation = task[0]
     if not task.evaluate(conversation, conversation["messages"][-1]["content"]):
-        raise UserError(
-            f"{task.name} does not accept its own answer to its first problem, so that none of its verdicts could be "
-            f"trusted; if it runs code, is this machine overloaded?"
-        )
+        fault = f"{task.name} does not accept its own answer to its first problem"
+        doubt = "none of its verdicts could be trusted; if it runs code, is this machine overloaded?"
+        raise UserError(f"{fault}, so that {doubt}")
 
 
 def prepare_logs(logs: Iterable[ResultLog], *, resume: bool) -> None:
     """Delete what is in `logs`, or with `resume` check that all of them can be continued, before hours go into the
     first task. With a process group every rank must call this. Raises `UserError` when the settings were others."""
-
-    def prepare() -> None:
-        for log in logs:
-            log.recover() if resume else log.discard()
-
-    _on_rank0(prepare)
+    for log in logs:
+        _on_rank0(log.recover if resume else log.discard)
 
 
 def evaluate_task(
@@ -281,11 +247,10 @@ def evaluate_task(
 ) -> TaskResult:  # fmt: skip
     """Ask `model` the problems of `task`, a `tasks.common.Task` or an object like it, and judge its answers.
 
-    model: `GPT`, or an object with `device`, `config.sequence_len`, `config.vocab_size`, `hidden`, `logits` and
-    `__call__` like it; engine: an `Engine` with that model, needed for generative tasks unless `settings.slow`. With a
-    process group every rank must call this: each answers its share, all get the result. `log` keeps the results as they
-    come; problems it already holds are not asked again. `progress(items, total=n)`, tqdm for example, wraps the
-    iterator over the results of this process.
+    model: a `GPT`, or what `scoring.py` takes for one; engine: an `Engine` with that model, needed for generative tasks
+    unless `settings.slow`. With a process group every rank must call this: each answers its share, all get the result.
+    `log` keeps the results as they come; problems it already holds are not asked again. `progress(items, total=n)`,
+    tqdm for example, wraps the iterator over the results of this process.
 
     Raises `UserError` for NaN logits, for results that cannot be written or were made with other settings, and what
     the task raises. Call `check_task` for all tasks first, so that it raises early.
@@ -302,12 +267,11 @@ def evaluate_task(
         answers = _answer_categorical(model, tokenizer, task, questions, settings.slow)
     else:
         answers = _answer_generative(model, tokenizer, engine, task, questions, settings)
-    own: list[Item] = []
-    append = log.appender(rank) if log is not None else None
+    append = log.appender(rank) if log is not None else lambda item: None
+    own = []
     for item in progress(answers, total=len(todo)):
         own.append(item)
-        if append is not None:
-            append(item)
+        append(item)
     items = {item.index: item for item in [*earlier, *scoring.gather_from_ranks(own)]}
     if log is not None:
         _on_rank0(lambda: log.write_whole(items.values()))
@@ -318,13 +282,13 @@ def evaluate_task(
 
 def _on_rank0(work: Callable[[], Any]) -> Any:
     """Do `work` in one process; its result, or the `UserError` it raised, is that of every process."""
-    outcome = None, None
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    result, error = None, None
+    if scoring.rank_and_world_size()[0] == 0:
         try:
-            outcome = work(), None
-        except UserError as error:
-            outcome = None, error
-    result, error = from_rank0(outcome)
+            result = work()
+        except UserError as raised:
+            error = raised
+    result, error = from_rank0((result, error))
     if error is not None:
         raise error
     return result

@@ -7,16 +7,12 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nanochat.common import UserError, disk_errors, write_atomic
 
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
-
-
-# --- estimates -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -57,9 +53,6 @@ def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(mean, mean - below, mean + above)
 
 
-# --- results -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Sample:
     """An answer: a letter, or the parts of a message; whether it is right; further scores of the task by name, 0 to 1;
@@ -81,9 +74,9 @@ class Item:
     prompt: str
     is_cut: bool
     expected: str
-    logits: dict[str, float] | None
-    seed: int | None
-    samples: tuple[Sample, ...]
+    logits: dict[str, float] | None = None
+    seed: int | None = None
+    samples: tuple[Sample, ...] = ()
 
     @property
     def share(self) -> float:
@@ -104,7 +97,7 @@ class TaskResult:
 
     @property
     def accuracy(self) -> Estimate:
-        return self._mean(lambda item: item.share)
+        return self._mean(item.share for item in self.items)
 
     @property
     def centered(self) -> Estimate:
@@ -113,17 +106,16 @@ class TaskResult:
     @property
     def pass_at_k(self) -> Estimate:
         """The part of the problems that at least one sample solves."""
-        return self._mean(lambda item: item.share > 0)
+        return self._mean(item.share > 0 for item in self.items)
 
     @property
     def scores(self) -> dict[str, Estimate]:
         """The mean of each further score of the task."""
-        names = dict.fromkeys(name for item in self.items for sample in item.samples for name in sample.scores)
-
-        def mean(item: Item, name: str) -> float:
-            return sum(sample.scores.get(name, 0.0) for sample in item.samples) / len(item.samples)
-
-        return {name: self._mean(partial(mean, name=name)) for name in names}
+        means = {}
+        for name in dict.fromkeys(name for item in self.items for sample in item.samples for name in sample.scores):
+            given = ([sample.scores.get(name, 0.0) for sample in item.samples] for item in self.items)
+            means[name] = self._mean(sum(scores) / len(scores) for scores in given)
+        return means
 
     @property
     def num_cut(self) -> int:
@@ -134,16 +126,13 @@ class TaskResult:
         """How many answers ran out of room."""
         return sum(sample.finish_reason == "length" for item in self.items for sample in item.samples)
 
-    def _mean(self, of_item: Callable[[Item], float]) -> Estimate:
-        return wilson(sum(map(of_item, self.items)) / len(self.items), len(self.items))
+    def _mean(self, values: Iterable[float]) -> Estimate:
+        return wilson(sum(values) / len(self.items), len(self.items))
 
 
 def chat_core(results: Sequence[TaskResult]) -> Estimate:
     """The mean of the tasks' centred accuracies (accuracy - baseline) / (1 - baseline)."""
     return mean_estimate([result.centered for result in results])
-
-
-# --- result files --------------------------------------------------------------------------------
 
 
 class ResultLog:
@@ -167,10 +156,8 @@ class ResultLog:
                 path.unlink(missing_ok=True)
 
     def recover(self) -> list[Item]:
-        """The results of earlier runs, whatever number of processes they had; parts become one whole file.
-
-        Incomplete lines are ignored. Raises `UserError` when the settings were others.
-        """
+        """The results of earlier runs on any number of processes, parts merged into one whole file. Incomplete lines
+        are ignored. Raises `UserError` when the settings were others."""
         found = {item.index: item for path in (self.path, *self._parts()) for item in self._read(path)}
         if found:
             self.write_whole(found.values())
@@ -179,21 +166,21 @@ class ResultLog:
     def _read(self, path: Path) -> list[Item]:
         # not splitlines: a text may hold other line ends, which JSON leaves as they are
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
-        header = _parsed(lines[0]).get("settings")
-        if not isinstance(header, dict):
+        try:
+            header = dict(json.loads(lines[0])["settings"])
+        except (ValueError, KeyError, TypeError):  # nothing was written, or not to the end of the line
             return []
         for name in sorted({*self.settings, *header}):
             before, now = header.get(name), self.settings.get(name)
             if before != now:
-                raise UserError(
-                    f"{path} was made with {name} {before!r}, which is {now!r} now; "
-                    f"leave it as it was, or start anew without --resume"
-                )
+                change = f"{path} was made with {name} {before!r}, which is {now!r} now"
+                raise UserError(f"{change}; leave it as it was, or start anew without --resume")
         items = []
-        for value in map(_parsed, lines[1:]):
+        for line in lines[1:]:
             try:
+                value = json.loads(line)
                 items.append(Item(**value | {"samples": tuple(Sample(**sample) for sample in value["samples"])}))
-            except (KeyError, TypeError):  # an incomplete line
+            except (ValueError, KeyError, TypeError):  # an incomplete line
                 continue
         return items
 
@@ -220,12 +207,3 @@ class ResultLog:
 
 def _line(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    """The JSON object in `line`, empty when there is none."""
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -21,8 +21,7 @@ from nanochat.common import UserError, base_dir, fetch_once
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 BUNDLE_VARIABLE = "NANOCHAT_EVAL_BUNDLE"
-FETCH_ATTEMPTS = 4
-FETCH_TIMEOUT_SECONDS = 30
+FETCH_ATTEMPTS, FETCH_TIMEOUT_SECONDS = 4, 30
 ORDER_SEED = 1337  # that of the published CORE tables of nanochat runs; it decides which examples a limited run asks
 DEFAULT_DELIMITER = " "  # between question and answer, where the bundle names none
 FIELDS = {  # of a record, by kind of task
@@ -34,11 +33,9 @@ OPTIONS_FIELD = {"multiple_choice": "choices", "schema": "context_options"}
 
 
 def fetch_bundle(source: str = "") -> Path:
-    """The task bundle, a folder or a zip file; from a URL it is fetched the first time.
-
-    `source` is a URL, a zip file or a folder; "" means the environment variable `NANOCHAT_EVAL_BUNDLE`, else the
-    public address. Raises `UserError` when it cannot be fetched or is not a bundle.
-    """
+    """The task bundle, a folder or a zip file, at `source`: a path, or a URL that is fetched the first time; "" means
+    the environment variable `NANOCHAT_EVAL_BUNDLE`, else the public address. Raises `UserError` when it cannot be
+    fetched or is not a bundle."""
     source = source or os.environ.get(BUNDLE_VARIABLE, "") or BUNDLE_URL
     if source.startswith(("http://", "https://")):
         key = hashlib.sha256(source.encode()).hexdigest()[:16]
@@ -55,19 +52,16 @@ def _download(url: str, partial: Path) -> None:
     """Fetch `url` to `partial`, retrying with growing pauses until it is a whole bundle."""
     import requests
 
-    fault = ""
     for attempt in range(FETCH_ATTEMPTS):
         time.sleep(2**attempt - 1)
         try:
-            with requests.get(url, stream=True, timeout=FETCH_TIMEOUT_SECONDS) as response:
+            with requests.get(url, stream=True, timeout=FETCH_TIMEOUT_SECONDS) as response, open(partial, "wb") as file:
                 response.raise_for_status()
-                with open(partial, "wb") as file:
-                    for block in response.iter_content(1 << 20):
-                        file.write(block)
+                for block in response.iter_content(1 << 20):
+                    file.write(block)
             fault = bundle_fault(partial)
         except requests.RequestException as error:  # an OSError too, so it must come before the disk's
-            status = getattr(error.response, "status_code", None)
-            fault = type(error).__name__ if status is None else f"status {status}"
+            fault = type(error).__name__ if error.response is None else f"status {error.response.status_code}"
         except OSError as error:
             raise UserError(f"cannot write the evaluation bundle to {partial.parent}: {error.strerror}") from error
         if not fault:

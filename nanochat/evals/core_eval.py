@@ -30,9 +30,6 @@ SHOT_SEPARATOR = "\n\n"
 ENCODE_EXAMPLES = 256  # tokenised together: enough for all threads, few enough to hold as Python lists
 
 
-# --- prompts and scored spans --------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Example:
     """A tokenised example: a row for each option, whose tokens from `starts` to the end are scored.
@@ -60,30 +57,27 @@ def build_examples(task: Task, tokenizer, indices: range, max_row_tokens: int) -
                 rows, starts = rows[1:], starts[1:]
             num_cut = max(0, max(map(len, rows)) - max_row_tokens)
             cut = [cut_row(row, start, num_cut, max_row_tokens) for row, start in zip(rows, starts, strict=True)]
-            arrays = tuple(np.array(row, dtype=np.int32) for row, _ in cut)
-            examples.append(Example(arrays, tuple(start for _, start in cut), num_cut))
+            rows, starts = zip(*cut, strict=True)
+            examples.append(Example(tuple(np.array(row, dtype=np.int32) for row in rows), starts, num_cut))
     return tuple(examples)
 
 
 def build_prompts(task: Task, index: int) -> list[str]:
     """The texts of one example, shots in front: one for each option, or for language modelling the prompt without
     its answer and with it."""
-    shots = ""
-    for shot in draw_shots(task, index):
-        record = task.records[shot]
-        answer = -1 if task.kind == "language_modeling" else record["gold"]
-        shots += _texts(task, record)[answer] + SHOT_SEPARATOR
-    return [shots + text for text in _texts(task, task.records[index])]
+    shots = [task.records[shot] for shot in draw_shots(task, index)]
+    is_text = task.kind == "language_modeling"
+    answered = [_texts(task, shot)[-1 if is_text else shot["gold"]] for shot in shots]
+    return [SHOT_SEPARATOR.join([*answered, text]) for text in _texts(task, task.records[index])]
 
 
 def _texts(task: Task, record: dict) -> list[str]:
-    delimiter = task.delimiter
     if task.kind == "multiple_choice":
-        return [record["query"] + delimiter + choice for choice in record["choices"]]
+        return [record["query"] + task.delimiter + choice for choice in record["choices"]]
     if task.kind == "schema":
-        return [option + delimiter + record["continuation"] for option in record["context_options"]]
+        return [option + task.delimiter + record["continuation"] for option in record["context_options"]]
     # The space of the delimiter belongs to the answer's first token, so the prompt alone goes without it.
-    asked = record["context"].strip() + delimiter
+    asked = record["context"].strip() + task.delimiter
     return [asked.rstrip(), asked + record["continuation"]]
 
 
@@ -102,30 +96,22 @@ def span_starts(kind: str, rows: list[list[int]]) -> list[int]:
     scored, even where one row is the beginning or the end of another or all rows are equal; the first token, which
     nothing predicts, never is.
     """
-    shortest = min(map(len, rows))
-    backwards = kind == "schema"
-    sides = [row[::-1] for row in rows] if backwards else rows
+    sides = [row[::-1] for row in rows] if kind == "schema" else rows
     # what the first and the last row in sorted order have in common, all rows have
     pairs = zip(min(sides), max(sides), strict=False)
+    shortest = min(map(len, rows))
     common = next((t for t, (one, other) in enumerate(pairs) if one != other), shortest)
-    if backwards:
-        return [len(row) - max(1, min(common, shortest - 1)) for row in rows]
-    if kind == "language_modeling":
-        shortest = len(rows[-1])
-    return [max(1, min(common, shortest - 1))] * len(rows)
+    length = len(rows[-1]) if kind == "language_modeling" else shortest
+    common = max(1, min(common, length - 1))
+    return [len(row) - common if kind == "schema" else common for row in rows]
 
 
 def cut_row(row: list[int], start: int, num_cut: int, max_row_tokens: int) -> tuple[list[int], int]:
-    """`row` and the start of its span after `num_cut` tokens behind the first one are dropped.
-
-    `num_cut` is by how much the example's longest row is too long, so that all options keep the same context. Less is
-    dropped where it would reach into the span; a span that is too long by itself loses its beginning.
-    """
+    """`row` and the start of its span after `num_cut` tokens behind the first one are dropped: as many as the example's
+    longest row is too long, so that all options keep the same context. Less is dropped where it would reach into the
+    span; a span that is too long by itself loses its beginning."""
     drop = max(min(num_cut, start - 1), len(row) - max_row_tokens)
     return row[:1] + row[1 + drop :], max(1, start - drop)
-
-
-# --- scoring -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -155,31 +141,29 @@ def score_plainly(model, examples: Sequence[Example]) -> list[Score]:
 
 @torch.no_grad()
 def score_batched(model, examples: Sequence[Example], batch_tokens: int = 0) -> list[Score]:
-    """All options in batches of at most `batch_tokens` (0: what suits the device), rows of like length together.
-
-    The options of an example share their common beginning (`scoring.py`) where the model can. An option whose input is
-    the beginning of another one's costs nothing. The vocabulary head runs only where a token is scored.
-    """
+    """All options in batches of at most `batch_tokens` (0: what suits the device), rows of like length together. The
+    options of an example share their common beginning where the model can; only scored tokens need logits."""
     if not examples:  # on a rank beyond the number of examples
         return []
     trees: list[scoring.Tree] = []
-    spans: list[np.ndarray] = []  # for each option (4, N): its tree, its number, places that predict tokens, the tokens
+    spans: list[list[np.ndarray]] = []  # by tree, of each option in it (3, N): its number, places, tokens they predict
+    num_options = 0
     for example in examples:
         # the last token of a row is only predicted, never read
         own, found = scoring.plant([row[:-1] for row in example.rows], shared=isinstance(model, GPT))
+        spans += [[] for _ in own]
         for (tree, places), start, row in zip(found, example.starts, example.rows, strict=True):
-            targets = row[start:]
-            of_option = np.full((2, len(targets)), [[len(trees) + tree], [len(spans)]])
-            spans.append(np.concatenate([of_option, [places[start - 1 :], targets]]))
+            numbers = np.full(len(row) - start, num_options)
+            spans[len(trees) + tree].append(np.stack([numbers, places[start - 1 :], row[start:]]))
+            num_options += 1
         trees += own
-    scored = np.concatenate(sorted(spans, key=lambda span: span[0, 0]), axis=1)
-    bounds = np.searchsorted(scored[0], np.arange(len(trees) + 1))  # columns of `scored` by tree
 
     parts = []
     batch_tokens = batch_tokens or scoring.default_batch_tokens(model.device)
     for batch in scoring.batches_by_length(list(map(len, trees)), batch_tokens):
-        _, numbers, places, targets = np.concatenate([scored[:, bounds[i] : bounds[i + 1]] for i in batch], axis=1)
-        rows = np.repeat(np.arange(len(batch)), np.diff(bounds)[batch])
+        scored = [np.concatenate(spans[i], axis=1) for i in batch]
+        rows = np.repeat(np.arange(len(batch)), [span.shape[1] for span in scored])
+        numbers, places, targets = np.concatenate(scored, axis=1)
         hidden = scoring.hidden_at(model, [trees[i] for i in batch], rows, places)  # (N, C)
         losses, is_best = scoring.token_losses(model, hidden, torch.from_numpy(targets).to(model.device))
         parts.append((numbers, torch.stack([losses, (~is_best).float()])))
@@ -189,9 +173,6 @@ def score_batched(model, examples: Sequence[Example], batch_tokens: int = 0) -> 
     hits = (np.bincount(numbers, misses) == 0).tolist()
     ends = np.cumsum([len(example.rows) for example in examples]).tolist()
     return [Score(tuple(nats[end - len(e.rows) : end]), hits[end - 1]) for end, e in zip(ends, examples, strict=True)]
-
-
-# --- CORE ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -210,11 +191,14 @@ class TaskResult:
 
     label: str
     num_shots: int
-    accuracy: float
     baseline: float
     num_cut: int
     seconds: float
     items: tuple[ItemResult, ...]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(item.is_correct for item in self.items) / len(self.items)
 
     @property
     def centered(self) -> float:
@@ -234,38 +218,31 @@ def evaluate_core(
     model, tokenizer, bundle: Path, *, max_per_task: int = 0, batch_tokens: int = 0, slow: bool = False,
     progress: Callable[[TaskResult], object] = lambda task: None,
 ) -> CoreResult:  # fmt: skip
-    """CORE of `model` on the tasks of the folder `bundle`, as `fetch_bundle` returns it.
+    """CORE of `model` on the tasks of `bundle`, as `fetch_bundle` returns it.
 
-    model: has `device`, `config.sequence_len`, `config.vocab_size`, `hidden`, `logits` and `__call__` like `GPT`;
-    tokenizer: has `bos_id` and `encode_batch`. `max_per_task` limits the examples of each task (0: all); they are
-    always the same ones, asked with the same shots as in a whole run. `batch_tokens` 0 is what suits the device; `slow`
-    takes the plain path. `progress` is called after each task. With a process group every rank must call this; each
-    scores its share, all get the result. Raises `UserError` for a malformed bundle and for losses that are NaN.
+    model: a `GPT` or what `scoring.py` takes for one; tokenizer: has `bos_id` and `encode_batch`. `max_per_task` limits
+    the examples of each task (0: all), always the same ones with the same shots. `batch_tokens` 0 is what suits the
+    device; `slow` takes the plain path. `progress` is called after each task. With a process group every rank must call
+    this; each scores its share, all get the result. Raises `UserError` for a malformed bundle and for NaN losses.
     """
     begin = time.perf_counter()
+    rank, world_size = scoring.rank_and_world_size()
     results = []
     for task in read_tasks(bundle):
-        results.append(_evaluate_task(model, tokenizer, task, max_per_task, batch_tokens, slow))
+        task_begin = time.perf_counter()
+        mine = range(len(task.records))[: max_per_task or None][rank::world_size]
+        # the last token of a row is only predicted, never read: a row may be one longer than the context
+        examples = build_examples(task, tokenizer, mine, model.config.sequence_len + 1)
+        scores = score_plainly(model, examples) if slow else score_batched(model, examples, batch_tokens)
+        own = [(index, score, one.num_cut > 0) for index, score, one in zip(mine, scores, examples, strict=True)]
+        gathered = sorted(scoring.gather_from_ranks(own), key=lambda one: one[0])
+        items = tuple(_judge(task, index, score) for index, score, _ in gathered)
+        num_cut = sum(is_cut for _, _, is_cut in gathered)
+        seconds = time.perf_counter() - task_begin
+        results.append(TaskResult(task.label, task.num_shots, task.baseline, num_cut, seconds, items))
         progress(results[-1])
     core = sum(result.centered for result in results) / len(results)
     return CoreResult(tuple(results), core, time.perf_counter() - begin)
-
-
-def _evaluate_task(model, tokenizer, task: Task, max_per_task: int, batch_tokens: int, slow: bool) -> TaskResult:
-    begin = time.perf_counter()
-    count = min(max_per_task or len(task.records), len(task.records))
-    rank, world_size = scoring.rank_and_world_size()
-    mine = range(rank, count, world_size)
-    # the last token of a row is only predicted, never read: a row may be one longer than the context
-    examples = build_examples(task, tokenizer, mine, model.config.sequence_len + 1)
-    scores = score_plainly(model, examples) if slow else score_batched(model, examples, batch_tokens)
-    own = [(index, s, example.num_cut > 0) for index, s, example in zip(mine, scores, examples, strict=True)]
-    gathered = sorted(scoring.gather_from_ranks(own), key=lambda one: one[0])
-    items = tuple(_judge(task, index, score) for index, score, _ in gathered)
-    accuracy = sum(item.is_correct for item in items) / count
-    num_cut = sum(is_cut for _, _, is_cut in gathered)
-    seconds = time.perf_counter() - begin
-    return TaskResult(task.label, task.num_shots, accuracy, task.baseline, num_cut, seconds, items)
 
 
 def _judge(task: Task, index: int, score: Score) -> ItemResult:

@@ -1,9 +1,9 @@
 """Runs Python that a model wrote, in processes that can do no harm, and grades it by tests that it cannot see.
 
-Each problem gets two processes (`execution_child.py` is what runs in them): the *candidate* holds the program, the
-*tester* holds the tests. The tester calls the candidate's function over a pair of pipes that carry only plain data,
-and sends the verdict to this process over a pipe that the candidate does not have. So an exit code, a printed verdict,
-a patched builtin or an object that equals everything cannot make a program pass.
+Each problem gets two processes, in which `execution_child.py` runs: the *candidate* holds the program, the *tester* the
+tests. The tester calls the candidate's function over a pair of pipes that carry only plain data, and sends the verdict
+to this process over a pipe that the candidate does not have. So an exit code, a printed verdict, a patched builtin or
+an object that equals everything cannot make a program pass.
 
 Each process has: its own namespaces (processes, mounts, network, IPC, host name), through bubblewrap or else through
 unshare(2); a read-only root with Python and the system's libraries, a scratch folder in memory, no /proc, no /dev, no
@@ -34,7 +34,7 @@ import time
 from ast import FunctionDef, parse, unparse
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +52,8 @@ MAX_SOURCE = 1 << 20  # characters of a program or its tests
 LIMITS = {"AS": 512 << 20, "FSIZE": 8 << 20, "NOFILE": 64, "NPROC": 64, "CORE": 0}
 
 _USERS = itertools.cycle(range(64000, 64500))  # used by root: ids without an account, one each, so limits do not add up
+# a virtual environment's interpreter is a link to the real one; graded code must not see the packages beside the link
+_PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 _METHODS = ("bubblewrap", "unshare")
 _SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store")
 
@@ -80,7 +82,7 @@ class Verdict:
 
 
 class Problem(NamedTuple):
-    """One program to grade, see `grade`."""
+    """The arguments of `grade` for one program."""
 
     program: str
     tests: str
@@ -94,11 +96,9 @@ def grade(
     """Run `tests` against the function `entry_point` of `program` (both Python source).
 
     The tests are plain asserts on `entry_point`, or define `check(candidate)`, as HumanEval's do (arXiv 2107.03374).
-    They see nothing else of the program; `with_helpers` adds what they need of its prompt. `sandbox` is the isolation
-    to use (default: `isolation()`).
-
-    Whatever the program does, a `Verdict` comes back within about the timeout and no process is left. Raises
-    `UserError` when this system offers no isolation and `allow_unsafe` is false.
+    They see nothing else of the program; `with_helpers` adds what they need of its prompt. `sandbox` defaults to
+    `isolation()`. Whatever the program does, a `Verdict` comes back within about the timeout and no process is left.
+    Raises `UserError` when this system offers no isolation and `allow_unsafe` is false.
     """
     sandbox = sandbox or isolation()
     if sandbox.method == "none" and not allow_unsafe:
@@ -113,11 +113,8 @@ def grade(
         return run.watch()
 
 
-def grade_many(
-    problems: Iterable[Problem | tuple[str, str, str]], *, num_workers: int | None = None, **options
-) -> list[Verdict]:
-    """The verdicts on `problems`, in order, `num_workers` at a time (default: one per usable core). `options` are
-    those of `grade`."""
+def grade_many(problems: Iterable[tuple[str, str, str]], *, num_workers: int = 0, **options) -> list[Verdict]:
+    """The verdicts on `problems` in order, `num_workers` at a time (0: one per core); `options` as for `grade`."""
     options.setdefault("sandbox", isolation())  # found before the threads ask for it
     workers = num_workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
     with ThreadPoolExecutor(workers) as pool:
@@ -125,11 +122,8 @@ def grade_many(
 
 
 def with_helpers(tests: str, prompt: str, entry_point: str) -> str:
-    """`tests` preceded by everything that `prompt` defines beside `entry_point`.
-
-    Some of HumanEval's tests call helpers of the prompt (`poly`, `encode_cyclic`, `encode_shift`). Taken from the
-    graded program instead, these could be redefined to agree with anything.
-    """
+    """`tests` preceded by everything that `prompt` defines beside `entry_point`: some of HumanEval's tests call helpers
+    of the prompt (`poly`, `encode_cyclic`). Those of the graded program could be redefined to agree with anything."""
     try:
         body = parse(prompt).body
     except (SyntaxError, ValueError):
@@ -139,21 +133,6 @@ def with_helpers(tests: str, prompt: str, entry_point: str) -> str:
 
 
 # --- isolation --------------------------------------------------------------------------------------
-
-
-@functools.cache
-def isolation(method: str = "") -> Isolation:
-    """The best isolation that works on this system, or whether `method` does. Found by using it, once: this starts
-    processes and creates a canary file in the temporary folder."""
-    if not sys.platform.startswith("linux"):
-        return Isolation("none", f"{sys.platform} has no namespaces")
-    reasons = []
-    for candidate in [method] if method else _METHODS:
-        problem = _probe(candidate)
-        if not problem:
-            return Isolation(candidate, f"{candidate} works")
-        reasons.append(f"{candidate}: {problem}")
-    return Isolation("none", "; ".join(reasons))
 
 
 _PROBE = """
@@ -166,6 +145,20 @@ def look(canary):
         network = False
     return [network, os.path.exists(canary), os.access("/", os.W_OK), os.getpid() < 10, os.access(".", os.W_OK)]
 """
+
+
+@functools.cache
+def isolation(method: str = "") -> Isolation:
+    """The best isolation that works on this system, or whether `method` does. Found by using it, once: this starts
+    processes and creates a canary file in the temporary folder."""
+    if not sys.platform.startswith("linux"):
+        return Isolation("none", f"{sys.platform} has no namespaces")
+    reasons = []
+    for candidate in [method] if method else _METHODS:
+        if not (fault := _probe(candidate)):
+            return Isolation(candidate, f"{candidate} works")
+        reasons.append(f"{candidate}: {fault}")
+    return Isolation("none", "; ".join(reasons))
 
 
 def _probe(method: str) -> str:
@@ -182,21 +175,16 @@ def _probe(method: str) -> str:
 
 
 @functools.cache
-def _python() -> str:
-    """The real interpreter: a virtual environment's is a link, and graded code must not see its packages."""
-    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-
-
-@functools.cache
 def _visible() -> tuple[list[str], list[str]]:
-    """(paths that the sandbox shows, parents before what is below them; package folders in them that it empties)."""
+    """The paths that the sandbox shows, none below another one, and the package folders in them that it empties."""
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
     stdlib = {os.path.realpath(sysconfig.get_path(name, vars=base)) for name in ("stdlib", "platstdlib")}
     shared = os.path.join(sysconfig.get_config_var("LIBDIR") or "", sysconfig.get_config_var("INSTSONAME") or "")
     own_libraries = Path(sys.base_prefix, "lib").glob("*.so*")  # of conda, or of a Python built as a library
-    paths = {*_SYSTEM_LIBRARIES, *stdlib, _python(), shared, *map(str, own_libraries)}
+    paths = {*_SYSTEM_LIBRARIES, *stdlib, _PYTHON, shared, *map(str, own_libraries)}
     packages = [f"{folder}/{name}-packages" for folder in (*stdlib, "/usr/lib/python3") for name in ("site", "dist")]
-    visible = sorted(path for path in paths if os.path.isabs(path) and os.path.exists(path))
+    found = sorted(path for path in paths if os.path.isabs(path) and os.path.exists(path))
+    visible = [path for path in found if not any(path.startswith(f"{parent}/") for parent in found)]
     return visible, [path for path in packages if os.path.isdir(path)]
 
 
@@ -210,10 +198,9 @@ def _bubblewrap() -> list[str]:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     # as process 1 itself: bubblewrap's own reaper would be left as a zombie for the system to reap
     command += ["--as-pid-1", "--die-with-parent", "--new-session", "--hostname", "sandbox"]
-    roots = [path for path in visible if not any(path.startswith(f"{parent}/") for parent in visible)]
-    for folder in sorted({str(parent) for path in roots for parent in Path(path).parents} - {"/"}):
+    for folder in sorted({str(parent) for path in visible for parent in Path(path).parents} - {"/"}):
         command += ["--perms", "0755", "--dir", folder]  # by default bubblewrap may close them to other users
-    for path in roots:
+    for path in visible:
         command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     for path in hidden:
         command += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]
@@ -228,11 +215,9 @@ class _Run:
     """The two processes of one grading and their pipes. After `close` nothing of them remains."""
 
     def __init__(self, sandbox: Isolation, timeout_seconds: float) -> None:
-        self.sandbox = sandbox
-        self.timeout_seconds = timeout_seconds
+        self.sandbox, self.timeout_seconds = sandbox, timeout_seconds
         self.processes: dict[str, subprocess.Popen] = {}
-        self.output = bytearray()  # of the program
-        self.told = bytearray()  # by the tester
+        self.output, self.told = bytearray(), bytearray()  # by the program, by the tester
         self.open = ExitStack()
         self.selector = self.open.enter_context(selectors.DefaultSelector())
 
@@ -246,19 +231,19 @@ class _Run:
             with ExitStack() as theirs:  # pipe ends that only the processes keep, so a pipe ends with its process
                 requests, answers = _pipe(theirs, theirs), _pipe(theirs, theirs)
                 output, told = _pipe(self.open, theirs), _pipe(self.open, theirs)
-                self.spawn("candidate", [requests[0], answers[1]], output[1], {"program": program})
-                tests_setup = {"tests": tests, "entry_point": entry_point}
-                self.spawn("tester", [answers[0], requests[1], told[1]], subprocess.DEVNULL, tests_setup)
+                self.spawn("candidate", [requests[0], answers[1]], output[1], program=program)
+                ends = [answers[0], requests[1], told[1]]
+                self.spawn("tester", ends, subprocess.DEVNULL, tests=tests, entry_point=entry_point)
         except OSError as error:
             raise UserError(f"cannot start a process for the code to be graded ({error}); try fewer workers") from error
         self.selector.register(output[0], selectors.EVENT_READ, self.output)
         self.selector.register(told[0], selectors.EVENT_READ, self.told)
 
-    def spawn(self, part: str, descriptors: list[int], output: int, setup: dict) -> None:
-        """Start the process `part`. Its instructions wait in a file that is its standard input."""
+    def spawn(self, part: str, descriptors: list[int], output: int, **task: str) -> None:
+        """Start the process `part`. Its set-up, `task` included, waits in a file that is its standard input."""
         method = self.sandbox.method
         visible, hidden = _visible()
-        setup |= {
+        setup = task | {
             "part": part, "descriptors": descriptors, "method": method,
             "limits": LIMITS | {"CPU": int(self.timeout_seconds) + 1},
             "user": next(_USERS) if os.geteuid() == 0 and method != "none" else None,
@@ -267,15 +252,13 @@ class _Run:
         instructions = self.open.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         instructions.write(json.dumps(setup).encode())
         instructions.seek(0)
-        folder = "/"
-        if method == "none":
-            folder = self.open.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        command = [_python(), "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _child_source()]
+        folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True) if method == "none" else nullcontext("/")
+        command = [_PYTHON, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _child_source()]
         self.processes[part] = subprocess.Popen(
             [*(_bubblewrap() if method == "bubblewrap" else []), *command],
-            stdin=instructions, stdout=output, stderr=output, pass_fds=descriptors, cwd=folder,
+            stdin=instructions, stdout=output, stderr=output, pass_fds=descriptors,
+            cwd=self.open.enter_context(folder), start_new_session=True,
             env={"PYTHONHASHSEED": "0"},  # a fixed order of sets, so that the verdict is the same every time
-            start_new_session=True,
         )  # fmt: skip
 
     def watch(self) -> Verdict:
@@ -300,29 +283,26 @@ class _Run:
 
     def hear(self, seconds: float) -> tuple[str, str]:
         """The tester's next (status, detail), or why there is none."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds  # a trickle of output does not extend the wait
         while b"\n" not in self.told:
-            left = deadline - time.monotonic()
-            events = self.selector.select(left) if left > 0 else []  # a trickle of output does not extend the wait
-            if not events:
+            if not self.pump(deadline - time.monotonic()):
                 return "timeout", f"no verdict after {seconds:g} s"
-            for key, _ in events:
-                if not self.read(key) and key.data is self.told:
-                    return "error", "the tests' process ended without a verdict"
+            if all(key.data is not self.told for key in self.selector.get_map().values()):
+                return "error", "the tests' process ended without a verdict"
             if len(self.output) > OUTPUT_BYTES:
                 return "output", f"more than {OUTPUT_BYTES} bytes of output"
-        line, _, rest = self.told.partition(b"\n")
-        self.told[:] = rest
-        status, detail = json.loads(line)
-        return status, detail
+        line, _, self.told[:] = self.told.partition(b"\n")
+        return tuple(json.loads(line))
 
-    def read(self, key: selectors.SelectorKey) -> bool:
-        """Read what is in one pipe; false at its end."""
-        chunk = os.read(key.fd, 1 << 16)
-        key.data.extend(chunk)
-        if not chunk:
-            self.selector.unregister(key.fd)
-        return bool(chunk)
+    def pump(self, seconds: float) -> bool:
+        """Read once from each pipe that has something within `seconds`, dropping those that ended; false if none."""
+        events = self.selector.select(seconds) if seconds > 0 else []
+        for key, _ in events:
+            if chunk := os.read(key.fd, 1 << 16):
+                key.data.extend(chunk)
+            else:
+                self.selector.unregister(key.fd)
+        return bool(events)
 
     def explain_crash(self, detail: str) -> tuple[str, str]:
         """(status, detail) for a candidate that is gone, from how its process ended."""
@@ -333,8 +313,8 @@ class _Run:
         number = -code if code < 0 else code - 128  # a signal is reported as -n by Python, 128 + n by bubblewrap
         if number == signal.SIGXCPU:
             return "timeout", "out of processor time"
-        name = signal.Signals(number).name if number in set(signal.Signals) else f"exit status {code}"
-        return "crashed", f"{detail} ({name})"
+        how = signal.Signals(number).name if number in set(signal.Signals) else f"exit status {code}"
+        return "crashed", f"{detail} ({how})"
 
     def kill(self) -> None:
         """Kill both processes and their descendants, and wait until they are gone: a pipe ends with its last holder."""
@@ -342,23 +322,18 @@ class _Run:
             if process.returncode is None:  # once reaped, its number may belong to another process
                 _kill(process)
         deadline = time.monotonic() + KILL_SECONDS
-        while self.selector.get_map() and (events := self.selector.select(max(0.0, deadline - time.monotonic()))):
-            for key, _ in events:
-                self.read(key)
+        while self.selector.get_map() and self.pump(deadline - time.monotonic()):
+            pass
 
 
 def _kill(process: subprocess.Popen) -> None:
     """Kill `process` and what it started, the inside of a sandbox first: the outer process then reaps the inner one and
     ends by itself. Killed first, it would leave a zombie in a container whose first process reaps none."""
-    try:
+    with suppress(OSError, subprocess.TimeoutExpired):  # no /proc, or already gone
         inside = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    except OSError:  # no /proc, or already gone
-        inside = []
-    for pid in inside:
-        with suppress(ProcessLookupError):
+        for pid in inside:
             os.kill(int(pid), signal.SIGKILL)
-    if inside:
-        with suppress(subprocess.TimeoutExpired):
+        if inside:
             process.wait(KILL_SECONDS)
             return
     with suppress(ProcessLookupError, PermissionError):  # PermissionError: macOS, for a process that has ended

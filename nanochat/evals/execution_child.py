@@ -1,11 +1,10 @@
 """What runs inside the two sandboxed processes of `execution.py`: each locks itself in, then plays its part.
 
-Standard library only, because `execution.py` hands this text to a bare interpreter. The *candidate* process holds the
-graded program and answers calls of its functions (`serve_candidate`); the *tester* process holds the tests and reports
-the verdict (`run_tests`).
+Standard library only: `execution.py` hands this text to a bare interpreter. The candidate process answers calls of the
+graded program's functions (`serve_candidate`); the tester process runs the tests and reports the verdict (`run_tests`).
 
 They exchange lines of JSON, `[number, kind, value]`, over a pair of pipes. Only plain data crosses (None, bool, int,
-float, complex, str, bytes, and lists, tuples, sets and dicts of these) and is rebuilt as exactly these types. Every
+float, complex, str, bytes, and lists, tuples, sets and dicts of these), rebuilt as exactly these types. Every
 request carries a fresh random number that the answer must repeat, so an answer written in advance is rejected.
 """
 
@@ -72,8 +71,7 @@ class Channel:
     """Lines of JSON over a pair of pipe ends."""
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
-        self.read_fd = read_fd
-        self.write_fd = write_fd
+        self.read_fd, self.write_fd = read_fd, write_fd
         self.pending = b""
 
     def send(self, number: int, kind: str, value: object) -> None:
@@ -118,28 +116,26 @@ def describe(error: BaseException) -> tuple[str, str]:
 def serve_candidate(channel: Channel, program: str) -> None:
     """Answer "hello", "load" (run `program`) and "call" ([name, args, kwargs]) until the tester is gone."""
     module = types.ModuleType("candidate")
-    while True:
-        try:
+    with suppress(ChannelClosed):
+        while True:
             number, kind, value = channel.receive()
-        except ChannelClosed:
-            return
-        try:
-            result = None
-            if kind == "load":
-                sys.modules["candidate"] = module  # dataclasses and pickle look a class's module up there
-                exec(compile(program, "candidate.py", "exec"), module.__dict__)
-            elif kind == "call":
-                name, args, kwargs = value
-                if name not in module.__dict__:
-                    raise NameError(f"the program defines no {name}")
-                result = module.__dict__[name](*args, **kwargs)
-            flush_output()
-            channel.send(number, "returned", result)
-        except ChannelClosed:
-            return
-        except BaseException as error:  # SystemExit and KeyboardInterrupt of the program included
-            flush_output()
-            channel.send(number, "raised", [*describe(error), isinstance(error, Exception)])
+            try:
+                result = None
+                if kind == "load":
+                    sys.modules["candidate"] = module  # dataclasses and pickle look a class's module up there
+                    exec(compile(program, "candidate.py", "exec"), module.__dict__)
+                elif kind == "call":
+                    name, args, kwargs = value
+                    if name not in module.__dict__:
+                        raise NameError(f"the program defines no {name}")
+                    result = module.__dict__[name](*args, **kwargs)
+                flush_output()
+                channel.send(number, "returned", result)
+            except ChannelClosed:
+                raise
+            except BaseException as error:  # SystemExit and KeyboardInterrupt of the program included
+                flush_output()
+                channel.send(number, "raised", [*describe(error), isinstance(error, Exception)])
 
 
 def flush_output() -> None:
@@ -160,19 +156,17 @@ class Candidate:
     """Stands in for the graded function in the tests: every call is made in the other process."""
 
     def __init__(self, channel: Channel, name: str, report: Callable[[str, str], None]) -> None:
-        self.channel = channel
-        self.name = name
-        self.report = report
+        self.channel, self.name, self.report = channel, name, report
         self.num_calls = 0
         self.last_error: BaseException | None = None
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """What the graded function returned; raises what it raised. A call without an answer ends the tests."""
         self.num_calls += 1
-        return self.ask("call", [self.name, args, kwargs])
+        return self.ask("call", [self.name, args, kwargs], f"call {self.num_calls}")
 
-    def ask(self, kind: str, value: object = None) -> object:
-        where = {"call": f"call {self.num_calls}", "load": "loading"}.get(kind, "the start")
+    def ask(self, kind: str, value: object, where: str) -> object:
+        """The answer to one request; `where` says what it is for."""
         number = int.from_bytes(os.urandom(8), "big")
         try:
             self.channel.send(number, kind, value)
@@ -181,19 +175,17 @@ class Candidate:
             self.give_up("ended", f"the program's process ended during {where}")
         except BadMessage as error:
             self.give_up("error", f"{error} instead of the result of {where}")
-        if answered != number or self.channel.pending or outcome not in ("returned", "raised"):
+        if answered != number or self.channel.pending:
             self.give_up("error", f"an answer that nobody asked for during {where}")
-        if outcome == "returned":
-            return result
-        try:
-            name, message, is_exception = result
-            name, message = str(name), str(message)
-        except (TypeError, ValueError):
-            self.give_up("error", f"a malformed answer during {where}")
-        if is_exception is not True:
-            self.give_up("crashed", f"{name}: {message} in {where}")
-        self.last_error = rebuild_error(name, message)
-        raise self.last_error
+        match outcome, result:
+            case "returned", _:
+                return result
+            case "raised", [str(name), str(message), True]:
+                self.last_error = rebuild_error(name, message)
+                raise self.last_error
+            case "raised", [str(name), str(message), False]:
+                self.give_up("crashed", f"{name}: {message} in {where}")
+        self.give_up("error", f"a malformed answer during {where}")
 
     def give_up(self, status: str, detail: str) -> None:
         """Report and end this process at once, because the tests could catch an exception."""
@@ -213,14 +205,14 @@ def rebuild_error(name: str, message: str) -> Exception:
 def run_tests(channel: Channel, tests: str, entry_point: str, report: Callable[[str, str], None]) -> None:
     """Run `tests`, then their `check` if they define one, against the candidate.
 
-    Reports "started" first, then a status of `execution.Verdict`, or "ended" when the candidate's process is gone. It
-    reports "passed" only when the tests ran to their end and called the candidate.
+    Reports "started" first, then a status of `execution.Verdict` or "ended" when the candidate's process is gone;
+    "passed" only when the tests ran to their end and called the candidate.
     """
     candidate = Candidate(channel, entry_point, report)
     try:
-        candidate.ask("hello")
+        candidate.ask("hello", None, "the start")
         report("started", "")
-        candidate.ask("load")
+        candidate.ask("load", None, "loading")
         namespace = {"__name__": "tests", entry_point: candidate}
         exec(compile(tests, "tests.py", "exec"), namespace)
         if "random" in sys.modules:
@@ -279,7 +271,7 @@ _DENIED = {  # system calls that graded code has no use for: their numbers on x8
     "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "personality": (135, 92),
 }  # fmt: skip
 _CLONE, _CLONE3, _TGKILL = (56, 220), (435, 435), (234, 131)
-_CLONE_THREAD, _CLONE_NEWUSER = 0x10000, 0x10000000
+_CLONE_THREAD = 0x10000
 
 
 def system_call_filter(machine: str, pid: int) -> bytes:
@@ -310,8 +302,9 @@ def system_call_filter(machine: str, pid: int) -> bytes:
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _SIGKILL = 1, 38, 22, 2, 9
 _CLONE_NEW = 0x20000 | 0x2000000 | 0x4000000 | 0x8000000 | 0x20000000 | 0x40000000  # mount, cgroup, uts, ipc, pid, net
+_CLONE_NEWUSER = 0x10000000
 _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE, _MNT_DETACH = 2, 4, 4096, 16384, 1 << 18, 2
-_AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_SAFE = ((1 << 64) - 100, 0x8000, 1 | 2 | 4)  # read-only, no set-uid, no devices
+_AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_SAFE = (1 << 64) - 100, 0x8000, 1 | 2 | 4  # read-only, no set-uid, no devices
 
 
 def call_libc(name: str, *arguments: int | bytes | None) -> None:
@@ -328,12 +321,11 @@ def die_with_parent() -> None:
 
 
 def enter_namespaces(visible: list[str], hidden: list[str], scratch_bytes: int) -> None:
-    """Move into new namespaces whose file system is `visible` (files, folders and links, parents first; read-only), in
-    which the folders `hidden` are empty, and a scratch folder. Returns in a child process."""
-    column, as_root = _ARCHITECTURES[os.uname().machine][0], os.geteuid() == 0
-    user, group = os.geteuid(), os.getegid()
-    call_libc("unshare", _CLONE_NEW | (0 if as_root else _CLONE_NEWUSER))
-    if not as_root:
+    """Move into new namespaces whose file system is `visible` (files, folders and links; read-only), in which the
+    folders `hidden` are empty, and a scratch folder. Returns in a child process."""
+    user, group, column = os.geteuid(), os.getegid(), _ARCHITECTURES[os.uname().machine][0]
+    call_libc("unshare", _CLONE_NEW | (_CLONE_NEWUSER if user else 0))
+    if user:
         for name, text in [("setgroups", "deny"), ("uid_map", f"65534 {user} 1"), ("gid_map", f"65534 {group} 1")]:
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
@@ -349,8 +341,16 @@ def enter_namespaces(visible: list[str], hidden: list[str], scratch_bytes: int) 
     call_libc("syscall", _DENIED["pivot_root"][column], b"/tmp", b"/tmp/old")
     os.chdir("/")
     for path in visible:
-        if not os.path.lexists(path):  # else it is below a folder that is visible already
-            show(path)
+        old = "/old" + path
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if os.path.islink(old):
+            os.symlink(os.readlink(old), path)
+            continue
+        if os.path.isdir(old):
+            os.mkdir(path)
+        else:
+            os.mknod(path)
+        call_libc("mount", old.encode(), path.encode(), None, _MS_BIND | _MS_REC, None)
     for path in hidden:
         mount_tmpfs(path, "size=4k,mode=755")
     os.mkdir("/scratch")
@@ -366,25 +366,10 @@ def enter_namespaces(visible: list[str], hidden: list[str], scratch_bytes: int) 
 def continue_in_child() -> None:
     """Return in a child process; the calling process only waits for the child and ends with its status."""
     child = os.fork()
-    if not child:
-        return
-    os.closerange(3, 1 << 16)  # the pipes belong to the child and must end with it
-    status = os.waitpid(child, 0)[1]
-    os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
-
-
-def show(path: str) -> None:
-    """Make `path` of the old root, mounted at /old, appear in the same place of the new one."""
-    old = "/old" + path
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    if os.path.islink(old):
-        os.symlink(os.readlink(old), path)
-        return
-    if os.path.isdir(old):
-        os.mkdir(path)
-    else:
-        os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
-    call_libc("mount", old.encode(), path.encode(), None, _MS_BIND | _MS_REC, None)
+    if child:
+        os.closerange(3, 1 << 16)  # the pipes belong to the child and must end with it
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os._exit(code if code >= 0 else 128 - code)
 
 
 def limit_resources(limits: dict[str, int]) -> None:
@@ -392,7 +377,7 @@ def limit_resources(limits: dict[str, int]) -> None:
     for name, value in limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(number)[1]
-        ceiling = value + 1 if name == "CPU" else value  # SIGXCPU first, SIGKILL a second later
+        ceiling = value + (name == "CPU")  # SIGXCPU first, SIGKILL a second later
         ceiling = ceiling if hard == resource.RLIM_INFINITY else min(ceiling, hard)
         resource.setrlimit(number, (min(value, ceiling), ceiling))
 
@@ -402,10 +387,10 @@ def lock_in(setup: dict) -> None:
     if not sys.platform.startswith("linux"):
         limit_resources({name: value for name, value in setup["limits"].items() if name != "AS"})  # macOS refuses it
         return
-    user = setup["user"]
+    user, method = setup["user"], setup["method"]
     die_with_parent()
     os.umask(0o022)
-    if setup["method"] == "unshare":
+    if method == "unshare":
         enter_namespaces(setup["visible"], setup["hidden"], setup["scratch_bytes"])
     elif user is not None:
         continue_in_child()  # process 1 stays root: bubblewrap may not signal other users and could not kill it
@@ -423,7 +408,7 @@ def lock_in(setup: dict) -> None:
         call_libc("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         call_libc("prctl", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, header, 0, 0)
     except (OSError, KeyError):
-        if setup["method"] != "none":  # without isolation the user has accepted that a protection may be missing
+        if method != "none":  # without isolation the user has accepted that a protection may be missing
             raise
 
 

@@ -5,7 +5,7 @@ divided by the text's length in UTF-8. Not here: in-context tasks (`core_eval.py
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -56,43 +56,35 @@ def evaluate_bpb(model, batches: Iterable, token_bytes: np.ndarray | Tensor) -> 
     taken as independent draws (W. G. Cochran, Sampling Techniques, 1977, section 6.3); inf for fewer than two rows.
     """
     lengths = torch.as_tensor(token_bytes, device=model.device).long()  # (V,)
-    nats, counts = [], []
+    rows = []
     for batch in batches:
         losses = model(batch.idx, batch.targets, reduction="none")  # (B, T)
         num_bytes = lengths[batch.targets.clamp(min=0)].masked_fill(batch.targets == IGNORE_INDEX, 0)  # (B, T)
         counted = num_bytes > 0
-        nats.append(losses.float().masked_fill(~counted, 0).sum(1))
-        counts.append(torch.stack([num_bytes.sum(1), counted.sum(1)]))
+        rows.append((losses.float().masked_fill(~counted, 0).sum(1), num_bytes.sum(1), counted.sum(1)))
     # One value per row stays on the device and is read once at the end, so the host never waits inside the loop.
-    row_nats = torch.cat(nats).cpu().double() if nats else torch.zeros(0, dtype=torch.float64)
-    row_bytes, row_tokens = torch.cat(counts, 1).cpu().double() if counts else torch.zeros(2, 0, dtype=torch.float64)
-    sums = torch.stack(
-        [
-            row_nats.sum(), row_bytes.sum(), row_tokens.sum(), (row_bytes > 0).sum().double(),
-            row_nats @ row_nats, row_nats @ row_bytes, row_bytes @ row_bytes,
-        ]
-    )  # fmt: skip
+    columns = zip(*rows, strict=True) if rows else [[torch.zeros(0)]] * 3
+    row_nats, row_bytes, row_tokens = (torch.cat(column).cpu().double() for column in columns)
+    totals = [row_nats.sum(), row_bytes.sum(), row_tokens.sum(), (row_bytes > 0).sum().double()]
+    sums = torch.stack([*totals, row_nats @ row_nats, row_nats @ row_bytes, row_bytes @ row_bytes])
     if dist.is_initialized():
         sums = sums.to(model.device)
         dist.all_reduce(sums)
-    nats_sum, bytes_sum, tokens_sum, rows, nats_nats, nats_bytes, bytes_bytes = sums.tolist()
+    nats_sum, bytes_sum, tokens_sum, count, nats_nats, nats_bytes, bytes_bytes = sums.tolist()
     if not bytes_sum:
         return BpbResult(math.inf, math.inf, nats_sum, 0, 0)
     rate = nats_sum / bytes_sum
     squares = max(0.0, nats_nats - 2 * rate * nats_bytes + rate**2 * bytes_bytes)  # squared residuals of the rows
-    se = math.sqrt(squares * rows / (rows - 1)) / bytes_sum if rows > 1 else math.inf
+    se = math.sqrt(squares * count / (count - 1)) / bytes_sum if count > 1 else math.inf
     return BpbResult(rate / math.log(2), se / math.log(2), nats_sum, int(bytes_sum), int(tokens_sum))
 
 
-def evaluate_split(
-    model, tokenizer, paths: Sequence[Path], runtime: Runtime, batch_size: int, num_tokens: int = 0
-) -> BpbResult:
+def evaluate_split(model, tokenizer, paths: list[Path], runtime: Runtime, batch_size: int, num_tokens=0) -> BpbResult:
     """Bits per byte of `model` on the documents of the shards `paths`: on their first `num_tokens` tokens, rounded up
     to whole batches of `batch_size` rows on every rank, or with 0 on each token of every document once."""
     T, ranks = model.config.sequence_len, {"rank": runtime.rank, "world_size": runtime.world_size}
-    loader = TextLoader(tokenizer, paths, batch_size, T, **ranks, device=runtime.device, epochs=1)
     num_batches = math.ceil(num_tokens / (batch_size * T * runtime.world_size)) or None
-    with closing(loader):
+    with closing(TextLoader(tokenizer, paths, batch_size, T, **ranks, device=runtime.device, epochs=1)) as loader:
         return evaluate_bpb(model, islice(loader, num_batches), tokenizer.token_bytes())
 
 
@@ -103,23 +95,21 @@ def sample_completions(
 ) -> list[str]:  # fmt: skip
     """The model's continuation of each prompt: text of at most `max_tokens` tokens, without the prompt.
 
-    All prompts run as one batch of whole forward passes, without a cache: simple, and fast enough for a few short
-    samples. A row ends at the next beginning-of-sequence token (a new document) or when the context is full. A prompt
-    that fills the context by itself loses its beginning, so that one token can follow. `temperature` 0 is greedy;
-    otherwise draws come from `generator`, on the CPU.
+    All prompts run as one batch of whole forward passes, without a cache, which is fast enough for a few short samples.
+    A row ends at the next beginning-of-sequence token (a new document) or when the context is full. A prompt that fills
+    the context loses its beginning, so that one token can follow. `temperature` 0 is greedy; otherwise draws come from
+    `generator`, on the CPU.
     """
     limit = model.config.sequence_len
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)[-(limit - 1) :]] for prompt in prompts]
-    starts = [len(row) for row in rows]
-
-    def goes_on(i: int) -> bool:
-        num_added = len(rows[i]) - starts[i]
-        return num_added < max_tokens and len(rows[i]) <= limit and not (num_added and rows[i][-1] == tokenizer.bos_id)
-
-    while active := [i for i in range(len(rows)) if goes_on(i)]:
+    starts = list(map(len, rows))
+    active = list(range(len(rows)))
+    for _ in range(max_tokens):
+        if not active:
+            break
         last = [len(rows[i]) - 1 for i in active]  # the padding on the right cannot be seen from there
-        width = max(last) + 1
-        idx = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in active], device=model.device)  # (B, T)
+        T = max(last) + 1
+        idx = torch.tensor([rows[i] + [0] * (T - len(rows[i])) for i in active], device=model.device)  # (B, T)
         logits = model.logits(model.hidden(idx)[torch.arange(len(active)), last])  # (B, V) float32
         if temperature == 0:
             next_ids = logits.argmax(-1)
@@ -128,5 +118,6 @@ def sample_completions(
             next_ids = torch.multinomial(probs, 1, generator=generator).flatten()
         for i, token in zip(active, next_ids.tolist(), strict=True):
             rows[i].append(token)
+        active = [i for i in active if rows[i][-1] != tokenizer.bos_id and len(rows[i]) <= limit]
     ends = [len(row) - (row[-1] == tokenizer.bos_id) for row in rows]
     return [tokenizer.decode(row[s : max(s, e)]) for row, s, e in zip(rows, starts, ends, strict=True)]

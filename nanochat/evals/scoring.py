@@ -6,15 +6,16 @@ Texts that begin alike (the choices of one question) are kept in one row as a tr
     a b c d x y      positions   0 1 2 3 4 5 4
     a b c d z        branches    0 0 0 0 1 1 2      0 is the stem, which all branches see
 
-Here: trees, batches of them by length, hidden states at chosen places, losses of given tokens, logits of candidates for
-the next token, and how ranks share the work. Not here: which texts and tokens (`core_eval.py`, `chat_eval.py`).
+A model is anything that has `device`, `config.sequence_len`, `config.vocab_size`, `hidden`, `logits` and `__call__`
+like `GPT`. Only for a `GPT` itself are stems shared and is the last layer restricted to the places asked for.
 
-A model is anything that has `device`, `config.vocab_size`, `hidden`, `logits` and `__call__` like `GPT`. Only for a
-`GPT` itself are stems shared and is the last layer restricted to the places asked for.
+Not here: which texts and tokens are scored (`core_eval.py`, `chat_eval.py`).
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,15 +34,10 @@ CPU_PIECE_ELEMENTS = 1 << 23  # rows enough for a fast product with the head
 CPU_BLOCK_ELEMENTS = 1 << 20  # what the elementwise part takes at a time: 4 MB, to stay in the cache
 
 
-# --- trees -----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Tree:
-    """Texts in one row: `stem` tokens that all of them begin with, then the branches. Arrays are (L,) int64.
-
-    `positions` counts from each text's beginning; `branches` is 0 on the stem, then 1, 2, ...
-    """
+    """Texts in one row: `stem` tokens that all of them begin with, then the branches. Arrays are (L,) int64:
+    `positions` counts from each text's beginning; `branches` is 0 on the stem, then 1, 2, ..."""
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -54,10 +50,8 @@ class Tree:
 
 def plant(texts: Sequence[np.ndarray], *, shared: bool = True) -> tuple[list[Tree], list[tuple[int, np.ndarray]]]:
     """Trees that hold `texts` (1-D integer arrays, none empty); for each text its tree and the places of its tokens.
-
     A text that is the beginning of another one takes no room of its own. With `shared` all texts go into one tree if
-    their first token is the same; otherwise each gets a tree without branches.
-    """
+    their first token is the same; otherwise each gets a tree without branches."""
     assert all(map(len, texts)), "a text without tokens predicts nothing"
     whole: list[np.ndarray] = []  # the texts that are not the beginning of another one
     owners = [0] * len(texts)
@@ -90,9 +84,6 @@ def _grow(texts: Sequence[np.ndarray]) -> tuple[Tree, list[np.ndarray]]:
     return Tree(tokens, positions, branches, stem), places
 
 
-# --- sharing the work ------------------------------------------------------------------------------
-
-
 def rank_and_world_size() -> tuple[int, int]:
     """Of the process group; (0, 1) without one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -100,10 +91,9 @@ def rank_and_world_size() -> tuple[int, int]:
 
 def gather_from_ranks(own: list) -> list:
     """The items of all ranks, on every rank (anything picklable); without a process group, `own`."""
-    if not dist.is_initialized():
-        return own
-    gathered: list[list] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, own)
+    gathered = [own] * rank_and_world_size()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(gathered, own)
     return [item for items in gathered for item in items]
 
 
@@ -115,15 +105,11 @@ def default_batch_tokens(device: torch.device) -> int:
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices into `lengths`, longest first, in batches of at most `batch_tokens` with padding, or of a single text.
     The largest batch comes first, so that a lack of memory shows at once."""
-    ordered = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-    first = 0
-    while first < len(ordered):
-        count = max(1, batch_tokens // max(1, lengths[ordered[first]]))
-        yield ordered[first : first + count]
-        first += count
-
-
-# --- hidden states -----------------------------------------------------------------------------------
+    left = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    while left:
+        count = max(1, batch_tokens // max(1, lengths[left[0]]))
+        yield left[:count]
+        left = left[count:]
 
 
 def hidden_at(model, trees: Sequence[Tree], rows: np.ndarray, places: np.ndarray) -> Tensor:
@@ -132,16 +118,14 @@ def hidden_at(model, trees: Sequence[Tree], rows: np.ndarray, places: np.ndarray
     idx = _padded([tree.tokens for tree in trees]).to(model.device)  # (B, T)
     if not isinstance(model, GPT):
         assert not any(tree.branches.any() for tree in trees), "this model cannot share stems"
-        rows_t, places_t = torch.from_numpy(np.stack([rows, places])).to(model.device)
-        return model.hidden(idx)[rows_t, places_t]
+        return model.hidden(idx)[tuple(torch.from_numpy(np.stack([rows, places])).to(model.device))]
     # the last layer computes each wanted place once: asked (B, Q), rows filled up with place 0
     wanted, inverse = np.unique(rows * idx.size(1) + places, return_inverse=True)
     wanted_rows, wanted_places = np.divmod(wanted, idx.size(1))
     asked = _padded(np.split(wanted_places, np.searchsorted(wanted_rows, np.arange(1, len(trees)))))
     slots = np.arange(len(wanted)) - np.searchsorted(wanted_rows, wanted_rows)
-    forest = _Forest(trees, asked.to(model.device))
-    options = {"previous": forest.previous, "attend": forest.attend, "asking": forest.asking}
-    hidden = model.trunk(idx, *forest.rotary(model), **options)  # (B, Q, C)
+    rows_of_asked = torch.arange(len(trees), device=model.device).unsqueeze(1)  # (B, 1)
+    hidden = model.trunk(idx, **_forest(model, trees, (rows_of_asked, asked.to(model.device))))  # (B, Q, C)
     return hidden.flatten(0, 1)[torch.from_numpy((wanted_rows * asked.shape[1] + slots)[inverse]).to(model.device)]
 
 
@@ -150,66 +134,48 @@ def _padded(arrays: Sequence[np.ndarray], filler: int = 0) -> Tensor:
     return pad_sequence([torch.from_numpy(array) for array in arrays], batch_first=True, padding_value=filler)
 
 
-class _Forest:
-    """What a `GPT` needs beside the tokens to run a batch of trees: positions, who sees whom, and where it is asked.
+def _forest(model: GPT, trees: Sequence[Tree], asking: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """The arguments with which `GPT.trunk` runs a batch of trees for the places `asking`: rows (B, 1), places (B, Q).
 
     A place sees the stem and its own branch up to itself. Causal attention covers the stems; the places behind them
-    and the places `asked` (B, Q) get masks.
+    and those asked for get masks.
     """
+    positions = _padded([tree.positions for tree in trees]).to(model.device)  # (B, T)
+    branches = _padded([tree.branches for tree in trees], -1).to(model.device)  # (B, T), nothing sees the padding
+    cos, sin = (table[0, positions] for table in model.rotary(max(int(tree.positions.max()) for tree in trees) + 1))
+    stems, lasts = np.array([[tree.stem] for tree in trees]), np.array([[len(tree) - 1] for tree in trees])
+    stem = slice(int(stems.max()))
+    previous = None  # (B, T) place of the token before; None: always the place to the left
+    branching = None  # the places behind the stems, as `asking`
+    if (lasts >= stems).any():
+        before = [np.maximum(np.arange(len(tree)) - 1, 0) for tree in trees]
+        for tree, places in zip(trees, before, strict=True):
+            places[np.diff(tree.branches, prepend=0) > 0] = tree.stem - 1  # where a branch begins
+        previous = _padded(before).to(model.device)
+        places = np.minimum(stems + np.arange((lasts - stems).max() + 1), lasts)  # short rows repeat their last
+        branching = asking[0], torch.from_numpy(places).to(model.device)
 
-    def __init__(self, trees: Sequence[Tree], asked: Tensor):
-        device = asked.device
-        rows = torch.arange(len(trees), device=device).unsqueeze(1)  # (B, 1)
-        self.asking = (rows, asked)
-        self.previous: Tensor | None = None  # (B, T) place of the token before; None: always the place to the left
-        self._positions = _padded([tree.positions for tree in trees]).to(device)  # (B, T)
-        self._branches = _padded([tree.branches for tree in trees], -1).to(device)  # (B, T), nothing sees the padding
-        self._longest = max(int(tree.positions.max()) for tree in trees) + 1
-        self._masks: dict[tuple[int | None, bool], Tensor] = {}
-        self._branching: tuple[Tensor, Tensor] | None = None  # index tensors of the places behind the stems
-        stems, lasts = np.array([[tree.stem] for tree in trees]), np.array([[len(tree) - 1] for tree in trees])
-        self._stem = slice(int(stems.max()))
-        if (lasts >= stems).any():
-            before = [np.maximum(np.arange(len(tree)) - 1, 0) for tree in trees]
-            for tree, places in zip(trees, before, strict=True):
-                places[np.diff(tree.branches, prepend=0) > 0] = tree.stem - 1  # where a branch begins
-            self.previous = _padded(before).to(device)
-            places = np.minimum(stems + np.arange((lasts - stems).max() + 1), lasts)  # short rows repeat their last
-            self._branching = rows, torch.from_numpy(places).to(device)
+    @functools.cache  # layers with the same window share a mask
+    def visible(window: int | None, is_asking: bool) -> Tensor:
+        """(B, Q, T) bool: what the places asked for, or else those behind the stems, see."""
+        at = asking if is_asking else branching
+        own_positions, own_branches = positions[at].unsqueeze(2), branches[at].unsqueeze(2)  # (B, Q, 1)
+        key_positions, key_branches = positions.unsqueeze(1), branches.unsqueeze(1)  # (B, 1, T)
+        mask = ((key_branches == 0) | (key_branches == own_branches)) & (key_positions <= own_positions)
+        return mask if window is None else mask & (key_positions > own_positions - window)
 
-    def rotary(self, model: GPT) -> tuple[Tensor, Tensor]:
-        """cos and sin, each (B, T, 1, D / 2)."""
-        cos, sin = model.rotary(self._longest)
-        return cos[0, self._positions], sin[0, self._positions]
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, asking: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, asking=None) -> Tensor:
         """Like `causal_attention`; with `asking`, q and the result have only the places it names."""
         if asking is not None:
-            return masked_attention(q, k, v, self._visible(window, asking))
-        if self._branching is None:
+            return masked_attention(q, k, v, visible(window, True))
+        if branching is None:
             return causal_attention(q, k, v, window=window)
         y = torch.zeros_like(q)
-        stem, branching = self._stem, self._branching
         y[:, stem] = causal_attention(q[:, stem], k[:, stem], v[:, stem], window=window)
-        y[branching] = masked_attention(q[branching], k, v, self._visible(window, branching))
+        y[branching] = masked_attention(q[branching], k, v, visible(window, False))
         return y
 
-    def _visible(self, window: int | None, asking: tuple[Tensor, Tensor]) -> Tensor:
-        """(B, Q, T) bool: what the places `asking` see. Layers with the same window share it."""
-        key = (window, asking is self.asking)
-        if key not in self._masks:
-            positions, branches = (table[asking].unsqueeze(2) for table in (self._positions, self._branches))
-            key_positions, key_branches = self._positions.unsqueeze(1), self._branches.unsqueeze(1)
-            visible = ((key_branches == 0) | (key_branches == branches)) & (key_positions <= positions)
-            if window is not None:
-                visible &= key_positions > positions - window
-            self._masks[key] = visible
-        return self._masks[key]
-
-
-# --- losses and logits ---------------------------------------------------------------------------------
+    return {"cos": cos, "sin": sin, "previous": previous, "attend": attend, "asking": asking}
 
 
 def token_losses(model, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,27 +189,19 @@ def token_losses(model, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     if isinstance(model, GPT):
         weight = model.lm_head.weight[:V].to(hidden.dtype)  # cast once for all pieces
         head, softcap = (lambda h: h @ weight.T), model.config.softcap
-    parts = []
+    losses, hits = [], []
     for h, y in zip(hidden.split(piece), targets.split(piece), strict=True):
-        blocks = zip(head(h).split(block), y.split(block), strict=True)
-        parts += [_block_losses(z, target, softcap) for z, target in blocks]
-    losses, is_best = zip(*parts, strict=True)
-    return torch.cat(losses), torch.cat(is_best)
-
-
-def _block_losses(z: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Losses and hits of z (n, V): logits, or with `softcap` logits still to be capped. May overwrite z.
-
-    `softcap * tanh(z / softcap)` is `2 * softcap * sigmoid(2 * z / softcap)` minus a constant, which softmax ignores;
-    the sigmoid is five times faster on a CPU. So is finding the largest value, compared to finding its index.
-    """
-    z = z.float()
-    is_best = z.gather(1, targets.unsqueeze(1)).squeeze(1) == z.amax(dim=1)
-    ties = is_best.nonzero().squeeze(1)
-    is_best[ties] = z[ties].argmax(dim=1) == targets[ties]
-    if softcap is not None:
-        z = z.mul_(2 / softcap).sigmoid_().mul_(2 * softcap)
-    return F.cross_entropy(z, targets, reduction="none"), is_best
+        for z, target in zip(head(h).split(block), y.split(block), strict=True):
+            z = z.float()  # (n, V): logits, of a `GPT` before they are capped, which keeps their order
+            is_best = z.gather(1, target.unsqueeze(1)).squeeze(1) == z.amax(dim=1)  # finding an index would be slower
+            ties = is_best.nonzero().squeeze(1)
+            is_best[ties] = z[ties].argmax(dim=1) == target[ties]
+            if softcap is not None:
+                # softcap * tanh(z / softcap) up to a constant, which softmax ignores; five times faster on a CPU
+                z = z.mul_(2 / softcap).sigmoid_().mul_(2 * softcap)
+            losses.append(F.cross_entropy(z, target, reduction="none"))
+            hits.append(is_best)
+    return torch.cat(losses), torch.cat(hits)
 
 
 @torch.no_grad()
@@ -268,12 +226,10 @@ def last_position_logits(
 
 
 @torch.no_grad()
-def last_position_logits_plainly(
-    model, prompts: Sequence[Sequence[int]], token_ids: Sequence[Sequence[int]]
-) -> list[np.ndarray]:
+def last_position_logits_plainly(model, prompts: Sequence, token_ids: Sequence) -> list[np.ndarray]:
     """The reference for `last_position_logits`: one prompt at a time, all logits of all its positions."""
     answers = []
     for prompt, candidates in zip(prompts, token_ids, strict=True):
-        logits = model(torch.tensor([list(map(int, prompt))], device=model.device))[0, -1]  # (V,)
-        answers.append(np.array([logits[token].item() for token in candidates], dtype=np.float32))
+        logits = model(torch.tensor([list(map(int, prompt))], device=model.device))  # (1, T, V)
+        answers.append(logits[0, -1, list(candidates)].float().cpu().numpy())
     return answers
