@@ -70,16 +70,29 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def only_one_process(path: Path) -> Iterator[None]:
+    """Hold the lock of `path`, a hidden file beside it. The system frees it when its holder dies."""
+    from filelock import FileLock, Timeout
+
+    with disk_errors("a lock file", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            print0(f"another process is preparing {path}: waiting for it")
+            held = lock.acquire()
+    with held:
+        yield
+
+
 def fetch_once(path: Path, fetch: Callable[[Path], None]) -> Path:
     """Make sure `path` exists, and return it. Of the processes that ask for it, one calls `fetch(partial_path)`, which
     must write the whole file there or raise; the file is then renamed to `path`."""
-    from filelock import FileLock
-
     if path.exists():
         return path
-    with disk_errors(path.name, path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with only_one_process(path):
         if not path.exists():
             partial = path.with_name(f".{path.name}.partial")
             try:

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError, base_dir, disk_errors, print0, run_main, write_atomic
+from nanochat.common import UserError, base_dir, disk_errors, only_one_process, print0, run_main, write_atomic
 from nanochat.data import hub, localtext
 from nanochat.data.hub import HubFile, TransferError
 from nanochat.data.localtext import Source
@@ -38,6 +38,7 @@ LOCAL_TEXT = "local"  # the name of the data set made of documentation found on 
 MANIFEST = "nanochat-shards.json"  # a name no folder of the user will have for something else
 SUFFIXES = (".parquet", *localtext.SUFFIXES)
 TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())
+FETCH = "python -m nanochat.data.dataset"
 DISK_MARGIN_BYTES = 64 << 20  # on top of 5 %: room for the logs and the file system's own needs
 
 
@@ -46,15 +47,13 @@ DISK_MARGIN_BYTES = 64 << 20  # on top of 5 %: room for the logs and the file sy
 
 def data_dir(data: str) -> Path:
     """Folder of the shards of `data`: a local folder with at least two parquet files itself, otherwise a folder
-    below the base folder, named after the repository or the local path.
-
-    Raises `UserError` when `data` is neither a local path, nor `local`, nor looks like a repository.
-    """
+    below the base folder. Raises `UserError` when `data` is neither a local path, nor `local`, nor looks like a
+    repository."""
     if data == LOCAL_TEXT:
         return base_dir() / "data" / LOCAL_TEXT
     path = Path(data).expanduser()
     if data and path.exists():
-        if path.is_dir() and len(_parquet_files(path)) >= 2:
+        if path.is_dir() and len(_files_of(path, ".parquet")) >= 2:
             return path
         digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
         return base_dir() / "data" / f"{path.resolve().stem}-{digest}"
@@ -69,11 +68,10 @@ def shard_paths(data: str, split: str) -> list[Path]:
     change while the rest arrives. Raises `UserError` when there are none, or one that was here is gone.
     """
     assert split in ("train", "val"), split
-    folder = data_dir(data)
-    command = f"run: python -m nanochat.data.dataset --data {data}"
+    folder, command = data_dir(data), f"run: {FETCH} --data {data}"
     manifest = Manifest.load(folder)
     if manifest is None:
-        shards = _parquet_files(folder)
+        shards = _files_of(folder, ".parquet")
         if len(shards) < 2:
             raise UserError(f"the data set {data} is not in {folder}; {command}")
         return shards[:-1] if split == "train" else shards[-1:]
@@ -91,8 +89,8 @@ def shard_paths(data: str, split: str) -> list[Path]:
 def document_batches(
     paths: Sequence[Path], *, start: tuple[int, int] = (0, 0)
 ) -> Iterator[tuple[tuple[int, int], pa.StringArray]]:
-    """The documents of the shards in order, one row group at a time, from row group `start` on. With them comes their
-    position: index of the shard in `paths`, and of the row group in it.
+    """The documents of the shards from position `start` on, one row group at a time, each with its position: index of
+    the shard in `paths`, and of the row group in it.
 
     Only one row group is in memory. Nulls and empty texts are left out, and a row group of nothing else with them.
     Raises `UserError` for a shard that is missing or cannot be read, at the moment it is reached.
@@ -101,32 +99,27 @@ def document_batches(
         with _open_shard(paths[shard]) as parquet:
             first = start[1] if shard == start[0] else 0
             for row_group in range(first, parquet.num_row_groups):
-                texts = _non_empty(parquet.read_row_group(row_group, columns=["text"]).column("text"))
+                column = parquet.read_row_group(row_group, columns=["text"]).column("text")
+                texts = column.cast(pa.string()).combine_chunks()
+                # 0 or null, as for a null text, drops the text. Comparing with 0 would import pandas, 1.5 s.
+                texts = texts.filter(pc.binary_length(texts).cast(pa.bool_()))
                 if len(texts):
                     yield (shard, row_group), texts
-
-
-def _non_empty(column: pa.ChunkedArray) -> pa.StringArray:
-    texts = column.cast(pa.string()).combine_chunks()
-    is_text = pc.binary_length(texts).cast(pa.bool_())  # null for a null text, which filter drops
-    return texts.filter(is_text)  # comparing with 0 would import pandas, 1.5 s
 
 
 @contextmanager
 def _open_shard(path: Path) -> Iterator[pq.ParquetFile]:
     """The opened shard. Raises `UserError` when it is missing, cannot be read, or has no `text` column of strings."""
-    command = "run python -m nanochat.data.dataset again"
     try:
         with pq.ParquetFile(path) as parquet:
             _check_columns(parquet, str(path))
             yield parquet
     except FileNotFoundError as error:
-        raise UserError(f"the shard {path} is missing; {command}") from error
+        raise UserError(f"the shard {path} is missing; run {FETCH} again") from error
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"the shard {path} cannot be read ({reason}); if it is damaged, delete it and {command}"
-        ) from error
+        fault = str(error).splitlines()[0][:200]
+        remedy = f"if it is damaged, delete it and run {FETCH} again"
+        raise UserError(f"the shard {path} cannot be read ({fault}); {remedy}") from error
 
 
 def _check_columns(parquet: pq.ParquetFile, name: str) -> None:
@@ -138,16 +131,13 @@ def _check_columns(parquet: pq.ParquetFile, name: str) -> None:
         )
 
 
-def _parquet_files(folder: Path) -> list[Path]:
-    """Parquet files at any depth below `folder`, in natural order (2 before 10)."""
-    found = _visible_files(folder, "*.parquet")
-    return sorted(found, key=lambda path: natural_key(path.relative_to(folder).as_posix()))
-
-
-def _visible_files(folder: Path, pattern: str) -> list[Path]:
-    """Files at any depth below `folder`, sorted; hidden ones, and those in hidden folders, are left out."""
-    found = [path.relative_to(folder) for path in sorted(folder.rglob(pattern)) if path.is_file()]
-    return [folder / path for path in found if not any(part.startswith(".") for part in path.parts)]
+def _files_of(path: Path, suffixes: str | tuple[str, ...]) -> list[Path]:
+    """`path`, or the files at any depth below it, if they have one of the `suffixes`, in natural order (2 before 10).
+    Below a folder, hidden files and those in hidden folders are left out."""
+    found = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [file for file in found if file.name.endswith(suffixes) and file.is_file()]
+    visible = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    return sorted(visible, key=lambda file: natural_key(file.as_posix()))
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
@@ -184,7 +174,6 @@ class Manifest:
             raise UserError(f"{path} cannot be read ({error}); delete it and run the download again") from error
 
     def save(self, folder: Path) -> None:
-        """Write it into `folder`, atomically."""
         write_atomic(folder / MANIFEST, json.dumps(asdict(self)))
 
     def update(self, folder: Path, wanted: Sequence[HubFile]) -> list[HubFile]:
@@ -224,23 +213,26 @@ def prepare(data: str, num_train: int, *, workers: int = 8) -> Path:
         raise UserError(f"--workers {workers} is out of range; give at least 1")
     folder, path = data_dir(data), Path(data).expanduser()
     if folder == path:
-        for shard in _parquet_files(folder):
+        for shard in _files_of(folder, ".parquet"):
             with _open_shard(shard):
                 pass
         return folder
-    with _only_one_process(folder):
+    with only_one_process(folder):
         if data == LOCAL_TEXT:
             _convert(data, f"machine {localtext.VERSION}", localtext.machine_sources, folder)
-        elif path.exists():
-            _convert_files(data, _source_files(path), path if path.is_dir() else path.parent, folder)
-        else:
+        elif not path.exists():
             _download(data, num_train, folder, workers)
+        elif files := sorted(_files_of(path, SUFFIXES)):
+            _convert_files(data, files, path if path.is_dir() else path.parent, folder)
+        else:
+            kinds = ", ".join(SUFFIXES)
+            raise UserError(f"{path} has no {kinds} file; give --data another folder or a hub repository")
     return folder
 
 
 def _download(data: str, num_train: int, folder: Path, workers: int) -> None:
-    """Fetch the shards of a hub repository into `folder`. Of a repository without parquet shards, the text files are
-    fetched into a folder beside it and made into shards. The hub is not asked when nothing is missing."""
+    """Fetch the shards of a hub repository into `folder`, or make them of its text files, fetched into a folder beside
+    it, if there are no parquet shards. The hub is not asked when nothing is missing."""
     raw_folder = folder.with_name(f"{folder.name}.raw")
     manifest = Manifest.load(raw_folder) or Manifest.load(folder) or _list_usable(data)
     files = manifest.files
@@ -305,33 +297,7 @@ def check_disk(folder: Path, num_bytes: int) -> None:
         )
 
 
-@contextmanager
-def _only_one_process(folder: Path) -> Iterator[None]:
-    """Hold the lock of a data folder; the system frees it when its holder dies."""
-    from filelock import FileLock, Timeout
-
-    with disk_errors("a lock file", folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-        try:
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            print0(f"another process is preparing {folder}: waiting for it")
-            held = lock.acquire()
-    with held:
-        yield
-
-
 # --- converting ----------------------------------------------------------------------------------
-
-
-def _source_files(path: Path) -> list[Path]:
-    """The file itself, or every file below the folder that can be made into shards, hidden ones left out."""
-    found = [path] if path.is_file() else _visible_files(path, "*")
-    files = [file for file in found if file.name.endswith(SUFFIXES)]
-    if not files:
-        raise UserError(f"{path} has no {', '.join(SUFFIXES)} file; give --data another folder or a hub repository")
-    return files
 
 
 def _convert_files(data: str, files: Sequence[Path], root: Path, folder: Path) -> None:
