@@ -17,6 +17,7 @@ Not here: the packer of pretraining (`dataloader.py`), which cuts documents so t
 import bisect
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import Runtime, UserError
+from nanochat.common import Runtime, UserError, gather_ranks
 from nanochat.data import chat
 from nanochat.data.dataloader import Batch, make_batch
 from nanochat.tokenizer import Tokenizer
@@ -90,19 +91,13 @@ def _measure_all(conversations: Conversations, tokenizer: Tokenizer, max_tokens:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own: list[tuple[int, int, int]] | UserError = []
     try:
-        for i in range(rank, len(conversations), world_size):
-            rendered = chat.render(tokenizer, conversations[i], max_tokens=max_tokens)
+        for index in range(rank, len(conversations), world_size):
+            rendered = chat.render(tokenizer, conversations[index], max_tokens=max_tokens)
             own.append((len(rendered.ids), sum(rendered.mask), rendered.num_dropped))
     except UserError as error:
-        if world_size == 1:
-            raise
-        own = UserError(str(error))  # raised below: the other ranks must not wait for this one
-    parts = [own]
-    if world_size > 1:
-        parts = [None] * world_size
-        dist.all_gather_object(parts, own)
+        own = error  # raised below: the other ranks must not wait for this one
     table = np.zeros((len(conversations), 3), dtype=np.int64)
-    for first, part in enumerate(parts):
+    for first, part in enumerate(gather_ranks(own)):
         if isinstance(part, UserError):
             raise part
         table[first::world_size] = np.array(part, dtype=np.int64).reshape(-1, 3)
@@ -136,15 +131,15 @@ def pack_whole(lengths: Sequence[int], row_tokens: int, *, choice: int = CHOICE)
     return rows
 
 
-def hold_out(conversations: Conversations, share: float = HELD_OUT_SHARE) -> tuple[list[int], list[int]]:
-    """Indices of the conversations to train on and of those to validate on, at least `share` of the different ones.
+def hold_out(conversations: Conversations) -> tuple[list[int], list[int]]:
+    """Indices of the conversations to train on, and of those to validate on: 5 % of the different ones, rounded up.
 
     A hash of its content decides, so equal conversations are on the same side, whatever their order. A single
     conversation is to train on.
     """
     keys = [hashlib.sha256(json.dumps(c, sort_keys=True).encode()).hexdigest() for c in conversations]
     different = sorted(set(keys))
-    num_held = min(len(different) - 1, -int(-share * len(different) // 1))
+    num_held = min(len(different) - 1, math.ceil(HELD_OUT_SHARE * len(different)))
     held = set(different[:num_held])
     train, val = ([i for i, key in enumerate(keys) if (key in held) == is_held] for is_held in (False, True))
     return train, val
@@ -190,7 +185,7 @@ class ChatLoader:
                 break
             epoch, place = divmod(number, len(packed.rows))
             end = 0
-            for index in packed.rows[_row_order(self.seed, epoch, len(packed.rows))[place]]:
+            for index in packed.rows[epoch_order(self.seed, epoch, len(packed.rows))[place]]:
                 one = chat.render(packed.tokenizer, packed.conversations[index], max_tokens=shape[1])
                 begin, end = end, end + len(one.ids)
                 tokens[b, begin:end], counts[b, begin:end] = one.ids, one.mask
@@ -209,16 +204,15 @@ class ChatLoader:
         rows, fingerprints, seeds = ({int(shard[key]) for shard in shards} for key in ("row", "fingerprint", "seed"))
         assert len(rows) == 1, rows
         if fingerprints != {self.packed.fingerprint} or seeds != {self.seed}:
-            raise UserError(
-                "the conversations are not those of the run being resumed; bring back the data it was started with, "
-                "or start another run"
-            )
+            remedy = "bring back the data it was started with, or start another run"
+            raise UserError(f"the conversations are not those of the run being resumed; {remedy}")
         self.row = rows.pop() + self.rank
 
 
 @lru_cache(maxsize=4)
-def _row_order(seed: int, epoch: int, num_rows: int) -> list[int]:
-    order = list(range(num_rows))
+def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
+    """The indices below `size` in the random order of one epoch."""
+    order = list(range(size))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
 

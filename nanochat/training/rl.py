@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nanochat.common import UserError, gather_ranks
 from nanochat.data.chat import render_for_completion
+from nanochat.data.chat_loader import epoch_order
 from nanochat.data.dataloader import Batch
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampling import Sampling
@@ -85,46 +86,35 @@ class Questions:
         self.digest = digest.digest()
         self.num_left_out = len(mixture) - len(self.indices)
         if not self.indices:
-            raise UserError(
-                f"none of {len(mixture)} questions fits into {max_prompt} tokens of context; lower --max-tokens, or "
-                f"take a model with a longer context"
-            )
-        self._order: tuple[int, list[int]] = (-1, [])  # an epoch and its order
+            remedy = "lower --max-tokens, or take a model with a longer context"
+            raise UserError(f"none of {len(mixture)} questions fits into {max_prompt} tokens of context; {remedy}")
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def take(self, first: int, count: int, *, rank: int = 0, world_size: int = 1) -> list[Question]:
         """This rank's share of `count` questions, from number `first` of the whole run on."""
-        return [self._question(number) for number in range(first, first + count)[rank::world_size]]
-
-    def _question(self, number: int) -> Question:
-        epoch, place = divmod(number, len(self.indices))
-        if self._order[0] != epoch:
-            order = list(self.indices)
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._order = epoch, order
-        index = self._order[1][place]
-        task, _ = self.mixture.locate(index)
-        conversation = self.mixture[index]
-        return Question(number, task, conversation, self._prompt(conversation))
+        questions = []
+        for number in range(first, first + count)[rank::world_size]:
+            epoch, place = divmod(number, len(self.indices))
+            index = self.indices[epoch_order(self.seed, epoch, len(self.indices))[place]]
+            conversation = self.mixture[index]
+            questions.append(Question(number, self.mixture.locate(index)[0], conversation, self._prompt(conversation)))
+        return questions
 
     def _prompt(self, conversation: Mapping[str, Any]) -> list[int]:
         return render_for_completion(self.tokenizer, {"messages": conversation["messages"][:-1]}).ids
 
-    # The position in the questions follows from the step; a checkpoint only stores what identifies them.
-
     def state_dict(self) -> dict[str, Tensor]:
+        """What identifies the questions; the position in them follows from the step."""
         return {"digest": torch.tensor(list(self.digest), dtype=torch.uint8), "seed": torch.tensor(self.seed)}
 
     def load_state_dict(self, shards: Sequence[Mapping[str, Tensor]]) -> None:
         """Raises `UserError` if the run that saved `shards` had other questions."""
         own = self.state_dict()
         if any(not torch.equal(shard[name], own[name]) for shard in shards for name in own):
-            raise UserError(
-                "the questions are not those of the run being resumed; bring back the data it was started with, or "
-                "start another run"
-            )
+            remedy = "bring back the data it was started with, or start another run"
+            raise UserError(f"the questions are not those of the run being resumed; {remedy}")
 
 
 # --- rollouts ------------------------------------------------------------------------------------
