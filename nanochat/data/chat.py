@@ -167,10 +167,8 @@ def _turn(tokenizer: Tokenizer, message: Mapping[str, Any], system: str = "") ->
 
 
 def as_parts(content: str | Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """An assistant's content as a list of parts: `as_parts("Hi") == [{"type": "text", "text": "Hi"}]`.
-
-    Neighbouring texts become one part, because their tokens cannot be told apart.
-    """
+    """An assistant's content as a list of parts: `as_parts("Hi") == [{"type": "text", "text": "Hi"}]`. Neighbouring
+    texts become one part, because their tokens cannot be told apart."""
     parts: list[dict[str, str]] = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         if parts and part["type"] == parts[-1]["type"] == "text":

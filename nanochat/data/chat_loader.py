@@ -43,12 +43,9 @@ Conversations = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Rows:
-    """Conversations packed into rows of `sequence_len` + 1 tokens.
-
-    `rows`: the indices of each row's conversations, which have `num_tokens`, `num_targets` of them supervised.
-    `num_cut` conversations lost turns at their end, `num_left_out` are in no row. `fingerprint` differs where the
-    lengths or the numbers of supervised tokens do.
-    """
+    """Conversations packed into rows of `sequence_len` + 1 tokens. `rows`: the indices of each row's conversations,
+    which have `num_tokens`, `num_targets` of them supervised. `num_cut` conversations lost turns at their end,
+    `num_left_out` are in no row. `fingerprint` differs where the lengths or the numbers of supervised tokens do."""
 
     conversations: Conversations
     tokenizer: Tokenizer
@@ -73,9 +70,7 @@ class Rows:
 
 def pack_conversations(conversations: Conversations, tokenizer: Tokenizer, sequence_len: int) -> Rows:
     """Measure `conversations` and pack them. With a process group every rank must call this, and each measures a part.
-
-    Raises `UserError`, on every rank alike, for a conversation that is not in order.
-    """
+    Raises `UserError`, on every rank alike, for a conversation that is not in order."""
     table = _measure_all(conversations, tokenizer, sequence_len + 1)
     lengths = table[:, 0]
     return Rows(
@@ -105,11 +100,9 @@ def _measure_all(conversations: Conversations, tokenizer: Tokenizer, max_tokens:
 
 
 def pack_whole(lengths: Sequence[int], row_tokens: int, *, choice: int = CHOICE) -> list[list[int]]:
-    """Rows of at most `row_tokens` tokens, as indices into `lengths`; those of length 0 are in none.
-
-    Each row begins with the first that is in none yet, so that no short one waits for the end, and goes on with the
-    longest that still fits among the next `choice` of them: `pack_whole([4, 3, 0, 6, 2], 8) == [[0, 1], [3, 4]]`.
-    """
+    """Rows of at most `row_tokens` tokens, as indices into `lengths`; those of length 0 are in none. Each row begins
+    with the first that is in none yet, so that no short one waits for the end, and goes on with the longest that still
+    fits among the next `choice` of them: `pack_whole([4, 3, 0, 6, 2], 8) == [[0, 1], [3, 4]]`."""
     waiting = [(length, -index) for index, length in enumerate(lengths) if length]
     assert all(length <= row_tokens for length, _ in waiting), row_tokens
     upcoming, packed = iter(waiting), set()
@@ -132,11 +125,9 @@ def pack_whole(lengths: Sequence[int], row_tokens: int, *, choice: int = CHOICE)
 
 
 def hold_out(conversations: Conversations) -> tuple[list[int], list[int]]:
-    """Indices of the conversations to train on, and of those to validate on: 5 % of the different ones, rounded up.
-
-    A hash of its content decides, so equal conversations are on the same side, whatever their order. A single
-    conversation is to train on.
-    """
+    """Indices of the conversations to train on, and of those to validate on: 5 % of the different ones, rounded up. A
+    hash of its content decides, so equal conversations are on the same side, whatever their order. A single
+    conversation is to train on."""
     keys = [hashlib.sha256(json.dumps(c, sort_keys=True).encode()).hexdigest() for c in conversations]
     different = sorted(set(keys))
     num_held = min(len(different) - 1, math.ceil(HELD_OUT_SHARE * len(different)))
@@ -149,12 +140,9 @@ def hold_out(conversations: Conversations) -> tuple[list[int], list[int]]:
 
 
 class ChatLoader:
-    """Iterator of `Batch` for one rank over packed rows; see the module's header.
-
-    Endless with `epochs=None`. Otherwise it ends after that many passes, extended with empty rows, in which nothing
-    counts, to a multiple of `step_rows` over all ranks: every rank has all micro-batches of the last training step.
-    `seed` sets the order of rows.
-    """
+    """Iterator of `Batch` for one rank over packed rows; see the module's header. Endless with `epochs=None`. Otherwise
+    it ends after that many passes, extended with empty rows, in which nothing counts, to a multiple of `step_rows` over
+    all ranks: every rank has all micro-batches of the last training step. `seed` sets the order of rows."""
 
     def __init__(
         self, packed: Rows, batch_size: int, *, rank: int = 0, world_size: int = 1,
@@ -178,18 +166,18 @@ class ChatLoader:
             raise StopIteration
         self.row += self.batch_size * self.world_size
         packed, shape = self.packed, (self.batch_size, self.packed.sequence_len + 1)
-        tokens, counts = np.full(shape, packed.tokenizer.bos_id, dtype=np.int64), np.zeros(shape, dtype=bool)
-        epoch = 0
-        for b, number in enumerate(numbers):
+        rows, epoch = [], 0
+        for number in numbers:
             if self.num_rows is not None and number >= self.num_rows:
                 break
             epoch, place = divmod(number, len(packed.rows))
-            end = 0
+            ids, mask = [], []
             for index in packed.rows[epoch_order(self.seed, epoch, len(packed.rows))[place]]:
                 one = chat.render(packed.tokenizer, packed.conversations[index], max_tokens=shape[1])
-                begin, end = end, end + len(one.ids)
-                tokens[b, begin:end], counts[b, begin:end] = one.ids, one.mask
-        return make_batch(tokens, counts, self.device, epoch)
+                ids += one.ids
+                mask += one.mask
+            rows.append((ids, mask))
+        return make_batch(rows, shape, packed.tokenizer.bos_id, self.device, epoch)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where the run stands after the batches given out, the same on all ranks that gave out equally many."""
@@ -197,10 +185,8 @@ class ChatLoader:
         return {name: torch.tensor(number) for name, number in numbers.items()}
 
     def load_state_dict(self, shards: list[dict[str, Tensor]]) -> None:
-        """Continue where the ranks that saved `shards` stood, however many they were.
-
-        Raises `UserError` when they had other conversations.
-        """
+        """Continue where the ranks that saved `shards` stood, however many they were. Raises `UserError` when they had
+        other conversations."""
         rows, fingerprints, seeds = ({int(shard[key]) for shard in shards} for key in ("row", "fingerprint", "seed"))
         assert len(rows) == 1, rows
         if fingerprints != {self.packed.fingerprint} or seeds != {self.seed}:

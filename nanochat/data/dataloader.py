@@ -64,8 +64,12 @@ class Batch:
     weights: Tensor | None = None
 
 
-def make_batch(tokens: np.ndarray, counts: np.ndarray, device: torch.device, epoch: int) -> Batch:
-    """The `Batch` of `tokens`, (B, T + 1) int64; `counts`, (B, T + 1) bool, says which of them are targets."""
+def make_batch(rows: Sequence[tuple], shape: tuple[int, int], pad_id: int, device: torch.device, epoch: int) -> Batch:
+    """The `Batch` of `rows`: their token ids, and which of these are targets (a list, or True for all). `shape` is
+    (B, T + 1); what the rows leave empty is padded with `pad_id`."""
+    tokens, counts = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=bool)
+    for b, (ids, is_target) in enumerate(rows):
+        tokens[b, : len(ids)], counts[b, : len(ids)] = ids, is_target
 
     def send(array: np.ndarray) -> Tensor:
         tensor, is_cuda = torch.from_numpy(np.ascontiguousarray(array)), device.type == "cuda"
@@ -134,11 +138,9 @@ class Stream:
 
 
 class TextLoader:
-    """Iterator of `Batch` for one rank over the documents of parquet shards; see the module's header.
-
-    Endless with `epochs=None`; otherwise ends after that many passes, the last batch padded. Raises `UserError` when
-    the shards hold no document.
-    """
+    """Iterator of `Batch` for one rank over the documents of parquet shards; see the module's header. Endless with
+    `epochs=None`; otherwise ends after that many passes, the last batch padded. Raises `UserError` when the shards hold
+    no document."""
 
     def __init__(
         self, tokenizer, paths: Sequence[Path], batch_size: int, sequence_len: int, *,
@@ -224,11 +226,8 @@ class TextLoader:
 
     def _send(self, rows: list[tuple[int, np.ndarray]]) -> Batch:
         shape = (self.batch_size, self.sequence_len + 1)
-        tokens, counts = np.full(shape, self.tokenizer.bos_id, dtype=np.int64), np.zeros(shape, dtype=bool)
-        for b, (_, row) in enumerate(rows):
-            tokens[b, : len(row)], counts[b, : len(row)] = row, True
         epoch = self.streams[rows[-1][0] % self.num_streams].place.epoch
-        return make_batch(tokens, counts, self.device, epoch)
+        return make_batch([(row, True) for _, row in rows], shape, self.tokenizer.bos_id, self.device, epoch)
 
     # --- state ---
 
@@ -248,16 +247,12 @@ class TextLoader:
         return state
 
     def load_state_dict(self, shards: list[dict[str, Tensor]]) -> None:
-        """Continue where the ranks that saved `shards` stood, however many they were.
-
-        Raises `UserError` when the rows of that run cannot be continued by this loader.
-        """
+        """Continue where the ranks that saved `shards` stood, however many they were. Raises `UserError` when the rows
+        of that run cannot be continued by this loader."""
         saved_streams, saved_len = (int(shards[0][key]) for key in ("num_streams", "sequence_len"))
         if saved_len != self.sequence_len:
-            raise UserError(
-                f"the checkpoint's rows are {saved_len} tokens long, not {self.sequence_len}; "
-                f"resume with --sequence-len {saved_len}"
-            )
+            remedy = f"resume with --sequence-len {saved_len}"
+            raise UserError(f"the checkpoint's rows are {saved_len} tokens long, not {self.sequence_len}; {remedy}")
         if saved_streams % self.world_size:
             raise UserError(
                 f"the checkpoint's data is in {saved_streams} streams, which {self.world_size} processes "

@@ -62,11 +62,9 @@ def data_dir(data: str) -> Path:
 
 
 def shard_paths(data: str, split: str) -> list[Path]:
-    """The shards of `split`: "val" is the last shard of the data set, "train" those before it that are here.
-
-    Of a partly downloaded data set, train is the unbroken run from the first shard on, so that the order does not
-    change while the rest arrives. Raises `UserError` when there are none, or one that was here is gone.
-    """
+    """The shards of `split`: "val" is the last shard of the data set, "train" those before it that are here. Of a
+    partly downloaded data set, train is the unbroken run from the first shard on, so that the order does not change
+    while the rest arrives. Raises `UserError` when there are none, or one that was here is gone."""
     assert split in ("train", "val"), split
     folder, command = data_dir(data), f"run: {FETCH} --data {data}"
     manifest = Manifest.load(folder)
@@ -150,11 +148,9 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 @dataclass
 class Manifest:
-    """What a data folder should hold (`files`, all of the source in order) and which of it was found whole.
-
-    `verified` has the modification time in ns of each verified file, so that nothing is hashed a second time;
-    `version` pins the source: the commit of a repository, the fingerprint of converted files.
-    """
+    """What a data folder should hold (`files`, all of the source in order) and which of it was found whole. `verified`
+    has the modification time in ns of each verified file, so that nothing is hashed a second time; `version` pins the
+    source: the commit of a repository, the fingerprint of converted files."""
 
     source: str
     version: str
@@ -177,10 +173,8 @@ class Manifest:
         write_atomic(folder / MANIFEST, json.dumps(asdict(self)))
 
     def update(self, folder: Path, wanted: Sequence[HubFile]) -> list[HubFile]:
-        """Bring `verified` up to date and return those of `wanted` that are not in `folder` or not whole.
-
-        A file that changed, or was never noted, is hashed. One that was deleted and is not wanted is forgotten.
-        """
+        """Bring `verified` up to date and return those of `wanted` that are not in `folder` or not whole. A file that
+        changed, or was never noted, is hashed. One that was deleted and is not wanted is forgotten."""
         names = {file.name for file in wanted}
         for file in self.files:
             path, is_whole = folder / file.name, file.is_whole(folder)

@@ -71,9 +71,7 @@ class Source:
 
 def read_texts(path: Path) -> Iterator[str]:
     """The documents of one file: the `text` fields of a jsonl file, or a text file cut into pieces where it is long.
-
-    Raises `UserError` with file and line when something is malformed, or the file cannot be read.
-    """
+    Raises `UserError` with file and line when something is malformed, or the file cannot be read."""
     try:
         if path.name.endswith((".jsonl", ".jsonl.gz")):
             yield from _read_jsonl(path)
@@ -258,9 +256,7 @@ def _passages(path: Path, content: bytes) -> Iterator[tuple[str, str]]:
 
 def _strings(code: CodeType) -> Iterator[tuple[str, str]]:
     """Docstrings with their names and arguments, and other long strings, of a compiled module, class or function.
-
-    Compiled code is searched, not the syntax tree: building one as Python objects takes three times as long.
-    """
+    Compiled code is searched, not the syntax tree: building one as Python objects takes three times as long."""
     # The docstring is the first constant of a module or function; in a class its name and line come before.
     places = 1 if code.co_flags & inspect.CO_OPTIMIZED or code.co_name == "<module>" else 3
     arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]

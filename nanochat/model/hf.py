@@ -49,26 +49,25 @@ TABLES = ("model.embed_tokens.weight", "lm_head.weight")  # a row for each id
 
 
 def save_hf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `model` and `tokenizer` to `folder`, replacing what an earlier call wrote there.
-
-    Raises `UserError` when the model has features without a counterpart, the tokenizer is not the model's or splits
-    text by an unknown pattern, or the folder cannot be written.
-    """
+    """Write `model` and `tokenizer` to `folder`, replacing what an earlier call wrote there. Raises `UserError` when
+    the model has features without a counterpart, the tokenizer is not the model's or splits text by an unknown
+    pattern, or the folder cannot be written."""
     config = model.config
     _check_model(config)
     _check_pattern(tokenizer.pattern)
     if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}; use the tokenizer "
-            f"that the model was trained with"
-        )
+        remedy = "use the tokenizer that the model was trained with"
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}; {remedy}")
     with disk_errors("the model", folder):
         folder.mkdir(parents=True, exist_ok=True)
     _save_weights(model, folder / WEIGHTS_FILE)
     end = tokenizer.special_id("<|assistant_end|>")
+    names = json.dumps(list(tokenizer.special_ids))  # a list of strings reads the same in Jinja
+    chat_template = CHAT_TEMPLATE_PATH.read_text(encoding="utf-8").replace("SPECIAL_TOKENS", names)
+    own_settings = {"model_max_length": config.sequence_len, "chat_template": chat_template}
     files = {
         TOKENIZER_FILE: tokenizer_spec(tokenizer),
-        SETTINGS_FILE: _tokenizer_settings(tokenizer, config.sequence_len),
+        SETTINGS_FILE: _template(SETTINGS_FILE) | own_settings,
         "generation_config.json": {
             "bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": end
         },
@@ -82,10 +81,8 @@ def load_hf(
     folder: Path, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32
 ) -> tuple[GPT, Tokenizer]:
     """The model, on `device`, and the tokenizer of a folder that `save_hf` or transformers' `save_pretrained` wrote.
-
-    Rows of the tables beyond the tokenizer's ids are left out. Raises `UserError` when a file is missing or broken, or
-    the folder holds another architecture or another kind of tokenizer.
-    """
+    Raises `UserError` when a file is missing or broken, or the folder holds another architecture or another kind of
+    tokenizer."""
     settings = _read_json(folder / CONFIG_FILE)
     tokenizer = parse_tokenizer_spec(_read_json(folder / TOKENIZER_FILE), folder / TOKENIZER_FILE)
     config = _parse_model_settings(settings, tokenizer.vocab_size, folder / CONFIG_FILE)
@@ -123,9 +120,9 @@ def _check_model(config: GPTConfig) -> None:
         "backout": config.backout,
     }
     if present := [name for name, is_there in features.items() if is_there]:
+        remedy = "only models of the first release's architecture do (scripts.base_train --arch october-2025)"
         raise UserError(
-            f"the model has no counterpart in Hugging Face transformers: it has {', '.join(present)}; "
-            f"only models of the first release's architecture do (scripts.base_train --arch october-2025)"
+            f"the model has no counterpart in Hugging Face transformers: it has {', '.join(present)}; {remedy}"
         )
 
 
@@ -201,7 +198,8 @@ def _save_weights(model: GPT, path: Path) -> None:
 
 @torch.no_grad()
 def _load_weights(model: GPT, path: Path, *, num_rows: int) -> None:
-    """Fill `model` from a file whose tables have `num_rows` rows. The model's padded rows become zero."""
+    """Fill `model` from a file whose tables have `num_rows` rows: those beyond the tokenizer's ids are left out, and
+    the model's own padded rows become zero."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -280,12 +278,6 @@ def tokenizer_spec(tokenizer: Tokenizer) -> dict[str, Any]:
     spec["model"]["vocab"] = {_characters(token): i for i, token in enumerate(tokens)}
     spec["model"]["merges"] = [[_characters(left), _characters(right)] for left, right in derive_merges(tokens)]
     return spec
-
-
-def _tokenizer_settings(tokenizer: Tokenizer, sequence_len: int) -> dict[str, Any]:
-    names = json.dumps(list(tokenizer.special_ids))  # a list of strings reads the same in Jinja
-    chat_template = CHAT_TEMPLATE_PATH.read_text(encoding="utf-8").replace("SPECIAL_TOKENS", names)
-    return _template(SETTINGS_FILE) | {"model_max_length": sequence_len, "chat_template": chat_template}
 
 
 def parse_tokenizer_spec(spec: dict[str, Any], path: Path) -> Tokenizer:

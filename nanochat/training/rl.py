@@ -69,11 +69,9 @@ Group = Sequence[Rollout]  # of one question
 
 
 class Questions:
-    """The questions of a mixture of tasks in a random order, another one each epoch, dealt out to ranks.
-
-    mixture: a `tasks.common.TaskMixture`. Questions with a prompt of more than `max_prompt` tokens are left out,
-    `num_left_out` of them; raises `UserError` if none is left.
-    """
+    """The questions of a mixture of tasks in a random order, another one each epoch, dealt out to ranks. mixture: a
+    `tasks.common.TaskMixture`. Questions with a prompt of more than `max_prompt` tokens are left out, `num_left_out` of
+    them; raises `UserError` if none is left."""
 
     def __init__(self, mixture: Any, tokenizer: Tokenizer, max_prompt: int, *, seed: int = 0):
         self.mixture, self.tokenizer, self.seed = mixture, tokenizer, seed
@@ -123,11 +121,9 @@ class Questions:
 def roll_out(
     engine: Engine, model: GPT, questions: Sequence[Question], sampling: Sampling, *, num_samples: int, seed: str
 ) -> list[Group]:
-    """`num_samples` replies of `model` to each question, all decoded in one batch of the engine.
-
-    What is sampled depends only on `seed` and the index of the question, not on the others in the batch. Raises
-    `UserError` for a reward that is not finite.
-    """
+    """`num_samples` replies of `model` to each question, all decoded in one batch of the engine. What is sampled
+    depends only on `seed` and the index of the question, not on the others in the batch. Raises `UserError` for a
+    reward that is not finite."""
     engine.refresh(model)  # the weights have changed; the cache must not depend on what came before
     end = engine.tokenizer.special_ids["<|assistant_end|>"]
     requests = []
@@ -164,28 +160,21 @@ def differing(groups: Sequence[Group]) -> list[Group]:
 
 
 def make_batches(rollouts: Sequence[Rollout], batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
-    """Rollouts in batches of at most `batch_size` rows, sorted by length to save padding.
-
-    Targets are the sampled tokens; the weight of a row is its advantage. Without rollouts there is one batch without
-    targets, so that every rank has gradients.
-    """
+    """Rollouts in batches of at most `batch_size` rows, sorted by length to save padding. Targets are the sampled
+    tokens; the weight of a row is its advantage. Without rollouts there is one batch without targets, so that every
+    rank has gradients."""
     in_order = sorted(rollouts, key=lambda r: len(r.prompt) + len(r.reply), reverse=True)
-    chunks = [in_order[i : i + batch_size] for i in range(0, len(in_order), batch_size)]
-    return [_batch(chunk, device) for chunk in chunks or [[]]]
+    return [_batch(in_order[i : i + batch_size], device) for i in range(0, max(1, len(in_order)), batch_size)]
 
 
 def _batch(rollouts: Sequence[Rollout], device: torch.device | str) -> Batch:
-    B = max(1, len(rollouts))
-    T = max([len(r.prompt) + len(r.reply) - 1 for r in rollouts], default=1)
-    idx = torch.zeros((B, T), dtype=torch.int64)
-    targets = torch.full((B, T), IGNORE_INDEX)
-    weights = torch.zeros(B)
+    B, T = max(1, len(rollouts)), max([len(r.prompt) + len(r.reply) - 1 for r in rollouts], default=1)
+    idx, targets, weights = torch.zeros((B, T), dtype=torch.int64), torch.full((B, T), IGNORE_INDEX), torch.zeros(B)
     for b, r in enumerate(rollouts):
         tokens = torch.tensor([*r.prompt, *r.reply])
         begin, end = len(r.prompt) - 1, len(tokens) - 1  # positions that predict the reply
-        idx[b, :end] = tokens[:-1]
+        idx[b, :end], weights[b] = tokens[:-1], r.advantage
         targets[b, begin:end] = torch.tensor(r.reply).masked_fill(~torch.tensor(r.is_sampled), IGNORE_INDEX)
-        weights[b] = r.advantage
     return Batch(idx.to(device), targets.to(device), sum(r.num_sampled for r in rollouts), 0, weights.to(device))
 
 
@@ -212,11 +201,9 @@ class Evaluation:
 def evaluate(
     engine: Engine, model: GPT, questions: Sequence[Question], sampling: Sampling, *, num_samples: int, seed: str
 ) -> Evaluation:
-    """Answer this rank's `questions`, and summarise the replies of all ranks.
-
-    The numbers are the mean reward of `num_samples` replies with its standard error over questions (overall and, if
-    there are several tasks, for each), that of a greedy reply, pass@k for powers of two, and those of `_lengths`.
-    """
+    """Answer this rank's `questions`, and summarise the replies of all ranks. The numbers are the mean reward of
+    `num_samples` replies with its standard error over questions (overall and, if there are several tasks, for each),
+    that of a greedy reply, pass@k for powers of two, and those of `_lengths`."""
     groups = roll_out(engine, model, questions, sampling, num_samples=num_samples, seed=seed)
     greedy = roll_out(engine, model, questions, replace(sampling, temperature=0.0), num_samples=1, seed=seed)
     answered = zip(questions, groups, greedy, strict=True)
