@@ -75,20 +75,17 @@ def _message_fault(message: Any, expected_role: str) -> str:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         return f"has the role {role!r}; known are {', '.join(ROLES)}"
-    if not isinstance(content, str):
-        if role != "assistant":
-            return f"has a content of type {type(content).__name__}; of the role {role} it must be a text"
-        if not isinstance(content, Sequence):
-            return f"has a content of type {type(content).__name__}; it must be a text or a list of parts"
-        for part in content:
-            is_part = isinstance(part, Mapping) and part.get("type") in PART_TYPES
-            if not is_part or not isinstance(part.get("text"), str):
-                return f"has the part {part!r}; a part has a type ({', '.join(PART_TYPES)}) and a text"
+    if role != "assistant" and not isinstance(content, str):
+        return f"has a content of type {type(content).__name__}; of the role {role} it must be a text"
+    if not isinstance(content, Sequence):
+        return f"has a content of type {type(content).__name__}; it must be a text or a list of parts"
+    for part in [] if isinstance(content, str) else content:
+        is_part = isinstance(part, Mapping) and part.get("type") in PART_TYPES
+        if not is_part or not isinstance(part.get("text"), str):
+            return f"has the part {part!r}; a part has a type ({', '.join(PART_TYPES)}) and a text"
     if role != expected_role:
-        return (
-            f"must have the role {expected_role!r}, not {role!r}: after a system message, if any, "
-            f"user and assistant take turns"
-        )
+        rule = "after a system message, if any, user and assistant take turns"
+        return f"must have the role {expected_role!r}, not {role!r}: {rule}"
     return ""
 
 
@@ -135,10 +132,8 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, *, m
         length = 1 + len(question) + sum(map(len, later)) + len(opened)
         if max_tokens is None or length <= max_tokens:
             return Prompt([tokenizer.bos_id, *question, *chain.from_iterable(later), *opened], first)
-    raise UserError(
-        f"the last message, with the system message if there is one, has {length} tokens, but only "
-        f"{max_tokens} fit; shorten it"
-    )
+    question = "the last message, with the system message if there is one,"
+    raise UserError(f"{question} has {length} tokens, but only {max_tokens} fit; shorten it")
 
 
 def _split_system(messages: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:

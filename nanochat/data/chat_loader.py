@@ -58,11 +58,9 @@ class Rows:
     fingerprint: int
 
     def __str__(self) -> str:
-        places = max(1, len(self.rows) * (self.sequence_len + 1))
-        text = (
-            f"{len(self.conversations) - self.num_left_out:,} conversations, {self.num_targets:,} supervised tokens of "
-            f"{self.num_tokens:,}, in {len(self.rows):,} rows ({1 - self.num_tokens / places:.1%} padding)"
-        )
+        padding = 1 - self.num_tokens / max(1, len(self.rows) * (self.sequence_len + 1))
+        text = f"{len(self.conversations) - self.num_left_out:,} conversations, {self.num_targets:,} supervised tokens "
+        text += f"of {self.num_tokens:,}, in {len(self.rows):,} rows ({padding:.1%} padding)"
         if self.num_cut or self.num_left_out:
             text += f"; too long for the context: {self.num_cut:,} cut after an answer, {self.num_left_out:,} left out"
         return text
@@ -136,9 +134,6 @@ def hold_out(conversations: Conversations) -> tuple[list[int], list[int]]:
     return train, val
 
 
-# --- batches -------------------------------------------------------------------------------------
-
-
 class ChatLoader:
     """Iterator of `Batch` for one rank over packed rows; see the module's header. Endless with `epochs=None`. Otherwise
     it ends after that many passes, extended with empty rows, in which nothing counts, to a multiple of `step_rows` over
@@ -152,23 +147,21 @@ class ChatLoader:
         self.packed, self.batch_size, self.seed = packed, batch_size, seed
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.row = rank  # of the whole run: the next one of this rank
-        self.num_rows = None if epochs is None else epochs * len(packed.rows)
-        self.end = None if epochs is None else -(-self.num_rows // step_rows) * step_rows
+        self.num_rows = math.inf if epochs is None else epochs * len(packed.rows)
+        self.end = math.inf if epochs is None else -(-self.num_rows // step_rows) * step_rows
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         numbers = range(self.row, self.row + self.batch_size * self.world_size, self.world_size)
-        if self.end is not None:
-            numbers = [n for n in numbers if n < self.end]
-        if not numbers:
+        if self.row >= self.end:
             raise StopIteration
         self.row += self.batch_size * self.world_size
         packed, shape = self.packed, (self.batch_size, self.packed.sequence_len + 1)
         rows, epoch = [], 0
         for number in numbers:
-            if self.num_rows is not None and number >= self.num_rows:
+            if number >= self.num_rows:
                 break
             epoch, place = divmod(number, len(packed.rows))
             ids, mask = [], []

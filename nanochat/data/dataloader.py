@@ -80,23 +80,17 @@ def make_batch(rows: Sequence[tuple], shape: tuple[int, int], pad_id: int, devic
 
 
 class Stream:
-    """The documents one stream has in hand, packed by best fit into rows of `row_tokens` tokens, with `bos_id` in
-    front of each document. Documents are token arrays without BOS.
-
-    documents: those to choose from, by length, equal ones oldest first.
-    num_tokens: what they take up in rows, BOS included.
-    waiting: documents that are not yet among them; ready: rows packed but not consumed.
-    place: where reading continues.
-    """
+    """The documents one stream has in hand, packed by best fit into rows of `row_tokens` tokens, with `bos_id` in front
+    of each document. Documents are token arrays without BOS."""
 
     def __init__(self, row_tokens: int, bos_id: int):
         assert row_tokens >= 2, row_tokens
         self.row_tokens, self.bos_id = row_tokens, bos_id
-        self.documents: list[np.ndarray] = []
-        self.num_tokens = 0
-        self.waiting: deque[np.ndarray] = deque()
-        self.ready: deque[np.ndarray] = deque()
-        self.place = Place()
+        self.documents: list[np.ndarray] = []  # those to choose from, by length, equal ones oldest first
+        self.num_tokens = 0  # that they take up in rows, BOS included
+        self.waiting: deque[np.ndarray] = deque()  # documents that are not yet among them
+        self.ready: deque[np.ndarray] = deque()  # rows packed but not consumed
+        self.place = Place()  # where reading continues
 
     def add(self, document: np.ndarray) -> None:
         bisect.insort(self.documents, document, key=len)
@@ -166,8 +160,10 @@ class TextLoader:
             rows = list(islice(self._rows(), self.batch_size))
             if not rows:
                 break
+            epoch = self.streams[rows[-1][0] % self.num_streams].place.epoch
+            full, shape = [(row, True) for _, row in rows], (self.batch_size, self.sequence_len + 1)
             with torch.cuda.stream(self._copy_stream):  # no effect without one
-                self._sent.append((rows, self._send(rows)))
+                self._sent.append((rows, make_batch(full, shape, self.tokenizer.bos_id, self.device, epoch)))
         if not self._sent:
             self.close()
             raise StopIteration
@@ -224,11 +220,6 @@ class TextLoader:
                     receiver.waiting.extend(documents)
                     receiver.place = next_place
 
-    def _send(self, rows: list[tuple[int, np.ndarray]]) -> Batch:
-        shape = (self.batch_size, self.sequence_len + 1)
-        epoch = self.streams[rows[-1][0] % self.num_streams].place.epoch
-        return make_batch([(row, True) for _, row in rows], shape, self.tokenizer.bos_id, self.device, epoch)
-
     # --- state ---
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -254,10 +245,9 @@ class TextLoader:
             remedy = f"resume with --sequence-len {saved_len}"
             raise UserError(f"the checkpoint's rows are {saved_len} tokens long, not {self.sequence_len}; {remedy}")
         if saved_streams % self.world_size:
-            raise UserError(
-                f"the checkpoint's data is in {saved_streams} streams, which {self.world_size} processes "
-                f"cannot share evenly; resume with a number of processes that divides {saved_streams}"
-            )
+            fault = f"in {saved_streams} streams, which {self.world_size} processes cannot share evenly"
+            remedy = f"resume with a number of processes that divides {saved_streams}"
+            raise UserError(f"the checkpoint's data is {fault}; {remedy}")
         self.close()
         self._sent.clear()
         self.num_streams = saved_streams

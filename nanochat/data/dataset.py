@@ -124,9 +124,8 @@ def _check_columns(parquet: pq.ParquetFile, name: str) -> None:
     columns = {column.name: column.type for column in parquet.schema_arrow}
     if columns.get("text") not in TEXT_TYPES:
         listed = ", ".join(f"{column} ({kind})" for column, kind in list(columns.items())[:8]) or "none"
-        raise UserError(
-            f"the shard {name} has no column text of strings, only {listed}; choose another data set with --data"
-        )
+        remedy = "choose another data set with --data"
+        raise UserError(f"the shard {name} has no column text of strings, only {listed}; {remedy}")
 
 
 def _files_of(path: Path, suffixes: str | tuple[str, ...]) -> list[Path]:
@@ -264,10 +263,8 @@ def _fetch_missing(manifest: Manifest, folder: Path, wanted: list[HubFile], work
     for name, reason in failed.items():
         print(f"missing: {name} ({reason})", file=sys.stderr)
     if failed:
-        raise UserError(
-            f"{len(failed)} of {len(wanted)} files of {manifest.source} could not be fetched from "
-            f"{hub.endpoint()}; the others are kept in {folder}: run the same command again to go on"
-        )
+        missed = f"{len(failed)} of {len(wanted)} files of {manifest.source} could not be fetched from {hub.endpoint()}"
+        raise UserError(f"{missed}; the others are kept in {folder}: run the same command again to go on")
 
 
 def _check_fetched(path: Path, file: HubFile) -> None:
@@ -282,13 +279,11 @@ def _check_fetched(path: Path, file: HubFile) -> None:
 
 def check_disk(folder: Path, num_bytes: int) -> None:
     """Raise `UserError` unless the disk of `folder` has room for `num_bytes` more and a margin."""
-    needed = num_bytes + num_bytes // 20 + DISK_MARGIN_BYTES
-    free = shutil.disk_usage(folder).free
+    needed, free = num_bytes + num_bytes // 20 + DISK_MARGIN_BYTES, shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(
-            f"not enough disk space in {folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
-            f"ask for fewer shards with -n, or set NANOCHAT_BASE_DIR to a folder on a larger disk"
-        )
+        fault = f"not enough disk space in {folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
+        remedy = "ask for fewer shards with -n, or set NANOCHAT_BASE_DIR to a folder on a larger disk"
+        raise UserError(f"{fault}; {remedy}")
 
 
 # --- converting ----------------------------------------------------------------------------------
@@ -336,22 +331,16 @@ def _convert(data: str, version: str, get_sources: Callable[[], list[Source]], f
         shutil.rmtree(partial_folder, ignore_errors=True)
 
 
-# --- command -------------------------------------------------------------------------------------
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fetch or convert pretraining text; the last shard is for validation.")
-    parser.add_argument(
-        "-n", "--num-train", type=int, default=DEFAULT_TRAIN_SHARDS, metavar="N",
+    add = parser.add_argument
+    add("-n", "--num-train", type=int, default=DEFAULT_TRAIN_SHARDS, metavar="N",
         help="train shards to fetch from a hub repository, -1 for all (default: %(default)s); the "
-        "validation shard always comes with them, local text is always taken whole",
-    )  # fmt: skip
-    parser.add_argument(
-        "--data", default=DEFAULT_DATA,
+        "validation shard always comes with them, local text is always taken whole")  # fmt: skip
+    add("--data", default=DEFAULT_DATA,
         help="hub repository owner/name or owner/name/folder, a local folder or file of parquet, jsonl "
-        "or text, or 'local' for documentation found on this machine (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--workers", type=int, default=8, help="files fetched at a time (default: %(default)s)")
+        "or text, or 'local' for documentation found on this machine (default: %(default)s)")  # fmt: skip
+    add("--workers", type=int, default=8, help="files fetched at a time (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -359,10 +348,8 @@ def main(args: argparse.Namespace) -> None:
     folder = prepare(args.data, args.num_train, workers=args.workers)
     train, (val,) = shard_paths(args.data, "train"), shard_paths(args.data, "val")
     train_mb, val_mb = sum(path.stat().st_size for path in train) / 1e6, val.stat().st_size / 1e6
-    print0(
-        f"{args.data}: {len(train):,} train shards ({train_mb:,.1f} MB) and validation shard {val.name} "
-        f"({val_mb:,.1f} MB) in {folder}"
-    )
+    found = f"{len(train):,} train shards ({train_mb:,.1f} MB) and validation shard {val.name} ({val_mb:,.1f} MB)"
+    print0(f"{args.data}: {found} in {folder}")
 
 
 if __name__ == "__main__":

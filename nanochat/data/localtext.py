@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import CodeType
-from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -92,9 +91,8 @@ def _read_jsonl(path: Path) -> Iterator[str]:
                     text.encode()  # a lone surrogate (half of an escaped emoji) cannot be stored
                     yield text
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise UserError(
-                    f'{path}, line {number}: not a JSON object with a string "text" ({type(error).__name__}: {error})'
-                ) from error
+                fault = f'not a JSON object with a string "text" ({type(error).__name__}: {error})'
+                raise UserError(f"{path}, line {number}: {fault}") from error
 
 
 def cut_text(text: str, max_chars: int = DOCUMENT_CHARS) -> Iterator[str]:
@@ -139,10 +137,8 @@ def write_shards(sources: Sequence[Source], folder: Path, *, seed: int = SEED) -
                 break
             # The chosen sources held nothing new, or everything: choose single documents.
         else:
-            raise UserError(
-                f"only {num_documents} different documents in {len(sources)} files: training and validation "
-                f"need at least one each; give --data more text"
-            )
+            remedy = "training and validation need at least one each; give --data more text"
+            raise UserError(f"only {num_documents} different documents in {len(sources)} files: {remedy}")
         shards = [folder / f"shard_{index:05d}.parquet" for index in range(len(filled))]
         for index, (spool, shard) in enumerate(zip(filled, shards, strict=True)):
             spool.seek(0)
@@ -163,7 +159,7 @@ def _choose_val_sources(sources: Sequence[Source], val_bytes: int, seed: int) ->
     return chosen if size >= 0.5 * val_bytes else set()
 
 
-def _deal(sources, val_names: set[str], val_period: int, spools: Sequence[BinaryIO], seed: int) -> int:
+def _deal(sources, val_names: set[str], val_period: int, spools, seed: int) -> int:
     """Write each different document to the temporary file of one shard and return their number. The last shard gets
     those of the sources in `val_names`, or every `val_period`-th one when that is empty."""
     rng, seen = random.Random(seed), set()

@@ -121,9 +121,8 @@ def _check_model(config: GPTConfig) -> None:
     }
     if present := [name for name, is_there in features.items() if is_there]:
         remedy = "only models of the first release's architecture do (scripts.base_train --arch october-2025)"
-        raise UserError(
-            f"the model has no counterpart in Hugging Face transformers: it has {', '.join(present)}; {remedy}"
-        )
+        fault = f"the model has no counterpart in Hugging Face transformers: it has {', '.join(present)}"
+        raise UserError(f"{fault}; {remedy}")
 
 
 def _model_settings(config: GPTConfig, *, bos_id: int, end_id: int) -> dict[str, Any]:
@@ -162,9 +161,8 @@ def _parse_model_settings(settings: dict[str, Any], vocab_size: int, path: Path)
         }
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not the config of a NanoChat model ({type(error).__name__}: {error})") from error
-    for name in is_odd:
-        if is_odd[name]:
-            raise UserError(f"{path} has no counterpart here: {name} is {settings.get(name)!r}")
+    if odd := [name for name in is_odd if is_odd[name]]:
+        raise UserError(f"{path} has no counterpart here: {odd[0]} is {settings.get(odd[0])!r}")
     return config
 
 
