@@ -60,8 +60,7 @@ def check_conversation(conversation: Any) -> list[dict[str, Any]]:
     has_system = isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
     roles = chain(["system"] * has_system, cycle(("user", "assistant")))
     for number, (message, role) in enumerate(zip(messages, roles, strict=False), start=1):
-        fault = _message_fault(message, role)
-        if fault:
+        if fault := _message_fault(message, role):
             raise UserError(f"message {number} {fault}")
     if has_system and len(messages) == 1:
         raise UserError("a system message must be followed by a user message")
@@ -93,12 +92,10 @@ def _message_fault(message: Any, expected_role: str) -> str:
 
 
 def render(tokenizer: Tokenizer, conversation: Conversation, *, max_tokens: int | None = None) -> Rendered:
-    """A conversation to learn from, at most `max_tokens` long (None: no limit).
-
-    One that is too long loses whole messages at its end: an answer is there whole or not at all, and never without its
-    question. A last question without an answer is dropped too. Ids are empty where not even the first answer fits.
-    Raises `UserError` for a conversation that is not in order.
-    """
+    """A conversation to learn from, at most `max_tokens` long (None: no limit). One that is too long loses whole
+    messages at its end: an answer is there whole or not at all, and never without its question. A last question without
+    an answer is dropped too. Ids are empty where not even the first answer fits. Raises `UserError` for a conversation
+    that is not in order."""
     system, messages = _split_system(check_conversation(conversation))
     ids, mask = [tokenizer.bos_id], [False]
     length, num_kept = 0, 0  # of ids, and messages, up to the last answer that fits

@@ -181,8 +181,6 @@ class TextLoader:
             self._reader.close()
             self._reader = None
 
-    # --- rows ---
-
     def _new_streams(self) -> dict[int, Stream]:
         own = range(self.rank, self.num_streams, self.world_size)
         return {number: Stream(self.sequence_len + 1, self.tokenizer.bos_id) for number in own}
@@ -219,8 +217,6 @@ class TextLoader:
                 if place >= receiver.place:  # after a resume, streams may have read unequally far
                     receiver.waiting.extend(documents)
                     receiver.place = next_place
-
-    # --- state ---
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where this rank stands after the batches it gave out: the tokens each stream has in hand and its place."""

@@ -87,12 +87,9 @@ def shard_paths(data: str, split: str) -> list[Path]:
 def document_batches(
     paths: Sequence[Path], *, start: tuple[int, int] = (0, 0)
 ) -> Iterator[tuple[tuple[int, int], pa.StringArray]]:
-    """The documents of the shards from position `start` on, one row group at a time, each with its position: index of
-    the shard in `paths`, and of the row group in it.
-
-    Only one row group is in memory. Nulls and empty texts are left out, and a row group of nothing else with them.
-    Raises `UserError` for a shard that is missing or cannot be read, at the moment it is reached.
-    """
+    """The documents of the shards, one row group at a time, each with its position: index of the shard in `paths`, and
+    of the row group in it. `start` is the first. Nulls and empty texts are left out, and a row group of nothing else
+    with them. Raises `UserError` for a shard that is missing or cannot be read, at the moment it is reached."""
     for shard in range(start[0], len(paths)):
         with _open_shard(paths[shard]) as parquet:
             first = start[1] if shard == start[0] else 0
@@ -194,12 +191,10 @@ class Manifest:
 
 
 def prepare(data: str, num_train: int, *, workers: int = 8) -> Path:
-    """Make the shards of `data` ready and return their folder: download a hub repository (the first `num_train`
-    train shards, -1 for all, and always the last), or convert local text, or check a local folder of shards.
-
-    Of many processes that ask for the same, one does the work and the others wait. Doing it again only checks.
-    Raises `UserError` when it cannot be had whole; what was fetched by then is kept.
-    """
+    """Make the shards of `data` ready and return their folder: download a hub repository (the first `num_train` train
+    shards, -1 for all, and always the last), or convert local text, or check a local folder of shards. Of many
+    processes that ask for the same, one does the work and the others wait. Doing it again only checks. Raises
+    `UserError` when it cannot be had whole; what was fetched by then is kept."""
     if num_train < 1 and num_train != -1:
         raise UserError(f"-n {num_train} is out of range; give the number of train shards, or -1 for all")
     if workers < 1:

@@ -60,10 +60,6 @@ class Rollout:
     advantage: float
     is_whole: bool
 
-    @property
-    def num_sampled(self) -> int:
-        return sum(self.is_sampled)
-
 
 Group = Sequence[Rollout]  # of one question
 
@@ -175,7 +171,8 @@ def _batch(rollouts: Sequence[Rollout], device: torch.device | str) -> Batch:
         begin, end = len(r.prompt) - 1, len(tokens) - 1  # positions that predict the reply
         idx[b, :end], weights[b] = tokens[:-1], r.advantage
         targets[b, begin:end] = torch.tensor(r.reply).masked_fill(~torch.tensor(r.is_sampled), IGNORE_INDEX)
-    return Batch(idx.to(device), targets.to(device), sum(r.num_sampled for r in rollouts), 0, weights.to(device))
+    num_sampled = sum(sum(r.is_sampled) for r in rollouts)
+    return Batch(idx.to(device), targets.to(device), num_sampled, 0, weights.to(device))
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -236,7 +233,7 @@ def step_numbers(groups: Sequence[Group]) -> dict[str, float]:
         "groups_frac": len(learned) / len(groups),
         **_lengths(groups),
         "rollout_tokens": sum(len(r.reply) for group in groups for r in group),
-        "train_tokens": sum(r.num_sampled for group in learned for r in group),
+        "train_tokens": sum(sum(r.is_sampled) for group in learned for r in group),
     }
 
 
