@@ -133,11 +133,9 @@ class Runtime:
 
 
 def init_runtime(device_type: str = "", dtype: str = "") -> Runtime:
-    """Set up this process: join the process group under torchrun, choose the device and the compute dtype.
-
-    device_type: "cuda", "mps", "cpu", or "" for the best one present. dtype: a key of `DTYPES`, or "" for what
-    `choose_dtype` finds on rank 0. Raises `UserError` for a device or dtype that is not available.
-    """
+    """Set up this process: join the process group under torchrun, choose the device ("cuda", "mps", "cpu", or "" for
+    the best one present) and the compute dtype (a key of `DTYPES`, or "" for what `choose_dtype` finds on rank 0).
+    Raises `UserError` for a device or dtype that is not available."""
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in defaults.items())
     device = choose_device(device_type, local_rank)

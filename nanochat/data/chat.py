@@ -111,12 +111,10 @@ def render(tokenizer: Tokenizer, conversation: Conversation, *, max_tokens: int 
 
 
 def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, *, max_tokens: int | None = None) -> Prompt:
-    """The prompt for the assistant's next words, at most `max_tokens` long (None: no limit).
-
-    After a user message that is a new answer; after an assistant message the same answer goes on. A prompt that is too
-    long loses its oldest questions with their answers; the beginning-of-sequence token, the system message and the
-    last question stay. Raises `UserError` where these alone are too long, and for a conversation that is not in order.
-    """
+    """The prompt for the assistant's next words, at most `max_tokens` long (None: no limit). After a user message that
+    is a new answer; after an assistant message the same answer goes on. A prompt that is too long loses its oldest
+    questions with their answers; the beginning-of-sequence token, the system message and the last question stay. Raises
+    `UserError` where these alone are too long, and for a conversation that is not in order."""
     system, messages = _split_system(check_conversation(conversation))
     turns = [_turn(tokenizer, message)[0] for message in messages]
     opened = []
@@ -189,9 +187,9 @@ class ReplyReader:
     """Turns a reply's tokens, as they come, into pieces of text by kind of part; `parts` is its content so far.
 
     A character is given out when its last byte is there; a replacement character stands only for bytes that no further
-    token could complete. Special tokens that do not belong in a reply give no text. What the assistant says ends
-    before the first of the texts `stops`, also one that begins in one token and ends in another: then `is_stopped` is
-    set and nothing more comes. Text that may be the beginning of a stop is held back until that is decided.
+    token could complete. Special tokens that do not belong in a reply give no text. What the assistant says ends before
+    the first of the texts `stops`, even one that spans tokens: then `is_stopped` is set and nothing more comes. Text
+    that may be the beginning of a stop is held back until that is decided.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):

@@ -160,9 +160,7 @@ class ChatLoader:
         self.row += self.batch_size * self.world_size
         packed, shape = self.packed, (self.batch_size, self.packed.sequence_len + 1)
         rows, epoch = [], 0
-        for number in numbers:
-            if number >= self.num_rows:
-                break
+        for number in (n for n in numbers if n < self.num_rows):
             epoch, place = divmod(number, len(packed.rows))
             ids, mask = [], []
             for index in packed.rows[epoch_order(self.seed, epoch, len(packed.rows))[place]]:

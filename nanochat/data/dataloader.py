@@ -41,8 +41,7 @@ READS_AHEAD = 3
 
 
 class Place(NamedTuple):
-    """Where reading continues: document `first` of a row group, the `number`-th of the run. Later places compare
-    greater."""
+    """Where reading goes on: document `first` of a row group, the `number`-th of the run. Later places are greater."""
 
     epoch: int = 0
     shard: int = 0
@@ -203,8 +202,7 @@ class TextLoader:
         while not stream.fill():
             if self._reader is None:
                 start, own = min(s.place for s in self.streams.values()), frozenset(self.streams)
-                work = _deal(self.tokenizer, self.paths, start, self.epochs, self.num_streams, own)
-                self._reader = _read_ahead(work)
+                self._reader = _read_ahead(_deal(self.tokenizer, self.paths, start, self.epochs, self.num_streams, own))
             try:
                 place, next_place, dealt = next(self._reader)
             except StopIteration:

@@ -30,7 +30,6 @@ import pyarrow.parquet as pq
 from nanochat.common import UserError, base_dir, disk_errors, only_one_process, print0, run_main, write_atomic
 from nanochat.data import hub, localtext
 from nanochat.data.hub import HubFile, TransferError
-from nanochat.data.localtext import Source
 
 DEFAULT_DATA = "karpathy/climbmix-400b-shuffle"
 DEFAULT_TRAIN_SHARDS = 8  # of that data set: the two billion characters the tokenizer is trained on
@@ -75,8 +74,9 @@ def shard_paths(data: str, split: str) -> list[Path]:
         return shards[:-1] if split == "train" else shards[-1:]
     for file in manifest.files:
         if file.name in manifest.verified and not file.is_whole(folder):
-            path = folder / file.name
-            raise UserError(f"the shard {path} is gone or no longer has its {file.size:,} bytes; {command}")
+            raise UserError(
+                f"the shard {folder / file.name} is gone or no longer has its {file.size:,} bytes; {command}"
+            )
     wanted = manifest.files[:-1] if split == "train" else manifest.files[-1:]
     chosen = list(takewhile(lambda file: file.is_whole(folder), wanted))
     if not chosen:
@@ -137,9 +137,6 @@ def _files_of(path: Path, suffixes: str | tuple[str, ...]) -> list[Path]:
 def natural_key(name: str) -> list[tuple[int, str]]:
     """Sort key that orders runs of digits as numbers: `a2` before `a10`."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-# --- the manifest of a folder --------------------------------------------------------------------
 
 
 @dataclass
@@ -213,8 +210,7 @@ def prepare(data: str, num_train: int, *, workers: int = 8) -> Path:
         elif files := sorted(_files_of(path, SUFFIXES)):
             _convert_files(data, files, path if path.is_dir() else path.parent, folder)
         else:
-            kinds = ", ".join(SUFFIXES)
-            raise UserError(f"{path} has no {kinds} file; give --data another folder or a hub repository")
+            raise UserError(f"{path} has no {', '.join(SUFFIXES)} file; give --data another folder or a hub repository")
     return folder
 
 
@@ -252,8 +248,8 @@ def _fetch_missing(manifest: Manifest, folder: Path, wanted: list[HubFile], work
         return
     check_disk(folder, sum(file.size for file in missing))
     failed = hub.fetch_files(manifest.source, manifest.version, missing, folder, workers=workers, check=_check_fetched)
-    fetched = [file.name for file in missing if file.name not in failed]
-    manifest.verified.update((name, (folder / name).stat().st_mtime_ns) for name in fetched)
+    fetched = (file.name for file in missing if file.name not in failed)
+    manifest.verified |= {name: (folder / name).stat().st_mtime_ns for name in fetched}
     manifest.save(folder)
     for name, reason in failed.items():
         print(f"missing: {name} ({reason})", file=sys.stderr)
@@ -291,19 +287,17 @@ def _convert_files(data: str, files: Sequence[Path], root: Path, folder: Path) -
     for file in files:
         name, status = file.relative_to(root).as_posix(), file.stat()
         digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        sources.append(Source(name, status.st_size, partial(_read_documents, file)))
+        sources.append(localtext.Source(name, status.st_size, partial(_read_documents, file)))
     _convert(data, digest.hexdigest(), lambda: sources, folder)
 
 
 def _read_documents(path: Path) -> Iterator[str]:
-    if path.suffix != ".parquet":
-        yield from localtext.read_texts(path)
-    else:
-        for _, texts in document_batches([path]):
-            yield from texts.to_pylist()
+    if path.suffix == ".parquet":
+        return (text for _, texts in document_batches([path]) for text in texts.to_pylist())
+    return localtext.read_texts(path)
 
 
-def _convert(data: str, version: str, get_sources: Callable[[], list[Source]], folder: Path) -> None:
+def _convert(data: str, version: str, get_sources: Callable[[], list[localtext.Source]], folder: Path) -> None:
     """Write the shards of `get_sources()` to `folder`, all or nothing, unless those of `version` are there."""
     present = Manifest.load(folder)
     if present and present.version == version and all(file.is_whole(folder) for file in present.files):

@@ -119,9 +119,8 @@ def write_shards(sources: Sequence[Source], folder: Path, *, seed: int = SEED) -
     """Write the documents of `sources` to `folder` as shuffled parquet shards; the last one is for validation.
 
     Blank documents and those that repeat an earlier one (white space aside) are left out. Validation gets about 5 % of
-    the text: whole sources where those are small enough, otherwise evenly spread documents. The result depends only
-    on names, sizes and texts of the sources. Memory holds one shard at a time.
-    Raises `UserError` when there are not two different documents, and what reading a source raises.
+    the text: whole sources where those are small enough, otherwise evenly spread documents. The result depends on the
+    sources alone, and memory holds one shard at a time. Raises `UserError` when there are not two different documents.
     """
     sources = sorted(sources, key=lambda source: source.name)
     total = sum(source.num_bytes for source in sources)
@@ -187,11 +186,9 @@ def machine_sources() -> list[Source]:
     for root in _roots():
         for package, _, title, path in sorted(_documented_files(root)):
             packages.setdefault(package, []).append((title, Path(path)))
-    seen: set[str] = set()
-    sources, machine_left = [], MACHINE_BYTES
+    seen, sources, machine_left = set(), [], MACHINE_BYTES
     for package, files in packages.items():
-        documents: list[str] = []
-        package_left = min(PACKAGE_BYTES, machine_left)
+        documents, package_left = [], min(PACKAGE_BYTES, machine_left)
         for title, path in files:
             content = _content(path, package_left)
             package_left -= len(content)

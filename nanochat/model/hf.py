@@ -64,13 +64,12 @@ def save_hf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     end = tokenizer.special_id("<|assistant_end|>")
     names = json.dumps(list(tokenizer.special_ids))  # a list of strings reads the same in Jinja
     chat_template = CHAT_TEMPLATE_PATH.read_text(encoding="utf-8").replace("SPECIAL_TOKENS", names)
-    own_settings = {"model_max_length": config.sequence_len, "chat_template": chat_template}
+    tokenizer_settings = {"model_max_length": config.sequence_len, "chat_template": chat_template}
     files = {
         TOKENIZER_FILE: tokenizer_spec(tokenizer),
-        SETTINGS_FILE: _template(SETTINGS_FILE) | own_settings,
-        "generation_config.json": {
-            "bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": end
-        },
+        SETTINGS_FILE: _template(SETTINGS_FILE) | tokenizer_settings,
+        "generation_config.json": {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids),
+                                   "pad_token_id": end},
         CONFIG_FILE: _model_settings(config, bos_id=tokenizer.bos_id, end_id=end),
     }  # fmt: skip
     for name, content in files.items():
@@ -113,12 +112,9 @@ def _check_model(config: GPTConfig) -> None:
     """Raise `UserError` naming the model's features that transformers' NanoChat does not have."""
     features = {
         "sliding windows": any(config.window(layer) for layer in range(config.n_layer)),
-        "scaled QK-norm": config.qk_scale != 1.0,
-        "value embeddings": config.value_embeds,
-        "scalars on the residual stream": config.residual_scalars,
-        "smear": config.smear,
-        "backout": config.backout,
-    }
+        "scaled QK-norm": config.qk_scale != 1.0, "value embeddings": config.value_embeds,
+        "scalars on the residual stream": config.residual_scalars, "smear": config.smear, "backout": config.backout,
+    }  # fmt: skip
     if present := [name for name, is_there in features.items() if is_there]:
         remedy = "only models of the first release's architecture do (scripts.base_train --arch october-2025)"
         fault = f"the model has no counterpart in Hugging Face transformers: it has {', '.join(present)}"
@@ -237,11 +233,10 @@ def derive_merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     """The pairs of tokens that merge into another one, ordered by the id of the result, at most one for each token.
 
     Our tokenizer has ranks instead of merges: it always joins the two neighbours that make up the token of lowest rank.
-    tokenizer.json lists the pairs that may be joined. The pair of a token is what remains of its bytes, joined by our
-    rule, before the last step. No other pair ever occurs: until two neighbours within a longer text become this token,
-    nothing has been joined across its ends, so the bytes between them went through the same steps as they do alone. A
-    token whose bytes do not come down to two parts has no pair; it is found only as a whole chunk of text, which is
-    what "ignore_merges" means.
+    The pair of a token is what remains of its bytes, joined by that rule, before the last step. No other pair occurs:
+    until neighbours within a longer text become this token, nothing is joined across its ends, so its bytes go through
+    the same steps as they do alone. A token whose bytes do not come down to two parts has no pair; it is found only as
+    a whole chunk of text, which is what "ignore_merges" means.
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return [pair for token in tokens if (pair := _last_pair(token, ranks)) is not None]

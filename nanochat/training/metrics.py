@@ -84,8 +84,7 @@ class MetricsLog:
     """Writes every number of a run to a file of JSON lines, and to wandb if the run has a name there. Rank 0 only."""
 
     def __init__(self, path: Path, runtime: Runtime, *, run_name: str = "", settings: Mapping | None = None):
-        self.path = path
-        self._is_main = runtime.is_main
+        self.path, self._is_main = path, runtime.is_main
         self._wandb = _start_wandb(run_name, settings or {}) if run_name and runtime.is_main else None
 
     def rewind(self, step: int) -> None:

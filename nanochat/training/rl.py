@@ -218,8 +218,8 @@ def evaluate(
         for task in sorted(set(names)):
             of_task = [mean for mean, name in zip(means, names, strict=True) if name == task]
             numbers[f"val_reward_{task}"], numbers[f"val_reward_{task}_se"] = mean_and_error(of_task)
-    shown = [one for (one,) in greedy[:NUM_SAMPLES_SHOWN]]
-    texts = [f"{engine.tokenizer.decode(r.prompt + r.reply)}\nreward {r.reward:g}" for r in shown]
+    shown = greedy[:NUM_SAMPLES_SHOWN]
+    texts = [f"{engine.tokenizer.decode(one.prompt + one.reply)}\nreward {one.reward:g}" for (one,) in shown]
     return Evaluation(numbers, means, texts)
 
 
