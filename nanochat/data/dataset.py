@@ -74,9 +74,8 @@ def shard_paths(data: str, split: str) -> list[Path]:
         return shards[:-1] if split == "train" else shards[-1:]
     for file in manifest.files:
         if file.name in manifest.verified and not file.is_whole(folder):
-            raise UserError(
-                f"the shard {folder / file.name} is gone or no longer has its {file.size:,} bytes; {command}"
-            )
+            path = folder / file.name
+            raise UserError(f"the shard {path} is gone or no longer has its {file.size:,} bytes; {command}")
     wanted = manifest.files[:-1] if split == "train" else manifest.files[-1:]
     chosen = list(takewhile(lambda file: file.is_whole(folder), wanted))
     if not chosen:
@@ -275,9 +274,6 @@ def check_disk(folder: Path, num_bytes: int) -> None:
         fault = f"not enough disk space in {folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
         remedy = "ask for fewer shards with -n, or set NANOCHAT_BASE_DIR to a folder on a larger disk"
         raise UserError(f"{fault}; {remedy}")
-
-
-# --- converting ----------------------------------------------------------------------------------
 
 
 def _convert_files(data: str, files: Sequence[Path], root: Path, folder: Path) -> None:

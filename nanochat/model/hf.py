@@ -80,8 +80,8 @@ def load_hf(
     folder: Path, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32
 ) -> tuple[GPT, Tokenizer]:
     """The model, on `device`, and the tokenizer of a folder that `save_hf` or transformers' `save_pretrained` wrote.
-    Raises `UserError` when a file is missing or broken, or the folder holds another architecture or another kind of
-    tokenizer."""
+    Rows of the tables beyond the tokenizer's ids are left out. Raises `UserError` when a file is missing or broken, or
+    the folder holds another architecture or another kind of tokenizer."""
     settings = _read_json(folder / CONFIG_FILE)
     tokenizer = parse_tokenizer_spec(_read_json(folder / TOKENIZER_FILE), folder / TOKENIZER_FILE)
     config = _parse_model_settings(settings, tokenizer.vocab_size, folder / CONFIG_FILE)
@@ -192,8 +192,7 @@ def _save_weights(model: GPT, path: Path) -> None:
 
 @torch.no_grad()
 def _load_weights(model: GPT, path: Path, *, num_rows: int) -> None:
-    """Fill `model` from a file whose tables have `num_rows` rows: those beyond the tokenizer's ids are left out, and
-    the model's own padded rows become zero."""
+    """Fill `model` from a file whose tables have `num_rows` rows. The model's padded rows become zero."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
