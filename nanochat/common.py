@@ -70,16 +70,29 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def only_one_process(path: Path) -> Iterator[None]:
+    """Hold the lock of `path`, a hidden file beside it. The system frees it when its holder dies."""
+    from filelock import FileLock, Timeout
+
+    with disk_errors("a lock file", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            print0(f"another process is preparing {path}: waiting for it")
+            held = lock.acquire()
+    with held:
+        yield
+
+
 def fetch_once(path: Path, fetch: Callable[[Path], None]) -> Path:
     """Make sure `path` exists, and return it. Of the processes that ask for it, one calls `fetch(partial_path)`, which
     must write the whole file there or raise; the file is then renamed to `path`."""
-    from filelock import FileLock
-
     if path.exists():
         return path
-    with disk_errors(path.name, path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with only_one_process(path):
         if not path.exists():
             partial = path.with_name(f".{path.name}.partial")
             try:
@@ -120,12 +133,9 @@ class Runtime:
 
 
 def init_runtime(device_type: str = "", dtype: str = "") -> Runtime:
-    """Set up this process: join the process group under torchrun, choose the device and the compute dtype.
-
-    device_type: "cuda", "mps", "cpu", or "" for the best one present. dtype: a key of `DTYPES`, or "" for bfloat16 on
-    CUDA from Ampere on, float16 on older GPUs, float32 on MPS, and on a CPU whichever of bfloat16 and float32 a short
-    probe on rank 0 finds faster. Raises `UserError` for a device or dtype that is not available.
-    """
+    """Set up this process: join the process group under torchrun, choose the device ("cuda", "mps", "cpu", or "" for
+    the best one present) and the compute dtype (a key of `DTYPES`, or "" for what `choose_dtype` finds on rank 0).
+    Raises `UserError` for a device or dtype that is not available."""
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in defaults.items())
     device = choose_device(device_type, local_rank)
@@ -161,24 +171,23 @@ def _tune_cpu() -> None:
 def choose_device(device_type: str = "", local_rank: int = 0) -> torch.device:
     """The device asked for, or the best one present. Raises `UserError` when it is not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device_type and device_type not in available:
+    if device_type not in ("", *available):
         raise UserError(f"--device-type {device_type!r} is unknown; choose one of {', '.join(available)}")
-    if device_type and not available[device_type]:
-        present = ", ".join(name for name, there in available.items() if there)
-        raise UserError(f"--device-type {device_type} is not available here; this machine has {present}")
-    chosen = device_type or next(name for name, there in available.items() if there)
+    present = [name for name in available if available[name]]
+    chosen = device_type or present[0]
+    if chosen not in present:
+        raise UserError(f"--device-type {chosen} is not available here; this machine has {', '.join(present)}")
     if chosen != "cuda":
         return torch.device(chosen)
-    if local_rank >= torch.cuda.device_count():
-        num_gpus = torch.cuda.device_count()
+    if local_rank >= (num_gpus := torch.cuda.device_count()):
         remedy = "start that many processes at most (torchrun --nproc_per_node)"
         raise UserError(f"process {local_rank} has no GPU: this machine has {num_gpus}; {remedy}")
     return torch.device("cuda", local_rank)
 
 
 def choose_dtype(device: torch.device) -> str:
-    """Name of the compute dtype for `device`. On a CPU it is found by timing: bfloat16 is 2x faster on some and 160x
-    slower on others."""
+    """Name of the compute dtype for `device`: bfloat16 on CUDA from Ampere on, float16 on older GPUs, float32 on MPS.
+    On a CPU it is found by timing: bfloat16 is 2x faster than float32 on some and 160x slower on others."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     if device.type == "cpu" and matmul_seconds(torch.float32) > BF16_SPEEDUP_NEEDED * matmul_seconds(torch.bfloat16):
@@ -188,8 +197,7 @@ def choose_dtype(device: torch.device) -> str:
 
 def matmul_seconds(dtype: torch.dtype, size: int = PROBE_SIZE, repeats: int = 3) -> float:
     """Seconds of a `size`^3 matrix product of `dtype` on the CPU: the fastest of `repeats` after a warm-up."""
-    a = torch.ones(size, size, dtype=dtype)
-    fastest = float("inf")
+    a, fastest = torch.ones(size, size, dtype=dtype), float("inf")
     for _ in range(repeats + 1):
         start = time.perf_counter()
         a @ a
@@ -200,15 +208,6 @@ def matmul_seconds(dtype: torch.dtype, size: int = PROBE_SIZE, repeats: int = 3)
     return fastest
 
 
-def from_rank0(value):
-    """The `value` of rank 0, on every rank (anything picklable)."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 def gather_ranks(value) -> list:
     """The `value` of every rank, in the order of ranks, on every rank (anything picklable)."""
     if not dist.is_initialized():
@@ -216,6 +215,11 @@ def gather_ranks(value) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def from_rank0(value):
+    """The `value` of rank 0, on every rank (anything picklable)."""
+    return gather_ranks(value)[0]
 
 
 def print0(*args, **kwargs) -> None:

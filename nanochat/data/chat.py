@@ -60,8 +60,7 @@ def check_conversation(conversation: Any) -> list[dict[str, Any]]:
     has_system = isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
     roles = chain(["system"] * has_system, cycle(("user", "assistant")))
     for number, (message, role) in enumerate(zip(messages, roles, strict=False), start=1):
-        fault = _message_fault(message, role)
-        if fault:
+        if fault := _message_fault(message, role):
             raise UserError(f"message {number} {fault}")
     if has_system and len(messages) == 1:
         raise UserError("a system message must be followed by a user message")
@@ -75,20 +74,17 @@ def _message_fault(message: Any, expected_role: str) -> str:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         return f"has the role {role!r}; known are {', '.join(ROLES)}"
-    if not isinstance(content, str):
-        if role != "assistant":
-            return f"has a content of type {type(content).__name__}; of the role {role} it must be a text"
-        if not isinstance(content, Sequence):
-            return f"has a content of type {type(content).__name__}; it must be a text or a list of parts"
-        for part in content:
-            is_part = isinstance(part, Mapping) and part.get("type") in PART_TYPES
-            if not is_part or not isinstance(part.get("text"), str):
-                return f"has the part {part!r}; a part has a type ({', '.join(PART_TYPES)}) and a text"
+    if role != "assistant" and not isinstance(content, str):
+        return f"has a content of type {type(content).__name__}; of the role {role} it must be a text"
+    if not isinstance(content, Sequence):
+        return f"has a content of type {type(content).__name__}; it must be a text or a list of parts"
+    for part in [] if isinstance(content, str) else content:
+        is_part = isinstance(part, Mapping) and part.get("type") in PART_TYPES
+        if not is_part or not isinstance(part.get("text"), str):
+            return f"has the part {part!r}; a part has a type ({', '.join(PART_TYPES)}) and a text"
     if role != expected_role:
-        return (
-            f"must have the role {expected_role!r}, not {role!r}: after a system message, if any, "
-            f"user and assistant take turns"
-        )
+        rule = "after a system message, if any, user and assistant take turns"
+        return f"must have the role {expected_role!r}, not {role!r}: {rule}"
     return ""
 
 
@@ -96,12 +92,10 @@ def _message_fault(message: Any, expected_role: str) -> str:
 
 
 def render(tokenizer: Tokenizer, conversation: Conversation, *, max_tokens: int | None = None) -> Rendered:
-    """A conversation to learn from, at most `max_tokens` long (None: no limit).
-
-    One that is too long loses whole messages at its end: an answer is there whole or not at all, and never without its
-    question. A last question without an answer is dropped too. Ids are empty where not even the first answer fits.
-    Raises `UserError` for a conversation that is not in order.
-    """
+    """A conversation to learn from, at most `max_tokens` long (None: no limit). One that is too long loses whole
+    messages at its end: an answer is there whole or not at all, and never without its question. A last question without
+    an answer is dropped too. Ids are empty where not even the first answer fits. Raises `UserError` for a conversation
+    that is not in order."""
     system, messages = _split_system(check_conversation(conversation))
     ids, mask = [tokenizer.bos_id], [False]
     length, num_kept = 0, 0  # of ids, and messages, up to the last answer that fits
@@ -117,12 +111,10 @@ def render(tokenizer: Tokenizer, conversation: Conversation, *, max_tokens: int 
 
 
 def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, *, max_tokens: int | None = None) -> Prompt:
-    """The prompt for the assistant's next words, at most `max_tokens` long (None: no limit).
-
-    After a user message that is a new answer; after an assistant message the same answer goes on. A prompt that is too
-    long loses its oldest questions with their answers; the beginning-of-sequence token, the system message and the
-    last question stay. Raises `UserError` where these alone are too long, and for a conversation that is not in order.
-    """
+    """The prompt for the assistant's next words, at most `max_tokens` long (None: no limit). After a user message that
+    is a new answer; after an assistant message the same answer goes on. A prompt that is too long loses its oldest
+    questions with their answers; the beginning-of-sequence token, the system message and the last question stay. Raises
+    `UserError` where these alone are too long, and for a conversation that is not in order."""
     system, messages = _split_system(check_conversation(conversation))
     turns = [_turn(tokenizer, message)[0] for message in messages]
     opened = []
@@ -135,10 +127,8 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, *, m
         length = 1 + len(question) + sum(map(len, later)) + len(opened)
         if max_tokens is None or length <= max_tokens:
             return Prompt([tokenizer.bos_id, *question, *chain.from_iterable(later), *opened], first)
-    raise UserError(
-        f"the last message, with the system message if there is one, has {length} tokens, but only "
-        f"{max_tokens} fit; shorten it"
-    )
+    question = "the last message, with the system message if there is one,"
+    raise UserError(f"{question} has {length} tokens, but only {max_tokens} fit; shorten it")
 
 
 def _split_system(messages: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
@@ -167,10 +157,8 @@ def _turn(tokenizer: Tokenizer, message: Mapping[str, Any], system: str = "") ->
 
 
 def as_parts(content: str | Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """An assistant's content as a list of parts: `as_parts("Hi") == [{"type": "text", "text": "Hi"}]`.
-
-    Neighbouring texts become one part, because their tokens cannot be told apart.
-    """
+    """An assistant's content as a list of parts: `as_parts("Hi") == [{"type": "text", "text": "Hi"}]`. Neighbouring
+    texts become one part, because their tokens cannot be told apart."""
     parts: list[dict[str, str]] = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         if parts and part["type"] == parts[-1]["type"] == "text":
@@ -199,9 +187,9 @@ class ReplyReader:
     """Turns a reply's tokens, as they come, into pieces of text by kind of part; `parts` is its content so far.
 
     A character is given out when its last byte is there; a replacement character stands only for bytes that no further
-    token could complete. Special tokens that do not belong in a reply give no text. What the assistant says ends
-    before the first of the texts `stops`, also one that begins in one token and ends in another: then `is_stopped` is
-    set and nothing more comes. Text that may be the beginning of a stop is held back until that is decided.
+    token could complete. Special tokens that do not belong in a reply give no text. What the assistant says ends before
+    the first of the texts `stops`, even one that spans tokens: then `is_stopped` is set and nothing more comes. Text
+    that may be the beginning of a stop is held back until that is decided.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):

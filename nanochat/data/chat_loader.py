@@ -17,6 +17,7 @@ Not here: the packer of pretraining (`dataloader.py`), which cuts documents so t
 import bisect
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import Runtime, UserError
+from nanochat.common import Runtime, UserError, gather_ranks
 from nanochat.data import chat
 from nanochat.data.dataloader import Batch, make_batch
 from nanochat.tokenizer import Tokenizer
@@ -42,12 +43,9 @@ Conversations = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Rows:
-    """Conversations packed into rows of `sequence_len` + 1 tokens.
-
-    `rows`: the indices of each row's conversations, which have `num_tokens`, `num_targets` of them supervised.
-    `num_cut` conversations lost turns at their end, `num_left_out` are in no row. `fingerprint` differs where the
-    lengths or the numbers of supervised tokens do.
-    """
+    """Conversations packed into rows of `sequence_len` + 1 tokens. `rows`: the indices of each row's conversations,
+    which have `num_tokens`, `num_targets` of them supervised. `num_cut` conversations lost turns at their end,
+    `num_left_out` are in no row. `fingerprint` differs where the lengths or the numbers of supervised tokens do."""
 
     conversations: Conversations
     tokenizer: Tokenizer
@@ -60,11 +58,9 @@ class Rows:
     fingerprint: int
 
     def __str__(self) -> str:
-        places = max(1, len(self.rows) * (self.sequence_len + 1))
-        text = (
-            f"{len(self.conversations) - self.num_left_out:,} conversations, {self.num_targets:,} supervised tokens of "
-            f"{self.num_tokens:,}, in {len(self.rows):,} rows ({1 - self.num_tokens / places:.1%} padding)"
-        )
+        padding = 1 - self.num_tokens / max(1, len(self.rows) * (self.sequence_len + 1))
+        text = f"{len(self.conversations) - self.num_left_out:,} conversations, {self.num_targets:,} supervised tokens "
+        text += f"of {self.num_tokens:,}, in {len(self.rows):,} rows ({padding:.1%} padding)"
         if self.num_cut or self.num_left_out:
             text += f"; too long for the context: {self.num_cut:,} cut after an answer, {self.num_left_out:,} left out"
         return text
@@ -72,9 +68,7 @@ class Rows:
 
 def pack_conversations(conversations: Conversations, tokenizer: Tokenizer, sequence_len: int) -> Rows:
     """Measure `conversations` and pack them. With a process group every rank must call this, and each measures a part.
-
-    Raises `UserError`, on every rank alike, for a conversation that is not in order.
-    """
+    Raises `UserError`, on every rank alike, for a conversation that is not in order."""
     table = _measure_all(conversations, tokenizer, sequence_len + 1)
     lengths = table[:, 0]
     return Rows(
@@ -90,19 +84,13 @@ def _measure_all(conversations: Conversations, tokenizer: Tokenizer, max_tokens:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own: list[tuple[int, int, int]] | UserError = []
     try:
-        for i in range(rank, len(conversations), world_size):
-            rendered = chat.render(tokenizer, conversations[i], max_tokens=max_tokens)
+        for index in range(rank, len(conversations), world_size):
+            rendered = chat.render(tokenizer, conversations[index], max_tokens=max_tokens)
             own.append((len(rendered.ids), sum(rendered.mask), rendered.num_dropped))
     except UserError as error:
-        if world_size == 1:
-            raise
-        own = UserError(str(error))  # raised below: the other ranks must not wait for this one
-    parts = [own]
-    if world_size > 1:
-        parts = [None] * world_size
-        dist.all_gather_object(parts, own)
+        own = error  # raised below: the other ranks must not wait for this one
     table = np.zeros((len(conversations), 3), dtype=np.int64)
-    for first, part in enumerate(parts):
+    for first, part in enumerate(gather_ranks(own)):
         if isinstance(part, UserError):
             raise part
         table[first::world_size] = np.array(part, dtype=np.int64).reshape(-1, 3)
@@ -110,11 +98,9 @@ def _measure_all(conversations: Conversations, tokenizer: Tokenizer, max_tokens:
 
 
 def pack_whole(lengths: Sequence[int], row_tokens: int, *, choice: int = CHOICE) -> list[list[int]]:
-    """Rows of at most `row_tokens` tokens, as indices into `lengths`; those of length 0 are in none.
-
-    Each row begins with the first that is in none yet, so that no short one waits for the end, and goes on with the
-    longest that still fits among the next `choice` of them: `pack_whole([4, 3, 0, 6, 2], 8) == [[0, 1], [3, 4]]`.
-    """
+    """Rows of at most `row_tokens` tokens, as indices into `lengths`; those of length 0 are in none. Each row begins
+    with the first that is in none yet, so that no short one waits for the end, and goes on with the longest that still
+    fits among the next `choice` of them: `pack_whole([4, 3, 0, 6, 2], 8) == [[0, 1], [3, 4]]`."""
     waiting = [(length, -index) for index, length in enumerate(lengths) if length]
     assert all(length <= row_tokens for length, _ in waiting), row_tokens
     upcoming, packed = iter(waiting), set()
@@ -136,30 +122,22 @@ def pack_whole(lengths: Sequence[int], row_tokens: int, *, choice: int = CHOICE)
     return rows
 
 
-def hold_out(conversations: Conversations, share: float = HELD_OUT_SHARE) -> tuple[list[int], list[int]]:
-    """Indices of the conversations to train on and of those to validate on, at least `share` of the different ones.
-
-    A hash of its content decides, so equal conversations are on the same side, whatever their order. A single
-    conversation is to train on.
-    """
+def hold_out(conversations: Conversations) -> tuple[list[int], list[int]]:
+    """Indices of the conversations to train on, and of those to validate on: 5 % of the different ones, rounded up. A
+    hash of its content decides, so equal conversations are on the same side, whatever their order. A single
+    conversation is to train on."""
     keys = [hashlib.sha256(json.dumps(c, sort_keys=True).encode()).hexdigest() for c in conversations]
     different = sorted(set(keys))
-    num_held = min(len(different) - 1, -int(-share * len(different) // 1))
+    num_held = min(len(different) - 1, math.ceil(HELD_OUT_SHARE * len(different)))
     held = set(different[:num_held])
     train, val = ([i for i, key in enumerate(keys) if (key in held) == is_held] for is_held in (False, True))
     return train, val
 
 
-# --- batches -------------------------------------------------------------------------------------
-
-
 class ChatLoader:
-    """Iterator of `Batch` for one rank over packed rows; see the module's header.
-
-    Endless with `epochs=None`. Otherwise it ends after that many passes, extended with empty rows, in which nothing
-    counts, to a multiple of `step_rows` over all ranks: every rank has all micro-batches of the last training step.
-    `seed` sets the order of rows.
-    """
+    """Iterator of `Batch` for one rank over packed rows; see the module's header. Endless with `epochs=None`. Otherwise
+    it ends after that many passes, extended with empty rows, in which nothing counts, to a multiple of `step_rows` over
+    all ranks: every rank has all micro-batches of the last training step. `seed` sets the order of rows."""
 
     def __init__(
         self, packed: Rows, batch_size: int, *, rank: int = 0, world_size: int = 1,
@@ -169,32 +147,28 @@ class ChatLoader:
         self.packed, self.batch_size, self.seed = packed, batch_size, seed
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.row = rank  # of the whole run: the next one of this rank
-        self.num_rows = None if epochs is None else epochs * len(packed.rows)
-        self.end = None if epochs is None else -(-self.num_rows // step_rows) * step_rows
+        self.num_rows = math.inf if epochs is None else epochs * len(packed.rows)
+        self.end = math.inf if epochs is None else -(-self.num_rows // step_rows) * step_rows
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         numbers = range(self.row, self.row + self.batch_size * self.world_size, self.world_size)
-        if self.end is not None:
-            numbers = [n for n in numbers if n < self.end]
-        if not numbers:
+        if self.row >= self.end:
             raise StopIteration
         self.row += self.batch_size * self.world_size
         packed, shape = self.packed, (self.batch_size, self.packed.sequence_len + 1)
-        tokens, counts = np.full(shape, packed.tokenizer.bos_id, dtype=np.int64), np.zeros(shape, dtype=bool)
-        epoch = 0
-        for b, number in enumerate(numbers):
-            if self.num_rows is not None and number >= self.num_rows:
-                break
+        rows, epoch = [], 0
+        for number in (n for n in numbers if n < self.num_rows):
             epoch, place = divmod(number, len(packed.rows))
-            end = 0
-            for index in packed.rows[_row_order(self.seed, epoch, len(packed.rows))[place]]:
+            ids, mask = [], []
+            for index in packed.rows[epoch_order(self.seed, epoch, len(packed.rows))[place]]:
                 one = chat.render(packed.tokenizer, packed.conversations[index], max_tokens=shape[1])
-                begin, end = end, end + len(one.ids)
-                tokens[b, begin:end], counts[b, begin:end] = one.ids, one.mask
-        return make_batch(tokens, counts, self.device, epoch)
+                ids += one.ids
+                mask += one.mask
+            rows.append((ids, mask))
+        return make_batch(rows, shape, packed.tokenizer.bos_id, self.device, epoch)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where the run stands after the batches given out, the same on all ranks that gave out equally many."""
@@ -202,23 +176,20 @@ class ChatLoader:
         return {name: torch.tensor(number) for name, number in numbers.items()}
 
     def load_state_dict(self, shards: list[dict[str, Tensor]]) -> None:
-        """Continue where the ranks that saved `shards` stood, however many they were.
-
-        Raises `UserError` when they had other conversations.
-        """
+        """Continue where the ranks that saved `shards` stood, however many they were. Raises `UserError` when they had
+        other conversations."""
         rows, fingerprints, seeds = ({int(shard[key]) for shard in shards} for key in ("row", "fingerprint", "seed"))
         assert len(rows) == 1, rows
         if fingerprints != {self.packed.fingerprint} or seeds != {self.seed}:
-            raise UserError(
-                "the conversations are not those of the run being resumed; bring back the data it was started with, "
-                "or start another run"
-            )
+            remedy = "bring back the data it was started with, or start another run"
+            raise UserError(f"the conversations are not those of the run being resumed; {remedy}")
         self.row = rows.pop() + self.rank
 
 
 @lru_cache(maxsize=4)
-def _row_order(seed: int, epoch: int, num_rows: int) -> list[int]:
-    order = list(range(num_rows))
+def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
+    """The indices below `size` in the random order of one epoch."""
+    order = list(range(size))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
 

@@ -41,8 +41,7 @@ READS_AHEAD = 3
 
 
 class Place(NamedTuple):
-    """Where reading continues: document `first` of a row group, the `number`-th of the run. Later places compare
-    greater."""
+    """Where reading goes on: document `first` of a row group, the `number`-th of the run. Later places are greater."""
 
     epoch: int = 0
     shard: int = 0
@@ -64,8 +63,12 @@ class Batch:
     weights: Tensor | None = None
 
 
-def make_batch(tokens: np.ndarray, counts: np.ndarray, device: torch.device, epoch: int) -> Batch:
-    """The `Batch` of `tokens`, (B, T + 1) int64; `counts`, (B, T + 1) bool, says which of them are targets."""
+def make_batch(rows: Sequence[tuple], shape: tuple[int, int], pad_id: int, device: torch.device, epoch: int) -> Batch:
+    """The `Batch` of `rows`: their token ids, and which of these are targets (a list, or True for all). `shape` is
+    (B, T + 1); what the rows leave empty is padded with `pad_id`."""
+    tokens, counts = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=bool)
+    for b, (ids, is_target) in enumerate(rows):
+        tokens[b, : len(ids)], counts[b, : len(ids)] = ids, is_target
 
     def send(array: np.ndarray) -> Tensor:
         tensor, is_cuda = torch.from_numpy(np.ascontiguousarray(array)), device.type == "cuda"
@@ -76,23 +79,17 @@ def make_batch(tokens: np.ndarray, counts: np.ndarray, device: torch.device, epo
 
 
 class Stream:
-    """The documents one stream has in hand, packed by best fit into rows of `row_tokens` tokens, with `bos_id` in
-    front of each document. Documents are token arrays without BOS.
-
-    documents: those to choose from, by length, equal ones oldest first.
-    num_tokens: what they take up in rows, BOS included.
-    waiting: documents that are not yet among them; ready: rows packed but not consumed.
-    place: where reading continues.
-    """
+    """The documents one stream has in hand, packed by best fit into rows of `row_tokens` tokens, with `bos_id` in front
+    of each document. Documents are token arrays without BOS."""
 
     def __init__(self, row_tokens: int, bos_id: int):
         assert row_tokens >= 2, row_tokens
         self.row_tokens, self.bos_id = row_tokens, bos_id
-        self.documents: list[np.ndarray] = []
-        self.num_tokens = 0
-        self.waiting: deque[np.ndarray] = deque()
-        self.ready: deque[np.ndarray] = deque()
-        self.place = Place()
+        self.documents: list[np.ndarray] = []  # those to choose from, by length, equal ones oldest first
+        self.num_tokens = 0  # that they take up in rows, BOS included
+        self.waiting: deque[np.ndarray] = deque()  # documents that are not yet among them
+        self.ready: deque[np.ndarray] = deque()  # rows packed but not consumed
+        self.place = Place()  # where reading continues
 
     def add(self, document: np.ndarray) -> None:
         bisect.insort(self.documents, document, key=len)
@@ -134,11 +131,9 @@ class Stream:
 
 
 class TextLoader:
-    """Iterator of `Batch` for one rank over the documents of parquet shards; see the module's header.
-
-    Endless with `epochs=None`; otherwise ends after that many passes, the last batch padded. Raises `UserError` when
-    the shards hold no document.
-    """
+    """Iterator of `Batch` for one rank over the documents of parquet shards; see the module's header. Endless with
+    `epochs=None`; otherwise ends after that many passes, the last batch padded. Raises `UserError` when the shards hold
+    no document."""
 
     def __init__(
         self, tokenizer, paths: Sequence[Path], batch_size: int, sequence_len: int, *,
@@ -164,8 +159,10 @@ class TextLoader:
             rows = list(islice(self._rows(), self.batch_size))
             if not rows:
                 break
+            epoch = self.streams[rows[-1][0] % self.num_streams].place.epoch
+            full, shape = [(row, True) for _, row in rows], (self.batch_size, self.sequence_len + 1)
             with torch.cuda.stream(self._copy_stream):  # no effect without one
-                self._sent.append((rows, self._send(rows)))
+                self._sent.append((rows, make_batch(full, shape, self.tokenizer.bos_id, self.device, epoch)))
         if not self._sent:
             self.close()
             raise StopIteration
@@ -182,8 +179,6 @@ class TextLoader:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
-
-    # --- rows ---
 
     def _new_streams(self) -> dict[int, Stream]:
         own = range(self.rank, self.num_streams, self.world_size)
@@ -207,8 +202,7 @@ class TextLoader:
         while not stream.fill():
             if self._reader is None:
                 start, own = min(s.place for s in self.streams.values()), frozenset(self.streams)
-                work = _deal(self.tokenizer, self.paths, start, self.epochs, self.num_streams, own)
-                self._reader = _read_ahead(work)
+                self._reader = _read_ahead(_deal(self.tokenizer, self.paths, start, self.epochs, self.num_streams, own))
             try:
                 place, next_place, dealt = next(self._reader)
             except StopIteration:
@@ -221,16 +215,6 @@ class TextLoader:
                 if place >= receiver.place:  # after a resume, streams may have read unequally far
                     receiver.waiting.extend(documents)
                     receiver.place = next_place
-
-    def _send(self, rows: list[tuple[int, np.ndarray]]) -> Batch:
-        shape = (self.batch_size, self.sequence_len + 1)
-        tokens, counts = np.full(shape, self.tokenizer.bos_id, dtype=np.int64), np.zeros(shape, dtype=bool)
-        for b, (_, row) in enumerate(rows):
-            tokens[b, : len(row)], counts[b, : len(row)] = row, True
-        epoch = self.streams[rows[-1][0] % self.num_streams].place.epoch
-        return make_batch(tokens, counts, self.device, epoch)
-
-    # --- state ---
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where this rank stands after the batches it gave out: the tokens each stream has in hand and its place."""
@@ -248,21 +232,16 @@ class TextLoader:
         return state
 
     def load_state_dict(self, shards: list[dict[str, Tensor]]) -> None:
-        """Continue where the ranks that saved `shards` stood, however many they were.
-
-        Raises `UserError` when the rows of that run cannot be continued by this loader.
-        """
+        """Continue where the ranks that saved `shards` stood, however many they were. Raises `UserError` when the rows
+        of that run cannot be continued by this loader."""
         saved_streams, saved_len = (int(shards[0][key]) for key in ("num_streams", "sequence_len"))
         if saved_len != self.sequence_len:
-            raise UserError(
-                f"the checkpoint's rows are {saved_len} tokens long, not {self.sequence_len}; "
-                f"resume with --sequence-len {saved_len}"
-            )
+            remedy = f"resume with --sequence-len {saved_len}"
+            raise UserError(f"the checkpoint's rows are {saved_len} tokens long, not {self.sequence_len}; {remedy}")
         if saved_streams % self.world_size:
-            raise UserError(
-                f"the checkpoint's data is in {saved_streams} streams, which {self.world_size} processes "
-                f"cannot share evenly; resume with a number of processes that divides {saved_streams}"
-            )
+            fault = f"in {saved_streams} streams, which {self.world_size} processes cannot share evenly"
+            remedy = f"resume with a number of processes that divides {saved_streams}"
+            raise UserError(f"the checkpoint's data is {fault}; {remedy}")
         self.close()
         self._sent.clear()
         self.num_streams = saved_streams

@@ -27,10 +27,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError, base_dir, disk_errors, print0, run_main, write_atomic
+from nanochat.common import UserError, base_dir, disk_errors, only_one_process, print0, run_main, write_atomic
 from nanochat.data import hub, localtext
 from nanochat.data.hub import HubFile, TransferError
-from nanochat.data.localtext import Source
 
 DEFAULT_DATA = "karpathy/climbmix-400b-shuffle"
 DEFAULT_TRAIN_SHARDS = 8  # of that data set: the two billion characters the tokenizer is trained on
@@ -38,6 +37,7 @@ LOCAL_TEXT = "local"  # the name of the data set made of documentation found on 
 MANIFEST = "nanochat-shards.json"  # a name no folder of the user will have for something else
 SUFFIXES = (".parquet", *localtext.SUFFIXES)
 TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())
+FETCH = "python -m nanochat.data.dataset"
 DISK_MARGIN_BYTES = 64 << 20  # on top of 5 %: room for the logs and the file system's own needs
 
 
@@ -46,15 +46,13 @@ DISK_MARGIN_BYTES = 64 << 20  # on top of 5 %: room for the logs and the file sy
 
 def data_dir(data: str) -> Path:
     """Folder of the shards of `data`: a local folder with at least two parquet files itself, otherwise a folder
-    below the base folder, named after the repository or the local path.
-
-    Raises `UserError` when `data` is neither a local path, nor `local`, nor looks like a repository.
-    """
+    below the base folder. Raises `UserError` when `data` is neither a local path, nor `local`, nor looks like a
+    repository."""
     if data == LOCAL_TEXT:
         return base_dir() / "data" / LOCAL_TEXT
     path = Path(data).expanduser()
     if data and path.exists():
-        if path.is_dir() and len(_parquet_files(path)) >= 2:
+        if path.is_dir() and len(_files_of(path, ".parquet")) >= 2:
             return path
         digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
         return base_dir() / "data" / f"{path.resolve().stem}-{digest}"
@@ -63,17 +61,14 @@ def data_dir(data: str) -> Path:
 
 
 def shard_paths(data: str, split: str) -> list[Path]:
-    """The shards of `split`: "val" is the last shard of the data set, "train" those before it that are here.
-
-    Of a partly downloaded data set, train is the unbroken run from the first shard on, so that the order does not
-    change while the rest arrives. Raises `UserError` when there are none, or one that was here is gone.
-    """
+    """The shards of `split`: "val" is the last shard of the data set, "train" those before it that are here. Of a
+    partly downloaded data set, train is the unbroken run from the first shard on, so that the order does not change
+    while the rest arrives. Raises `UserError` when there are none, or one that was here is gone."""
     assert split in ("train", "val"), split
-    folder = data_dir(data)
-    command = f"run: python -m nanochat.data.dataset --data {data}"
+    folder, command = data_dir(data), f"run: {FETCH} --data {data}"
     manifest = Manifest.load(folder)
     if manifest is None:
-        shards = _parquet_files(folder)
+        shards = _files_of(folder, ".parquet")
         if len(shards) < 2:
             raise UserError(f"the data set {data} is not in {folder}; {command}")
         return shards[:-1] if split == "train" else shards[-1:]
@@ -91,63 +86,51 @@ def shard_paths(data: str, split: str) -> list[Path]:
 def document_batches(
     paths: Sequence[Path], *, start: tuple[int, int] = (0, 0)
 ) -> Iterator[tuple[tuple[int, int], pa.StringArray]]:
-    """The documents of the shards in order, one row group at a time, from row group `start` on. With them comes their
-    position: index of the shard in `paths`, and of the row group in it.
-
-    Only one row group is in memory. Nulls and empty texts are left out, and a row group of nothing else with them.
-    Raises `UserError` for a shard that is missing or cannot be read, at the moment it is reached.
-    """
+    """The documents of the shards, one row group at a time, each with its position: index of the shard in `paths`, and
+    of the row group in it. `start` is the first. Nulls and empty texts are left out, and a row group of nothing else
+    with them. Raises `UserError` for a shard that is missing or cannot be read, at the moment it is reached."""
     for shard in range(start[0], len(paths)):
         with _open_shard(paths[shard]) as parquet:
             first = start[1] if shard == start[0] else 0
             for row_group in range(first, parquet.num_row_groups):
-                texts = _non_empty(parquet.read_row_group(row_group, columns=["text"]).column("text"))
+                column = parquet.read_row_group(row_group, columns=["text"]).column("text")
+                texts = column.cast(pa.string()).combine_chunks()
+                # 0 or null, as for a null text, drops the text. Comparing with 0 would import pandas, 1.5 s.
+                texts = texts.filter(pc.binary_length(texts).cast(pa.bool_()))
                 if len(texts):
                     yield (shard, row_group), texts
-
-
-def _non_empty(column: pa.ChunkedArray) -> pa.StringArray:
-    texts = column.cast(pa.string()).combine_chunks()
-    is_text = pc.binary_length(texts).cast(pa.bool_())  # null for a null text, which filter drops
-    return texts.filter(is_text)  # comparing with 0 would import pandas, 1.5 s
 
 
 @contextmanager
 def _open_shard(path: Path) -> Iterator[pq.ParquetFile]:
     """The opened shard. Raises `UserError` when it is missing, cannot be read, or has no `text` column of strings."""
-    command = "run python -m nanochat.data.dataset again"
     try:
         with pq.ParquetFile(path) as parquet:
             _check_columns(parquet, str(path))
             yield parquet
     except FileNotFoundError as error:
-        raise UserError(f"the shard {path} is missing; {command}") from error
+        raise UserError(f"the shard {path} is missing; run {FETCH} again") from error
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"the shard {path} cannot be read ({reason}); if it is damaged, delete it and {command}"
-        ) from error
+        fault = str(error).splitlines()[0][:200]
+        remedy = f"if it is damaged, delete it and run {FETCH} again"
+        raise UserError(f"the shard {path} cannot be read ({fault}); {remedy}") from error
 
 
 def _check_columns(parquet: pq.ParquetFile, name: str) -> None:
     columns = {column.name: column.type for column in parquet.schema_arrow}
     if columns.get("text") not in TEXT_TYPES:
         listed = ", ".join(f"{column} ({kind})" for column, kind in list(columns.items())[:8]) or "none"
-        raise UserError(
-            f"the shard {name} has no column text of strings, only {listed}; choose another data set with --data"
-        )
+        remedy = "choose another data set with --data"
+        raise UserError(f"the shard {name} has no column text of strings, only {listed}; {remedy}")
 
 
-def _parquet_files(folder: Path) -> list[Path]:
-    """Parquet files at any depth below `folder`, in natural order (2 before 10)."""
-    found = _visible_files(folder, "*.parquet")
-    return sorted(found, key=lambda path: natural_key(path.relative_to(folder).as_posix()))
-
-
-def _visible_files(folder: Path, pattern: str) -> list[Path]:
-    """Files at any depth below `folder`, sorted; hidden ones, and those in hidden folders, are left out."""
-    found = [path.relative_to(folder) for path in sorted(folder.rglob(pattern)) if path.is_file()]
-    return [folder / path for path in found if not any(part.startswith(".") for part in path.parts)]
+def _files_of(path: Path, suffixes: str | tuple[str, ...]) -> list[Path]:
+    """`path`, or the files at any depth below it, if they have one of the `suffixes`, in natural order (2 before 10).
+    Below a folder, hidden files and those in hidden folders are left out."""
+    found = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [file for file in found if file.name.endswith(suffixes) and file.is_file()]
+    visible = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    return sorted(visible, key=lambda file: natural_key(file.as_posix()))
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
@@ -155,16 +138,11 @@ def natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-# --- the manifest of a folder --------------------------------------------------------------------
-
-
 @dataclass
 class Manifest:
-    """What a data folder should hold (`files`, all of the source in order) and which of it was found whole.
-
-    `verified` has the modification time in ns of each verified file, so that nothing is hashed a second time;
-    `version` pins the source: the commit of a repository, the fingerprint of converted files.
-    """
+    """What a data folder should hold (`files`, all of the source in order) and which of it was found whole. `verified`
+    has the modification time in ns of each verified file, so that nothing is hashed a second time; `version` pins the
+    source: the commit of a repository, the fingerprint of converted files."""
 
     source: str
     version: str
@@ -184,14 +162,11 @@ class Manifest:
             raise UserError(f"{path} cannot be read ({error}); delete it and run the download again") from error
 
     def save(self, folder: Path) -> None:
-        """Write it into `folder`, atomically."""
         write_atomic(folder / MANIFEST, json.dumps(asdict(self)))
 
     def update(self, folder: Path, wanted: Sequence[HubFile]) -> list[HubFile]:
-        """Bring `verified` up to date and return those of `wanted` that are not in `folder` or not whole.
-
-        A file that changed, or was never noted, is hashed. One that was deleted and is not wanted is forgotten.
-        """
+        """Bring `verified` up to date and return those of `wanted` that are not in `folder` or not whole. A file that
+        changed, or was never noted, is hashed. One that was deleted and is not wanted is forgotten."""
         names = {file.name for file in wanted}
         for file in self.files:
             path, is_whole = folder / file.name, file.is_whole(folder)
@@ -212,35 +187,35 @@ class Manifest:
 
 
 def prepare(data: str, num_train: int, *, workers: int = 8) -> Path:
-    """Make the shards of `data` ready and return their folder: download a hub repository (the first `num_train`
-    train shards, -1 for all, and always the last), or convert local text, or check a local folder of shards.
-
-    Of many processes that ask for the same, one does the work and the others wait. Doing it again only checks.
-    Raises `UserError` when it cannot be had whole; what was fetched by then is kept.
-    """
+    """Make the shards of `data` ready and return their folder: download a hub repository (the first `num_train` train
+    shards, -1 for all, and always the last), or convert local text, or check a local folder of shards. Of many
+    processes that ask for the same, one does the work and the others wait. Doing it again only checks. Raises
+    `UserError` when it cannot be had whole; what was fetched by then is kept."""
     if num_train < 1 and num_train != -1:
         raise UserError(f"-n {num_train} is out of range; give the number of train shards, or -1 for all")
     if workers < 1:
         raise UserError(f"--workers {workers} is out of range; give at least 1")
     folder, path = data_dir(data), Path(data).expanduser()
     if folder == path:
-        for shard in _parquet_files(folder):
+        for shard in _files_of(folder, ".parquet"):
             with _open_shard(shard):
                 pass
         return folder
-    with _only_one_process(folder):
+    with only_one_process(folder):
         if data == LOCAL_TEXT:
             _convert(data, f"machine {localtext.VERSION}", localtext.machine_sources, folder)
-        elif path.exists():
-            _convert_files(data, _source_files(path), path if path.is_dir() else path.parent, folder)
-        else:
+        elif not path.exists():
             _download(data, num_train, folder, workers)
+        elif files := sorted(_files_of(path, SUFFIXES)):
+            _convert_files(data, files, path if path.is_dir() else path.parent, folder)
+        else:
+            raise UserError(f"{path} has no {', '.join(SUFFIXES)} file; give --data another folder or a hub repository")
     return folder
 
 
 def _download(data: str, num_train: int, folder: Path, workers: int) -> None:
-    """Fetch the shards of a hub repository into `folder`. Of a repository without parquet shards, the text files are
-    fetched into a folder beside it and made into shards. The hub is not asked when nothing is missing."""
+    """Fetch the shards of a hub repository into `folder`, or make them of its text files, fetched into a folder beside
+    it, if there are no parquet shards. The hub is not asked when nothing is missing."""
     raw_folder = folder.with_name(f"{folder.name}.raw")
     manifest = Manifest.load(raw_folder) or Manifest.load(folder) or _list_usable(data)
     files = manifest.files
@@ -272,16 +247,14 @@ def _fetch_missing(manifest: Manifest, folder: Path, wanted: list[HubFile], work
         return
     check_disk(folder, sum(file.size for file in missing))
     failed = hub.fetch_files(manifest.source, manifest.version, missing, folder, workers=workers, check=_check_fetched)
-    fetched = [file.name for file in missing if file.name not in failed]
-    manifest.verified.update((name, (folder / name).stat().st_mtime_ns) for name in fetched)
+    fetched = (file.name for file in missing if file.name not in failed)
+    manifest.verified |= {name: (folder / name).stat().st_mtime_ns for name in fetched}
     manifest.save(folder)
     for name, reason in failed.items():
         print(f"missing: {name} ({reason})", file=sys.stderr)
     if failed:
-        raise UserError(
-            f"{len(failed)} of {len(wanted)} files of {manifest.source} could not be fetched from "
-            f"{hub.endpoint()}; the others are kept in {folder}: run the same command again to go on"
-        )
+        missed = f"{len(failed)} of {len(wanted)} files of {manifest.source} could not be fetched from {hub.endpoint()}"
+        raise UserError(f"{missed}; the others are kept in {folder}: run the same command again to go on")
 
 
 def _check_fetched(path: Path, file: HubFile) -> None:
@@ -296,42 +269,11 @@ def _check_fetched(path: Path, file: HubFile) -> None:
 
 def check_disk(folder: Path, num_bytes: int) -> None:
     """Raise `UserError` unless the disk of `folder` has room for `num_bytes` more and a margin."""
-    needed = num_bytes + num_bytes // 20 + DISK_MARGIN_BYTES
-    free = shutil.disk_usage(folder).free
+    needed, free = num_bytes + num_bytes // 20 + DISK_MARGIN_BYTES, shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(
-            f"not enough disk space in {folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
-            f"ask for fewer shards with -n, or set NANOCHAT_BASE_DIR to a folder on a larger disk"
-        )
-
-
-@contextmanager
-def _only_one_process(folder: Path) -> Iterator[None]:
-    """Hold the lock of a data folder; the system frees it when its holder dies."""
-    from filelock import FileLock, Timeout
-
-    with disk_errors("a lock file", folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-        try:
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            print0(f"another process is preparing {folder}: waiting for it")
-            held = lock.acquire()
-    with held:
-        yield
-
-
-# --- converting ----------------------------------------------------------------------------------
-
-
-def _source_files(path: Path) -> list[Path]:
-    """The file itself, or every file below the folder that can be made into shards, hidden ones left out."""
-    found = [path] if path.is_file() else _visible_files(path, "*")
-    files = [file for file in found if file.name.endswith(SUFFIXES)]
-    if not files:
-        raise UserError(f"{path} has no {', '.join(SUFFIXES)} file; give --data another folder or a hub repository")
-    return files
+        fault = f"not enough disk space in {folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
+        remedy = "ask for fewer shards with -n, or set NANOCHAT_BASE_DIR to a folder on a larger disk"
+        raise UserError(f"{fault}; {remedy}")
 
 
 def _convert_files(data: str, files: Sequence[Path], root: Path, folder: Path) -> None:
@@ -341,19 +283,17 @@ def _convert_files(data: str, files: Sequence[Path], root: Path, folder: Path) -
     for file in files:
         name, status = file.relative_to(root).as_posix(), file.stat()
         digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        sources.append(Source(name, status.st_size, partial(_read_documents, file)))
+        sources.append(localtext.Source(name, status.st_size, partial(_read_documents, file)))
     _convert(data, digest.hexdigest(), lambda: sources, folder)
 
 
 def _read_documents(path: Path) -> Iterator[str]:
-    if path.suffix != ".parquet":
-        yield from localtext.read_texts(path)
-    else:
-        for _, texts in document_batches([path]):
-            yield from texts.to_pylist()
+    if path.suffix == ".parquet":
+        return (text for _, texts in document_batches([path]) for text in texts.to_pylist())
+    return localtext.read_texts(path)
 
 
-def _convert(data: str, version: str, get_sources: Callable[[], list[Source]], folder: Path) -> None:
+def _convert(data: str, version: str, get_sources: Callable[[], list[localtext.Source]], folder: Path) -> None:
     """Write the shards of `get_sources()` to `folder`, all or nothing, unless those of `version` are there."""
     present = Manifest.load(folder)
     if present and present.version == version and all(file.is_whole(folder) for file in present.files):
@@ -376,22 +316,16 @@ def _convert(data: str, version: str, get_sources: Callable[[], list[Source]], f
         shutil.rmtree(partial_folder, ignore_errors=True)
 
 
-# --- command -------------------------------------------------------------------------------------
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fetch or convert pretraining text; the last shard is for validation.")
-    parser.add_argument(
-        "-n", "--num-train", type=int, default=DEFAULT_TRAIN_SHARDS, metavar="N",
+    add = parser.add_argument
+    add("-n", "--num-train", type=int, default=DEFAULT_TRAIN_SHARDS, metavar="N",
         help="train shards to fetch from a hub repository, -1 for all (default: %(default)s); the "
-        "validation shard always comes with them, local text is always taken whole",
-    )  # fmt: skip
-    parser.add_argument(
-        "--data", default=DEFAULT_DATA,
+        "validation shard always comes with them, local text is always taken whole")  # fmt: skip
+    add("--data", default=DEFAULT_DATA,
         help="hub repository owner/name or owner/name/folder, a local folder or file of parquet, jsonl "
-        "or text, or 'local' for documentation found on this machine (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--workers", type=int, default=8, help="files fetched at a time (default: %(default)s)")
+        "or text, or 'local' for documentation found on this machine (default: %(default)s)")  # fmt: skip
+    add("--workers", type=int, default=8, help="files fetched at a time (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -399,10 +333,8 @@ def main(args: argparse.Namespace) -> None:
     folder = prepare(args.data, args.num_train, workers=args.workers)
     train, (val,) = shard_paths(args.data, "train"), shard_paths(args.data, "val")
     train_mb, val_mb = sum(path.stat().st_size for path in train) / 1e6, val.stat().st_size / 1e6
-    print0(
-        f"{args.data}: {len(train):,} train shards ({train_mb:,.1f} MB) and validation shard {val.name} "
-        f"({val_mb:,.1f} MB) in {folder}"
-    )
+    found = f"{len(train):,} train shards ({train_mb:,.1f} MB) and validation shard {val.name} ({val_mb:,.1f} MB)"
+    print0(f"{args.data}: {found} in {folder}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 There are two kinds of sources: files of the user (one document per jsonl line or per text file), and the documentation
 that comes with Python: docstrings and documents of the standard library and the installed packages, read from their
-files, never by importing them. `write_shards` makes shards of either kind: without duplicates, in an order that
-depends on nothing but the text, each source (file or package) on one side of the split where possible.
+files, never by importing them. `write_shards` makes shards of either kind.
 Not here: parquet input and the choice between sources (`dataset.py`), tokenizing.
 """
 
@@ -22,6 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import CodeType
 
 import pyarrow as pa
@@ -50,15 +50,15 @@ MIN_DOCUMENT_CHARS = 200  # of prose found in a file
 PROSE_WORDS = 5  # of a paragraph, at least
 PROSE_ALPHA_FRAC = 0.5  # share of its words that are letters only
 PROSE_COMMON_FRAC = 0.15  # share of its words that are among the COMMON_WORDS
-_COMMON = """the of to and a in is for that with be as on are this by or it an if from not can will which when at have
-has was were its their you your we they all any each other than then there these into only used no but"""
-COMMON_WORDS = frozenset(_COMMON.split())
+COMMON_WORDS = frozenset("""the of to and a in is for that with be as on are this by or it an if from not can will which
+when at have has was were its their you your we they all any each other than then there these into only used no
+but""".split())  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Source:
-    """Texts that belong together, such as one file or one package: a name to sort by, about how many bytes they
-    have, and a function that reads them one by one."""
+    """Texts that belong together, such as a file or a package: a name to sort by, their approximate size in bytes, and
+    a function that reads them one by one."""
 
     name: str
     num_bytes: int
@@ -70,9 +70,7 @@ class Source:
 
 def read_texts(path: Path) -> Iterator[str]:
     """The documents of one file: the `text` fields of a jsonl file, or a text file cut into pieces where it is long.
-
-    Raises `UserError` with file and line when something is malformed, or the file cannot be read.
-    """
+    Raises `UserError` with file and line when something is malformed, or the file cannot be read."""
     try:
         if path.name.endswith((".jsonl", ".jsonl.gz")):
             yield from _read_jsonl(path)
@@ -93,9 +91,8 @@ def _read_jsonl(path: Path) -> Iterator[str]:
                     text.encode()  # a lone surrogate (half of an escaped emoji) cannot be stored
                     yield text
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise UserError(
-                    f'{path}, line {number}: not a JSON object with a string "text" ({type(error).__name__}: {error})'
-                ) from error
+                fault = f'not a JSON object with a string "text" ({type(error).__name__}: {error})'
+                raise UserError(f"{path}, line {number}: {fault}") from error
 
 
 def cut_text(text: str, max_chars: int = DOCUMENT_CHARS) -> Iterator[str]:
@@ -122,69 +119,61 @@ def write_shards(sources: Sequence[Source], folder: Path, *, seed: int = SEED) -
     """Write the documents of `sources` to `folder` as shuffled parquet shards; the last one is for validation.
 
     Blank documents and those that repeat an earlier one (white space aside) are left out. Validation gets about 5 % of
-    the text: whole sources where those are small enough, otherwise evenly spread documents. The result depends only
-    on names, sizes and texts of the sources. Memory holds one shard at a time.
-    Raises `UserError` when there are not two different documents, and what reading a source raises.
+    the text: whole sources where those are small enough, otherwise evenly spread documents. The result depends on the
+    sources alone, and memory holds one shard at a time. Raises `UserError` when there are not two different documents.
     """
     sources = sorted(sources, key=lambda source: source.name)
     total = sum(source.num_bytes for source in sources)
     num_train = max(1, min(MAX_SHARDS, -(-total // SHARD_BYTES)))
-    target = max(1, min(int(VAL_FRAC * total), MAX_VAL_BYTES))
+    val_bytes = max(1, min(int(VAL_FRAC * total), MAX_VAL_BYTES))
     folder.mkdir(parents=True, exist_ok=True)
-    spools = [folder / f".{shard}.spool" for shard in range(num_train + 1)]
-    for val_names in (_choose_val_sources(sources, target, random.Random(seed)), set()):
-        counts = _spool(sources, val_names, max(2, round(total / target)), spools, random.Random(seed))
-        if counts[-1] and sum(counts[:-1]):
-            break
-        # The chosen sources held nothing new, or everything: choose single documents.
-    else:
-        raise UserError(
-            f"only {sum(counts)} different documents in {len(sources)} files: training and validation "
-            f"need at least one each; give --data more text"
-        )
-    filled = [spool for spool, count in zip(spools, counts, strict=True) if count]
-    shards = [folder / f"shard_{index:05d}.parquet" for index in range(len(filled))]
-    for index, (spool, shard) in enumerate(zip(filled, shards, strict=True)):
-        texts = [text.decode() for text in spool.read_bytes().split(SEPARATOR)[:-1]]
-        random.Random(seed + index).shuffle(texts)
-        table = pa.table({"text": pa.chunked_array([texts], pa.string())})
-        pq.write_table(table, shard, compression="zstd", row_group_size=ROW_GROUP_DOCUMENTS)
-    for spool in spools:
-        spool.unlink()
+    with ExitStack() as stack:
+        spools = [stack.enter_context(TemporaryFile(dir=folder)) for _ in range(num_train + 1)]
+        for val_names in (_choose_val_sources(sources, val_bytes, seed), set()):
+            num_documents = _deal(sources, val_names, max(2, round(total / val_bytes)), spools, seed)
+            filled = [spool for spool in spools if spool.tell()]
+            if len(filled) >= 2 and filled[-1] is spools[-1]:
+                break
+            # The chosen sources held nothing new, or everything: choose single documents.
+        else:
+            remedy = "training and validation need at least one each; give --data more text"
+            raise UserError(f"only {num_documents} different documents in {len(sources)} files: {remedy}")
+        shards = [folder / f"shard_{index:05d}.parquet" for index in range(len(filled))]
+        for index, (spool, shard) in enumerate(zip(filled, shards, strict=True)):
+            spool.seek(0)
+            texts = [text.decode() for text in spool.read().split(SEPARATOR)[:-1]]
+            random.Random(seed + index).shuffle(texts)
+            table = pa.table({"text": pa.chunked_array([texts], pa.string())})
+            pq.write_table(table, shard, compression="zstd", row_group_size=ROW_GROUP_DOCUMENTS)
     return shards
 
 
-def _choose_val_sources(sources: Sequence[Source], target: int, rng: random.Random) -> set[str]:
-    """Names of a random set of sources of together about `target` bytes; empty when they are too large for that."""
-    chosen: set[str] = set()
-    size = 0
-    for source in rng.sample(sources, len(sources)):
-        if size < target and size + source.num_bytes <= 1.5 * target:
+def _choose_val_sources(sources: Sequence[Source], val_bytes: int, seed: int) -> set[str]:
+    """Names of random sources of together about `val_bytes` bytes; empty when the sources are too large for that."""
+    chosen, size = set(), 0
+    for source in random.Random(seed).sample(sources, len(sources)):
+        if size < val_bytes and size + source.num_bytes <= 1.5 * val_bytes:
             chosen.add(source.name)
             size += source.num_bytes
-    return chosen if size >= 0.5 * target else set()
+    return chosen if size >= 0.5 * val_bytes else set()
 
 
-def _spool(
-    sources: Sequence[Source], val_names: set[str], val_period: int, spools: Sequence[Path], rng: random.Random
-) -> list[int]:
-    """Deal the documents out to one temporary file per shard and return how many each got. The last shard gets those of
-    the sources in `val_names`, or every `val_period`-th one when that is empty."""
-    seen: set[bytes] = set()
-    counts = [0] * len(spools)
-    with ExitStack() as stack:
-        files = [stack.enter_context(open(spool, "wb")) for spool in spools]
-        for source in sources:
-            for text in source.read():
-                key = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
-                if key in seen or not text.strip():
-                    continue
-                seen.add(key)
-                is_val = source.name in val_names if val_names else len(seen) % val_period == 2 % val_period
-                shard = len(spools) - 1 if is_val else rng.randrange(len(spools) - 1)
-                files[shard].write(text.encode() + SEPARATOR)
-                counts[shard] += 1
-    return counts
+def _deal(sources, val_names: set[str], val_period: int, spools, seed: int) -> int:
+    """Write each different document to the temporary file of one shard and return their number. The last shard gets
+    those of the sources in `val_names`, or every `val_period`-th one when that is empty."""
+    rng, seen = random.Random(seed), set()
+    for spool in spools:
+        spool.truncate(spool.seek(0))
+    for source in sources:
+        for text in source.read():
+            key = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+            if key in seen or not text.strip():
+                continue
+            seen.add(key)
+            is_val = source.name in val_names if val_names else len(seen) % val_period == 2 % val_period
+            spool = spools[-1] if is_val else spools[rng.randrange(len(spools) - 1)]
+            spool.write(text.encode() + SEPARATOR)
+    return len(seen)
 
 
 # --- documentation on this machine ---------------------------------------------------------------
@@ -193,12 +182,13 @@ def _spool(
 def machine_sources() -> list[Source]:
     """Documentation of the Python standard library and the installed packages: a source a package, a document a
     module or text file. Only paragraphs of English prose are kept, each the first time it is met."""
-    seen: set[str] = set()
-    sources = []
-    machine_left = MACHINE_BYTES
-    for package, files in _packages().items():
-        documents: list[str] = []
-        package_left = min(PACKAGE_BYTES, machine_left)
+    packages: dict[str, list[tuple[str, Path]]] = {}
+    for root in _roots():
+        for package, _, title, path in sorted(_documented_files(root)):
+            packages.setdefault(package, []).append((title, Path(path)))
+    seen, sources, machine_left = set(), [], MACHINE_BYTES
+    for package, files in packages.items():
+        documents, package_left = [], min(PACKAGE_BYTES, machine_left)
         for title, path in files:
             content = _content(path, package_left)
             package_left -= len(content)
@@ -211,37 +201,26 @@ def machine_sources() -> list[Source]:
     return sources
 
 
-def _packages() -> dict[str, list[tuple[str, Path]]]:
-    """Titles and files with documentation by package, the standard library's first, public modules first."""
-    packages: dict[str, list[tuple[str, Path]]] = {}
-    for root in _roots():
-        found = []
-        for path in _documented_files(root):
-            parts = path.relative_to(root).with_suffix("").parts
-            package = parts[0].partition("-")[0].lower()  # name-1.0.dist-info belongs to name
-            title = package if path.name == "METADATA" else ".".join(parts).removesuffix(".__init__")
-            found.append((package, "._" in title, title, str(path)))
-        for package, _, title, path in sorted(found):
-            packages.setdefault(package, []).append((title, Path(path)))
-    return packages
-
-
 def _roots() -> list[Path]:
-    """Folders of the standard library and of installed packages."""
+    """Folders of the standard library, first, and of installed packages."""
     known = sysconfig.get_paths()
     folders = [Path(folder) for folder in (known["purelib"], known["platlib"], *sys.path)]
     installed = [folder for folder in folders if folder.name in ("site-packages", "dist-packages")]
-    roots = dict.fromkeys(folder.resolve() for folder in (Path(known["stdlib"]), *installed))
-    return [root for root in roots if root.is_dir()]
+    return list(dict.fromkeys(root.resolve() for root in (Path(known["stdlib"]), *installed) if root.is_dir()))
 
 
-def _documented_files(root: Path) -> Iterator[Path]:
+def _documented_files(root: Path) -> Iterator[tuple[str, bool, str, str]]:
+    """Package, whether the module is private, title, and path of each file below `root` with documentation."""
     for parent, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name.lower() not in SKIPPED_FOLDERS and name[0] != "."]
         for name in names:
             is_text = name.endswith((".md", ".rst", ".txt")) and not name.lower().startswith(SKIPPED_STEMS)
             if name.endswith(".py") or is_text or name == "METADATA":
-                yield Path(parent, name)
+                path = Path(parent, name)
+                parts = path.relative_to(root).with_suffix("").parts
+                package = parts[0].partition("-")[0].lower()  # name-1.0.dist-info belongs to name
+                title = package if name == "METADATA" else ".".join(parts).removesuffix(".__init__")
+                yield package, "._" in title, title, str(path)
 
 
 def _content(path: Path, max_bytes: int) -> bytes:
@@ -270,9 +249,7 @@ def _passages(path: Path, content: bytes) -> Iterator[tuple[str, str]]:
 
 def _strings(code: CodeType) -> Iterator[tuple[str, str]]:
     """Docstrings with their names and arguments, and other long strings, of a compiled module, class or function.
-
-    Compiled code is searched, not the syntax tree: building one as Python objects takes three times as long.
-    """
+    Compiled code is searched, not the syntax tree: building one as Python objects takes three times as long."""
     # The docstring is the first constant of a module or function; in a class its name and line come before.
     places = 1 if code.co_flags & inspect.CO_OPTIMIZED or code.co_name == "<module>" else 3
     arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
@@ -290,8 +267,8 @@ def _new_prose(passages: Iterable[tuple[str, str]], seen: set[str]) -> list[str]
     """The paragraphs of `passages` that are prose and not in `seen`, each heading before what is left of its text."""
     kept = []
     for heading, text in passages:
-        paragraphs = []
         text = text.encode(errors="replace").decode()  # lone surrogates, which no file can hold
+        paragraphs = []
         for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text)):
             key = " ".join(paragraph.split())
             if is_prose(paragraph) and key not in seen:
@@ -303,8 +280,7 @@ def _new_prose(passages: Iterable[tuple[str, str]], seen: set[str]) -> list[str]
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether a paragraph reads like English sentences rather than code, a table, a list of names or another
-    language, judged by its words."""
+    """Whether a paragraph reads like English sentences, not code, a table, a list of names or another language."""
     words = paragraph.split()
     return (
         len(words) >= PROSE_WORDS

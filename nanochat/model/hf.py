@@ -49,29 +49,27 @@ TABLES = ("model.embed_tokens.weight", "lm_head.weight")  # a row for each id
 
 
 def save_hf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `model` and `tokenizer` to `folder`, replacing what an earlier call wrote there.
-
-    Raises `UserError` when the model has features without a counterpart, the tokenizer is not the model's or splits
-    text by an unknown pattern, or the folder cannot be written.
-    """
+    """Write `model` and `tokenizer` to `folder`, replacing what an earlier call wrote there. Raises `UserError` when
+    the model has features without a counterpart, the tokenizer is not the model's or splits text by an unknown
+    pattern, or the folder cannot be written."""
     config = model.config
     _check_model(config)
     _check_pattern(tokenizer.pattern)
     if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}; use the tokenizer "
-            f"that the model was trained with"
-        )
+        remedy = "use the tokenizer that the model was trained with"
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}; {remedy}")
     with disk_errors("the model", folder):
         folder.mkdir(parents=True, exist_ok=True)
     _save_weights(model, folder / WEIGHTS_FILE)
     end = tokenizer.special_id("<|assistant_end|>")
+    names = json.dumps(list(tokenizer.special_ids))  # a list of strings reads the same in Jinja
+    chat_template = CHAT_TEMPLATE_PATH.read_text(encoding="utf-8").replace("SPECIAL_TOKENS", names)
+    tokenizer_settings = {"model_max_length": config.sequence_len, "chat_template": chat_template}
     files = {
         TOKENIZER_FILE: tokenizer_spec(tokenizer),
-        SETTINGS_FILE: _tokenizer_settings(tokenizer, config.sequence_len),
-        "generation_config.json": {
-            "bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids), "pad_token_id": end
-        },
+        SETTINGS_FILE: _template(SETTINGS_FILE) | tokenizer_settings,
+        "generation_config.json": {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids),
+                                   "pad_token_id": end},
         CONFIG_FILE: _model_settings(config, bos_id=tokenizer.bos_id, end_id=end),
     }  # fmt: skip
     for name, content in files.items():
@@ -82,10 +80,8 @@ def load_hf(
     folder: Path, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32
 ) -> tuple[GPT, Tokenizer]:
     """The model, on `device`, and the tokenizer of a folder that `save_hf` or transformers' `save_pretrained` wrote.
-
     Rows of the tables beyond the tokenizer's ids are left out. Raises `UserError` when a file is missing or broken, or
-    the folder holds another architecture or another kind of tokenizer.
-    """
+    the folder holds another architecture or another kind of tokenizer."""
     settings = _read_json(folder / CONFIG_FILE)
     tokenizer = parse_tokenizer_spec(_read_json(folder / TOKENIZER_FILE), folder / TOKENIZER_FILE)
     config = _parse_model_settings(settings, tokenizer.vocab_size, folder / CONFIG_FILE)
@@ -116,17 +112,13 @@ def _check_model(config: GPTConfig) -> None:
     """Raise `UserError` naming the model's features that transformers' NanoChat does not have."""
     features = {
         "sliding windows": any(config.window(layer) for layer in range(config.n_layer)),
-        "scaled QK-norm": config.qk_scale != 1.0,
-        "value embeddings": config.value_embeds,
-        "scalars on the residual stream": config.residual_scalars,
-        "smear": config.smear,
-        "backout": config.backout,
-    }
+        "scaled QK-norm": config.qk_scale != 1.0, "value embeddings": config.value_embeds,
+        "scalars on the residual stream": config.residual_scalars, "smear": config.smear, "backout": config.backout,
+    }  # fmt: skip
     if present := [name for name, is_there in features.items() if is_there]:
-        raise UserError(
-            f"the model has no counterpart in Hugging Face transformers: it has {', '.join(present)}; "
-            f"only models of the first release's architecture do (scripts.base_train --arch october-2025)"
-        )
+        remedy = "only models of the first release's architecture do (scripts.base_train --arch october-2025)"
+        fault = f"the model has no counterpart in Hugging Face transformers: it has {', '.join(present)}"
+        raise UserError(f"{fault}; {remedy}")
 
 
 def _model_settings(config: GPTConfig, *, bos_id: int, end_id: int) -> dict[str, Any]:
@@ -165,9 +157,8 @@ def _parse_model_settings(settings: dict[str, Any], vocab_size: int, path: Path)
         }
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not the config of a NanoChat model ({type(error).__name__}: {error})") from error
-    for name in is_odd:
-        if is_odd[name]:
-            raise UserError(f"{path} has no counterpart here: {name} is {settings.get(name)!r}")
+    if odd := [name for name in is_odd if is_odd[name]]:
+        raise UserError(f"{path} has no counterpart here: {odd[0]} is {settings.get(odd[0])!r}")
     return config
 
 
@@ -241,11 +232,10 @@ def derive_merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     """The pairs of tokens that merge into another one, ordered by the id of the result, at most one for each token.
 
     Our tokenizer has ranks instead of merges: it always joins the two neighbours that make up the token of lowest rank.
-    tokenizer.json lists the pairs that may be joined. The pair of a token is what remains of its bytes, joined by our
-    rule, before the last step. No other pair ever occurs: until two neighbours within a longer text become this token,
-    nothing has been joined across its ends, so the bytes between them went through the same steps as they do alone. A
-    token whose bytes do not come down to two parts has no pair; it is found only as a whole chunk of text, which is
-    what "ignore_merges" means.
+    The pair of a token is what remains of its bytes, joined by that rule, before the last step. No other pair occurs:
+    until neighbours within a longer text become this token, nothing is joined across its ends, so its bytes go through
+    the same steps as they do alone. A token whose bytes do not come down to two parts has no pair; it is found only as
+    a whole chunk of text, which is what "ignore_merges" means.
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return [pair for token in tokens if (pair := _last_pair(token, ranks)) is not None]
@@ -280,12 +270,6 @@ def tokenizer_spec(tokenizer: Tokenizer) -> dict[str, Any]:
     spec["model"]["vocab"] = {_characters(token): i for i, token in enumerate(tokens)}
     spec["model"]["merges"] = [[_characters(left), _characters(right)] for left, right in derive_merges(tokens)]
     return spec
-
-
-def _tokenizer_settings(tokenizer: Tokenizer, sequence_len: int) -> dict[str, Any]:
-    names = json.dumps(list(tokenizer.special_ids))  # a list of strings reads the same in Jinja
-    chat_template = CHAT_TEMPLATE_PATH.read_text(encoding="utf-8").replace("SPECIAL_TOKENS", names)
-    return _template(SETTINGS_FILE) | {"model_max_length": sequence_len, "chat_template": chat_template}
 
 
 def parse_tokenizer_spec(spec: dict[str, Any], path: Path) -> Tokenizer:

@@ -59,21 +59,18 @@ class RunStats:
     @property
     def tokens_per_second(self) -> float | None:
         """Of all ranks together; None until the warm-up is over."""
-        if not self.timed_seconds:
-            return None
-        return (self.num_seen - WARMUP_STEPS_UNTIMED) * self.tokens_per_step / self.timed_seconds
+        num_timed = self.num_seen - WARMUP_STEPS_UNTIMED
+        return num_timed * self.tokens_per_step / self.timed_seconds if self.timed_seconds else None
 
     @property
     def mfu(self) -> float | None:
         """Model FLOPs per second over the devices' peak, 0 to 1; None while unknown or on an unknown device."""
         speed = self.tokens_per_second
-        if speed is not None:
-            return hardware.mfu(self.flops_per_token, speed, self.device_name, self.dtype, self.world_size)
-        return None
+        return speed and hardware.mfu(self.flops_per_token, speed, self.device_name, self.dtype, self.world_size)
 
     def seconds_left(self, num_steps: int) -> float | None:
         speed = self.tokens_per_second
-        return num_steps * self.tokens_per_step / speed if speed else None
+        return speed and num_steps * self.tokens_per_step / speed
 
     def state(self) -> dict[str, float]:
         """What a checkpoint stores for `restore`."""
@@ -87,8 +84,7 @@ class MetricsLog:
     """Writes every number of a run to a file of JSON lines, and to wandb if the run has a name there. Rank 0 only."""
 
     def __init__(self, path: Path, runtime: Runtime, *, run_name: str = "", settings: Mapping | None = None):
-        self.path = path
-        self._is_main = runtime.is_main
+        self.path, self._is_main = path, runtime.is_main
         self._wandb = _start_wandb(run_name, settings or {}) if run_name and runtime.is_main else None
 
     def rewind(self, step: int) -> None:
@@ -148,26 +144,23 @@ class StepLog:
 
     def end(self, step: int, loss: Tensor, **numbers) -> None:
         """Call this when step `step`, counted from 1, is queued, with its loss (0-d) and further numbers to log."""
-        previous, event = self._pending, None
+        event = None
         if loss.is_cuda:
             host = torch.empty_like(loss, device="cpu", pin_memory=True)
             host.copy_(loss, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             loss = host
+        self.flush()  # the step before this one
         self._pending = (step, loss, event, numbers)
-        if previous is not None:
-            self._finish(*previous)
         if event is None:
             self.flush()
 
     def flush(self) -> None:
         """Wait for the last step and log it. Raises `UserError` when its loss is not finite."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self._finish(*pending)
-
-    def _finish(self, step: int, loss_t: Tensor, event: torch.cuda.Event | None, numbers: dict) -> None:
+        if self._pending is None:
+            return
+        (step, loss_t, event, numbers), self._pending = self._pending, None
         if event is not None:
             event.synchronize()
         now, loss, stats = time.perf_counter(), loss_t.item(), self.stats
@@ -188,7 +181,7 @@ class StepLog:
         if stats.mfu is not None:
             parts.append(f"{stats.mfu:.1%} of peak")
         left = stats.seconds_left(total - step)
-        parts.append(f"{_clock(stats.seconds)}" + (f", {_clock(left)} left" if left is not None else ""))
+        parts.append(_clock(stats.seconds) + (f", {_clock(left)} left" if left is not None else ""))
         return " | ".join(parts)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nanochat.common import UserError, gather_ranks
 from nanochat.data.chat import render_for_completion
+from nanochat.data.chat_loader import epoch_order
 from nanochat.data.dataloader import Batch
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampling import Sampling
@@ -59,20 +60,14 @@ class Rollout:
     advantage: float
     is_whole: bool
 
-    @property
-    def num_sampled(self) -> int:
-        return sum(self.is_sampled)
-
 
 Group = Sequence[Rollout]  # of one question
 
 
 class Questions:
-    """The questions of a mixture of tasks in a random order, another one each epoch, dealt out to ranks.
-
-    mixture: a `tasks.common.TaskMixture`. Questions with a prompt of more than `max_prompt` tokens are left out,
-    `num_left_out` of them; raises `UserError` if none is left.
-    """
+    """The questions of a mixture of tasks in a random order, another one each epoch, dealt out to ranks. mixture: a
+    `tasks.common.TaskMixture`. Questions with a prompt of more than `max_prompt` tokens are left out, `num_left_out` of
+    them; raises `UserError` if none is left."""
 
     def __init__(self, mixture: Any, tokenizer: Tokenizer, max_prompt: int, *, seed: int = 0):
         self.mixture, self.tokenizer, self.seed = mixture, tokenizer, seed
@@ -85,46 +80,35 @@ class Questions:
         self.digest = digest.digest()
         self.num_left_out = len(mixture) - len(self.indices)
         if not self.indices:
-            raise UserError(
-                f"none of {len(mixture)} questions fits into {max_prompt} tokens of context; lower --max-tokens, or "
-                f"take a model with a longer context"
-            )
-        self._order: tuple[int, list[int]] = (-1, [])  # an epoch and its order
+            remedy = "lower --max-tokens, or take a model with a longer context"
+            raise UserError(f"none of {len(mixture)} questions fits into {max_prompt} tokens of context; {remedy}")
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def take(self, first: int, count: int, *, rank: int = 0, world_size: int = 1) -> list[Question]:
         """This rank's share of `count` questions, from number `first` of the whole run on."""
-        return [self._question(number) for number in range(first, first + count)[rank::world_size]]
-
-    def _question(self, number: int) -> Question:
-        epoch, place = divmod(number, len(self.indices))
-        if self._order[0] != epoch:
-            order = list(self.indices)
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._order = epoch, order
-        index = self._order[1][place]
-        task, _ = self.mixture.locate(index)
-        conversation = self.mixture[index]
-        return Question(number, task, conversation, self._prompt(conversation))
+        questions = []
+        for number in range(first, first + count)[rank::world_size]:
+            epoch, place = divmod(number, len(self.indices))
+            index = self.indices[epoch_order(self.seed, epoch, len(self.indices))[place]]
+            conversation = self.mixture[index]
+            questions.append(Question(number, self.mixture.locate(index)[0], conversation, self._prompt(conversation)))
+        return questions
 
     def _prompt(self, conversation: Mapping[str, Any]) -> list[int]:
         return render_for_completion(self.tokenizer, {"messages": conversation["messages"][:-1]}).ids
 
-    # The position in the questions follows from the step; a checkpoint only stores what identifies them.
-
     def state_dict(self) -> dict[str, Tensor]:
+        """What identifies the questions; the position in them follows from the step."""
         return {"digest": torch.tensor(list(self.digest), dtype=torch.uint8), "seed": torch.tensor(self.seed)}
 
     def load_state_dict(self, shards: Sequence[Mapping[str, Tensor]]) -> None:
         """Raises `UserError` if the run that saved `shards` had other questions."""
         own = self.state_dict()
         if any(not torch.equal(shard[name], own[name]) for shard in shards for name in own):
-            raise UserError(
-                "the questions are not those of the run being resumed; bring back the data it was started with, or "
-                "start another run"
-            )
+            remedy = "bring back the data it was started with, or start another run"
+            raise UserError(f"the questions are not those of the run being resumed; {remedy}")
 
 
 # --- rollouts ------------------------------------------------------------------------------------
@@ -133,11 +117,9 @@ class Questions:
 def roll_out(
     engine: Engine, model: GPT, questions: Sequence[Question], sampling: Sampling, *, num_samples: int, seed: str
 ) -> list[Group]:
-    """`num_samples` replies of `model` to each question, all decoded in one batch of the engine.
-
-    What is sampled depends only on `seed` and the index of the question, not on the others in the batch. Raises
-    `UserError` for a reward that is not finite.
-    """
+    """`num_samples` replies of `model` to each question, all decoded in one batch of the engine. What is sampled
+    depends only on `seed` and the index of the question, not on the others in the batch. Raises `UserError` for a
+    reward that is not finite."""
     engine.refresh(model)  # the weights have changed; the cache must not depend on what came before
     end = engine.tokenizer.special_ids["<|assistant_end|>"]
     requests = []
@@ -174,29 +156,23 @@ def differing(groups: Sequence[Group]) -> list[Group]:
 
 
 def make_batches(rollouts: Sequence[Rollout], batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
-    """Rollouts in batches of at most `batch_size` rows, sorted by length to save padding.
-
-    Targets are the sampled tokens; the weight of a row is its advantage. Without rollouts there is one batch without
-    targets, so that every rank has gradients.
-    """
+    """Rollouts in batches of at most `batch_size` rows, sorted by length to save padding. Targets are the sampled
+    tokens; the weight of a row is its advantage. Without rollouts there is one batch without targets, so that every
+    rank has gradients."""
     in_order = sorted(rollouts, key=lambda r: len(r.prompt) + len(r.reply), reverse=True)
-    chunks = [in_order[i : i + batch_size] for i in range(0, len(in_order), batch_size)]
-    return [_batch(chunk, device) for chunk in chunks or [[]]]
+    return [_batch(in_order[i : i + batch_size], device) for i in range(0, max(1, len(in_order)), batch_size)]
 
 
 def _batch(rollouts: Sequence[Rollout], device: torch.device | str) -> Batch:
-    B = max(1, len(rollouts))
-    T = max([len(r.prompt) + len(r.reply) - 1 for r in rollouts], default=1)
-    idx = torch.zeros((B, T), dtype=torch.int64)
-    targets = torch.full((B, T), IGNORE_INDEX)
-    weights = torch.zeros(B)
+    B, T = max(1, len(rollouts)), max([len(r.prompt) + len(r.reply) - 1 for r in rollouts], default=1)
+    idx, targets, weights = torch.zeros((B, T), dtype=torch.int64), torch.full((B, T), IGNORE_INDEX), torch.zeros(B)
     for b, r in enumerate(rollouts):
         tokens = torch.tensor([*r.prompt, *r.reply])
         begin, end = len(r.prompt) - 1, len(tokens) - 1  # positions that predict the reply
-        idx[b, :end] = tokens[:-1]
+        idx[b, :end], weights[b] = tokens[:-1], r.advantage
         targets[b, begin:end] = torch.tensor(r.reply).masked_fill(~torch.tensor(r.is_sampled), IGNORE_INDEX)
-        weights[b] = r.advantage
-    return Batch(idx.to(device), targets.to(device), sum(r.num_sampled for r in rollouts), 0, weights.to(device))
+    num_sampled = sum(sum(r.is_sampled) for r in rollouts)
+    return Batch(idx.to(device), targets.to(device), num_sampled, 0, weights.to(device))
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -222,11 +198,9 @@ class Evaluation:
 def evaluate(
     engine: Engine, model: GPT, questions: Sequence[Question], sampling: Sampling, *, num_samples: int, seed: str
 ) -> Evaluation:
-    """Answer this rank's `questions`, and summarise the replies of all ranks.
-
-    The numbers are the mean reward of `num_samples` replies with its standard error over questions (overall and, if
-    there are several tasks, for each), that of a greedy reply, pass@k for powers of two, and those of `_lengths`.
-    """
+    """Answer this rank's `questions`, and summarise the replies of all ranks. The numbers are the mean reward of
+    `num_samples` replies with its standard error over questions (overall and, if there are several tasks, for each),
+    that of a greedy reply, pass@k for powers of two, and those of `_lengths`."""
     groups = roll_out(engine, model, questions, sampling, num_samples=num_samples, seed=seed)
     greedy = roll_out(engine, model, questions, replace(sampling, temperature=0.0), num_samples=1, seed=seed)
     answered = zip(questions, groups, greedy, strict=True)
@@ -244,8 +218,8 @@ def evaluate(
         for task in sorted(set(names)):
             of_task = [mean for mean, name in zip(means, names, strict=True) if name == task]
             numbers[f"val_reward_{task}"], numbers[f"val_reward_{task}_se"] = mean_and_error(of_task)
-    shown = [one for (one,) in greedy[:NUM_SAMPLES_SHOWN]]
-    texts = [f"{engine.tokenizer.decode(r.prompt + r.reply)}\nreward {r.reward:g}" for r in shown]
+    shown = greedy[:NUM_SAMPLES_SHOWN]
+    texts = [f"{engine.tokenizer.decode(one.prompt + one.reply)}\nreward {one.reward:g}" for (one,) in shown]
     return Evaluation(numbers, means, texts)
 
 
@@ -259,7 +233,7 @@ def step_numbers(groups: Sequence[Group]) -> dict[str, float]:
         "groups_frac": len(learned) / len(groups),
         **_lengths(groups),
         "rollout_tokens": sum(len(r.reply) for group in groups for r in group),
-        "train_tokens": sum(r.num_sampled for group in learned for r in group),
+        "train_tokens": sum(sum(r.is_sampled) for group in learned for r in group),
     }
 
 
