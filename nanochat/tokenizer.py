@@ -193,9 +193,6 @@ class Tokenizer:
         return dict(enumerate(self._tokens)) | {i: name.encode() for name, i in self.special_ids.items()}
 
 
-# --- files ---------------------------------------------------------------------------------------
-
-
 def format_ranks(tokens: Sequence[bytes]) -> bytes:
     """`tokens` as a tiktoken rank file: `format_ranks([b"a"]) == b"YQ== 0\\n"`."""
     return b"".join(b"%b %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))

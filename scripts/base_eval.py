@@ -104,9 +104,6 @@ def task_row(task: TaskResult) -> dict:
     return row | {"seconds": task.seconds}
 
 
-# --- Hugging Face models -------------------------------------------------------------------------
-
-
 class HuggingFaceModel:
     """A transformers causal language model with the interface of `GPT` that the evaluation uses."""
 

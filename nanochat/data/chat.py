@@ -49,9 +49,6 @@ class Prompt:
     num_dropped: int
 
 
-# --- checking ------------------------------------------------------------------------------------
-
-
 def check_conversation(conversation: Any) -> list[dict[str, Any]]:
     """The messages of `conversation`. Raises `UserError` naming the message that is not in order."""
     messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
@@ -86,9 +83,6 @@ def _message_fault(message: Any, expected_role: str) -> str:
         rule = "after a system message, if any, user and assistant take turns"
         return f"must have the role {expected_role!r}, not {role!r}: {rule}"
     return ""
-
-
-# --- messages to tokens --------------------------------------------------------------------------
 
 
 def render(tokenizer: Tokenizer, conversation: Conversation, *, max_tokens: int | None = None) -> Rendered:
@@ -171,9 +165,6 @@ def as_parts(content: str | Sequence[Mapping[str, str]]) -> list[dict[str, str]]
 def visible_text(content: str | Sequence[Mapping[str, str]]) -> str:
     """What the assistant says, without its tool calls and their results."""
     return "".join(part["text"] for part in as_parts(content) if part["type"] == "text")
-
-
-# --- tokens to messages --------------------------------------------------------------------------
 
 
 class Delta(NamedTuple):

@@ -265,8 +265,6 @@ def _split(state: dict[str, Tensor], name: str) -> list[np.ndarray]:
     return np.split(state[f"{name}.tokens"].numpy(), np.cumsum(lengths)[:-1]) if len(lengths) else []
 
 
-# --- reading ahead -------------------------------------------------------------------------------
-
 # Tokenized documents by stream, and the places where reading them began and ended.
 Dealt = tuple[Place, Place, dict[int, list[np.ndarray]]]
 

@@ -41,9 +41,6 @@ FETCH = "python -m nanochat.data.dataset"
 DISK_MARGIN_BYTES = 64 << 20  # on top of 5 %: room for the logs and the file system's own needs
 
 
-# --- reading -------------------------------------------------------------------------------------
-
-
 def data_dir(data: str) -> Path:
     """Folder of the shards of `data`: a local folder with at least two parquet files itself, otherwise a folder
     below the base folder. Raises `UserError` when `data` is neither a local path, nor `local`, nor looks like a
@@ -181,9 +178,6 @@ class Manifest:
                     print0(f"{path} is not whole ({error}): fetching it again")
         self.save(folder)
         return [file for file in wanted if file.name not in self.verified]
-
-
-# --- getting a data set --------------------------------------------------------------------------
 
 
 def prepare(data: str, num_train: int, *, workers: int = 8) -> Path:

@@ -101,9 +101,6 @@ def page_policy(html: str) -> str:
     )
 
 
-# --- metrics and access log ----------------------------------------------------------------------
-
-
 class Metrics:
     """Prometheus metrics, with a registry of their own, so that several applications can live in one process."""
 
@@ -183,9 +180,6 @@ class AccessLog:
                 "seconds": round(seconds, 4),
             }
             access_logger.info(json.dumps(line | log))
-
-
-# --- who may call, and how much ------------------------------------------------------------------
 
 
 class Gate:

@@ -46,9 +46,6 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-# --- messages ------------------------------------------------------------------------------------
-
-
 class TextPart(Strict):
     type: Literal["text"]
     text: Text
@@ -97,9 +94,6 @@ class AssistantMessage(Strict):
 
 
 Message = Annotated[InputMessage | AssistantMessage, Field(discriminator="role")]
-
-
-# --- requests ------------------------------------------------------------------------------------
 
 
 class StreamOptions(Strict):
@@ -208,9 +202,6 @@ class CompletionRequest(SamplingFields):
     @property
     def reply_tokens(self) -> int | None:
         return self.max_tokens or DEFAULT_COMPLETION_TOKENS
-
-
-# --- answers -------------------------------------------------------------------------------------
 
 
 class Usage(BaseModel):

@@ -30,9 +30,6 @@ _CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code)
 _CONTROL_PICTURES |= {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 
 
-# --- writing and reading -------------------------------------------------------------------------
-
-
 def printable(text: str) -> str:
     return text.translate(_CONTROL_PICTURES)
 
@@ -114,9 +111,6 @@ def single_prompt(given: str | None, stdin: TextIO) -> str | None:
     if not given.strip():
         raise UserError("the prompt is empty; give one with --prompt or on standard input")
     return given.strip()
-
-
-# --- the chat ------------------------------------------------------------------------------------
 
 
 class TerminalChat:
@@ -258,9 +252,6 @@ class TerminalChat:
             if COMMANDS[name].argument == "FILE" and not argument:
                 raise UserError(f"{name} needs the name of a file: {name} talk.json")
             COMMANDS[name].run(self, argument)
-
-
-# --- commands ------------------------------------------------------------------------------------
 
 
 class Command(NamedTuple):

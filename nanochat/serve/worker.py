@@ -76,9 +76,6 @@ class Failed(NamedTuple):
     work_id: int | None = None
 
 
-# --- in the worker -------------------------------------------------------------------------------
-
-
 def run_worker(make_engine: MakeEngine, connection: Connection, *, is_process: bool) -> None:
     """Build the engine and do the work that comes through `connection` until it closes."""
     if is_process:
@@ -147,9 +144,6 @@ def _serve(engine: Engine, commands: queue.SimpleQueue, send: Callable[[Progress
         if events:
             report(events)
         origins = {request: origin for request, origin in origins.items() if not request.is_done}
-
-
-# --- in the server -------------------------------------------------------------------------------
 
 
 @dataclass

@@ -165,9 +165,6 @@ class LossScaler:
             self.scale, self.num_good = state["scale"], int(state["num_good"])
 
 
-# --- fitting the device --------------------------------------------------------------------------
-
-
 def choose_device_batch(
     total_tokens: int, fitting: int, sequence_len: int, world_size: int, *, is_fixed: bool
 ) -> tuple[int, int]:
@@ -229,9 +226,6 @@ def _forward_backward(model: GPT, num_rows: int) -> float:
     seconds = time.perf_counter() - started
     model.zero_grad(set_to_none=True)
     return seconds
-
-
-# --- a run ---------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -50,9 +50,6 @@ def make_plan(args: argparse.Namespace, config: GPTConfig, num_ranks: int, speed
     )  # fmt: skip
 
 
-# --- dry run -------------------------------------------------------------------------------------
-
-
 def dry_run(args: argparse.Namespace) -> None:
     """Print what a run with these flags takes: a table for people, then a JSON line for scripts. Writes nothing."""
     vocab_size = args.vocab_size

@@ -111,9 +111,6 @@ class Questions:
             raise UserError(f"the questions are not those of the run being resumed; {remedy}")
 
 
-# --- rollouts ------------------------------------------------------------------------------------
-
-
 def roll_out(
     engine: Engine, model: GPT, questions: Sequence[Question], sampling: Sampling, *, num_samples: int, seed: str
 ) -> list[Group]:
@@ -173,9 +170,6 @@ def _batch(rollouts: Sequence[Rollout], device: torch.device | str) -> Batch:
         targets[b, begin:end] = torch.tensor(r.reply).masked_fill(~torch.tensor(r.is_sampled), IGNORE_INDEX)
     num_sampled = sum(sum(r.is_sampled) for r in rollouts)
     return Batch(idx.to(device), targets.to(device), num_sampled, 0, weights.to(device))
-
-
-# --- evaluation ----------------------------------------------------------------------------------
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
