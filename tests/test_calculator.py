@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.engine.calculator import MAX_CHARS, MAX_DEPTH, MAX_DIGITS, MAX_LENGTH, calculate
+from tests.attacks import FALSE_SUMS
 
 LETTERS = "abrüЖ字 .,-'\""
 ints = st.one_of(st.integers(0, 30), st.integers(0, 10**12)).map(str)
@@ -83,31 +84,18 @@ def assert_agrees(expression: str) -> None:
         assert result == str(by_python(expression)), expression
 
 
-@given(st.recursive(st.one_of(ints, floats), arithmetic, max_leaves=8))
-@settings(max_examples=300, deadline=None)
-def test_arithmetic_agrees_with_python(expression):
+@given(st.recursive(ints | floats, arithmetic, max_leaves=8) | st.recursive(strings, string_operations, max_leaves=6))
+@settings(max_examples=600, deadline=None)
+def test_arithmetic_and_string_operations_agree_with_python(expression):
     assert_agrees(expression)
 
 
-@given(st.tuples(st.integers(-12, 12), st.integers(-40, 40), st.sampled_from([".5", "2.0", "1e2", "0"])))
+@given(st.integers(-12, 12), st.integers(-40, 40), st.sampled_from([".5", "2.0", "1e2", "0"]))
 @settings(max_examples=200, deadline=None)
-def test_powers_agree_with_python(numbers):
-    a, b, c = numbers
-    for expression in (
-        f"{a}**{b}",
-        f"({a})**{b}",
-        f"({a})**{c}",
-        f"-{c}**{b}",
-        f"{c}**-{c}**{b % 3}",
-        f"2**{b % 4}**2",
-    ):
+def test_powers_agree_with_python(a, b, c):
+    powers = f"{a}**{b} ({a})**{b} ({a})**{c} -{c}**{b} {c}**-{c}**{b % 3} 2**{b % 4}**2"
+    for expression in powers.split():
         assert_agrees(expression)
-
-
-@given(st.recursive(strings, string_operations, max_leaves=6))
-@settings(max_examples=300, deadline=None)
-def test_string_operations_agree_with_python(expression):
-    assert_agrees(expression)
 
 
 @given(st.text(max_size=60))
@@ -128,33 +116,14 @@ def test_what_is_accepted_is_what_python_accepts(text):
 @pytest.mark.parametrize(
     ("expression", "expected"),
     [
-        ("7/2", "3.5"),
-        ("6/2", "3.0"),
-        ("7//2", "3"),
-        ("-7//2", "-4"),
-        ("-7%3", "2"),
-        ("2+3*4", "14"),
-        ("(2+3)*4", "20"),
-        ("-2**2", "-4"),
-        ("2**-1", "0.5"),
-        ("2**3**2", "512"),
-        ("0.1+0.2", "0.30000000000000004"),
-        ("1,000+1", "1001"),
-        ("1,234,567.5*2", "2469135.0"),
-        ("(1,000)*2,000", "2000000"),
-        (" 1 + 1 ", "2"),
-        ("'strawberry'.count('r')", "3"),
-        ('"strawberry".count("r")', "3"),
-        ("'strawberry'.find('w')", "4"),
-        ("'hello'.upper()", "HELLO"),
-        ("'hello'[::-1]", "olleh"),
-        ("'hello'[1]", "e"),
-        ("'hello'[1:3]+'!'*3", "el!!!"),
-        ("len('hello')*2", "10"),
-        ("'-'.join('abc')", "a-b-c"),
-        ("'a'.upper().count('A') + 1", "2"),
+        ("7/2", "3.5"), ("6/2", "3.0"), ("7//2", "3"), ("-7//2", "-4"), ("-7%3", "2"), ("2+3*4", "14"),
+        ("(2+3)*4", "20"), ("-2**2", "-4"), ("2**-1", "0.5"), ("2**3**2", "512"), ("0.1+0.2", "0.30000000000000004"),
+        ("1,000+1", "1001"), ("1,234,567.5*2", "2469135.0"), ("(1,000)*2,000", "2000000"), (" 1 + 1 ", "2"),
+        ("'strawberry'.count('r')", "3"), ('"strawberry".count("r")', "3"), ("'strawberry'.find('w')", "4"),
+        ("'hello'.upper()", "HELLO"), ("'hello'[::-1]", "olleh"), ("'hello'[1]", "e"), ("'hello'[1:3]+'!'*3", "el!!!"),
+        ("len('hello')*2", "10"), ("'-'.join('abc')", "a-b-c"), ("'a'.upper().count('A') + 1", "2"),
     ],
-)
+)  # fmt: skip
 def test_examples(expression, expected):
     assert calculate(expression) == expected
 
@@ -162,131 +131,29 @@ def test_examples(expression, expected):
 @pytest.mark.parametrize(
     "expression",
     [
-        "",
-        " ",
-        "()",
-        "1+",
-        "1 2",
-        "1/0",
-        "1%0",
-        "0**-1",
-        "1e999",
-        "1e308*10",
-        "(-8)**0.5",
-        "x",
-        "True",
-        "None",
-        "1<2",
-        "1==1",
-        "1 if 1 else 2",
-        "1,00",
-        "1,0000",
-        "1,000,00",
-        "0,123",
-        "12,34",
-        "1,2",
-        "1__0",
-        "1_",
-        "_1",
-        "007",
-        "0x10",
-        "1j",
-        "5.upper()",
-        "'a'.__class__",
-        "'a'.__class__.__mro__",
-        "''.__class__.__base__.__subclasses__()",
-        "().__class__",
-        "__import__('os').system('id')",
-        "eval('1')",
-        "exec('1')",
-        "print(1)",
-        "open('/etc/passwd')",
-        "'%1000000000d' % 5",
-        "'{0.__class__}'.format(1)",
-        "'a'.format('b')",
-        "'a'.encode()",
-        "'a'.zfill(10)",
-        "'a'.center(10)",
-        "'a'-'b'",
-        "'a'*1.5",
-        "-'a'",
-        "'a'[5]",
-        "'a'[1.0]",
-        "'a'[::0]",
-        "'a'['b']",
-        "'a' 'b'",
-        r"'\x41'",
-        r"'\N{BULLET}'",
-        "'a\n'",
-        "1\n+1",
-        "1#comment",
-        "[1]",
-        "{1}",
-        "lambda: 1",
-        "f'{1}'",
-        "r'a'",
-        "b'a'",
-        "'''a'''",
-        "'a",
-        "1;1",
-        "1:=1",
-        "~1",
-        "1@1",
-        "1&1",
-        "not 1",
-        "len(1)",
-        "len",
-        "len()",
-        "'a'.count",
-        "'a'.count()",
-        "'a'.count(1)",
-        "'a'.count('a','b')",
-        "'a'.index('b')",
-        "１+１",
-        "²",
-        "2²",
-        "٣",
-        "2×3",
-        "6÷2",
-        "2−1",
-        "1\u00a0+1",
-        "1\u200b",
-        "'\ud800'",
-        "'\x00'",
+        " ", "()", "1+", "1 2", "1%0", "0**-1", "1e308*10", "True", "None", "1==1", "1 if 1 else 2", "1,00", "1,0000",
+        "1,000,00", "0,123", "12,34", "1,2", "1__0", "1_", "_1", "007", "0x10", "1j", "5.upper()", "'a'.__class__",
+        "''.__class__.__base__.__subclasses__()", "().__class__", "print(1)", "'a'.format('b')",
+        "'a'.zfill(10)", "'a'.center(10)", "'a'-'b'", "'a'*1.5", "-'a'", "'a'[5]", "'a'[1.0]", "'a'[::0]", "'a'['b']",
+        "'a' 'b'", "'a\n'", "1\n+1", "1#comment", "[1]", "{1}", "r'a'", "b'a'", "'''a'''", "'a", "1;1", "~1", "1@1",
+        "1&1", "not 1", "len(1)", "len", "len()", "'a'.count", "'a'.count()", "'a'.count(1)", "'a'.count('a','b')",
+        "'a'.index('b')", "²", "2²", "٣", "2×3", "6÷2", "2−1", "1\u00a0+1", "1\u200b", "'\x00'", None, 7, b"1+1",
     ],
-)
+)  # fmt: skip
 def test_everything_else_is_refused(expression):
     assert calculate(expression) is None
 
 
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "9**9**9",
-        "9**9**9**9**9",
-        "10**100",
-        "2**10**10",
-        "(-9)**(9**9)",
-        "9**99*9**99*9**99",
-        "1.5**99999",
-        "'a'*1000000000",
-        "10**90*'a'",
-        "''*10**90",
-        "'ab'.join('" + "c" * 300 + "')",
-        "'" + "a" * 300 + "'",
-        "'" + "a" * 250 + "'.replace('a', 'aa')",
-        "(" * 200 + "1" + ")" * 200,
-        "(" * 100_000,
-        "[" * 500,
-        "'a'" + "[0" * 100 + "]" * 100,
-        "**".join(["1"] * 100),
-        "-" * 10_000 + "1",
-        "9" * (MAX_LENGTH + 1),
-        "9" * (MAX_DIGITS + 1),
-        "1+" * 100_000 + "1",
-    ],
-)
-def test_what_is_too_large_is_refused_at_once(expression):
+TOO_LARGE = [
+    "10**100", "2**10**10", "9**99*9**99*9**99", "1.5**99999", "'a'*1000000000", "10**90*'a'", "''*10**90",
+    "'ab'.join('" + "c" * 300 + "')", "'" + "a" * 300 + "'", "'" + "a" * 250 + "'.replace('a', 'aa')", "(" * 100_000,
+    "[" * 500, "'a'" + "[0" * 100 + "]" * 100, "**".join(["1"] * 100), "-" * 10_000 + "1", "9" * (MAX_LENGTH + 1),
+    "9" * (MAX_DIGITS + 1), "1+" * 100_000 + "1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("expression", [*FALSE_SUMS.values(), *TOO_LARGE])
+def test_attacks_and_what_is_too_large_are_refused_at_once(expression):
     start = time.perf_counter()
     assert calculate(expression) is None
     assert time.perf_counter() - start < 0.1
@@ -295,26 +162,13 @@ def test_what_is_too_large_is_refused_at_once(expression):
 @pytest.mark.parametrize(
     "expression",
     [
-        "(" * (MAX_DEPTH - 1) + "1" + ")" * (MAX_DEPTH - 1),
-        "-" * (MAX_LENGTH - 1) + "1",
-        "1+" * (MAX_LENGTH // 2 - 1) + "1",
-        "7**99*7",
-        "9" * MAX_DIGITS,
-        "1**" * 10 + "1",
-        "(-1)**" + "9" * 90,
-        "2**-" + "9" * 90,
-        "'a'" + ".upper()" * 60,
-        "'" + "a" * 250 + "'.replace('a', '').join('b')",
+        "(" * (MAX_DEPTH - 1) + "1" + ")" * (MAX_DEPTH - 1), "-" * (MAX_LENGTH - 1) + "1",
+        "1+" * (MAX_LENGTH // 2 - 1) + "1", "7**99*7", "9" * MAX_DIGITS, "1**" * 10 + "1", "(-1)**" + "9" * 90,
+        "2**-" + "9" * 90, "'a'" + ".upper()" * 60, "'" + "a" * 250 + "'.replace('a', '').join('b')",
     ],
-)
+)  # fmt: skip
 def test_what_is_just_within_the_limits_is_computed(expression):
     assert calculate(expression) == str(by_python(expression))
-
-
-def test_what_is_no_string_is_refused():
-    assert calculate(None) is None
-    assert calculate(7) is None
-    assert calculate(b"1+1") is None
 
 
 def test_many_threads_get_the_same_answers():
