@@ -131,34 +131,40 @@ def small_tasks(count=12):
     return [make_task(kind, make_records(kind, count, seed), num_shots=seed) for seed, kind in enumerate(kinds)]
 
 
+def evaluate(tasks, folder, model=None, tokenizer=None, **options):
+    """CORE of `tasks` as a bundle in `folder`."""
+    bundle = write_bundle(folder, tasks)
+    return evaluate_core(model or RecurrentModel(), tokenizer or LetterTokenizer(), bundle, **options)
+
+
 # --- prompts ---
 
 
-def test_prompts_of_the_three_kinds_are_as_written_out_here():
-    records = [
-        {"query": "q one", "choices": ["x", "y"], "gold": 1},
-        {"query": "q two ", "choices": ["v", "w"], "gold": 0},
-    ]
-    task = make_task("multiple_choice", records, num_shots=1, delimiter="\nAnswer: ")
-    assert build_prompts(task, 0) == ["q two \nAnswer: v\n\nq one\nAnswer: x", "q two \nAnswer: v\n\nq one\nAnswer: y"]
-
-    records = [
-        {"context_options": ["the cat", "the dog"], "continuation": "slept.", "gold": 1},
-        {"context_options": ["he", "she"], "continuation": "ran.", "gold": 0},
-    ]
-    assert build_prompts(make_task("schema", records, num_shots=1), 0) == [
-        "he ran.\n\nthe cat slept.",
-        "he ran.\n\nthe dog slept.",
-    ]
-
-    records = [
-        {"context": " two plus two is\n", "continuation": "four"},
-        {"context": "up and ", "continuation": "down"},
-    ]
-    assert build_prompts(make_task("language_modeling", records, num_shots=1), 0) == [
-        "up and down\n\ntwo plus two is",
-        "up and down\n\ntwo plus two is four",
-    ]
+@pytest.mark.parametrize(
+    ("kind", "delimiter", "records", "prompts"),
+    [
+        (
+            "multiple_choice", "\nAnswer: ",
+            [{"query": "q one", "choices": ["x", "y"], "gold": 1}, {"query": "q two ", "choices": ["v", "w"], "gold": 0}],
+            ["q two \nAnswer: v\n\nq one\nAnswer: x", "q two \nAnswer: v\n\nq one\nAnswer: y"],
+        ),
+        (
+            "schema", " ",
+            [
+                {"context_options": ["the cat", "the dog"], "continuation": "slept.", "gold": 1},
+                {"context_options": ["he", "she"], "continuation": "ran.", "gold": 0},
+            ],
+            ["he ran.\n\nthe cat slept.", "he ran.\n\nthe dog slept."],
+        ),
+        (
+            "language_modeling", " ",
+            [{"context": " two plus two is\n", "continuation": "four"}, {"context": "up and ", "continuation": "down"}],
+            ["up and down\n\ntwo plus two is", "up and down\n\ntwo plus two is four"],
+        ),
+    ],
+)  # fmt: skip
+def test_prompts_of_the_three_kinds_are_as_written_out_here(kind, delimiter, records, prompts):
+    assert build_prompts(make_task(kind, records, num_shots=1, delimiter=delimiter), 0) == prompts
 
 
 @given(count=st.integers(1, 30), num_shots=st.integers(0, 12), data=st.data())
@@ -179,22 +185,19 @@ def test_shots_are_other_examples_each_once_and_as_many_as_there_are(count, num_
 @pytest.mark.parametrize(
     ("kind", "rows", "starts"),
     [
-        ("multiple_choice", [[0, 5, 6, 7], [0, 5, 8, 9, 9]], [2, 2]),
+        ("multiple_choice", [[0, 5, 6, 7], [0, 5, 8, 9, 9]], [2, 2]), ("multiple_choice", [[0, 5], [0, 6]], [1, 1]),
         ("multiple_choice", [[0, 5, 6], [0, 5, 6, 7]], [2, 2]),  # one the beginning of the other
         ("multiple_choice", [[0, 5, 6], [0, 5, 6]], [2, 2]),  # twice the same
-        ("multiple_choice", [[0, 5], [0, 6]], [1, 1]),
         ("multiple_choice", [[0, 5, 6, 7]], [3]),  # only one choice
-        ("schema", [[0, 1, 2, 8, 9], [0, 3, 8, 9]], [3, 2]),
+        ("schema", [[0, 1, 2, 8, 9], [0, 3, 8, 9]], [3, 2]), ("schema", [[0, 8, 9], [0, 8, 9]], [1, 1]),
         ("schema", [[0, 8, 9], [0, 7, 8, 9]], [1, 2]),  # one the end of the other, but for the first token
-        ("schema", [[0, 8, 9], [0, 8, 9]], [1, 1]),
         ("schema", [[0, 1, 2], [0, 1, 3]], [2, 2]),  # nothing in common at the end
         ("language_modeling", [[0, 1, 2], [0, 1, 2, 3, 4]], [3, 3]),
         ("language_modeling", [[0, 1, 2], [0, 1, 7, 4]], [2, 2]),  # the border falls inside a token
-        ("language_modeling", [[0, 1, 2], [0, 1, 2]], [2, 2]),
-        ("language_modeling", [[0], [0, 1]], [1, 1]),  # nothing asked
+        ("language_modeling", [[0, 1, 2], [0, 1, 2]], [2, 2]), ("language_modeling", [[0], [0, 1]], [1, 1]),
         ("language_modeling", [[0, 1, 2, 3], [0, 1]], [1, 1]),
     ],
-)
+)  # fmt: skip
 def test_spans_begin_where_they_should_by_hand(kind, rows, starts):
     assert span_starts(kind, rows) == starts
 
@@ -228,7 +231,7 @@ def test_a_cut_takes_the_same_context_from_all_options():
 def test_examples_too_long_are_cut_to_the_context_and_counted(tmp_path):
     records = [{"context": "a" * n, "continuation": "bb"} for n in (10, 61, 62, 63, 200)]
     task = make_task("language_modeling", records)
-    result = evaluate_core(RecurrentModel(), LetterTokenizer(), write_bundle(tmp_path, [task]))
+    result = evaluate([task], tmp_path)
     # begin + context + space + 2 letters, the last of which is never read: 62 letters are one too many
     assert result.tasks[0].num_cut == 3
     examples = build_examples(task, LetterTokenizer(), range(5), CONTEXT_TOKENS + 1)
@@ -302,14 +305,14 @@ def test_what_the_options_of_an_example_begin_with_runs_once(monkeypatch):
     assert num_tokens[1:] == [1 + 9 + (2 + 2) + (1 + 2)]
 
 
-def test_choices_of_one_token_need_one_row_and_others_one_each():
-    model, records = RecurrentModel(), [{"query": "which", "choices": ["A", "B", "C"], "gold": 0}]
+@pytest.mark.parametrize(
+    ("choices", "num_rows"),
+    [(["A", "B", "C"], 1), (["A", "Ab", "cd"], 2)],  # the input of "A" begins that of "Ab"
+)
+def test_choices_of_one_token_need_one_row_and_others_one_each(choices, num_rows):
+    model, records = RecurrentModel(), [{"query": "which", "choices": choices, "gold": 0}]
     score_batched(model, examples_of("multiple_choice", records))
-    assert model.num_rows == 1
-    records[0]["choices"] = ["A", "Ab", "cd"]  # the input of the first begins that of the second
-    model.num_rows = 0
-    score_batched(model, examples_of("multiple_choice", records))
-    assert model.num_rows == 2
+    assert model.num_rows == num_rows
 
 
 def test_the_mean_loss_per_token_decides_not_the_sum():
@@ -334,6 +337,10 @@ def test_the_mean_loss_per_token_decides_not_the_sum():
 # --- CORE ---
 
 
+def verdict(item):
+    return item.line, item.prediction, item.is_correct
+
+
 class Oracle(RecurrentModel):
     """Gives every "a" a high chance and everything else the same low one."""
 
@@ -348,7 +355,7 @@ def test_core_is_the_mean_of_centred_accuracies_by_hand(tmp_path):
     endings = [{"context": "say", "continuation": "a"}, {"context": "say", "continuation": "ab"}]
     # the space before the answer is predicted as well, so only an answer without one can be said
     tasks = [make_task("multiple_choice", choices), make_task("language_modeling", endings)]
-    result = evaluate_core(Oracle(), LetterTokenizer(), write_bundle(tmp_path, tasks))
+    result = evaluate(tasks, tmp_path, Oracle())
     first, second = result.tasks
     assert (first.accuracy, first.centered) == (0.75, pytest.approx((0.75 - 0.25) / 0.75))
     assert (second.accuracy, second.centered) == (0.0, pytest.approx(-0.25 / 0.75))
@@ -360,27 +367,19 @@ def test_core_is_the_mean_of_centred_accuracies_by_hand(tmp_path):
 
 def test_equal_choices_are_a_tie_that_the_first_one_wins(tmp_path):
     task = make_task("multiple_choice", [{"query": "q", "choices": ["same", "same"], "gold": 1}])
-    result = evaluate_core(RecurrentModel(), LetterTokenizer(), write_bundle(tmp_path, [task]))
-    assert result.tasks[0].items[0].prediction == 0
+    assert evaluate([task], tmp_path).tasks[0].items[0].prediction == 0
 
 
-def test_a_limited_run_gives_the_same_predictions_as_the_whole_one(tmp_path):
-    bundle, model, tokenizer = write_bundle(tmp_path, small_tasks()), RecurrentModel(), LetterTokenizer()
-    whole, part = evaluate_core(model, tokenizer, bundle), evaluate_core(model, tokenizer, bundle, max_per_task=5)
-    for some, all_ in zip(part.tasks, whole.tasks, strict=True):
-        assert len(some.items) == 5
-        for one, other in zip(some.items, all_.items, strict=False):
-            assert (one.line, one.prediction, one.is_correct) == (other.line, other.prediction, other.is_correct)
-
-
-def test_slow_gives_the_same_items_and_progress_sees_every_task(tmp_path):
-    bundle, seen = write_bundle(tmp_path, small_tasks()), []
-    fast = evaluate_core(RecurrentModel(), LetterTokenizer(), bundle, progress=seen.append)
-    slow = evaluate_core(RecurrentModel(), LetterTokenizer(), bundle, slow=True)
-    assert tuple(seen) == fast.tasks
-    assert fast.core == slow.core
-    for one, other in zip(fast.tasks, slow.tasks, strict=True):
-        assert [item.prediction for item in one.items] == [item.prediction for item in other.items]
+def test_slow_and_limited_runs_give_the_same_items_and_progress_sees_every_task(tmp_path):
+    tasks, seen = small_tasks(), []
+    whole = evaluate(tasks, tmp_path / "whole", progress=seen.append)
+    slow = evaluate(tasks, tmp_path / "slow", slow=True)
+    part = evaluate(tasks, tmp_path / "part", max_per_task=5)
+    assert tuple(seen) == whole.tasks
+    assert whole.core == slow.core
+    for all_, plain, some in zip(whole.tasks, slow.tasks, part.tasks, strict=True):
+        assert [verdict(item) for item in all_.items] == [verdict(item) for item in plain.items]
+        assert [verdict(item) for item in all_.items[:5]] == [verdict(item) for item in some.items]
 
 
 @pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
@@ -392,9 +391,8 @@ def test_a_score_that_is_not_a_number_is_an_error_and_never_a_winner(tmp_path, k
             logits[-1:] = math.nan
             return logits
 
-    bundle = write_bundle(tmp_path, [make_task(kind, make_records(kind, 3))])
     with pytest.raises(UserError, match=f"task {kind}, line .* broken"):
-        evaluate_core(Broken(), LetterTokenizer(), bundle, slow=slow)
+        evaluate([make_task(kind, make_records(kind, 3))], tmp_path, Broken(), slow=slow)
 
 
 def test_texts_are_tokenised_once_for_all_evaluations_of_a_run(tmp_path):
@@ -419,13 +417,11 @@ def core_on_rank(rank, world_size, bundle):
 
 def test_two_ranks_find_what_one_finds_also_with_a_single_example(tmp_path):
     tasks = [*small_tasks(7), make_task("schema", make_records("schema", 1), label="lonely")]
-    bundle = write_bundle(tmp_path / "bundle", tasks)
-    alone = evaluate_core(RecurrentModel(), LetterTokenizer(), bundle)
-    for result in run_ranks(core_on_rank, 2, tmp_path / "ranks", bundle):
+    alone = evaluate(tasks, tmp_path / "bundle")
+    for result in run_ranks(core_on_rank, 2, tmp_path / "ranks", tmp_path / "bundle"):
         for task, expected in zip(result.tasks, alone.tasks, strict=True):
             assert (task.accuracy, task.num_cut) == (expected.accuracy, expected.num_cut)
-            predictions = [[(item.line, item.prediction) for item in one.items] for one in (task, expected)]
-            assert predictions[0] == predictions[1]
+            assert [verdict(item) for item in task.items] == [verdict(item) for item in expected.items]
 
 
 # --- Hugging Face models as yardsticks ---
