@@ -93,9 +93,6 @@ def question(text):
     return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]}
 
 
-# --- prompts ---
-
-
 def test_a_prompt_that_fits_is_whole_and_one_that_is_too_long_loses_its_beginning(tokenizer):
     special, text = tokenizer.special_ids, "one two three four five six seven"
     marks = [special["<|bos|>"], special["<|user_start|>"]], [special["<|user_end|>"], special["<|assistant_start|>"]]
@@ -134,9 +131,6 @@ def test_letters_are_the_tokens_an_answer_begins_with(tokenizer):
     assert letter_ids(tokenizer, ["12", "345"]) == [tokenizer.encode("12")[0], tokenizer.encode("345")[0]]
     with pytest.raises(UserError, match="cannot be told apart"):
         letter_ids(tokenizer, ["A", "B", "A"])
-
-
-# --- fast against plain ---
 
 
 @pytest.mark.parametrize("batch_tokens", [200, 100000])
@@ -196,9 +190,6 @@ def test_the_plain_loop_stops_for_want_of_tokens_and_of_context(tokenizer, conte
     assert (completion.ids, completion.finish_reason) == (said[:expected], "length")
 
 
-# --- sampling ---
-
-
 def test_samples_depend_on_the_seed_and_on_nothing_that_runs_beside(model, tokenizer, engine):
     result = evaluate_task(Echo(), model, tokenizer, DRAWN, engine=engine)
     alone = evaluate_task(Echo(), model, tokenizer, DRAWN, engine=Engine(model, tokenizer, max_rows=1))
@@ -212,9 +203,6 @@ def test_samples_depend_on_the_seed_and_on_nothing_that_runs_beside(model, token
     assert result.accuracy.value == pytest.approx(sum(map(sum, verdicts)) / (3 * len(verdicts)))
     assert result.pass_at_k.value == pytest.approx(sum(map(any, verdicts)) / len(verdicts))
     assert result.pass_at_k.value > result.accuracy.value
-
-
-# --- stopping, ranks ---
 
 
 class Stopped(Exception):
@@ -299,9 +287,6 @@ def test_two_ranks_have_the_results_of_one_and_go_on_where_one_stopped(model, to
     assert [totals for _, totals, _ in ended] == [[9, 7, 1], [8, 6, 0]]  # of 17 that are left, 13 and 1 problems
     assert len(ResultLog(tmp_path / "Echo.jsonl", {}).recover()) == 13
     assert not list(tmp_path.glob("*.part*"))
-
-
-# --- mistakes ---
 
 
 def test_a_logit_that_is_no_number_is_an_error_and_no_winner(model, tokenizer):

@@ -8,17 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.common import UserError
-from nanochat.evals.chat_results import (
-    Estimate,
-    Item,
-    ResultLog,
-    Sample,
-    TaskResult,
-    Z,
-    chat_core,
-    mean_estimate,
-    wilson,
-)
+from nanochat.evals import chat_results
+from nanochat.evals.chat_results import Estimate, Item, ResultLog, Sample, TaskResult, chat_core, mean_estimate, wilson
 
 SETTINGS = {"task": "Quiz", "temperature": 0.5, "top_k": None}
 
@@ -52,7 +43,9 @@ def test_wilson_intervals_end_where_the_share_is_just_not_surprising(count, part
     assert 0 <= estimate.low <= share <= estimate.high <= 1
     for end in (estimate.low, estimate.high):
         if 0 < end < 1:
-            assert abs(share - end) == pytest.approx(Z * math.sqrt(end * (1 - end) / count), rel=1e-6, abs=1e-9)
+            assert abs(share - end) == pytest.approx(
+                chat_results.Z * math.sqrt(end * (1 - end) / count), rel=1e-6, abs=1e-9
+            )
 
 
 def test_errors_of_a_mean_add_as_squares_on_each_side():

@@ -84,9 +84,6 @@ def no_waiting(monkeypatch, tmp_path):
     monkeypatch.setattr(core_bundle.time, "sleep", lambda seconds: None)
 
 
-# --- fetching ---
-
-
 def test_folders_and_zip_files_are_read_where_they_are(tmp_path):
     root = write_folder(tmp_path, bundle_files())
     archive = write_zip(tmp_path / "bundle.zip", bundle_files())
@@ -152,9 +149,6 @@ def test_damaged_zip_files_are_refused(tmp_path):
     archive.write_bytes(data[: len(data) // 2])
     assert "not a readable zip file" in bundle_fault(archive)
     assert "no core.yaml" in bundle_fault(write_zip(archive, {"readme.txt": "hello"}))
-
-
-# --- reading ---
 
 
 def test_tasks_carry_what_the_bundle_says_and_lines_count_blank_ones_too(tmp_path):

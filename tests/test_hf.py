@@ -1,6 +1,5 @@
 import json
 import random
-import shutil
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -83,6 +82,7 @@ def assert_same_function(model, other):
 def test_saving_and_loading_is_the_identity(model, tokenizer, folder, tmp_path):
     loaded, loaded_tokenizer = load_hf(folder)
     assert {path.name for path in folder.iterdir()} == FILES
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in folder.iterdir())  # nothing of the machine
     assert loaded.config == model.config
     assert loaded_tokenizer.fingerprint == tokenizer.fingerprint
     V = model.config.vocab_size
@@ -267,15 +267,10 @@ def test_the_chat_template_gives_the_ids_and_the_mask_of_our_format(tokenizer, t
     assert [bool(m) for m in theirs["assistant_masks"]] == ours.mask
     assert 0 < sum(ours.mask) < len(ours.mask)
 
-    prompt = chat.render_for_completion(tokenizer, {"messages": messages[:-1]})
-    theirs = their_tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
-    assert theirs == prompt.ids
-
-
-def test_the_chat_template_continues_an_answer(tokenizer, their_tokenizer):
-    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two,"}]
-    theirs = their_tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False)
-    assert theirs == chat.render_for_completion(tokenizer, {"messages": messages}).ids
+    begun = [*messages[:-1], {"role": "assistant", "content": "One, two,"}]
+    for start, option in ((messages[:-1], "add_generation_prompt"), (begun, "continue_final_message")):
+        theirs = their_tokenizer.apply_chat_template(start, return_dict=False, **{option: True})
+        assert theirs == chat.render_for_completion(tokenizer, {"messages": start}).ids
 
 
 SAID = {"u": "user", "s": "system", "a": "assistant"}
@@ -409,8 +404,3 @@ def test_a_checkpoint_is_exported_by_the_command(model, tokenizer, tmp_path, mon
     export_hf.main(args)
     assert "step_000007" in capsys.readouterr().out
     assert_same_function(model, load_hf(tmp_path / "out")[0])
-
-
-def test_the_files_hold_nothing_of_the_machine(folder, tmp_path):
-    shutil.move(folder / "model.safetensors", tmp_path)
-    assert not any(str(tmp_path) in path.read_text() for path in folder.iterdir())

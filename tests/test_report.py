@@ -58,9 +58,6 @@ def summary_row(markdown: str, metric: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
-# --- records -------------------------------------------------------------------------------------
-
-
 def test_a_record_comes_back_with_tensors_paths_and_non_finite_numbers_as_plain_json():
     results = {"loss": torch.tensor(1.5), "count": np.int64(3), "worst": np.float32("inf"), "mean": float("nan")}
     given = {"data": Path("a/b"), "betas": (0.8, 0.95)}
@@ -104,9 +101,6 @@ def test_a_folder_that_cannot_be_written_is_a_user_error():
         append_record("tok_train", settings={}, results={})
 
 
-# --- a new report --------------------------------------------------------------------------------
-
-
 def test_reset_keeps_old_records_and_records_the_machine(metrics_path):
     append_record("base_train", settings={}, results={"val_bpb": 2.5}, metrics_path=metrics_path)
     old, metrics = records_path().read_text(), metrics_path.read_text()
@@ -138,9 +132,6 @@ def test_the_commit_says_whether_files_differ_and_is_unknown_outside_a_checkout(
     assert re.fullmatch("[0-9a-f]{7,} with uncommitted changes", report.git_commit())
     monkeypatch.setenv("PATH", "")
     assert report.git_commit().startswith("unknown")
-
-
-# --- rendering -----------------------------------------------------------------------------------
 
 
 def test_generate_writes_the_same_report_to_both_places_and_never_reads_it_back():
@@ -268,9 +259,6 @@ def test_code_size_counts_source_files_and_nothing_hidden_or_built(tmp_path, mon
     assert f"| Tokens (our tokenizer) | {sum(map(len, tokenizer.encode_batch(sources.values())))} |" in rendered()
 
 
-# --- curves --------------------------------------------------------------------------------------
-
-
 def test_curves_are_small_pictures_defined_at_the_end_also_of_a_folder_that_moved(metrics_path, tmp_path, monkeypatch):
     append_record("base_train", settings={}, results={"val_bpb": 1.5}, metrics_path=metrics_path)
     base_dir().rename(tmp_path / "elsewhere")
@@ -311,9 +299,6 @@ def test_the_last_value_of_a_step_counts_and_broken_lines_and_non_finite_values_
 def test_a_curve_of_any_length_is_a_small_picture(count):
     points = [(step, 1e6 + (step * 7919) % 1000) for step in range(count)]
     assert is_small_png(report.draw_curve("tokens_per_second", points))
-
-
-# --- formats and the command ---------------------------------------------------------------------
 
 
 VALUES = [

@@ -27,9 +27,6 @@ def numbers(task: Task) -> list[int]:
     return [conversation["number"] for conversation in task]
 
 
-# --- views ---
-
-
 @pytest.mark.parametrize("slice_", [slice(3, 8), slice(None, None, -1), slice(-3, None), slice(2, 100, 4), slice(5, 5)])
 def test_indices_and_slices_behave_like_those_of_a_list(slice_):
     task = Numbers("a", 10)
@@ -111,9 +108,6 @@ def test_importing_the_tasks_prints_nothing_and_does_not_load_the_datasets_libra
     assert done.stdout == done.stderr == ""
 
 
-# --- multiple choice ---
-
-
 def test_multiple_choice_text_is_as_documented():
     text = render_choices(" What do bees make? ", ["wax and honey", "silk\n"], "AB")
     lines = ["Multiple choice: What do bees make?", "- wax and honey [A]", "- silk [B]"]
@@ -157,9 +151,6 @@ def test_categorical_answers_are_right_only_when_they_are_the_letter():
     assert task.evaluate(conversation, [{"type": "text", "text": "B\n"}])
     for wrong in ("A", "", "b", "BB", "B."):
         assert not task.evaluate(conversation, wrong)
-
-
-# --- numbers ---
 
 
 @pytest.mark.parametrize(
