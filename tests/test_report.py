@@ -261,6 +261,7 @@ def test_code_size_counts_source_files_and_nothing_hidden_or_built(tmp_path, mon
 
 def test_curves_are_small_pictures_defined_at_the_end_also_of_a_folder_that_moved(metrics_path, tmp_path, monkeypatch):
     append_record("base_train", settings={}, results={"val_bpb": 1.5}, metrics_path=metrics_path)
+    assert rendered().count("data:image/png") == 3
     base_dir().rename(tmp_path / "elsewhere")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "elsewhere"))
     markdown = rendered()
