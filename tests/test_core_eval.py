@@ -144,9 +144,6 @@ def evaluate(tasks, folder, model=None, **options):
     return evaluate_core(model or RecurrentModel(), LetterTokenizer(), write_bundle(folder, tasks), **options)
 
 
-# --- prompts ---
-
-
 def test_prompts_of_the_three_kinds_are_as_written_out_here():
     records = [choice("q one", "x", "y", gold=1), choice("q two ", "v", "w")]
     task = make_task("multiple_choice", records, num_shots=1, delimiter="\nAnswer: ")
@@ -169,9 +166,6 @@ def test_shots_are_other_examples_each_once_and_as_many_as_there_are(count, num_
     assert all(0 <= shot < count for shot in shots)
     others = [i for i in range(count) if i != index]  # the same draw from a list written out
     assert shots == random.Random(1234 + index).sample(others, len(shots))
-
-
-# --- spans ---
 
 
 @pytest.mark.parametrize(
@@ -228,9 +222,6 @@ def test_examples_too_long_are_cut_to_the_context_and_counted(tmp_path):
     examples = build_examples(task, LetterTokenizer(), range(5), CONTEXT_TOKENS + 1)
     assert [len(example.rows[0]) for example in examples] == [14, 65, 65, 65, 65]
     assert [example.num_cut for example in examples] == [0, 0, 1, 2, 139]
-
-
-# --- scores ---
 
 
 def examples_of(kind, records):
@@ -319,9 +310,6 @@ def test_the_mean_loss_per_token_decides_not_the_sum():
     assert uniform / 2 < score.nats[1] < uniform < 2 * score.nats[1]
 
 
-# --- CORE ---
-
-
 def verdict(item):
     return item.line, item.prediction, item.is_correct
 
@@ -404,9 +392,6 @@ def test_two_ranks_find_what_one_finds_also_with_a_single_example(tmp_path):
         for task, expected in zip(result.tasks, alone.tasks, strict=True):
             assert (task.accuracy, task.num_cut) == (expected.accuracy, expected.num_cut)
             assert [verdict(item) for item in task.items] == [verdict(item) for item in expected.items]
-
-
-# --- Hugging Face models as yardsticks ---
 
 
 def hugging_face_model(name):

@@ -76,9 +76,6 @@ def assert_same_function(model, other):
     assert torch.equal(model(idx), other(idx))
 
 
-# --- the model -----------------------------------------------------------------------------------
-
-
 def test_saving_and_loading_is_the_identity(model, tokenizer, folder, tmp_path):
     loaded, loaded_tokenizer = load_hf(folder)
     assert {path.name for path in folder.iterdir()} == FILES
@@ -153,9 +150,6 @@ def test_narrow_weights_are_saved_and_loaded_as_float32(model, tokenizer, tmp_pa
     loaded, _ = load_hf(tmp_path, compute_dtype=torch.bfloat16)
     assert loaded.compute_dtype == torch.bfloat16
     assert torch.equal(loaded.wte.weight[:400], model.wte.weight[:400].float())
-
-
-# --- the tokenizer -------------------------------------------------------------------------------
 
 
 def their_ids(their_tokenizer, text):
@@ -236,9 +230,6 @@ def test_merges_that_are_never_met_do_no_harm(texts, tmp_path):
         assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
 
 
-# --- the conversation format ---------------------------------------------------------------------
-
-
 def make_conversation(rng):
     """A conversation with everything that the format has; texts of any length, with line breaks and emoji."""
 
@@ -287,9 +278,6 @@ REFUSED = [
 def test_the_chat_template_refuses_what_would_be_rendered_wrongly(their_tokenizer, turns, named):
     with pytest.raises(Exception, match=named):
         their_tokenizer.apply_chat_template([{"role": SAID[who], "content": content} for who, content in turns])
-
-
-# --- refusals ------------------------------------------------------------------------------------
 
 
 FEATURES = {
@@ -390,9 +378,6 @@ def test_weights_that_do_not_fit_the_config_are_refused(folder, fault):
     hf.save_file(weights, folder / "model.safetensors")
     with pytest.raises(UserError, match="fc1"):
         load_hf(folder)
-
-
-# --- the command ---------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_is_exported_by_the_command(model, tokenizer, tmp_path, monkeypatch, capsys):

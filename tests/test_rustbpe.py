@@ -103,9 +103,6 @@ def encoding(tokenizer):
     return as_tiktoken([*BYTES, *merges(tokenizer)], tokenizer.get_pattern())
 
 
-# --- splitting -----------------------------------------------------------------------------------
-
-
 @settings(max_examples=400, deadline=None)
 @given(any_text, st.integers(1, 3))
 def test_scanner_and_regex_engine_give_the_chunks_of_tiktoken(text, max_digits):
@@ -138,9 +135,6 @@ def test_a_pattern_that_is_not_valid_is_a_value_error_and_one_that_gives_up_an_e
         rustbpe.split_pattern(0)
     with pytest.raises(RuntimeError, match="failed on a text"):
         trained([" " * 2_000_000], 300, PATTERN + "|never")
-
-
-# --- training ------------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
@@ -286,9 +280,6 @@ def test_training_again_and_again_leaks_nothing(documents):
     assert resident[-1] - resident[20] < 2000  # pages of 4 KB; a leak of the smallest table would be 4,000
 
 
-# --- encoding ------------------------------------------------------------------------------------
-
-
 @settings(max_examples=500, deadline=None)
 @given(any_text)
 def test_ids_are_those_of_tiktoken_and_decode_to_the_text(tokenizer, encoding, text):
@@ -343,9 +334,6 @@ TWICE = [*PAIRS, (b"ab", 256), (b"ab", 257)]
 def test_ranks_that_are_no_vocabulary_are_value_errors(ranks):
     with pytest.raises(ValueError, match="no vocabulary"):
         rustbpe.Tokenizer.from_ranks(ranks, PATTERN)
-
-
-# --- the interface of version 0.1.0 --------------------------------------------------------------
 
 
 def test_the_interface_of_0_1_0_is_there():
