@@ -13,17 +13,8 @@ from ranks import run_ranks
 from nanochat.common import UserError
 from nanochat.data.chat import visible_text
 from nanochat.engine.engine import Engine
-from nanochat.evals.chat_eval import (
-    EvalSettings,
-    check_task,
-    choose_problems,
-    complete_plainly,
-    evaluate_task,
-    fit_prompt,
-    letter_ids,
-    problem_seed,
-    prompt_budget,
-)
+from nanochat.evals import chat_eval
+from nanochat.evals.chat_eval import EvalSettings, check_task, complete_plainly, evaluate_task, fit_prompt, letter_ids
 from nanochat.evals.chat_results import ResultLog
 from nanochat.model.gpt import GPTConfig, build_model
 from nanochat.tokenizer import Tokenizer
@@ -102,46 +93,34 @@ def question(text):
     return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]}
 
 
-# --- prompts ---
-
-
-def test_a_prompt_that_fits_is_whole(tokenizer):
-    special = tokenizer.special_ids
-    ids, is_cut = fit_prompt(tokenizer, question("river stone"), 32)
+def test_a_prompt_that_fits_is_whole_and_one_that_is_too_long_loses_its_beginning(tokenizer):
+    special, text = tokenizer.special_ids, "one two three four five six seven"
     marks = [special["<|bos|>"], special["<|user_start|>"]], [special["<|user_end|>"], special["<|assistant_start|>"]]
-    assert ids == [*marks[0], *tokenizer.encode("river stone"), *marks[1]]
-    assert not is_cut
-    assert fit_prompt(tokenizer, question("river stone"), len(ids)) == (ids, False)
-
-
-def test_a_question_that_is_too_long_loses_its_beginning(tokenizer):
-    whole, _ = fit_prompt(tokenizer, question("one two three four five six seven"), 100)
-    ids, is_cut = fit_prompt(tokenizer, question("one two three four five six seven"), len(whole) - 3)
-    assert ids == whole[:2] + whole[5:]
-    assert is_cut
+    whole = [*marks[0], *tokenizer.encode(text), *marks[1]]
+    assert fit_prompt(tokenizer, question(text), 100) == fit_prompt(tokenizer, question(text), len(whole))
+    assert fit_prompt(tokenizer, question(text), 100) == (whole, False)
+    assert fit_prompt(tokenizer, question(text), len(whole) - 3) == (whole[:2] + whole[5:], True)
 
 
 def test_a_conversation_that_is_too_long_loses_its_oldest_question(tokenizer):
     first = [{"role": "user", "content": "summer garden"}, {"role": "assistant", "content": "music"}]
     conversation = {"messages": first + question("stone")["messages"]}
     whole, _ = fit_prompt(tokenizer, conversation, 100)
-    ids, is_cut = fit_prompt(tokenizer, conversation, len(whole) - 1)
-    assert ids == fit_prompt(tokenizer, question("stone"), 100)[0]
-    assert is_cut
+    last, _ = fit_prompt(tokenizer, question("stone"), 100)
+    assert fit_prompt(tokenizer, conversation, len(whole) - 1) == (last, True)
 
 
 def test_a_written_answer_has_room_for_its_tokens_or_half_of_the_context():
-    assert prompt_budget("categorical", 64, 48) == 64
-    assert prompt_budget("generative", 64, 16) == 48
-    assert prompt_budget("generative", 64, 48) == 32
-    assert prompt_budget("generative", 65, 1000) == 33
+    assert chat_eval.prompt_budget("categorical", 64, 48) == 64
+    rooms = [chat_eval.prompt_budget("generative", *sizes) for sizes in ((64, 16), (64, 48), (65, 1000))]
+    assert rooms == [48, 32, 33]
 
 
 def test_problems_of_a_small_number_are_among_those_of_a_larger_one():
-    assert choose_problems(5, 0) == choose_problems(5, 5) == choose_problems(5, 9) == (0, 1, 2, 3, 4)
-    few, more = choose_problems(100, 10), choose_problems(100, 30)
-    assert len(few) == 10
-    assert len(more) == 30
+    for count in (0, 5, 9):
+        assert chat_eval.choose_problems(5, count) == (0, 1, 2, 3, 4)
+    few, more = chat_eval.choose_problems(100, 10), chat_eval.choose_problems(100, 30)
+    assert (len(few), len(more)) == (10, 30)
     assert set(few) < set(more)
     assert list(more) == sorted(more)
     assert max(more) > 60  # not the first ones: data sets are ordered by subject
@@ -152,9 +131,6 @@ def test_letters_are_the_tokens_an_answer_begins_with(tokenizer):
     assert letter_ids(tokenizer, ["12", "345"]) == [tokenizer.encode("12")[0], tokenizer.encode("345")[0]]
     with pytest.raises(UserError, match="cannot be told apart"):
         letter_ids(tokenizer, ["A", "B", "A"])
-
-
-# --- fast against plain ---
 
 
 @pytest.mark.parametrize("batch_tokens", [200, 100000])
@@ -186,17 +162,17 @@ class Script:
 
     def __init__(self, tokenizer, ids, sequence_len=64):
         self.config = SimpleNamespace(sequence_len=sequence_len, vocab_size=tokenizer.vocab_size)
-        self.ids, self.num_calls = iter(ids), 0
+        self.ids = iter(ids)
 
     def __call__(self, idx):
-        self.num_calls += 1
         return torch.nn.functional.one_hot(torch.tensor([[next(self.ids)]]), self.config.vocab_size).float()
 
 
 def test_the_plain_loop_answers_tool_calls_and_ends_with_the_turn(tokenizer):
     special = tokenizer.special_ids
-    call = [special["<|python_start|>"], *tokenizer.encode("6*7"), special["<|python_end|>"]]
-    refused = [special["<|python_start|>"], *tokenizer.encode("six"), special["<|python_end|>"]]
+    call, refused = (
+        [special["<|python_start|>"], *tokenizer.encode(text), special["<|python_end|>"]] for text in ("6*7", "six")
+    )
     said = [*tokenizer.encode("It is "), *call, *tokenizer.encode("42."), *refused, special["<|assistant_end|>"]]
     completion = complete_plainly(Script(tokenizer, said), tokenizer, [1, 2, 3], max_tokens=50)
     kinds = ["text", "python", "python_output", "text", "python", "python_output"]
@@ -207,15 +183,11 @@ def test_the_plain_loop_answers_tool_calls_and_ends_with_the_turn(tokenizer):
     assert tokenizer.decode(forced) == "<|output_start|>42<|output_end|><|output_start|>error<|output_end|>"
 
 
-def test_the_plain_loop_stops_for_want_of_tokens_and_of_context(tokenizer):
+@pytest.mark.parametrize(("context", "max_tokens", "expected"), [(64, 3, 3), (6, 30, 5)])
+def test_the_plain_loop_stops_for_want_of_tokens_and_of_context(tokenizer, context, max_tokens, expected):
     said = tokenizer.encode("river stone river stone river stone river stone")
-    for context, max_tokens, expected in ((64, 3, 3), (6, 30, 5)):
-        completion = complete_plainly(Script(tokenizer, said, context), tokenizer, [1, 2], max_tokens=max_tokens)
-        assert completion.ids == said[:expected]
-        assert completion.finish_reason == "length"
-
-
-# --- sampling ---
+    completion = complete_plainly(Script(tokenizer, said, context), tokenizer, [1, 2], max_tokens=max_tokens)
+    assert (completion.ids, completion.finish_reason) == (said[:expected], "length")
 
 
 def test_samples_depend_on_the_seed_and_on_nothing_that_runs_beside(model, tokenizer, engine):
@@ -223,22 +195,14 @@ def test_samples_depend_on_the_seed_and_on_nothing_that_runs_beside(model, token
     alone = evaluate_task(Echo(), model, tokenizer, DRAWN, engine=Engine(model, tokenizer, max_rows=1))
     few = evaluate_task(Echo(), model, tokenizer, replace(DRAWN, max_problems=6), engine=engine)
     other = evaluate_task(Echo(), model, tokenizer, replace(DRAWN, seed=6), engine=engine)
-    assert outputs(result) == outputs(alone)
+    assert outputs(result) == outputs(alone) != outputs(other)
     assert set(map(repr, outputs(few))) < set(map(repr, outputs(result)))
-    assert outputs(result) != outputs(other)
-    assert all(item.seed == problem_seed(5, item.index) for item in result.items)
+    assert all(item.seed == chat_eval.problem_seed(5, item.index) for item in result.items)
     assert any(len({str(sample.output) for sample in item.samples}) == 3 for item in result.items)
-
-
-def test_several_samples_count_by_their_mean_and_by_any_of_them(model, tokenizer, engine):
-    result = evaluate_task(Echo(), model, tokenizer, DRAWN, engine=engine)
     verdicts = [[sample.is_correct for sample in item.samples] for item in result.items]
     assert result.accuracy.value == pytest.approx(sum(map(sum, verdicts)) / (3 * len(verdicts)))
     assert result.pass_at_k.value == pytest.approx(sum(map(any, verdicts)) / len(verdicts))
     assert result.pass_at_k.value > result.accuracy.value
-
-
-# --- stopping, ranks ---
 
 
 class Stopped(Exception):
@@ -279,30 +243,31 @@ def test_a_run_stopped_again_and_again_ends_as_one_never_interrupted(
 
 def test_a_finished_run_is_extended_by_more_problems(model, tokenizer, tmp_path):
     log = ResultLog(tmp_path / "Quiz.jsonl", {})
-    evaluate_task(Quiz(), model, tokenizer, EvalSettings(max_problems=10), log=log)
-    more = evaluate_task(Quiz(), model, tokenizer, EvalSettings(max_problems=15), log=log)
-    assert (more.num_earlier, len(more.items)) == (10, 15)
-    fewer = evaluate_task(Quiz(), model, tokenizer, EvalSettings(max_problems=5), log=log)
-    assert (fewer.num_earlier, len(fewer.items)) == (5, 5)
+    for count, num_earlier in ((10, 0), (15, 10), (5, 5)):
+        result = evaluate_task(Quiz(), model, tokenizer, EvalSettings(max_problems=count), log=log)
+        assert (result.num_earlier, len(result.items)) == (num_earlier, count)
     assert len(log.recover()) == 15
+
+
+RANK_RUNS = [(Quiz(), EvalSettings()), (Echo(), DRAWN), (Quiz("One", 1), EvalSettings())]
 
 
 def evaluate_on_rank(rank, world_size, folder):
     tokenizer = Tokenizer.load(folder / "tokenizer")
     model = make_model(tokenizer)
-    engine = Engine(model, tokenizer, max_rows=4)
-    results, totals = [], []
+    options, totals = {"engine": Engine(model, tokenizer, max_rows=4)}, []
 
     def note_total(items, total):
         totals.append(total)
         return items
 
-    for task, settings in ((Quiz(), EvalSettings()), (Echo(), DRAWN), (Quiz("One", 1), EvalSettings())):
-        log = ResultLog(folder / f"{task.name}.jsonl", {})
-        options = {"engine": engine, "log": log, "progress": note_total}
-        results.append(evaluate_task(task, model, tokenizer, settings, **options))
+    def run(task, settings, **log_settings):
+        log = ResultLog(folder / f"{task.name}.jsonl", log_settings)
+        return evaluate_task(task, model, tokenizer, settings, log=log, progress=note_total, **options)
+
+    results = [run(*case) for case in RANK_RUNS]
     try:
-        evaluate_task(Quiz(), model, tokenizer, GREEDY, log=ResultLog(folder / "Quiz.jsonl", {"x": 1}))
+        run(Quiz(), GREEDY, x=1)
     except UserError as error:
         return results, totals, str(error)
 
@@ -313,23 +278,15 @@ def test_two_ranks_have_the_results_of_one_and_go_on_where_one_stopped(model, to
     log = ResultLog(tmp_path / "Quiz.jsonl", {})
     with pytest.raises(Stopped):
         evaluate_task(Quiz(), model, tokenizer, EvalSettings(), log=log, progress=stop_after(7))
-    expected = [
-        evaluate_task(Quiz(), model, tokenizer, EvalSettings()),
-        evaluate_task(Echo(), model, tokenizer, DRAWN, engine=engine),
-        evaluate_task(Quiz("One", 1), model, tokenizer, EvalSettings()),
-    ]
+    expected = [evaluate_task(task, model, tokenizer, settings, engine=engine) for task, settings in RANK_RUNS]
     ended = run_ranks(evaluate_on_rank, 2, tmp_path / "ranks", tmp_path)
     for results, _, refusal in ended:
-        assert [outputs(result) for result in results] == [outputs(result) for result in expected]
+        assert list(map(outputs, results)) == list(map(outputs, expected))
         assert results[0].num_earlier == 7
         assert "without --resume" in refusal
-    assert ended[0][1] == [9, 7, 1]  # of 17 that are left, 13 and 1 problems
-    assert ended[1][1] == [8, 6, 0]
+    assert [totals for _, totals, _ in ended] == [[9, 7, 1], [8, 6, 0]]  # of 17 that are left, 13 and 1 problems
     assert len(ResultLog(tmp_path / "Echo.jsonl", {}).recover()) == 13
     assert not list(tmp_path.glob("*.part*"))
-
-
-# --- mistakes ---
 
 
 def test_a_logit_that_is_no_number_is_an_error_and_no_winner(model, tokenizer):
@@ -338,13 +295,14 @@ def test_a_logit_that_is_no_number_is_an_error_and_no_winner(model, tokenizer):
         evaluate_task(Quiz(), model, tokenizer, EvalSettings())
 
 
-IMPOSSIBLE = [
-    {"max_problems": -1}, {"num_samples": 0}, {"max_new_tokens": 0}, {"num_samples": 2}, {"top_k": -1},
-    {"slow": True, "temperature": 0.5}, {"temperature": -1.0}, {"temperature": float("nan")},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("settings", IMPOSSIBLE, ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_problems": -1}, {"num_samples": 0}, {"max_new_tokens": 0}, {"num_samples": 2}, {"top_k": -1},
+        {"slow": True, "temperature": 0.5}, {"temperature": -1.0}, {"temperature": float("nan")},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(UserError):
         EvalSettings(**settings)

@@ -8,17 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.common import UserError
-from nanochat.evals.chat_results import (
-    Estimate,
-    Item,
-    ResultLog,
-    Sample,
-    TaskResult,
-    Z,
-    chat_core,
-    mean_estimate,
-    wilson,
-)
+from nanochat.evals import chat_results
+from nanochat.evals.chat_results import Estimate, Item, ResultLog, Sample, TaskResult, chat_core, mean_estimate, wilson
 
 SETTINGS = {"task": "Quiz", "temperature": 0.5, "top_k": None}
 
@@ -31,18 +22,14 @@ def make_item(index, *verdicts, is_cut=False, finish_reason="stop"):
     return Item(index, "<|bos|>Why?", is_cut, "Because.", None, 7, samples)
 
 
-# --- estimates ---
-
-
 @pytest.mark.parametrize(
     ("right", "count", "low", "high"),
     [
         (8, 10, 0.4902, 0.9433),  # centre (0.8 + 0.19207) / 1.38415 = 0.71674, half width 0.22658
         (0, 10, 0.0, 0.2775),  # z^2 / (10 + z^2)
-        (10, 10, 0.7225, 1.0),
-        (50, 100, 0.4038, 0.5962),
+        (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962),
     ],
-)
+)  # fmt: skip
 def test_wilson_intervals_are_those_worked_out_by_hand(right, count, low, high):
     estimate = wilson(right / count, count)
     assert estimate.value == right / count
@@ -56,12 +43,9 @@ def test_wilson_intervals_end_where_the_share_is_just_not_surprising(count, part
     assert 0 <= estimate.low <= share <= estimate.high <= 1
     for end in (estimate.low, estimate.high):
         if 0 < end < 1:
-            assert abs(share - end) == pytest.approx(Z * math.sqrt(end * (1 - end) / count), rel=1e-6, abs=1e-9)
-
-
-def test_centred_accuracy_is_0_for_guessing_and_1_for_all_right():
-    centered = Estimate(0.625, 0.25, 1.0).centered(0.25)
-    assert centered == Estimate(0.5, 0.0, 1.0)
+            assert abs(share - end) == pytest.approx(
+                chat_results.Z * math.sqrt(end * (1 - end) / count), rel=1e-6, abs=1e-9
+            )
 
 
 def test_errors_of_a_mean_add_as_squares_on_each_side():
@@ -74,24 +58,20 @@ def test_errors_of_a_mean_add_as_squares_on_each_side():
     assert (single.value, single.low, single.high) == pytest.approx((a.value, a.low, a.high))
 
 
-def test_chat_core_is_the_mean_of_centred_accuracies():
+def test_chat_core_is_the_mean_of_accuracies_centred_to_0_for_guessing_and_1_for_all_right():
+    assert Estimate(0.625, 0.25, 1.0).centered(0.25) == Estimate(0.5, 0.0, 1.0)
     half = TaskResult("half", 0.25, (make_item(0, True), make_item(1, False)), 0, 1.0)
     all_ = TaskResult("all", 0.0, (make_item(0, True),), 0, 1.0)
     assert chat_core([half, all_]).value == pytest.approx(((0.5 - 0.25) / 0.75 + 1.0) / 2)
 
 
 def test_a_task_sums_samples_scores_and_counts():
-    long = make_item(2, True, True, finish_reason="length")
-    result = TaskResult(
-        "Quiz", 0.25, (make_item(0, True, False), make_item(1, False, False, is_cut=True), long), 1, 2.5
-    )
+    cut, long = make_item(1, False, False, is_cut=True), make_item(2, True, True, finish_reason="length")
+    result = TaskResult("Quiz", 0.25, (make_item(0, True, False), cut, long), 1, 2.5)
     assert result.accuracy == wilson(0.5, 3)
     assert result.scores == {"strict": wilson(0.5, 3)}
     assert result.pass_at_k == wilson(2 / 3, 3)
     assert (result.num_cut, result.num_unfinished) == (1, 2)
-
-
-# --- files ---
 
 
 def test_results_come_back_as_they_were_written_whatever_the_number_of_processes(tmp_path):
@@ -111,6 +91,7 @@ def test_results_come_back_as_they_were_written_whatever_the_number_of_processes
 
 
 def test_a_line_that_is_not_whole_counts_for_nothing(tmp_path):
+    assert ResultLog(tmp_path / "none" / "Quiz.jsonl", SETTINGS).recover() == []
     log = ResultLog(tmp_path / "Quiz.jsonl", SETTINGS)
     append = log.appender(0)
     append(make_item(0, True))
@@ -122,10 +103,6 @@ def test_a_line_that_is_not_whole_counts_for_nothing(tmp_path):
     assert log.recover() == [make_item(0, True)]
 
 
-def test_nothing_is_recovered_where_nothing_is(tmp_path):
-    assert ResultLog(tmp_path / "none" / "Quiz.jsonl", SETTINGS).recover() == []
-
-
 @pytest.mark.parametrize("changed", [{"temperature": 1.0}, {"extra": 1}])
 def test_results_of_other_settings_are_refused_with_both_values(tmp_path, changed):
     ResultLog(tmp_path / "Quiz.jsonl", SETTINGS).appender(0)(make_item(0, True))
@@ -134,15 +111,12 @@ def test_results_of_other_settings_are_refused_with_both_values(tmp_path, change
         ResultLog(tmp_path / "Quiz.jsonl", SETTINGS | changed).recover()
 
 
-def test_discarded_results_are_gone(tmp_path):
+def test_discarded_results_are_gone_and_a_full_disk_is_named(tmp_path):
     log = ResultLog(tmp_path / "Quiz.jsonl", SETTINGS)
     log.write_whole([make_item(0, True)])
     log.appender(3)(make_item(1, True))
     log.discard()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write results"):
         ResultLog(tmp_path / "file" / "Quiz.jsonl", SETTINGS).appender(0)

@@ -3,7 +3,7 @@
 import json
 import threading
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -12,19 +12,10 @@ from nanochat.common import UserError, base_dir
 from nanochat.evals import core_bundle
 from nanochat.evals.core_bundle import bundle_fault, fetch_bundle, read_tasks
 
-CORE_YAML = """
-icl_tasks:
--
-  label: colours
-  dataset_uri: world/colours.jsonl
-  num_fewshot: [2]
-  icl_task_type: multiple_choice
-  continuation_delimiter: "\\nAnswer: "
--
-  label: endings
-  dataset_uri: world/endings.jsonl
-  num_fewshot: [0]
-  icl_task_type: language_modeling
+CORE_YAML = """icl_tasks:
+- {label: colours, dataset_uri: world/colours.jsonl, num_fewshot: [2], icl_task_type: multiple_choice,
+   continuation_delimiter: "\\nAnswer: "}
+- {label: endings, dataset_uri: world/endings.jsonl, num_fewshot: [0], icl_task_type: language_modeling}
 """
 META = "Eval Task,Task Category,Random baseline\ncolours,world,25\nendings,world,0\n"
 COLOURS = [{"query": f"Colour {i}?", "choices": ["red", "blue", "green", "grey"], "gold": i % 4} for i in range(9)]
@@ -93,9 +84,6 @@ def no_waiting(monkeypatch, tmp_path):
     monkeypatch.setattr(core_bundle.time, "sleep", lambda seconds: None)
 
 
-# --- fetching ---
-
-
 def test_folders_and_zip_files_are_read_where_they_are(tmp_path):
     root = write_folder(tmp_path, bundle_files())
     archive = write_zip(tmp_path / "bundle.zip", bundle_files())
@@ -116,35 +104,31 @@ def test_a_url_is_fetched_once_after_a_failing_a_truncated_and_a_html_answer(tmp
         assert len(read_tasks(roots.pop())) == 2
 
 
-def test_a_url_that_never_gives_a_bundle_is_a_clear_error_and_leaves_nothing(tmp_path):
-    for answer in ((404, b"not here"), (200, b"<html>log in</html>")):
+def test_a_url_that_never_gives_a_bundle_is_a_clear_error_and_leaves_nothing():
+    for answer in ((404, b"not here"), (200, b"<html>log in</html>"), None):
         with (
-            server([answer]) as (url, _),
+            server([answer]) if answer else nullcontext(("http://127.0.0.1:9/eval_bundle.zip", [])) as (url, _),
             pytest.raises(UserError, match=r"cannot fetch.*--bundle.*NANOCHAT_EVAL_BUNDLE"),
         ):
             fetch_bundle(url)
-    with pytest.raises(UserError, match=r"cannot fetch .*--bundle"):
-        fetch_bundle("http://127.0.0.1:9/eval_bundle.zip")
-    assert not list((base_dir() / "eval_bundle").glob("*.zip"))
-    assert not list((base_dir() / "eval_bundle").glob(".*.partial"))
+    assert not [path for path in (base_dir() / "eval_bundle").iterdir() if path.suffix in (".zip", ".partial")]
 
 
 def test_the_environment_names_the_bundle_and_the_argument_wins(tmp_path, monkeypatch):
-    root = write_folder(tmp_path / "a", bundle_files())
-    other = write_folder(tmp_path / "b", bundle_files())
+    root, other = (write_folder(tmp_path / name, bundle_files()) for name in "ab")
     monkeypatch.setenv(core_bundle.BUNDLE_VARIABLE, str(root))
     assert fetch_bundle() == root
     assert fetch_bundle(str(other)) == other
 
 
 def test_a_path_that_is_not_there_or_holds_no_bundle_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no evaluation bundle at"):
-        fetch_bundle(str(tmp_path / "missing.zip"))
-    with pytest.raises(UserError, match="it holds no core"):
-        fetch_bundle(str(tmp_path))
     (tmp_path / "page.zip").write_text("<html>")
-    with pytest.raises(UserError, match=r"not a readable zip file.*--bundle"):
-        fetch_bundle(str(tmp_path / "page.zip"))
+    for path, fault in (
+        (tmp_path / "missing.zip", "no evaluation bundle at"), (tmp_path, "it holds no core"),
+        (tmp_path / "page.zip", r"not a readable zip file.*--bundle"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=fault):
+            fetch_bundle(str(path))
 
 
 @pytest.mark.parametrize("name", ["../outside.txt", "/outside.txt", "eval_bundle/../../outside.txt", "..\\outside.txt"])
@@ -167,39 +151,32 @@ def test_damaged_zip_files_are_refused(tmp_path):
     assert "no core.yaml" in bundle_fault(write_zip(archive, {"readme.txt": "hello"}))
 
 
-# --- reading ---
-
-
-def test_tasks_carry_what_the_bundle_says(tmp_path):
-    colours, endings = read_tasks(write_folder(tmp_path, bundle_files()))
+def test_tasks_carry_what_the_bundle_says_and_lines_count_blank_ones_too(tmp_path):
+    root = write_folder(tmp_path, bundle_files())
+    (root / "eval_data/world/endings.jsonl").write_text("\n\n" + json_lines(ENDINGS))
+    colours, endings = read_tasks(root)
     assert (colours.label, colours.kind, colours.num_shots) == ("colours", "multiple_choice", 2)
     assert (colours.delimiter, colours.baseline) == ("\nAnswer: ", 0.25)
     assert (endings.kind, endings.delimiter, endings.baseline) == ("language_modeling", " ", 0.0)
+    assert endings.lines == (3,)
     assert sorted(colours.lines) == list(range(1, 10))
     assert all(colours.records[i] == COLOURS[line - 1] for i, line in enumerate(colours.lines))
     assert list(colours.lines) != sorted(colours.lines)  # asked in a fixed shuffled order
     assert read_tasks(write_folder(tmp_path / "again", bundle_files()))[0].lines == colours.lines
 
 
-def test_lines_count_blank_ones_too(tmp_path):
-    root = write_folder(tmp_path, bundle_files())
-    (root / "eval_data/world/endings.jsonl").write_text("\n\n" + json_lines(ENDINGS))
-    assert read_tasks(root)[1].lines == (3,)
-
-
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"query": "a", "choices": ["x", "y"]}, "'gold'"),
+        ({"query": "a", "choices": ["x", "y"]}, "'gold'"), (["not", "an", "object"], "not a JSON object"),
         ({"query": "a", "choices": ["x", "y"], "gold": 2}, "gold is 2, but there are 2 options"),
         ({"query": "a", "choices": ["x", "y"], "gold": -1}, "gold is -1"),
         ({"query": "a", "choices": ["x", ""], "gold": 0}, "empty"),
         ({"query": "a", "choices": ["x", 3], "gold": 0}, "not a text"),
         ({"query": "a", "choices": [], "gold": 0}, "there are 0 options"),
         ({"query": None, "choices": ["x"], "gold": 0}, "'query' must be of type str"),
-        (["not", "an", "object"], "not a JSON object"),
     ],
-)
+)  # fmt: skip
 def test_a_record_that_is_not_in_order_is_named_by_file_and_line(tmp_path, record, message):
     root = write_folder(tmp_path, bundle_files(colours=[*COLOURS[:2], record]))
     with pytest.raises(UserError, match=r"colours\.jsonl, line 3") as caught:
@@ -211,17 +188,15 @@ def test_a_record_that_is_not_in_order_is_named_by_file_and_line(tmp_path, recor
     ("change", "message"),
     [
         ({"endings": [{"context": "a", "continuation": ""}]}, "continuation is empty"),
-        ({"endings": []}, "holds no examples"),
-        ({"meta": META.replace("25", "none")}, "not a number"),
+        ({"endings": []}, "holds no examples"), ({"meta": META.replace("25", "none")}, "not a number"),
         ({"meta": META.replace("25", "100")}, "no random baseline from 0 to 100 for task colours"),
         ({"meta": META.replace("endings", "others")}, "no random baseline .* for task endings"),
         ({"yaml": CORE_YAML.replace("language_modeling", "guessing")}, "unknown kind 'guessing'"),
         ({"yaml": CORE_YAML.replace("colours.jsonl", "gone.jsonl")}, "cannot be read"),
-        ({"yaml": "icl_tasks: []"}, "names no tasks"),
-        ({"yaml": "tasks: 3"}, "cannot be read"),
+        ({"yaml": "icl_tasks: []"}, "names no tasks"), ({"yaml": "tasks: 3"}, "cannot be read"),
         ({"yaml": "a: [b"}, "cannot be read"),
     ],
-)
+)  # fmt: skip
 def test_a_bundle_that_is_not_in_order_is_a_user_error(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         read_tasks(write_folder(tmp_path, bundle_files(**change)))

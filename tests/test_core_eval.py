@@ -76,6 +76,18 @@ def make_task(kind, records, num_shots=0, delimiter=" ", label=""):
     return Task(label or kind, kind, num_shots, delimiter, 0.25, tuple(records), lines)
 
 
+def choice(query, *choices, gold=0):
+    return {"query": query, "choices": list(choices), "gold": gold}
+
+
+def schema(*contexts, continuation, gold=0):
+    return {"context_options": list(contexts), "continuation": continuation, "gold": gold}
+
+
+def ending(context, continuation):
+    return {"context": context, "continuation": continuation}
+
+
 def make_records(kind, count, seed=0):
     """Random examples whose options have different lengths; some are one letter, some begin like another one."""
     rng = random.Random(seed)
@@ -83,19 +95,17 @@ def make_records(kind, count, seed=0):
     def text(low, high):
         return "".join(rng.choice("abcdefgh") for _ in range(rng.randint(low, high)))
 
-    records = []
-    for _ in range(count):
-        if kind == "multiple_choice":
-            stem = text(1, 5)
-            options = {0: ["A", "B", "C", "D"], 1: [stem, stem + text(1, 4), text(2, 9)]}.get(rng.randint(0, 2))
-            options = options or [text(1, 9) for _ in range(rng.randint(2, 4))]
-            records.append({"query": text(3, 25), "choices": options, "gold": rng.randrange(len(options))})
-        elif kind == "schema":
-            ending = text(1, 9)
-            records.append({"context_options": [text(3, 12), text(3, 12)], "continuation": ending, "gold": 0})
-        else:
-            records.append({"context": text(3, 25), "continuation": text(1, 3)})
-    return records
+    def record():
+        if kind == "schema":
+            return schema(text(3, 12), text(3, 12), continuation=text(1, 9))
+        if kind == "language_modeling":
+            return ending(text(3, 25), text(1, 3))
+        stem = text(1, 5)
+        options = {0: ["A", "B", "C", "D"], 1: [stem, stem + text(1, 4), text(2, 9)]}.get(rng.randint(0, 2))
+        options = options or [text(1, 9) for _ in range(rng.randint(2, 4))]
+        return choice(text(3, 25), *options, gold=rng.randrange(len(options)))
+
+    return [record() for _ in range(count)]
 
 
 def with_greedy_answers(model, tokenizer, task):
@@ -105,24 +115,22 @@ def with_greedy_answers(model, tokenizer, task):
         ids = [BOS, *tokenizer.encode_batch([records[index]["context"]])[0]]
         for _ in range(2):
             ids.append(1 + model(torch.tensor([ids]))[0, -1, 1:].argmax().item())
-        answer = "".join(LETTERS[i - 1] for i in ids[-2:])
-        records[index] = {**records[index], "continuation": answer}
+        records[index] = ending(records[index]["context"], "".join(LETTERS[i - 1] for i in ids[-2:]))
     return replace(task, records=tuple(records), num_shots=0, delimiter="")
 
 
 def write_bundle(folder, tasks):
     """A bundle folder holding `tasks`, by label and kind and baseline."""
     (folder / "eval_data").mkdir(parents=True)
-    entries = [
-        {"label": t.label, "dataset_uri": f"{t.label}.jsonl", "num_fewshot": [t.num_shots], "icl_task_type": t.kind}
-        for t in tasks
-    ]
-    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": entries}))
-    baselines = "".join(f"{t.label},{100 * t.baseline}\n" for t in tasks)
-    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\n" + baselines)
+    entries, baselines = [], "Eval Task,Random baseline\n"
     for task in tasks:
+        file = {"label": task.label, "dataset_uri": f"{task.label}.jsonl"}
+        entries.append(file | {"num_fewshot": [task.num_shots], "icl_task_type": task.kind})
+        baselines += f"{task.label},{100 * task.baseline}\n"
         text = "".join(json.dumps(record) + "\n" for record in task.records)
-        (folder / "eval_data" / f"{task.label}.jsonl").write_text(text)
+        (folder / "eval_data" / file["dataset_uri"]).write_text(text)
+    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": entries}))
+    (folder / "eval_meta_data.csv").write_text(baselines)
     return folder
 
 
@@ -131,40 +139,27 @@ def small_tasks(count=12):
     return [make_task(kind, make_records(kind, count, seed), num_shots=seed) for seed, kind in enumerate(kinds)]
 
 
-# --- prompts ---
+def evaluate(tasks, folder, model=None, **options):
+    """CORE of `tasks` as a bundle in `folder`."""
+    return evaluate_core(model or RecurrentModel(), LetterTokenizer(), write_bundle(folder, tasks), **options)
 
 
 def test_prompts_of_the_three_kinds_are_as_written_out_here():
-    records = [
-        {"query": "q one", "choices": ["x", "y"], "gold": 1},
-        {"query": "q two ", "choices": ["v", "w"], "gold": 0},
-    ]
+    records = [choice("q one", "x", "y", gold=1), choice("q two ", "v", "w")]
     task = make_task("multiple_choice", records, num_shots=1, delimiter="\nAnswer: ")
     assert build_prompts(task, 0) == ["q two \nAnswer: v\n\nq one\nAnswer: x", "q two \nAnswer: v\n\nq one\nAnswer: y"]
-
-    records = [
-        {"context_options": ["the cat", "the dog"], "continuation": "slept.", "gold": 1},
-        {"context_options": ["he", "she"], "continuation": "ran.", "gold": 0},
-    ]
-    assert build_prompts(make_task("schema", records, num_shots=1), 0) == [
-        "he ran.\n\nthe cat slept.",
-        "he ran.\n\nthe dog slept.",
-    ]
-
-    records = [
-        {"context": " two plus two is\n", "continuation": "four"},
-        {"context": "up and ", "continuation": "down"},
-    ]
-    assert build_prompts(make_task("language_modeling", records, num_shots=1), 0) == [
-        "up and down\n\ntwo plus two is",
-        "up and down\n\ntwo plus two is four",
-    ]
+    records = [schema("the cat", "the dog", continuation="slept.", gold=1), schema("he", "she", continuation="ran.")]
+    prompts = build_prompts(make_task("schema", records, num_shots=1), 0)
+    assert prompts == ["he ran.\n\nthe cat slept.", "he ran.\n\nthe dog slept."]
+    records = [ending(" two plus two is\n", "four"), ending("up and ", "down")]
+    prompts = build_prompts(make_task("language_modeling", records, num_shots=1), 0)
+    assert prompts == ["up and down\n\ntwo plus two is", "up and down\n\ntwo plus two is four"]
 
 
 @given(count=st.integers(1, 30), num_shots=st.integers(0, 12), data=st.data())
 def test_shots_are_other_examples_each_once_and_as_many_as_there_are(count, num_shots, data):
     index = data.draw(st.integers(0, count - 1))
-    task = make_task("language_modeling", [{"context": "a", "continuation": "b"}] * count, num_shots)
+    task = make_task("language_modeling", [ending("a", "b")] * count, num_shots)
     shots = draw_shots(task, index)
     assert len(shots) == len(set(shots)) == min(num_shots, count - 1)
     assert index not in shots
@@ -173,28 +168,22 @@ def test_shots_are_other_examples_each_once_and_as_many_as_there_are(count, num_
     assert shots == random.Random(1234 + index).sample(others, len(shots))
 
 
-# --- spans ---
-
-
 @pytest.mark.parametrize(
     ("kind", "rows", "starts"),
     [
-        ("multiple_choice", [[0, 5, 6, 7], [0, 5, 8, 9, 9]], [2, 2]),
+        ("multiple_choice", [[0, 5, 6, 7], [0, 5, 8, 9, 9]], [2, 2]), ("multiple_choice", [[0, 5], [0, 6]], [1, 1]),
         ("multiple_choice", [[0, 5, 6], [0, 5, 6, 7]], [2, 2]),  # one the beginning of the other
         ("multiple_choice", [[0, 5, 6], [0, 5, 6]], [2, 2]),  # twice the same
-        ("multiple_choice", [[0, 5], [0, 6]], [1, 1]),
         ("multiple_choice", [[0, 5, 6, 7]], [3]),  # only one choice
-        ("schema", [[0, 1, 2, 8, 9], [0, 3, 8, 9]], [3, 2]),
+        ("schema", [[0, 1, 2, 8, 9], [0, 3, 8, 9]], [3, 2]), ("schema", [[0, 8, 9], [0, 8, 9]], [1, 1]),
         ("schema", [[0, 8, 9], [0, 7, 8, 9]], [1, 2]),  # one the end of the other, but for the first token
-        ("schema", [[0, 8, 9], [0, 8, 9]], [1, 1]),
         ("schema", [[0, 1, 2], [0, 1, 3]], [2, 2]),  # nothing in common at the end
         ("language_modeling", [[0, 1, 2], [0, 1, 2, 3, 4]], [3, 3]),
         ("language_modeling", [[0, 1, 2], [0, 1, 7, 4]], [2, 2]),  # the border falls inside a token
-        ("language_modeling", [[0, 1, 2], [0, 1, 2]], [2, 2]),
-        ("language_modeling", [[0], [0, 1]], [1, 1]),  # nothing asked
+        ("language_modeling", [[0, 1, 2], [0, 1, 2]], [2, 2]), ("language_modeling", [[0], [0, 1]], [1, 1]),
         ("language_modeling", [[0, 1, 2, 3], [0, 1]], [1, 1]),
     ],
-)
+)  # fmt: skip
 def test_spans_begin_where_they_should_by_hand(kind, rows, starts):
     assert span_starts(kind, rows) == starts
 
@@ -226,17 +215,13 @@ def test_a_cut_takes_the_same_context_from_all_options():
 
 
 def test_examples_too_long_are_cut_to_the_context_and_counted(tmp_path):
-    records = [{"context": "a" * n, "continuation": "bb"} for n in (10, 61, 62, 63, 200)]
-    task = make_task("language_modeling", records)
-    result = evaluate_core(RecurrentModel(), LetterTokenizer(), write_bundle(tmp_path, [task]))
+    task = make_task("language_modeling", [ending("a" * n, "bb") for n in (10, 61, 62, 63, 200)])
+    result = evaluate([task], tmp_path)
     # begin + context + space + 2 letters, the last of which is never read: 62 letters are one too many
     assert result.tasks[0].num_cut == 3
     examples = build_examples(task, LetterTokenizer(), range(5), CONTEXT_TOKENS + 1)
     assert [len(example.rows[0]) for example in examples] == [14, 65, 65, 65, 65]
     assert [example.num_cut for example in examples] == [0, 0, 1, 2, 139]
-
-
-# --- scores ---
 
 
 def examples_of(kind, records):
@@ -278,8 +263,8 @@ def test_options_that_had_to_be_cut_still_score_as_alone():
     model, rng = real_model(), random.Random(0)
     texts = ["".join(rng.choice("abcdef") for _ in range(n)) for n in (90, 55, 70, 3)]
     records = [
-        {"query": texts[0], "choices": [texts[3], texts[1][:20], "ab"], "gold": 0},
-        {"query": "ab", "choices": [texts[1], texts[2], texts[2][:60]], "gold": 0},  # a choice too long by itself
+        choice(texts[0], texts[3], texts[1][:20], "ab"),
+        choice("ab", texts[1], texts[2], texts[2][:60]),  # a choice too long by itself
     ]
     examples = examples_of("multiple_choice", records)
     assert all(example.num_cut for example in examples)
@@ -294,22 +279,17 @@ def test_what_the_options_of_an_example_begin_with_runs_once(monkeypatch):
         return trunk(self, idx, *others, **options)
 
     monkeypatch.setattr(GPT, "trunk", counting)
-    records = [{"query": "abcdefghij", "choices": ["ab", "cdef", "ghi"], "gold": 0}]
-    score_batched(model, examples_of("multiple_choice", records))
+    score_batched(model, examples_of("multiple_choice", [choice("abcdefghij", "ab", "cdef", "ghi")]))
     assert num_tokens == [1 + 10 + 1 + 1 + 3 + 2]  # begin, query, space; the last letter of each choice is not read
-    records = [{"context_options": ["abcdefgh xy", "abcdefgh z"], "continuation": "ab", "gold": 0}]
-    score_batched(model, examples_of("schema", records))
+    score_batched(model, examples_of("schema", [schema("abcdefgh xy", "abcdefgh z", continuation="ab")]))
     assert num_tokens[1:] == [1 + 9 + (2 + 2) + (1 + 2)]
 
 
-def test_choices_of_one_token_need_one_row_and_others_one_each():
-    model, records = RecurrentModel(), [{"query": "which", "choices": ["A", "B", "C"], "gold": 0}]
-    score_batched(model, examples_of("multiple_choice", records))
-    assert model.num_rows == 1
-    records[0]["choices"] = ["A", "Ab", "cd"]  # the input of the first begins that of the second
-    model.num_rows = 0
-    score_batched(model, examples_of("multiple_choice", records))
-    assert model.num_rows == 2
+@pytest.mark.parametrize(("choices", "num_rows"), [("A B C", 1), ("A Ab cd", 2)])  # the input of A begins that of Ab
+def test_choices_of_one_token_need_one_row_and_others_one_each(choices, num_rows):
+    model = RecurrentModel()
+    score_batched(model, examples_of("multiple_choice", [choice("which", *choices.split())]))
+    assert model.num_rows == num_rows
 
 
 def test_the_mean_loss_per_token_decides_not_the_sum():
@@ -324,14 +304,14 @@ def test_the_mean_loss_per_token_decides_not_the_sum():
             likelier[1 + LETTERS.index("b")] = 3.0
             return hidden[..., 1 + LETTERS.index("a"), None] * likelier + torch.zeros(VOCAB_SIZE)
 
-    records = [{"query": "q", "choices": ["c", "ab"], "gold": 1}]
-    (score,) = score_batched(Half(), examples_of("multiple_choice", records))
+    (score,) = score_batched(Half(), examples_of("multiple_choice", [choice("q", "c", "ab", gold=1)]))
     uniform = math.log(VOCAB_SIZE)
     assert score.nats[0] == pytest.approx(uniform)
     assert uniform / 2 < score.nats[1] < uniform < 2 * score.nats[1]
 
 
-# --- CORE ---
+def verdict(item):
+    return item.line, item.prediction, item.is_correct
 
 
 class Oracle(RecurrentModel):
@@ -344,43 +324,32 @@ class Oracle(RecurrentModel):
 
 
 def test_core_is_the_mean_of_centred_accuracies_by_hand(tmp_path):
-    choices = [{"query": "q", "choices": ["b", "a"], "gold": gold} for gold in (1, 1, 1, 0)]
-    endings = [{"context": "say", "continuation": "a"}, {"context": "say", "continuation": "ab"}]
-    # the space before the answer is predicted as well, so only an answer without one can be said
+    choices = [choice("q", "b", "a", gold=gold) for gold in (1, 1, 1, 0)]
+    endings = [ending("say", "a"), ending("say", "ab")]  # both wrong: the space before the answer is predicted as well
     tasks = [make_task("multiple_choice", choices), make_task("language_modeling", endings)]
-    result = evaluate_core(Oracle(), LetterTokenizer(), write_bundle(tmp_path, tasks))
+    result = evaluate(tasks, tmp_path, Oracle())
     first, second = result.tasks
     assert (first.accuracy, first.centered) == (0.75, pytest.approx((0.75 - 0.25) / 0.75))
     assert (second.accuracy, second.centered) == (0.0, pytest.approx(-0.25 / 0.75))
     assert result.core == pytest.approx((first.centered + second.centered) / 2)
-    by_line = {item.line: item for item in first.items}
-    assert [by_line[line].prediction for line in (1, 2, 3, 4)] == [1, 1, 1, 1]
-    assert [by_line[line].is_correct for line in (1, 2, 3, 4)] == [True, True, True, False]
+    assert sorted(map(verdict, first.items)) == [(1, 1, True), (2, 1, True), (3, 1, True), (4, 1, False)]
 
 
 def test_equal_choices_are_a_tie_that_the_first_one_wins(tmp_path):
-    task = make_task("multiple_choice", [{"query": "q", "choices": ["same", "same"], "gold": 1}])
-    result = evaluate_core(RecurrentModel(), LetterTokenizer(), write_bundle(tmp_path, [task]))
-    assert result.tasks[0].items[0].prediction == 0
+    task = make_task("multiple_choice", [choice("q", "same", "same", gold=1)])
+    assert evaluate([task], tmp_path).tasks[0].items[0].prediction == 0
 
 
-def test_a_limited_run_gives_the_same_predictions_as_the_whole_one(tmp_path):
-    bundle, model, tokenizer = write_bundle(tmp_path, small_tasks()), RecurrentModel(), LetterTokenizer()
-    whole, part = evaluate_core(model, tokenizer, bundle), evaluate_core(model, tokenizer, bundle, max_per_task=5)
-    for some, all_ in zip(part.tasks, whole.tasks, strict=True):
-        assert len(some.items) == 5
-        for one, other in zip(some.items, all_.items, strict=False):
-            assert (one.line, one.prediction, one.is_correct) == (other.line, other.prediction, other.is_correct)
-
-
-def test_slow_gives_the_same_items_and_progress_sees_every_task(tmp_path):
-    bundle, seen = write_bundle(tmp_path, small_tasks()), []
-    fast = evaluate_core(RecurrentModel(), LetterTokenizer(), bundle, progress=seen.append)
-    slow = evaluate_core(RecurrentModel(), LetterTokenizer(), bundle, slow=True)
-    assert tuple(seen) == fast.tasks
-    assert fast.core == slow.core
-    for one, other in zip(fast.tasks, slow.tasks, strict=True):
-        assert [item.prediction for item in one.items] == [item.prediction for item in other.items]
+def test_slow_and_limited_runs_give_the_same_items_and_progress_sees_every_task(tmp_path):
+    tasks, seen = small_tasks(), []
+    whole = evaluate(tasks, tmp_path / "whole", progress=seen.append)
+    slow = evaluate(tasks, tmp_path / "slow", slow=True)
+    part = evaluate(tasks, tmp_path / "part", max_per_task=5)
+    assert tuple(seen) == whole.tasks
+    assert whole.core == slow.core
+    for all_, plain, some in zip(whole.tasks, slow.tasks, part.tasks, strict=True):
+        assert [verdict(item) for item in all_.items] == [verdict(item) for item in plain.items]
+        assert [verdict(item) for item in all_.items[:5]] == [verdict(item) for item in some.items]
 
 
 @pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
@@ -392,9 +361,8 @@ def test_a_score_that_is_not_a_number_is_an_error_and_never_a_winner(tmp_path, k
             logits[-1:] = math.nan
             return logits
 
-    bundle = write_bundle(tmp_path, [make_task(kind, make_records(kind, 3))])
     with pytest.raises(UserError, match=f"task {kind}, line .* broken"):
-        evaluate_core(Broken(), LetterTokenizer(), bundle, slow=slow)
+        evaluate([make_task(kind, make_records(kind, 3))], tmp_path, Broken(), slow=slow)
 
 
 def test_texts_are_tokenised_once_for_all_evaluations_of_a_run(tmp_path):
@@ -419,16 +387,11 @@ def core_on_rank(rank, world_size, bundle):
 
 def test_two_ranks_find_what_one_finds_also_with_a_single_example(tmp_path):
     tasks = [*small_tasks(7), make_task("schema", make_records("schema", 1), label="lonely")]
-    bundle = write_bundle(tmp_path / "bundle", tasks)
-    alone = evaluate_core(RecurrentModel(), LetterTokenizer(), bundle)
-    for result in run_ranks(core_on_rank, 2, tmp_path / "ranks", bundle):
+    alone = evaluate(tasks, tmp_path / "bundle")
+    for result in run_ranks(core_on_rank, 2, tmp_path / "ranks", tmp_path / "bundle"):
         for task, expected in zip(result.tasks, alone.tasks, strict=True):
             assert (task.accuracy, task.num_cut) == (expected.accuracy, expected.num_cut)
-            predictions = [[(item.line, item.prediction) for item in one.items] for one in (task, expected)]
-            assert predictions[0] == predictions[1]
-
-
-# --- Hugging Face models as yardsticks ---
+            assert [verdict(item) for item in task.items] == [verdict(item) for item in expected.items]
 
 
 def hugging_face_model(name):

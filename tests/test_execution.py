@@ -21,11 +21,8 @@ from tests.attacks import ATTACKS, ENTRY_POINT, HONEST, TESTS, Targets, aim
 
 isolated = pytest.mark.skipif(isolation().method == "none", reason=f"no isolation here: {isolation().reason}")
 METHODS = [
-    pytest.param(
-        method,
-        marks=pytest.mark.skipif(isolation(method).method == "none", reason=f"not here: {isolation(method).reason}"),
-    )
-    for method in ("bubblewrap", "unshare")
+    pytest.param(name, marks=pytest.mark.skipif(found.method == "none", reason=f"not here: {found.reason}"))
+    for name, found in ((name, isolation(name)) for name in ("bubblewrap", "unshare"))
 ]
 WITHOUT_TORCH = """
 import sys, types
@@ -134,6 +131,14 @@ def wait_until(condition, seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
+TOO_LONG = "x" * (execution.MAX_SOURCE + 1)
+BUSY_THREADS = """import hashlib, threading
+def f(x):
+    def g():
+        while True: hashlib.sha256(bytes(1 << 20))
+    for _ in range(4): threading.Thread(target=g).start()
+    g()
+"""
 COUNTER = "import collections\ndef f(x): return collections.Counter(x)"
 RAISES = "class Own(Exception): pass\ndef f(x):\n    raise {'v': ValueError, 'o': Own, 's': SystemExit}[x]('why')"
 EXPECTS = "try:\n    f({!r})\nexcept {} as error:\n    assert 'why' in str(error)\nelse:\n    assert False"
@@ -156,10 +161,12 @@ EXPECTS = "try:\n    f({!r})\nexcept {} as error:\n    assert 'why' in str(error
         ("def f(x): return x", "assert f(object())", "wrong", "not plain data"),
         ("def f(x): return x", "f(1)\nraise SystemExit(0)", "error", "SystemExit"),
         ("import time\ndef f(x): time.sleep(60)", "assert f(1)", "timeout", "0.5 s"),
+        (BUSY_THREADS, "f(1)", "timeout", ""),  # ends by its processor time or by the clock
         ("def f(x): return bytearray(4 << 30)", "assert f(1)", "memory", "MemoryError"),
         ("def f(x): print('x' * 10**6)", "assert f(1)", "output", "65536"),
         ("import os\ndef f(x): os._exit(3)", "assert f(1)", "crashed", "exit status 3"),
         ("import os\ndef f(x): os.abort()", "assert f(1)", "crashed", "SIG"),
+        (TOO_LONG, "", "refused", ""), ("", TOO_LONG, "refused", ""),
         # results of subclasses compare as what they extend
         (COUNTER, "assert f('aab') == {'a': 2, 'b': 1}", "passed", ""),
         ("class L(list): pass\ndef f(x): return L(x)", "assert f('ab') == ['a', 'b']", "passed", ""),
@@ -171,19 +178,12 @@ EXPECTS = "try:\n    f({!r})\nexcept {} as error:\n    assert 'why' in str(error
         ("import os\ndef f(x): os._exit(0)", "try:\n    f(1)\nexcept BaseException:\n    pass\n", "crashed", ""),
         ("def f(x): raise ValueError('\\ud800')", "f(1)", "error", "ValueError: ?"),
     ],
-)
+)  # fmt: skip
 def test_the_status_says_what_happened(program, tests, status, detail):
     verdict = grade(program, tests, "f", timeout_seconds=0.5 if status == "timeout" else 10)
     assert (verdict.status, verdict.passed) == (status, status == "passed")
     assert detail in verdict.detail
     assert verdict.detail.encode()  # no lone surrogates
-
-
-@isolated
-def test_a_busy_program_with_threads_ends_by_its_processor_time_or_the_clock():
-    program = "import hashlib, threading\ndef f(x):\n    def g():\n        while True: hashlib.sha256(bytes(1 << 20))\n"
-    program += "    for _ in range(4): threading.Thread(target=g).start()\n    g()"
-    assert in_sandbox(program, "f(1)", timeout_seconds=1).status == "timeout"
 
 
 @isolated
@@ -195,20 +195,14 @@ def test_a_timeout_is_kept(timeout_seconds):
 
 
 @isolated
-def test_what_is_too_long_or_has_no_name_is_refused():
-    too_long = "x" * (execution.MAX_SOURCE + 1)
-    for problem in ((too_long, "", "f"), ("", too_long, "f"), ("", "", "no name")):
-        assert grade(*problem).status == "refused"
-
-
-@isolated
 def test_all_plain_data_crosses_in_both_directions():
-    values = (
-        "[None, True, 0, -(10**50), 1.5, float('inf'), 'é\\ud800', b'\\xff', 2j, (1, [2]), {1, 2}, {(1,): {'a': []}}]"
-    )
-    tests = f"values = {values}\nassert f(values) == values\n"
-    tests += "assert [type(v) for v in f(values)] == [type(v) for v in values]\n"
-    tests += "assert f(x=float('nan')) != f(x=float('nan'))\nassert f(frozenset([1])) == frozenset([1])"
+    tests = r"""
+values = [None, True, 0, -(10**50), 1.5, float('inf'), 'é\ud800', b'\xff', 2j, (1, [2]), {1, 2}, {(1,): {'a': []}}]
+assert f(values) == values
+assert [type(v) for v in f(values)] == [type(v) for v in values]
+assert f(x=float('nan')) != f(x=float('nan'))
+assert f(frozenset([1])) == frozenset([1])
+"""
     assert grade("def f(x): return x", tests, "f").passed
 
 
@@ -236,16 +230,13 @@ def f(n: typing.List[int]):
 @isolated
 def test_what_is_printed_comes_back_undecodable_bytes_replaced():
     program = "import os\ndef f(x):\n    print('hello', flush=True)\n    os.write(1, b'\\xff\\n')\n    return x"
-    verdict = in_sandbox(program, "f(1) == 1")
-    assert verdict.passed
-    assert verdict.output == "hello\n\ufffd\n"
+    assert grade(program, "assert f(1) == 1", "f") == Verdict(True, "passed", "1 calls", "hello\n\ufffd\n")
 
 
 @isolated
 def test_the_same_program_gets_the_same_result_every_time():
     program = "def f(x): return list({'apple', 'pear', 'plum', 'fig', 'lime'})"
-    orders = {in_sandbox(program, "False, f(1)").detail for _ in range(3)}
-    assert len(orders) == 1
+    assert len({in_sandbox(program, "False, f(1)").detail for _ in range(3)}) == 1
     tests = "import random\ndef check(c):\n    n = random.random()\n    assert c(n) != n, n"
     assert len({grade("def f(x): return x", tests, "f").detail for _ in range(3)}) == 1
 
@@ -253,9 +244,9 @@ def test_the_same_program_gets_the_same_result_every_time():
 @isolated
 def test_many_are_graded_at_a_time_and_keep_their_order():
     problems = [(f"def f(x): return x + {i % 3}", "assert f(1) == 2", "f") for i in range(12)]
-    verdicts = grade_many(problems, num_workers=4)
-    assert [verdict.passed for verdict in verdicts] == [i % 3 == 1 for i in range(12)]
+    assert [verdict.passed for verdict in grade_many(problems, num_workers=4)] == [i % 3 == 1 for i in range(12)]
     assert grade_many([]) == []
+    assert grade("", "", "no name").status == "refused"
 
 
 @isolated
@@ -284,10 +275,7 @@ def test_helpers_of_the_tests_come_from_the_prompt_and_not_from_the_program():
     assert grade(PROMPT + "    return -xs[0] / xs[1]\n", tests, "find_zero").passed
     cheat = PROMPT + "    return 0.0\n\ndef poly(xs, x):\n    return 0.0\n"
     assert grade(cheat, tests, "find_zero").status == "wrong"
-
-
-def test_a_prompt_that_does_not_parse_adds_nothing_to_the_tests():
-    assert with_helpers("assert f(1)", "def f(", "f") == "assert f(1)"
+    assert with_helpers("assert f(1)", "def f(", "f") == "assert f(1)"  # a prompt that does not parse adds nothing
 
 
 def test_nothing_runs_without_isolation_unless_allowed():
@@ -298,22 +286,20 @@ def test_nothing_runs_without_isolation_unless_allowed():
 
 
 def test_where_it_is_allowed_limits_and_the_separate_tests_are_left():
-    options = {"sandbox": NO_ISOLATION, "allow_unsafe": True}
-    assert grade(HONEST, TESTS, ENTRY_POINT, **options).passed
-    assert in_sandbox("import os; os._exit(0)", "f(1)", **options).status == "crashed"
-    assert in_sandbox("def f(x): return bytearray(4 << 30)", "f(1)", **options).status == "memory"
-    assert in_sandbox("while True: pass", "f(1)", timeout_seconds=0.3, **options).status == "timeout"
+    def run(program, expression="f(1)", **options):
+        return in_sandbox(program, expression, sandbox=NO_ISOLATION, allow_unsafe=True, **options)
+
+    assert grade(HONEST, TESTS, ENTRY_POINT, sandbox=NO_ISOLATION, allow_unsafe=True).passed
+    assert run("import os; os._exit(0)").status == "crashed"
+    assert run("def f(x): return bytearray(4 << 30)").status == "memory"
+    assert run("while True: pass", timeout_seconds=0.3).status == "timeout"
     environment = "import os\ndef f(x): return dict(os.environ)"
-    assert in_sandbox(environment, "'HOME' not in f(1) and 'NANOCHAT_BASE_DIR' not in f(1)", **options).passed
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the filter of system calls is Linux's")
-def test_without_isolation_the_filter_still_forbids_processes_and_the_network():
-    options = {"sandbox": NO_ISOLATION, "allow_unsafe": True}
-    for body in ("import os; os.fork()", "import socket; socket.socket()", "import os; os.kill(os.getppid(), 9)"):
-        verdict = in_sandbox(f"def f(x):\n    {body}\n    return x", "f(1) == 1", **options)
-        assert verdict.status == "error"
-        assert "PermissionError" in verdict.detail
+    assert run(environment, "'HOME' not in f(1) and 'NANOCHAT_BASE_DIR' not in f(1)").passed
+    if sys.platform.startswith("linux"):  # whose filter of system calls still forbids processes and the network
+        for body in ("import os; os.fork()", "import socket; socket.socket()", "import os; os.kill(os.getppid(), 9)"):
+            verdict = run(f"def f(x):\n    {body}\n    return x", "f(1) == 1")
+            assert verdict.status == "error"
+            assert "PermissionError" in verdict.detail
 
 
 def test_a_sandbox_that_does_not_start_is_an_error_and_no_verdict(monkeypatch):

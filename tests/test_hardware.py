@@ -25,6 +25,11 @@ def test_bf16_peak_is_that_of_the_data_sheet(name, tflops):
     assert peak_flops(name, torch.bfloat16) == pytest.approx(tflops * 1e12)
 
 
+def test_memory_is_that_of_the_data_sheet():
+    assert memory_bytes("NVIDIA H100 80GB HBM3") == 80 * 2**30
+    assert memory_bytes("Tesla V100-SXM2-16GB") == memory_bytes("Tesla V100-SXM2-32GB") / 2 == 16 * 2**30
+
+
 @pytest.mark.parametrize("name", NOT_LISTED)
 def test_a_device_that_is_not_listed_has_no_figures_and_no_utilisation(name):
     assert find_device(name) is None
@@ -34,17 +39,13 @@ def test_a_device_that_is_not_listed_has_no_figures_and_no_utilisation(name):
     assert mfu(1e9, 1e5, name, "bfloat16") is None
 
 
-def test_a_dtype_without_a_hardware_unit_has_no_peak():
-    assert peak_flops("Tesla T4", "float16") == 65e12
-    assert peak_flops("Tesla T4", "bfloat16") is None
-    assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float8_e4m3fn) is None
-    assert peak_flops("NVIDIA H200", "int8") is None
-    assert peak_flops("NVIDIA H200", "memory") is None
-
-
-def test_dtypes_are_taken_by_name_and_as_torch_types():
+def test_peaks_are_by_name_or_torch_type_of_the_dtype_and_only_where_the_hardware_has_one():
     assert peak_flops("NVIDIA H200", torch.float8_e5m2) == peak_flops("NVIDIA H200", "float8") == 1979e12
     assert peak_flops("NVIDIA H200", torch.float32) == peak_flops("NVIDIA H200", "float32") == 494.5e12
+    assert peak_flops("Tesla T4", "float16") == 65e12
+    for name, dtype in (("Tesla T4", "bfloat16"), ("NVIDIA A100-SXM4-80GB", torch.float8_e4m3fn)):
+        assert peak_flops(name, dtype) is None
+    assert peak_flops("NVIDIA H200", "int8") is peak_flops("NVIDIA H200", "memory") is None
 
 
 def test_every_entry_orders_its_rates_and_every_name_matches_one_entry():
@@ -55,11 +56,6 @@ def test_every_entry_orders_its_rates_and_every_name_matches_one_entry():
     assert all(find_device(f"NVIDIA {name}") is DEVICES[name] for name in simple_names)
 
 
-def test_memory_is_that_of_the_data_sheet():
-    assert memory_bytes("NVIDIA H100 80GB HBM3") == 80 * 2**30
-    assert memory_bytes("Tesla V100-SXM2-16GB") == memory_bytes("Tesla V100-SXM2-32GB") / 2 == 16 * 2**30
-
-
 def test_gpus_are_known_by_short_names_too():
     assert all(full_name(short) == name and find_device(name) for short, name in SHORT_NAMES.items())
     assert full_name("RTX 4090") == "RTX 4090"
@@ -67,11 +63,8 @@ def test_gpus_are_known_by_short_names_too():
         full_name("H1")
 
 
-def test_mfu_of_a_worked_example():
+def test_mfu_of_a_worked_example_on_one_device_or_eight():
     # d20 of the performance notes: 2.793 GF/token, 177 K tokens/s on one H200 is half of 989 TF.
-    assert mfu(2.793e9, 177e3, "NVIDIA H200", torch.bfloat16) == pytest.approx(0.5, rel=1e-3)
-
-
-def test_mfu_does_not_depend_on_how_many_devices_share_the_tokens():
-    one = mfu(1e9, 1e5, "NVIDIA H200", "bfloat16")
-    assert mfu(1e9, 8e5, "NVIDIA H200", "bfloat16", world_size=8) == pytest.approx(one)
+    for world_size in (1, 8):
+        share = mfu(2.793e9, world_size * 177e3, "NVIDIA H200", torch.bfloat16, world_size=world_size)
+        assert share == pytest.approx(0.5, rel=1e-3)

@@ -66,15 +66,17 @@ def batch(*rows):
     return SimpleNamespace(idx=torch.zeros_like(targets), targets=targets)
 
 
+SIZES = np.array([0, 1, 2, 3])  # bytes of each token
+
+
 def test_bits_per_byte_match_a_sum_by_hand():
-    token_bytes = np.array([0, 1, 2, 3], dtype=np.int32)
-    result = evaluate_bpb(FixedLosses(), [batch([1, 2], [3, 3]), batch([2, 1])], token_bytes)
+    result = evaluate_bpb(FixedLosses(), [batch([1, 2], [3, 3]), batch([2, 1])], SIZES.astype(np.int32))
     assert result.nats == pytest.approx(0.1 + 0.2 + 0.3 + 0.3 + 0.2 + 0.1)
     assert (result.bytes, result.tokens) == (1 + 2 + 3 + 3 + 2 + 1, 6)
     assert result.bpb == pytest.approx(result.nats / math.log(2) / 12)
 
 
-def test_the_standard_error_is_the_spread_of_resampled_rows():
+def test_the_standard_error_is_the_spread_of_resampled_rows_and_unknown_for_one():
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 4, size=(400, 6))  # token 0 has no text
     token_bytes = np.array([0, 3, 1, 2])
@@ -83,12 +85,8 @@ def test_the_standard_error_is_the_spread_of_resampled_rows():
     drawn = rng.integers(0, len(rows), size=(4000, len(rows)))
     resampled = nats[drawn].sum(1) / sizes[drawn].sum(1) / math.log(2)
     assert result.se == pytest.approx(resampled.std(), rel=0.05)
-
-
-def test_the_standard_error_of_one_row_is_not_known():
-    token_bytes = np.array([0, 1, 2, 3])
-    assert evaluate_bpb(FixedLosses(), [batch([1, 2]), batch([0, 0])], token_bytes).se == math.inf
-    assert evaluate_bpb(FixedLosses(), [batch([1, 2]), batch([2, 3])], token_bytes).se < math.inf
+    assert evaluate_bpb(FixedLosses(), [batch([1, 2]), batch([0, 0])], SIZES).se == math.inf
+    assert evaluate_bpb(FixedLosses(), [batch([1, 2]), batch([2, 3])], SIZES).se < math.inf
 
 
 def test_special_and_ignored_tokens_count_neither_nats_nor_bytes():
@@ -106,21 +104,19 @@ def test_without_any_byte_the_result_is_inf_and_no_crash(batches):
 
 def test_bits_per_byte_do_not_depend_on_how_rows_are_batched():
     rows = torch.randint(0, 4, (6, 5), generator=torch.Generator().manual_seed(1)).tolist()
-    token_bytes = np.array([0, 1, 2, 3])
-    together = evaluate_bpb(FixedLosses(), [batch(*rows)], token_bytes)
-    apart = evaluate_bpb(FixedLosses(), [batch(row) for row in rows], token_bytes)
+    together = evaluate_bpb(FixedLosses(), [batch(*rows)], SIZES)
+    apart = evaluate_bpb(FixedLosses(), [batch(row) for row in rows], SIZES)
     assert apart.bpb == pytest.approx(together.bpb, rel=1e-6)
     assert (apart.bytes, apart.tokens) == (together.bytes, together.tokens)
 
 
 def bpb_on_rank(rank, world_size):
     mine = [[batch([1, 2, 3])], [batch([3, 3, 0]), batch([1, 1, 1])]][rank]  # one batch here, two there
-    return evaluate_bpb(FixedLosses(), mine, np.array([0, 1, 2, 3]))
+    return evaluate_bpb(FixedLosses(), mine, SIZES)
 
 
 def test_ranks_with_unequal_numbers_of_batches_sum_to_what_one_process_finds(tmp_path):
-    batches = [batch([1, 2, 3]), batch([3, 3, 0]), batch([1, 1, 1])]
-    alone = evaluate_bpb(FixedLosses(), batches, np.array([0, 1, 2, 3]))
+    alone = evaluate_bpb(FixedLosses(), [batch([1, 2, 3]), batch([3, 3, 0]), batch([1, 1, 1])], SIZES)
     for result in run_ranks(bpb_on_rank, 2, tmp_path / "ranks"):
         assert result.nats == pytest.approx(alone.nats)
         assert (result.bytes, result.tokens) == (alone.bytes, alone.tokens)
@@ -136,16 +132,13 @@ def test_greedy_samples_of_a_batch_equal_a_loop_over_one_row():
         assert text == tokenizer.decode(row[-5:])
 
 
-def test_samples_never_leave_the_context():
+def test_samples_end_at_the_context_at_the_next_document_and_at_the_number_of_tokens_asked_for():
     model = BigramModel(sequence_len=8)
-    short, full, too_long = sample_completions(model, LetterTokenizer(), ["abc", "abcdefg", "a" * 30], 100)
-    assert (len(short), len(full), len(too_long)) == (5, 1, 1)
-    assert model.longest == 8
-
-
-def test_samples_end_where_the_next_document_begins():
+    texts = sample_completions(model, LetterTokenizer(), ["abc", "abcdefg", "a" * 30], 100)
+    assert (list(map(len, texts)), model.longest) == ([5, 1, 1], 8)
     texts = sample_completions(BigramModel(bos_after=6), LetterTokenizer(), ["abc", "a"], 9)
     assert list(map(len, texts)) == [3, 5]
+    assert sample_completions(BigramModel(), LetterTokenizer(), ["abc", ""], 0) == ["", ""]
 
 
 def test_random_samples_repeat_with_the_seed_and_differ_without():
@@ -157,26 +150,18 @@ def test_random_samples_repeat_with_the_seed_and_differ_without():
     assert len(set(draw(1))) == 3  # rows with the same prompt draw apart
 
 
-def test_no_tokens_asked_for_gives_empty_samples():
-    assert sample_completions(BigramModel(), LetterTokenizer(), ["abc", ""], 0) == ["", ""]
-
-
 def test_sample_prompts_are_texts_that_invite_a_continuation():
     assert len(SAMPLE_PROMPTS) == len(set(SAMPLE_PROMPTS)) >= 5
     assert all(prompt and prompt == prompt.strip() for prompt in SAMPLE_PROMPTS)
 
 
-def test_a_whole_split_counts_every_byte_of_its_documents_once(tokenizer, tiny_model, shards, texts):
+def test_a_whole_split_counts_every_byte_once_and_a_part_is_rounded_up_to_batches(tokenizer, tiny_model, shards, texts):
     runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.float32)
     whole = evaluate_split(tiny_model, tokenizer, shards[3:], runtime, 2)
     assert whole.bytes == sum(len(text.encode()) for text in texts[170:])
     assert whole.tokens == sum(map(len, tokenizer.encode_batch(texts[170:])))
     guessing = math.log2(tokenizer.vocab_size) * whole.tokens / whole.bytes
     assert whole.bpb == pytest.approx(guessing, rel=0.2)  # random weights know next to nothing
-
-
-def test_a_part_of_a_split_is_rounded_up_to_whole_batches(tokenizer, tiny_model, shards):
-    runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.float32)
     T = tiny_model.config.sequence_len
     part = evaluate_split(tiny_model, tokenizer, shards[:1], runtime, 2, num_tokens=2 * T + 1)
     assert 2 * T < part.tokens <= 4 * T  # two batches of two rows, but for the beginnings of documents

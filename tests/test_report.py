@@ -18,8 +18,6 @@ from nanochat.common import UserError, base_dir, run_main
 from nanochat.report import append_record, format_value, generate, read_records, records_path, render
 from nanochat.tokenizer import tokenizer_dir
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
 
 @pytest.fixture(autouse=True)
 def _working_folder(tmp_path, monkeypatch):
@@ -42,17 +40,16 @@ def rendered() -> str:
     return render(*read_records())
 
 
+def is_small_png(data: bytes) -> bool:
+    return data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) < 60_000
+
+
 @pytest.fixture
 def clock(monkeypatch):
-    """Calling it moves the time of records on by so many seconds."""
-    now = 1_000_000.0
-
-    def move(seconds: float) -> None:
-        nonlocal now
-        now += seconds
-
-    monkeypatch.setattr(report.time, "time", lambda: now)
-    return move
+    """A list with the time of records in seconds."""
+    now = [1_000_000.0]
+    monkeypatch.setattr(report.time, "time", lambda: now[0])
+    return now
 
 
 def summary_row(markdown: str, metric: str) -> list[str]:
@@ -61,25 +58,15 @@ def summary_row(markdown: str, metric: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
-# --- records -------------------------------------------------------------------------------------
-
-
-def test_a_record_comes_back_as_it_was_given():
-    append_record("tok_train", settings={"size": 512}, results={"merges": 7}, table=[{"a": 1}], samples=["x\ny"])
-    (record,), broken = read_records()
-    assert (record.stage, record.settings, record.results) == ("tok_train", {"size": 512}, {"merges": 7})
-    assert (record.table, record.samples, broken) == ([{"a": 1}], ["x\ny"], 0)
-
-
-def test_tensors_numpy_scalars_paths_and_non_finite_numbers_are_kept_as_json():
+def test_a_record_comes_back_with_tensors_paths_and_non_finite_numbers_as_plain_json():
     results = {"loss": torch.tensor(1.5), "count": np.int64(3), "worst": np.float32("inf"), "mean": float("nan")}
-    append_record("base_train", settings={"data": Path("a/b"), "betas": (0.8, 0.95)}, results=results)
-    text = records_path().read_text()
-    assert "NaN" not in text
-    assert "Infinity" not in text
-    record = json.loads(text)
-    assert record["results"] == {"loss": 1.5, "count": 3, "worst": "inf", "mean": "nan"}
-    assert record["settings"] == {"data": str(Path("a/b")), "betas": [0.8, 0.95]}
+    given = {"data": Path("a/b"), "betas": (0.8, 0.95)}
+    append_record("base_train", settings=given, results=results, table=[{"a": 1}], samples=["x\ny"])
+    (record,), broken = read_records()
+    assert (record.stage, record.settings) == ("base_train", {"data": str(Path("a/b")), "betas": [0.8, 0.95]})
+    assert record.results == {"loss": 1.5, "count": 3, "worst": "inf", "mean": "nan"}
+    assert (record.table, record.samples, broken) == ([{"a": 1}], ["x\ny"], 0)
+    assert not re.search("NaN|Infinity", records_path().read_text())
 
 
 def _append_many(worker: int) -> None:
@@ -114,20 +101,13 @@ def test_a_folder_that_cannot_be_written_is_a_user_error():
         append_record("tok_train", settings={}, results={})
 
 
-# --- a new report --------------------------------------------------------------------------------
-
-
-def test_reset_keeps_old_records_and_touches_nothing_else(metrics_path):
+def test_reset_keeps_old_records_and_records_the_machine(metrics_path):
     append_record("base_train", settings={}, results={"val_bpb": 2.5}, metrics_path=metrics_path)
     old, metrics = records_path().read_text(), metrics_path.read_text()
     first, second = report.reset(), report.reset()
     assert [path.read_text() for path in first] == [old]
     assert len({*first, *second, records_path()}) == 3
     assert metrics_path.read_text() == metrics
-
-
-def test_reset_records_the_machine_and_its_versions():
-    report.reset()
     (record,), _ = read_records()
     machine = record.results
     assert record.stage == "environment"
@@ -154,9 +134,6 @@ def test_the_commit_says_whether_files_differ_and_is_unknown_outside_a_checkout(
     assert report.git_commit().startswith("unknown")
 
 
-# --- rendering -----------------------------------------------------------------------------------
-
-
 def test_generate_writes_the_same_report_to_both_places_and_never_reads_it_back():
     append_record("tok_train", settings={}, results={"merges": 247})
     paths = generate()
@@ -170,13 +147,13 @@ def test_generate_writes_the_same_report_to_both_places_and_never_reads_it_back(
 
 
 def test_the_summary_puts_each_metric_under_the_model_it_was_measured_on():
-    append_record("base_train", settings={}, results={"val_bpb": 0.9})
-    append_record("base_loss", settings={"source": "base"}, results={"val_bpb": 0.8119})
-    append_record("base_eval", settings={}, results={"core": 0.2219})
-    append_record("mid_train", settings={}, results={"val_bpb": 0.4})
-    append_record("chat_eval", settings={"source": "mid"}, results={"ARC-Easy": 0.3561})
-    append_record("chat_eval", settings={"source": "sft"}, results={"ARC-Easy": 0.3876, "ChatCORE": 0.0884})
-    append_record("chat_eval", settings={"source": "rl"}, results={"GSM8K": 0.0758})
+    for stage, source, results in (
+        ("base_train", "", {"val_bpb": 0.9}), ("base_loss", "base", {"val_bpb": 0.8119}),
+        ("base_eval", "", {"core": 0.2219}), ("mid_train", "", {"val_bpb": 0.4}),
+        ("chat_eval", "mid", {"ARC-Easy": 0.3561}), ("chat_eval", "sft", {"ARC-Easy": 0.3876, "ChatCORE": 0.0884}),
+        ("chat_eval", "rl", {"GSM8K": 0.0758}),
+    ):  # fmt: skip
+        append_record(stage, settings={"source": source} if source else {}, results=results)
     markdown = rendered()
     assert summary_row(markdown, "CORE") == ["0.2219", "-", "-", "-"]
     assert summary_row(markdown, "ARC-Easy") == ["-", "0.3561", "0.3876", "not run"]
@@ -188,23 +165,20 @@ def test_the_summary_puts_each_metric_under_the_model_it_was_measured_on():
 def test_the_summary_has_further_exams_only_where_they_were_taken():
     append_record("chat_eval", settings={"source": "sft"}, results={"SmallWorld-sums": 0.99})
     append_record("chat_eval", settings={"source": "rl"}, results={"Spelling": 0.57, "SpellingBee": 0.8})
-    assert summary_row(rendered(), "SmallWorld-sums") == ["-", "-", "0.99", "-"]
-    assert summary_row(rendered(), "Spelling") == ["-", "-", "-", "0.57"]
-    assert rendered().count("**SpellingBee**") == 1
-    assert "SmallWorld-facts" not in rendered()
+    markdown = rendered()
+    assert summary_row(markdown, "SmallWorld-sums") == ["-", "-", "0.99", "-"]
+    assert summary_row(markdown, "Spelling") == ["-", "-", "-", "0.57"]
+    assert markdown.count("**SpellingBee**") == 1
+    assert "SmallWorld-facts" not in markdown
 
 
-def test_what_was_not_run_says_so_with_its_reason():
+def test_what_was_not_run_says_so_with_its_reason_until_base_train_has_the_result():
     append_record("base_eval", settings={}, results={"not_run": "no data"})
     markdown = rendered()
     assert summary_row(markdown, "CORE")[0] == "not run, no data"
     assert "- CORE (base): not run, no data" in markdown
     assert "- Pretraining (`base_train`): not run" in markdown
     assert "## Pretraining" not in markdown
-
-
-def test_a_result_of_base_train_stands_in_for_an_evaluation_that_was_not_run():
-    append_record("base_eval", settings={}, results={"not_run": "no data"})
     append_record("base_train", settings={}, results={"core": 0.25, "val_bpb": None})
     assert summary_row(rendered(), "CORE")[0] == "0.25"
     assert summary_row(rendered(), "val bpb")[0] == "not run"
@@ -212,35 +186,25 @@ def test_a_result_of_base_train_stands_in_for_an_evaluation_that_was_not_run():
 
 def test_a_yardstick_model_never_stands_in_for_ours():
     append_record("base_eval", settings={"hf_path": "org/yardstick"}, results={"core": 0.11})
-    markdown = rendered()
-    assert summary_row(markdown, "CORE")[0] == "not run"
-    assert "## CORE (org/yardstick)" in markdown
+    assert summary_row(rendered(), "CORE")[0] == "not run"
+    assert "## CORE (org/yardstick)" in rendered()
 
 
-def test_of_several_attempts_the_last_counts_and_the_others_are_counted():
-    for value in (0.5, 0.25, 0.125):
-        append_record("base_train", settings={}, results={"val_bpb": value})
+def test_the_last_of_several_attempts_counts_and_stages_stand_in_the_order_of_the_pipeline():
+    for stage, value in (("my_stage", 1), *(("base_train", value) for value in (0.5, 0.25, 0.125)), ("tok_train", 1)):
+        append_record(stage, settings={}, results={"val_bpb": value})
     markdown = rendered()
     assert summary_row(markdown, "val bpb")[0] == "0.125"
     assert "2 earlier attempt(s) not shown" in markdown
-    assert markdown.count("## Pretraining") == 1
-
-
-def test_stages_stand_in_the_order_of_the_pipeline_and_unknown_ones_last():
-    for stage in ("my_stage", "base_train", "tok_train"):
-        append_record(stage, settings={}, results={"x": 1})
-    headings = re.findall(r"^## (.*)$", rendered(), re.MULTILINE)
+    headings = re.findall(r"^## (.*)$", markdown, re.MULTILINE)
     assert headings[-4:] == ["Tokenizer training", "Pretraining", "my_stage", "Not run"]
+    assert headings.count("Pretraining") == 1
 
 
 def test_samples_cannot_leave_their_fence_nor_values_their_cell():
-    append_record(
-        "base_loss",
-        settings={"note": "a|b\n<script>", "config": {"n_embd": 256, "extra": {}}},
-        results={"x": 1},
-        table=[{"task": "a|b", "n": 1}, {"task": "c", "extra": 2}],
-        samples=["text\n```\n# not a heading\n````"],
-    )
+    given = {"note": "a|b\n<script>", "config": {"n_embd": 256, "extra": {}}}
+    table, samples = [{"task": "a|b", "n": 1}, {"task": "c", "extra": 2}], ["text\n```\n# not a heading\n````"]
+    append_record("base_loss", settings=given, results={"x": 1}, table=table, samples=samples)
     markdown = rendered()
     assert "\n`````text\ntext\n```\n# not a heading\n````\n`````" in markdown
     assert "| note | a\\|b \\<script> |\n| config.n_embd | 256 |\n| config.extra | {} |" in markdown
@@ -249,13 +213,13 @@ def test_samples_cannot_leave_their_fence_nor_values_their_cell():
 
 def test_wall_clock_runs_from_reset_or_the_start_of_the_first_stage_to_the_last_record(clock):
     append_record("tok_train", settings={}, results={"elapsed_seconds": 60.0})
-    clock(119.6)
+    clock[0] += 119.6
     append_record("base_train", settings={}, results={})
     assert "last record: **0:03:00**" in rendered()
     report.reset()
-    clock(3 * 3600 + 51 * 60)
+    clock[0] += 3 * 3600 + 51 * 60
     append_record("base_train", settings={}, results={})
-    clock(10 * 3600)
+    clock[0] += 10 * 3600
     assert "last record: **3:51:00**" in rendered()
 
 
@@ -267,13 +231,12 @@ MACHINE = {"gpus": ["NVIDIA H100 80GB HBM3"] * 8, "gpu_memory_gib": 79.6, "cuda"
     [
         ({**MACHINE, "gpu_hour_dollars": 3.0, "price_source": "s"}, "$24.00 an hour: about **$48.00** for 2:00:00"),
         ({**MACHINE, "gpu_hour_dollars": None}, "No price is known for NVIDIA H100 80GB HBM3"),
-        ({"gpus": []}, "No GPU, so no estimate"),
-        ({}, "No GPU, so no estimate"),
+        ({"gpus": []}, "No GPU, so no estimate"), ({}, "No GPU, so no estimate"),
     ],
-)
+)  # fmt: skip
 def test_the_cost_is_price_times_gpus_times_hours_or_says_why_not(machine, words, clock):
     append_record("environment", settings={}, results=machine)
-    clock(7200)
+    clock[0] += 7200
     append_record("base_train", settings={}, results={})
     assert words in rendered()
     assert ("| gpus | 8 x NVIDIA H100 80GB HBM3 |" in rendered()) == bool(machine.get("gpus"))
@@ -296,28 +259,18 @@ def test_code_size_counts_source_files_and_nothing_hidden_or_built(tmp_path, mon
     assert f"| Tokens (our tokenizer) | {sum(map(len, tokenizer.encode_batch(sources.values())))} |" in rendered()
 
 
-# --- curves --------------------------------------------------------------------------------------
-
-
-def test_curves_are_embedded_as_small_pictures_defined_at_the_end(metrics_path):
+def test_curves_are_small_pictures_defined_at_the_end_also_of_a_folder_that_moved(metrics_path, tmp_path, monkeypatch):
     append_record("base_train", settings={}, results={"val_bpb": 1.5}, metrics_path=metrics_path)
+    assert rendered().count("data:image/png") == 3
+    base_dir().rename(tmp_path / "elsewhere")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "elsewhere"))
     markdown = rendered()
     references = re.findall(r"^!\[.*\]\[(.+)\]$", markdown, re.MULTILINE)
     definitions = dict(re.findall(r"^\[(.+)\]: data:image/png;base64,(.+)$", markdown, re.MULTILINE))
     assert references == list(definitions)
     assert len(references) == 3
-    for data in definitions.values():
-        png = base64.b64decode(data, validate=True)
-        assert png.startswith(PNG_SIGNATURE)
-        assert len(png) < 60_000
+    assert all(is_small_png(base64.b64decode(data, validate=True)) for data in definitions.values())
     assert markdown.rstrip().splitlines()[-1].startswith("[base-train-base-tokens-per-second]: ")
-
-
-def test_the_base_folder_can_move_and_the_curves_are_still_found(metrics_path, tmp_path, monkeypatch):
-    append_record("base_train", settings={}, results={}, metrics_path=metrics_path)
-    base_dir().rename(tmp_path / "elsewhere")
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "elsewhere"))
-    assert "data:image/png" in rendered()
 
 
 def test_curves_that_cannot_be_drawn_are_left_out_with_the_reason(metrics_path, monkeypatch):
@@ -345,12 +298,8 @@ def test_the_last_value_of_a_step_counts_and_broken_lines_and_non_finite_values_
 
 @pytest.mark.parametrize("count", [2, 3, 299, 300, 301, 5000])
 def test_a_curve_of_any_length_is_a_small_picture(count):
-    png = report.draw_curve("tokens_per_second", [(step, 1e6 + (step * 7919) % 1000) for step in range(count)])
-    assert png.startswith(PNG_SIGNATURE)
-    assert len(png) < 60_000
-
-
-# --- formats and the command ---------------------------------------------------------------------
+    points = [(step, 1e6 + (step * 7919) % 1000) for step in range(count)]
+    assert is_small_png(report.draw_curve("tokens_per_second", points))
 
 
 VALUES = [
@@ -369,13 +318,14 @@ def run_command(monkeypatch, *arguments: str) -> int:
     """Exit status of `python -m nanochat.report` with these arguments, run in this process."""
     monkeypatch.setattr(sys, "argv", ["report", *arguments])
     try:
-        run_main(report.main, report.parse_args)
+        return run_main(report.main, report.parse_args) or 0
     except SystemExit as stop:
         return stop.code
-    return 0
 
 
-def test_the_command_resets_and_generates(monkeypatch, capsys):
+def test_the_command_resets_and_generates_or_says_what_to_run_when_there_is_nothing(monkeypatch, capsys):
+    assert run_command(monkeypatch, "generate") == 2
+    assert re.fullmatch(r"error: nothing to report, no records.*speedrun\.sh\n", capsys.readouterr().err)
     assert run_command(monkeypatch, "reset", "--dollars-per-gpu-hour", "2.5") == 0
     assert run_command(monkeypatch, "reset") == 0
     assert run_command(monkeypatch, "generate") == 0
@@ -384,11 +334,6 @@ def test_the_command_resets_and_generates(monkeypatch, capsys):
     assert "report.md" in told.out
     assert told.err == ""
     assert Path("report.md").exists()
-
-
-def test_the_command_ends_with_one_line_that_says_what_to_run_when_there_is_nothing_to_report(monkeypatch, capsys):
-    assert run_command(monkeypatch, "generate") == 2
-    assert re.fullmatch(r"error: nothing to report, no records.*speedrun\.sh\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("price", ["-1", "nan", "inf"])

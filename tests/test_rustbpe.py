@@ -1,5 +1,6 @@
 """The Rust tokenizer against a Python reference, the regex engine and tiktoken; and what it refuses."""
 
+import ast
 import random
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import textwrap
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -30,26 +32,37 @@ any_character = st.one_of(st.sampled_from(ALPHABET), st.characters(exclude_categ
 any_text = st.text(alphabet=any_character, max_size=60)
 
 
+BYTES = [bytes([i]) for i in range(256)]
+PAIRS = [(token, rank) for rank, token in enumerate(BYTES)]
+
+
 def trained(documents, vocab_size, pattern=PATTERN, **options):
     tokenizer = rustbpe.Tokenizer()
     tokenizer.train_from_iterator(iter(documents), vocab_size, pattern=pattern, **options)
     return tokenizer
 
 
+def merges(tokenizer):
+    return [token for token, _ in tokenizer.get_mergeable_ranks()][256:]
+
+
 def learnt(documents, vocab_size, pattern=PATTERN):
-    return [token for token, _ in trained(documents, vocab_size, pattern).get_mergeable_ranks()][256:]
+    return merges(trained(documents, vocab_size, pattern))
+
+
+def ranked(tokens):
+    return {token: rank for rank, token in enumerate(tokens)}
 
 
 def as_tiktoken(tokens, pattern):
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    return tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=ranked(tokens), special_tokens={})
 
 
 def reference(documents, num_merges, pattern=PATTERN):
     """Byte-pair encoding by its definition: count all pairs, join the most frequent one, begin again."""
     chunks = Counter(chunk for text in documents for chunk in regex.findall(pattern, text))
     words = {tuple(chunk.encode()): count for chunk, count in chunks.items()}
-    tokens = [bytes([i]) for i in range(256)]
+    tokens = list(BYTES)
     while len(tokens) < 256 + num_merges:
         pairs = Counter()
         for word, count in words.items():
@@ -87,32 +100,26 @@ def tokenizer(documents):
 
 @pytest.fixture(scope="module")
 def encoding(tokenizer):
-    return as_tiktoken([token for token, _ in tokenizer.get_mergeable_ranks()], tokenizer.get_pattern())
-
-
-# --- splitting -----------------------------------------------------------------------------------
+    return as_tiktoken([*BYTES, *merges(tokenizer)], tokenizer.get_pattern())
 
 
 @settings(max_examples=400, deadline=None)
 @given(any_text, st.integers(1, 3))
 def test_scanner_and_regex_engine_give_the_chunks_of_tiktoken(text, max_digits):
     pattern = rustbpe.split_pattern(max_digits)
-    tokenizer = rustbpe.Tokenizer.from_ranks([(bytes([i]), i) for i in range(256)], pattern)
+    tokenizer = rustbpe.Tokenizer.from_ranks(PAIRS, pattern)
     chunks = tokenizer.split(text)
     assert chunks == tokenizer.split(text, use_regex=True)
     assert "".join(chunks) == text
     # With all chunks as tokens, tiktoken's ids are the chunks if and only if it cuts the same ones.
-    tokens = [bytes([i]) for i in range(256)]
-    tokens += [chunk for chunk in dict.fromkeys(map(str.encode, chunks)) if len(chunk) > 1]
+    tokens = [*BYTES, *(chunk for chunk in dict.fromkeys(map(str.encode, chunks)) if len(chunk) > 1)]
     encoding = as_tiktoken(tokens, pattern)
     assert [encoding.decode_single_token_bytes(i).decode() for i in encoding.encode_ordinary(text)] == chunks
 
 
-def test_groups_of_digits_are_as_long_as_asked_for():
-    for max_digits, expected in [(1, list("12345")), (2, ["12", "34", "5"]), (3, ["123", "45"])]:
-        tokenizer = rustbpe.Tokenizer()
-        tokenizer.train_from_iterator([], 256, pattern=rustbpe.split_pattern(max_digits))
-        assert tokenizer.split("12345") == expected
+@pytest.mark.parametrize(("max_digits", "expected"), [(1, "1 2 3 4 5"), (2, "12 34 5"), (3, "123 45")])
+def test_groups_of_digits_are_as_long_as_asked_for(max_digits, expected):
+    assert trained([], 256, rustbpe.split_pattern(max_digits)).split("12345") == expected.split()
 
 
 def test_any_other_pattern_goes_through_the_regex_engine():
@@ -121,19 +128,13 @@ def test_any_other_pattern_goes_through_the_regex_engine():
     assert learnt(documents, 270, pattern) == reference(documents, 14, pattern)
 
 
-def test_a_pattern_that_is_not_valid_is_a_value_error():
+def test_a_pattern_that_is_not_valid_is_a_value_error_and_one_that_gives_up_an_exception():
     with pytest.raises(ValueError, match="split pattern"):
         trained(["a"], 300, "(")
     with pytest.raises(ValueError, match="max_digits is 0"):
         rustbpe.split_pattern(0)
-
-
-def test_the_regex_engine_giving_up_is_an_exception():
     with pytest.raises(RuntimeError, match="failed on a text"):
         trained([" " * 2_000_000], 300, PATTERN + "|never")
-
-
-# --- training ------------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
@@ -142,8 +143,9 @@ def test_merges_equal_the_reference_ties_included(documents, num_merges):
     assert learnt(documents, 256 + num_merges) == reference(documents, num_merges)
 
 
-def test_merges_of_text_equal_the_reference(documents):
+def test_merges_of_text_and_of_nul_equal_the_reference(documents):
     assert learnt(documents, 456) == reference(documents, 200)
+    assert learnt(["a\0 a\0 a\0\0"], 258) == reference(["a\0 a\0 a\0\0"], 2)
 
 
 def test_threads_buffer_and_kind_of_input_change_nothing(documents):
@@ -159,12 +161,12 @@ def test_threads_buffer_and_kind_of_input_change_nothing(documents):
         "arrow and str": trained([documents[0], array[1:99], documents[99]], 600),
     }
     for name, tokenizer in sources.items():
-        assert [token for token, _ in tokenizer.get_mergeable_ranks()][256:] == expected, name
+        assert merges(tokenizer) == expected, name
 
 
 def test_no_text_and_empty_texts_teach_nothing():
-    assert learnt([], 300) == learnt([""], 300) == learnt(["", "a"], 300) == []
-    assert learnt([pa.array([], pa.string()), pa.array(["", ""])], 300) == []
+    for documents in ([], [""], ["", "a"], [pa.array([], pa.string()), pa.array(["", ""])]):
+        assert learnt(documents, 300) == []
 
 
 def test_a_vocabulary_below_the_bytes_is_a_value_error():
@@ -180,13 +182,11 @@ def test_the_error_of_an_iterator_comes_out_unchanged():
     class Mine(Exception):
         pass
 
-    error = Mine("three")
-
     def failing():
         yield from ["one", "two"]
         raise error
 
-    tokenizer = trained(["ab ab"], 258)
+    error, tokenizer = Mine("three"), trained(["ab ab"], 258)
     before = tokenizer.get_mergeable_ranks()
     with pytest.raises(Mine) as caught:
         tokenizer.train_from_iterator(failing(), 300)
@@ -228,32 +228,25 @@ def test_a_single_str_instead_of_a_list_is_refused(call):
         getattr(rustbpe.Tokenizer(), call)("abc", 300)
 
 
-def test_nul_is_a_character_like_any_other():
-    assert learnt(["a\0 a\0 a\0\0"], 258) == reference(["a\0 a\0 a\0\0"], 2)
-
-
 @pytest.mark.parametrize("unit", ["a", " ", "é", "xy", "\n", "!?"])
 def test_words_of_ten_megabytes_are_learnt_and_encoded(unit):
     width = len(unit.encode())
     text = unit * (10_000_000 // width)
     tokenizer = trained([text], 256 + 8)
     doublings = range(1, 9) if width == 1 else range(8)
-    assert [token for token, _ in tokenizer.get_mergeable_ranks()][256:] == [unit.encode() * 2**i for i in doublings]
+    assert merges(tokenizer) == [unit.encode() * 2**i for i in doublings]
     assert tokenizer.encode(unit * (1024 * 256 // width)) == [263] * 1024  # of 256 bytes each
     assert tokenizer.split(text) == [text]
 
 
-def test_progress_is_reported_for_both_stages():
+def test_progress_is_reported_for_both_stages_and_its_error_stops_the_training():
+    def fail(stage, done, total):
+        raise RuntimeError(f"no {stage}")
+
     calls = []
     trained(["ab ab abc"] * 10, 258, progress=lambda *call: calls.append(call))
     assert ("count", 90, None) in calls
     assert calls[-1] == ("merge", 2, 2)
-
-
-def test_an_error_of_the_progress_callback_stops_the_training():
-    def fail(stage, done, total):
-        raise RuntimeError(f"no {stage}")
-
     with pytest.raises(RuntimeError, match="no count"):
         trained(["ab ab"], 260, progress=fail)
 
@@ -281,15 +274,10 @@ def test_ctrl_c_stops_counting_and_merging(endless):
 
 def test_training_again_and_again_leaks_nothing(documents):
     resident = []
-    for i in range(60):
+    for _ in range(60):
         trained(documents, 400)
-        if i >= 20:
-            with open("/proc/self/statm") as file:
-                resident.append(int(file.read().split()[1]))
-    assert resident[-1] - resident[0] < 2000  # pages of 4 KB; a leak of the smallest table would be 4,000
-
-
-# --- encoding ------------------------------------------------------------------------------------
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert resident[-1] - resident[20] < 2000  # pages of 4 KB; a leak of the smallest table would be 4,000
 
 
 @settings(max_examples=500, deadline=None)
@@ -303,10 +291,10 @@ def test_ids_are_those_of_tiktoken_and_decode_to_the_text(tokenizer, encoding, t
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="ab", max_size=400), st.randoms(use_true_random=False))
 def test_any_ranks_give_the_ids_of_tiktoken(text, rng):
-    tokens = ["".join(rng.choices("ab", k=rng.randint(2, 6))).encode() for _ in range(40)]
-    tokens = [bytes([i]) for i in range(256)] + list(dict.fromkeys(tokens))
+    tokens = {"".join(rng.choices("ab", k=rng.randint(2, 6))).encode(): 0 for _ in range(40)}
+    tokens = [*BYTES, *tokens]
     rng.shuffle(tokens)
-    tokenizer = rustbpe.Tokenizer.from_ranks({token: rank for rank, token in enumerate(tokens)}, PATTERN)
+    tokenizer = rustbpe.Tokenizer.from_ranks(ranked(tokens), PATTERN)
     assert tokenizer.encode(text) == as_tiktoken(tokens, PATTERN).encode_ordinary(text)
 
 
@@ -330,29 +318,22 @@ def test_one_tokenizer_serves_many_threads(tokenizer, documents):
             assert list(pool.map(tokenizer.encode, documents)) == expected
 
 
-def test_decoding_half_a_character_is_an_error_unless_asked_for(tokenizer):
+def test_half_a_character_and_ids_outside_the_vocabulary_are_errors(tokenizer):
     assert tokenizer.decode_bytes([0xC3]) == b"\xc3"
     with pytest.raises(UnicodeDecodeError):
         tokenizer.decode([0xC3])
     assert tokenizer.decode([0xC3], "replace") == "\ufffd"
-
-
-def test_ids_outside_the_vocabulary_are_value_errors(tokenizer):
     with pytest.raises(ValueError, match="token id 99999"):
         tokenizer.decode([99999])
 
 
-BYTES = [(bytes([i]), i) for i in range(256)]
-TWICE = [*BYTES, (b"ab", 256), (b"ab", 257)]
+TWICE = [*PAIRS, (b"ab", 256), (b"ab", 257)]
 
 
-@pytest.mark.parametrize("ranks", [[(b"a", 0)], [(token, 0) for token, _ in BYTES], [*BYTES, (b"", 256)], TWICE])
+@pytest.mark.parametrize("ranks", [[(b"a", 0)], [(token, 0) for token in BYTES], [*PAIRS, (b"", 256)], TWICE])
 def test_ranks_that_are_no_vocabulary_are_value_errors(ranks):
     with pytest.raises(ValueError, match="no vocabulary"):
         rustbpe.Tokenizer.from_ranks(ranks, PATTERN)
-
-
-# --- the interface of version 0.1.0 --------------------------------------------------------------
 
 
 def test_the_interface_of_0_1_0_is_there():
@@ -369,9 +350,6 @@ def test_the_interface_of_0_1_0_is_there():
 
 
 def test_the_stubs_name_every_public_method():
-    import ast
-    from pathlib import Path
-
     tree = ast.parse((Path(rustbpe.__file__).parent / "__init__.pyi").read_text())
     described = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Tokenizer")
     names = {node.name for node in described.body if isinstance(node, ast.FunctionDef)} - {"__init__"}

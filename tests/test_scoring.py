@@ -11,15 +11,8 @@ from conftest import fill_randomly
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.evals.scoring import (
-    batches_by_length,
-    common_length,
-    hidden_at,
-    last_position_logits,
-    last_position_logits_plainly,
-    plant,
-    token_losses,
-)
+from nanochat.evals import scoring
+from nanochat.evals.scoring import hidden_at, last_position_logits, plant, token_losses
 from nanochat.model.gpt import GPTConfig, build_model
 
 VOCAB_SIZE = 50
@@ -44,9 +37,6 @@ def random_texts(rng, low=1, high=12):
     texts += [texts[0][:-1], texts[1], stem]
     rng.shuffle(texts)
     return [np.array(text) for text in texts]
-
-
-# --- trees ---
 
 
 def test_a_tree_is_as_written_out_here():
@@ -87,34 +77,29 @@ def test_every_text_can_be_read_off_its_tree_along_one_branch(texts, shared):
     assert len(used) == sum(map(len, trees))  # nothing is there that no text needs
 
 
-def test_common_beginnings_are_measured():
-    assert common_length([np.array([1, 2, 3])]) == 3
-    assert common_length([np.array([1, 2, 3]), np.array([1, 2])]) == 2
-    assert common_length([np.array([1, 2, 3]), np.array([1, 4, 3]), np.array([1, 2, 3])]) == 1
-    assert common_length([np.array([1]), np.array([2])]) == 0
+@pytest.mark.parametrize(
+    ("texts", "length"),
+    [([[1, 2, 3]], 3), ([[1, 2, 3], [1, 2]], 2), ([[1, 2, 3], [1, 4, 3], [1, 2, 3]], 1), ([[1], [2]], 0)],
+)
+def test_common_beginnings_are_measured(texts, length):
+    assert scoring.common_length(list(map(np.array, texts))) == length
 
 
 def test_batches_hold_every_place_once_longest_first_within_the_limit():
     lengths = [3, 9, 1, 4, 4, 30, 2]
-    batches = list(batches_by_length(lengths, 10))
+    batches = list(scoring.batches_by_length(lengths, 10))
     assert batches[0] == [5]  # longer than the limit, so alone
     assert sorted(place for batch in batches for place in batch) == list(range(7))
     flat = [lengths[place] for batch in batches for place in batch]
     assert flat == sorted(flat, reverse=True)
     assert all(len(batch) * lengths[batch[0]] <= 10 for batch in batches[1:])
-    assert list(batches_by_length([], 10)) == []
-
-
-# --- hidden states ---
+    assert list(scoring.batches_by_length([], 10)) == []
 
 
 MODELS = {
-    "recipe": {},
-    "one layer": {"depth": 1},
-    "two layers": {"depth": 2},
-    "window of one": {"short_window": 1},
+    "recipe": {}, "one layer": {"depth": 1}, "two layers": {"depth": 2}, "window of one": {"short_window": 1},
     "October 2025": {"arch": "october_2025"},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", MODELS.values(), ids=MODELS)
@@ -156,9 +141,6 @@ def test_other_models_take_trees_without_branches_only():
         hidden_at(model, plant(texts)[0], np.array([0]), np.array([0]))
 
 
-# --- losses ---
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_losses_and_likeliest_tokens_are_those_of_all_the_logits(monkeypatch, dtype):
@@ -181,27 +163,26 @@ def test_of_equally_likely_tokens_the_first_is_the_likeliest():
     assert losses[0] == losses[1] < losses[2]
 
 
-def random_prompts(count, longest):
-    rng = random.Random(0)
-    return [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest))] for _ in range(count)]
-
-
-@pytest.mark.parametrize("batch_tokens", [1, 70, 0])
-def test_the_logits_of_candidates_equal_the_plain_ones(batch_tokens):
-    model, prompts, rng = small_gpt(), random_prompts(23, CONTEXT_TOKENS), random.Random(1)
-    candidates = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 5))] for _ in prompts]
-    fast = last_position_logits(model, prompts, candidates, batch_tokens=batch_tokens)
-    plain = last_position_logits_plainly(model, prompts, candidates)
+def assert_logits_equal_the_plain_ones(model, prompts, candidates, **options):
+    fast = last_position_logits(model, prompts, candidates, **options)
+    plain = scoring.last_position_logits_plainly(model, prompts, candidates)
     for one, other, ids in zip(fast, plain, candidates, strict=True):
         assert one.shape == other.shape == (len(ids),)
         assert one.dtype == other.dtype == np.float32
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch_tokens", [1, 70, 0])
+def test_the_logits_of_candidates_equal_the_plain_ones(batch_tokens):
+    rng = random.Random(0)
+    prompts, candidates = (
+        [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest))] for _ in range(23)]
+        for longest in (CONTEXT_TOKENS, 5)
+    )
+    assert_logits_equal_the_plain_ones(small_gpt(), prompts, candidates, batch_tokens=batch_tokens)
+
+
 def test_prompts_may_be_arrays_and_there_may_be_none(tiny_model):
     prompts = [np.array([1, 2, 3], dtype=np.int32), np.array([7], dtype=np.uint16)]
-    fast = last_position_logits(tiny_model, prompts, [[5, 6], [5]])
-    plain = last_position_logits_plainly(tiny_model, prompts, [[5, 6], [5]])
-    for one, other in zip(fast, plain, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert_logits_equal_the_plain_ones(tiny_model, prompts, [[5, 6], [5]])
     assert last_position_logits(tiny_model, [], []) == []

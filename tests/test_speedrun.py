@@ -39,21 +39,30 @@ esac
 """
 
 
+def script_of(stage: str) -> str:
+    return re.search(r"-m ([\w.]+)", stage).group(1)
+
+
+def only(stages: list[str], text: str) -> str:
+    """The one of `stages` with `text` in it."""
+    (stage,) = (stage for stage in stages if text in stage)
+    return stage
+
+
 class Checkout:
     """The scripts, with a set-up that puts stand-ins for `python` and `torchrun` on PATH."""
 
     def __init__(self, folder: Path):
         self.folder, self.base, self.log = folder, folder / "base", folder / "log"
-        (folder / "runs").mkdir()
+        for name in ("runs", "bin"):
+            (folder / name).mkdir()
         for name in RECIPES:
             shutil.copy(ROOT / name, folder / name)
         for name in ("nanochat", "scripts", "tasks"):
             (folder / name).symlink_to(ROOT / name)
         for name in ("python", "torchrun"):
-            path = folder / "bin" / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(PYTHON)
-            path.chmod(0o755)
+            (folder / "bin" / name).write_text(PYTHON)
+            (folder / "bin" / name).chmod(0o755)
         (folder / "runs" / "setup.sh").write_text(f'PATH="{folder / "bin"}:$PATH"\n')
 
     def start(self, name: str, *args: str, **variables: str) -> subprocess.Popen:
@@ -72,6 +81,13 @@ class Checkout:
         out, err = process.communicate()
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
+    def refusal(self, name: str, *args: str) -> str:
+        """What a run says that must end with status 2, without output and without a stage."""
+        ended = self.run(name, *args)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert not self.log.exists()
+        return ended.stderr
+
     def stages(self, name: str = "speedrun.sh", **variables: str) -> list[str]:
         """The commands of a run on 8 GPUs, or as `variables` say."""
         self.log.unlink(missing_ok=True)
@@ -84,9 +100,6 @@ class Checkout:
 @pytest.fixture
 def checkout(tmp_path):
     return Checkout(tmp_path)
-
-
-# --- plans ---
 
 
 @pytest.fixture(scope="module")
@@ -159,27 +172,19 @@ def test_the_readmes_table_says_what_the_dry_runs_say(plans, name):
 
 
 @pytest.mark.slow
-def test_the_run_of_october_2025_is_the_first_releases(plans):
+def test_the_run_of_october_2025_is_the_first_releases_and_a_plan_that_does_not_fit_says_so(plans):
     said = plans["runs/october2025.sh"]
     assert said["model"] == "depth 20, october-2025 architecture, vocabulary 65,536"
     assert said["tokens"].startswith("11,219,763,200, 20.0 for each of 560,988,160 parameters")
     assert said["steps"].startswith("21,400 of 524,288 tokens")
     assert said["text"] == "240 shards of 100 MB"
-
-
-@pytest.mark.slow
-def test_a_plan_that_does_not_fit_says_so(plans):
     assert "but only 22.1 are usable: DOES NOT FIT" in plans["too small"]["memory per GPU"]
-
-
-# --- arguments ---
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_unknown_arguments_are_refused_in_one_line(checkout, name):
-    ended = checkout.run(name, "--dry-run", "--depth")
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert re.fullmatch(r"unknown argument --depth: .*--dry-run.*--help.*\n", ended.stderr)
+    told = checkout.refusal(name, "--dry-run", "--depth")
+    assert re.fullmatch(r"unknown argument --depth: .*--dry-run.*--help.*\n", told)
 
 
 def test_help_is_the_header(checkout):
@@ -192,27 +197,22 @@ def test_help_is_the_header(checkout):
     assert "set -euo" not in ended.stdout
 
 
-def test_a_recipe_is_not_trained_without_gpus(checkout):
-    ended = checkout.run("runs/d26.sh")
-    assert ended.returncode == 2
-    assert ended.stderr == "runs/d26.sh needs GPUs, and this machine has none; --dry-run says what it takes\n"
-    assert not checkout.log.exists()
-
-
-# --- stages ---
+def test_a_recipe_is_not_trained_without_gpus_and_the_laptops_run_has_nothing_to_plan(checkout):
+    told = checkout.refusal("runs/d26.sh")
+    assert told == "runs/d26.sh needs GPUs, and this machine has none; --dry-run says what it takes\n"
+    assert "MINUTES=10" in checkout.refusal("runs/laptop.sh", "--dry-run")
 
 
 def test_all_stages_run_on_all_gpus(checkout):
     stages = checkout.stages()
-    scripts = [re.search(r"-m ([\w.]+)", stage).group(1) for stage in stages]
+    scripts = list(map(script_of, stages))
     downloads = [stage.split()[-1] for stage in stages if "nanochat.data.dataset" in stage]
     assert sorted(downloads) == ["8", "92"]
     assert [script for script in scripts if script != "nanochat.data.dataset"] == [
         "nanochat.report", "scripts.tok_train", "scripts.tok_eval", "scripts.base_train", "scripts.base_loss",
         "scripts.base_eval", "scripts.mid_train", "scripts.chat_sft", "scripts.chat_eval", "nanochat.report",
     ]  # fmt: skip
-    train = next(stage for stage in stages if "scripts.base_train" in stage)
-    assert train == (
+    assert only(stages, "scripts.base_train") == (
         "torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --data karpathy/climbmix-400b-shuffle "
         "--depth 24 --token-ratio 12 --save-every 1000 --run  --resume"
     )
@@ -228,22 +228,20 @@ def test_reinforcement_learning_comes_last_when_asked_for(checkout):
 
 def test_the_recipe_of_october_2025_trains_as_it_plans(checkout):
     stages = checkout.stages("runs/october2025.sh", PRETRAIN_FLAGS="--eval-every 0")
-    (train,) = (stage for stage in stages if "scripts.base_train" in stage)
-    assert train.endswith(
+    assert only(stages, "scripts.base_train").endswith(
         "--data karpathy/fineweb-edu-100b-shuffle --depth 20 --token-ratio 20 --save-every 4000 --run  --resume "
         "--arch october-2025 --total-batch-size 524288 --warmup-steps 0 --warmdown-frac 0.2 --final-lr-frac 0 "
         "--weight-decay 0 --eval-every 0"
     )
-    assert any("scripts.tok_train" in stage and stage.endswith("--vocab-size 65536") for stage in stages)
+    assert only(stages, "scripts.tok_train").endswith("--vocab-size 65536")
 
 
 def test_stages_are_not_repeated_unless_their_command_changed(checkout):
     everything = checkout.stages()
     assert checkout.stages() == everything[-1:]  # the report
     changed = checkout.stages(SAVE_EVERY="500", RL="1")
-    assert [re.search(r"scripts\.(\w+)", stage).group(1) for stage in changed[:-1]] == [
-        "base_train", "base_loss", "base_eval", "chat_rl", "chat_eval",  # what is evaluated may be another model
-    ]  # fmt: skip
+    rerun = "base_train base_loss base_eval chat_rl chat_eval"  # what is evaluated may be another model
+    assert [script_of(stage) for stage in changed[:-1]] == [f"scripts.{name}" for name in rerun.split()]
 
 
 def test_without_the_chat_stages_data_the_base_model_remains(checkout):
@@ -255,11 +253,10 @@ def test_without_the_chat_stages_data_the_base_model_remains(checkout):
 
 def test_without_a_gpu_it_is_a_miniature(checkout):
     stages = checkout.stages(FAKE_GPUS="0")
-    (train,) = (stage for stage in stages if "scripts.base_train" in stage)
+    train = only(stages, "scripts.base_train")
     assert train.startswith("python -m scripts.base_train --data local --depth 4 --sequence-len 256")
     assert "--minutes 1.5" in train
-    scripts = [re.search(r"-m ([\w.]+)", stage).group(1) for stage in stages]
-    assert scripts[-6:] == [
+    assert list(map(script_of, stages[-6:])) == [
         "scripts.mid_train", "scripts.chat_sft", "scripts.chat_eval", "scripts.chat_rl", "scripts.chat_eval",
         "nanochat.report",
     ]  # fmt: skip
@@ -268,32 +265,24 @@ def test_without_a_gpu_it_is_a_miniature(checkout):
 
 def test_the_miniature_can_learn_from_the_hubs_conversations(checkout):
     stages = checkout.stages(FAKE_GPUS="0", CHAT_DATA="mixture", RL="0")
-    (sft,) = (stage for stage in stages if "chat_sft" in stage)
-    assert "small_world" not in sft
+    assert "small_world" not in only(stages, "chat_sft")
     assert not any("chat_rl" in stage for stage in stages)
     assert not any("mid_train" in stage for stage in checkout.stages(FAKE_GPUS="0", CHAT="0", VOCAB_SIZE="512"))
 
 
 def test_the_laptops_run_is_small_and_on_real_data_whatever_the_machine(checkout):
     stages = checkout.stages("runs/laptop.sh", FAKE_GPUS="0", PRETRAIN_FLAGS="--eval-every 0")
-    (train,) = (stage for stage in stages if "scripts.base_train" in stage)
+    train = only(stages, "scripts.base_train")
     assert train.startswith("python -m scripts.base_train --data karpathy/climbmix-400b-shuffle --depth 4")
     assert train.endswith("--minutes 10 --save-every 100 --run  --resume --sequence-len 512 --eval-every 0")
     for script, flags in {
         "mid_train": "--max-conversations 16000", "chat_sft": "--max-conversations 8000",
         "chat_rl": "--tasks Spelling|SpellingBee", "chat_eval -i rl": f"--tasks {'|'.join(TASK_NAMES)}|Spelling",
     }.items():  # fmt: skip
-        (stage,) = (stage for stage in stages if f"scripts.{script}" in stage)
+        stage = only(stages, f"scripts.{script}")
         assert flags in stage
         assert "small_world" not in stage
     assert 'export CUDA_VISIBLE_DEVICES=""' in (ROOT / "runs/laptop.sh").read_text()
-
-
-def test_the_laptops_run_has_nothing_to_plan(checkout):
-    ended = checkout.run("runs/laptop.sh", "--dry-run")
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert "MINUTES=10" in ended.stderr
-    assert not checkout.log.exists()
 
 
 @pytest.mark.parametrize("name", RECIPES)

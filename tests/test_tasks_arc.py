@@ -15,19 +15,16 @@ def task(monkeypatch):
     return ARC("ARC-Easy", "validation")
 
 
-def test_questions_keep_the_labels_they_have(task):
+def test_questions_keep_the_labels_they_have_and_only_the_right_one_is_right(task):
     assert [task.letters(c) for c in task] == [tuple("ABCD"), tuple("1234"), tuple("ABC"), tuple("ABCDE")]
     assert [c["messages"][-1]["content"] for c in task] == ["C", "4", "A", "E"]
     assert task[1]["messages"][0]["content"] == (
         "Multiple choice: Question 1?\n- choice 1 of 1 [1]\n- choice 2 of 1 [2]\n- choice 3 of 1 [3]\n"
         "- choice 4 of 1 [4]\nAnswer with the letter of the right choice."
     )
-
-
-def test_only_the_right_label_is_right(task):
     for conversation, right in zip(task, "C4AE", strict=True):
-        verdicts = {letter: task.evaluate(conversation, letter) for letter in task.letters(conversation)}
-        assert verdicts == {letter: letter == right for letter in verdicts}
+        letters = task.letters(conversation)
+        assert [task.evaluate(conversation, letter) for letter in letters] == [letter == right for letter in letters]
 
 
 def test_a_task_says_what_its_rows_are_for(task):
@@ -43,7 +40,7 @@ def test_labels_that_do_not_fit_are_an_error_with_the_row(monkeypatch, labels, a
         ARC("ARC-Easy", "train")[0]
 
 
-def test_unknown_subsets_and_splits_are_refused_at_once():
-    for subset, split in (("ARC-Hard", "test"), ("ARC-Easy", "dev")):
-        with pytest.raises(AssertionError):
-            ARC(subset, split)
+@pytest.mark.parametrize(("subset", "split"), [("ARC-Hard", "test"), ("ARC-Easy", "dev")])
+def test_unknown_subsets_and_splits_are_refused_at_once(subset, split):
+    with pytest.raises(AssertionError):
+        ARC(subset, split)

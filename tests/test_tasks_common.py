@@ -8,15 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.common import (
-    Conversation,
-    Task,
-    TaskMixture,
-    choice_conversation,
-    last_number,
-    marked_number,
-    render_choices,
-)  # fmt: skip
+from tasks.common import Task, TaskMixture, choice_conversation, last_number, marked_number, render_choices
 
 
 class Numbers(Task):
@@ -26,7 +18,7 @@ class Numbers(Task):
         self.name, self.rows = name, range(size)
         self.num_made = 0
 
-    def conversation(self, index: int) -> Conversation:
+    def conversation(self, index: int) -> dict:
         self.num_made += 1
         return {"messages": [], "from": self.name, "number": index}
 
@@ -35,25 +27,16 @@ def numbers(task: Task) -> list[int]:
     return [conversation["number"] for conversation in task]
 
 
-# --- views ---
-
-
 @pytest.mark.parametrize("slice_", [slice(3, 8), slice(None, None, -1), slice(-3, None), slice(2, 100, 4), slice(5, 5)])
-def test_a_slice_is_the_same_slice_of_a_list(slice_):
+def test_indices_and_slices_behave_like_those_of_a_list(slice_):
     task = Numbers("a", 10)
     assert numbers(task[slice_]) == list(range(10))[slice_]
     assert task.num_made == len(task[slice_]) == len(range(10)[slice_]), "only what is asked for is made"
     assert numbers(task[1:9][slice_]) == list(range(10))[1:9][slice_]
-
-
-def test_indices_behave_like_those_of_a_list():
-    task = Numbers("a", 4)
-    assert task[-1]["number"] == 3
-    for index in (4, -5):
+    assert task[-1]["number"] == 9
+    for view, index in ((task, 10), (task, -11), (task[1:3], 2), (task[1:3], -3)):
         with pytest.raises(IndexError):
-            task[index]
-        with pytest.raises(IndexError):
-            task[1:3][index]
+            view[index]
 
 
 def test_a_slice_judges_answers_like_its_task():
@@ -99,24 +82,24 @@ def test_a_mixture_interleaves_and_gives_a_repeated_task_twice():
 
 
 def test_the_order_of_a_mixture_depends_on_its_seed_only():
-    tasks = [Numbers("a", 40), Numbers("b", 9)]
+    def order(seed):
+        return [(c["from"], c["number"]) for c in TaskMixture([Numbers("a", 40), Numbers("b", 9)], seed=seed)]
+
     random.seed(1)
-    state = random.getstate()
-    first = [(c["from"], c["number"]) for c in TaskMixture(tasks, seed=5)]
+    state, first = random.getstate(), order(5)
     assert random.getstate() == state
     random.seed(2)
-    assert first == [(c["from"], c["number"]) for c in TaskMixture(tasks, seed=5)]
-    assert first != [(c["from"], c["number"]) for c in TaskMixture(tasks, seed=6)]
+    assert first == order(5) != order(6)
     # fixed for good: a checkpoint that goes on in the middle of an epoch depends on it
     assert numbers(TaskMixture([Numbers("a", 10)], seed=0)) == [7, 8, 1, 5, 3, 4, 2, 0, 9, 6]
 
 
 def test_a_task_to_train_on_cannot_be_examined():
-    with pytest.raises(AssertionError):
-        Numbers("a", 1).evaluate({}, "")
-    with pytest.raises(AssertionError):
-        Numbers("a", 1).reward({}, "")
-    assert Numbers("a", 1).score({}, "") == {}
+    task = Numbers("a", 1)
+    for judge in (task.evaluate, task.reward):
+        with pytest.raises(AssertionError):
+            judge({}, "")
+    assert task.score({}, "") == {}
 
 
 def test_importing_the_tasks_prints_nothing_and_does_not_load_the_datasets_library():
@@ -125,15 +108,10 @@ def test_importing_the_tasks_prints_nothing_and_does_not_load_the_datasets_libra
     assert done.stdout == done.stderr == ""
 
 
-# --- multiple choice ---
-
-
 def test_multiple_choice_text_is_as_documented():
     text = render_choices(" What do bees make? ", ["wax and honey", "silk\n"], "AB")
-    assert text == (
-        "Multiple choice: What do bees make?\n- wax and honey [A]\n- silk [B]\n"
-        "Answer with the letter of the right choice."
-    )
+    lines = ["Multiple choice: What do bees make?", "- wax and honey [A]", "- silk [B]"]
+    assert text.split("\n") == [*lines, "Answer with the letter of the right choice."]
     assert text in (render_choices.__doc__ or "").replace("\n        ", "\n")
 
 
@@ -173,9 +151,6 @@ def test_categorical_answers_are_right_only_when_they_are_the_letter():
     assert task.evaluate(conversation, [{"type": "text", "text": "B\n"}])
     for wrong in ("A", "", "b", "BB", "B."):
         assert not task.evaluate(conversation, wrong)
-
-
-# --- numbers ---
 
 
 @pytest.mark.parametrize(

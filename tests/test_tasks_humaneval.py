@@ -31,14 +31,10 @@ RIGHT = {
     "a block of the body at the margin": f"```python\n{textwrap.dedent(SOLUTION)}```",
 }
 WRONG = {
-    "nothing": "",
-    "prose": "I do not know.",
-    "a wrong body": "    return x\n",
-    "an empty body": "    pass\n",
-    "an empty block": "```python\n```",
-    "an exit": "    import sys\n    sys.exit(0)\n",
+    "nothing": "", "prose": "I do not know.", "a wrong body": "    return x\n", "an empty body": "    pass\n",
+    "an empty block": "```python\n```", "an exit": "    import sys\n    sys.exit(0)\n",
     "another function": "```python\ndef triple(x):\n    return 3 * x\n```",
-}
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -51,15 +47,13 @@ def task(monkeypatch):
 @pytest.mark.parametrize("name", RIGHT)
 def test_the_program_is_found_in(name):
     namespace = {}
-    exec(extract_program(QUESTION, RIGHT[name]), namespace)
+    program = extract_program(QUESTION, RIGHT[name])
+    exec(program, namespace)
     assert namespace["double"](21) == 42
     assert namespace["math"] is not None
     assert namespace["helper"](1) == 2
-
-
-def test_tool_calls_are_no_part_of_the_program():
-    parts = [{"type": "python", "text": "1+1"}, {"type": "text", "text": SOLUTION}]
-    assert extract_program(QUESTION, parts) == extract_program(QUESTION, SOLUTION)
+    call = {"type": "python", "text": "1+1"}  # a tool call is no part of the program
+    assert extract_program(QUESTION, [call, {"type": "text", "text": RIGHT[name]}]) == program
 
 
 def test_a_conversation_asks_for_the_function_and_answers_with_it(task):
@@ -83,13 +77,12 @@ def test_all_answers_are_graded_in_one_go_with_the_helpers_of_the_prompt(task, m
     monkeypatch.setattr(execution, "grade_many", grade_many)
     task.allow_unsafe_execution = True
     assert task.evaluate_many([(task[0], "    return 1\n"), (task[0], SOLUTION)]) == [False, True]
-    ((problems, options),) = calls
+    (((_, problem), options),) = calls
     assert options == {"allow_unsafe": True}
-    assert problems[1].program == PROMPT + SOLUTION + "\n"
-    assert problems[1].entry_point == "double"
-    assert problems[1].tests.startswith("import math")
-    assert "def helper(x):" in problems[1].tests
-    assert "def double" not in problems[1].tests
+    assert (problem.program, problem.entry_point) == (PROMPT + SOLUTION + "\n", "double")
+    assert problem.tests.startswith("import math")
+    assert "def helper(x):" in problem.tests
+    assert "def double" not in problem.tests
 
 
 def test_answers_are_judged_by_running_them(task):

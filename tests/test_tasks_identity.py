@@ -29,27 +29,20 @@ def test_the_script_writes_the_very_file_of_the_repository(tmp_path):
     assert (tmp_path / "identity.jsonl").read_bytes() == PATH.read_bytes()
 
 
-def test_there_are_a_few_hundred_different_conversations_in_order(conversations):
+def test_there_are_a_few_hundred_varied_conversations_in_order(conversations):
     assert 300 <= len(conversations) <= 900
     assert len({str(conversation) for conversation in conversations}) == len(conversations)
     for conversation in conversations:
         check_conversation(conversation)
         assert conversation["messages"][-1]["role"] == "assistant"
+        for message in conversation["messages"]:  # no template is left unfilled
+            assert not re.search(r"[{}]|  |\s$", visible_text(message["content"])), message
     assert (Identity().name, Identity().kind, Identity().purpose) == ("Identity", None, "train")
-
-
-def test_they_are_varied(conversations):
     assert len({c["messages"][0]["content"] for c in conversations}) > 300
     assert len({visible_text(answer) for c in conversations for answer in answers(c)}) > 450
     assert sum(len(answers(c)) > 1 for c in conversations) > 100, "of several turns"
     assert sum(c["messages"][0]["role"] == "system" for c in conversations) > 20
     assert sum("nanochat" in str(c) for c in conversations) > 150
-
-
-def test_no_template_is_left_unfilled(conversations):
-    for conversation in conversations:
-        for message in conversation["messages"]:
-            assert not re.search(r"[{}]|  |\s$", visible_text(message["content"])), message
 
 
 def test_tool_results_are_the_calculators(conversations):

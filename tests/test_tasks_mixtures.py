@@ -22,16 +22,14 @@ class FakeSplit:
         return self.num_rows
 
 
-@pytest.fixture
-def fake_hub(monkeypatch):
-    monkeypatch.setattr(loading, "load_split", FakeSplit)
+def write_own(path, count, **options):
+    path.write_text("\n".join(json.dumps(conversation) for conversation in make_conversations(count, **options)))
+    return str(path)
 
 
 @pytest.fixture
 def own(tmp_path):
-    path = tmp_path / "own.jsonl"
-    path.write_text("\n".join(json.dumps(conversation) for conversation in make_conversations(40)))
-    return str(path)
+    return write_own(tmp_path / "own.jsonl", 40)
 
 
 def texts(task) -> list[str]:
@@ -39,7 +37,8 @@ def texts(task) -> list[str]:
 
 
 @pytest.mark.parametrize("mixture", [mid_mixture, sft_mixture])
-def test_mixtures_train_on_train_splits_and_validate_on_validation_splits(fake_hub, mixture):
+def test_mixtures_train_on_train_splits_and_validate_on_validation_splits(monkeypatch, mixture):
+    monkeypatch.setattr(loading, "load_split", FakeSplit)
     corpus = mixture()
     assert {task.purpose for task in corpus.train} == {"train"}
     assert {task.purpose for task in corpus.val} == {"validation"}
@@ -56,19 +55,15 @@ def test_some_of_a_task_are_drawn_from_all_of_it_and_always_the_same(own):
     assert len(some_of(task, 1000)) == 40
 
 
-def test_own_conversations_take_the_place_of_the_mixture(own):
+def test_own_conversations_take_the_place_of_the_mixture_or_are_added_to_it(own, tmp_path):
     def forbidden() -> Corpus:
         raise AssertionError("the mixture was not asked for")
 
     train, val = load_corpus([own], {"mixture": forbidden})
     assert (len(train), len(val)) == (38, 2)
     assert sorted(texts(train) + texts(val)) == sorted(texts(CustomJSON(own)))
-
-
-def test_own_conversations_may_be_added_to_the_mixture(own, tmp_path):
-    other = tmp_path / "other.jsonl"
-    other.write_text("\n".join(json.dumps(conversation) for conversation in make_conversations(5, seed=1)))
-    train, val = load_corpus(["mixture", own], {"mixture": lambda: Corpus([CustomJSON(other)], [])})
+    other = CustomJSON(write_own(tmp_path / "other.jsonl", 5, seed=1))
+    train, val = load_corpus(["mixture", own], {"mixture": lambda: Corpus([other], [])})
     assert (len(train), len(val)) == (38 + 5, 2)
 
 

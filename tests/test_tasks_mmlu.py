@@ -32,14 +32,10 @@ def test_a_split_that_lacks_a_subject_is_not_taken_for_mmlu(asked):
         len(MMLU("all", "dev"))
 
 
-def test_training_questions_come_from_the_auxiliary_split(asked):
+def test_training_questions_come_from_the_auxiliary_split_and_from_no_other(asked):
     task = MMLU("auxiliary_train", "train")
     assert [c["messages"][-1]["content"] for c in task] == ["D", "A"]
-    assert task.purpose == "train"
     assert asked == [(mmlu.REPO, "all", "auxiliary_train")]
-
-
-def test_no_other_split_is_for_training():
     purposes = {key: MMLU(*key).purpose for key in mmlu.NUM_ROWS}
     assert [key for key, purpose in purposes.items() if purpose == "train"] == [("auxiliary_train", "train")]
     assert [key for key, purpose in purposes.items() if purpose == "test"] == [("all", "test")]

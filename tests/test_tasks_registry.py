@@ -8,8 +8,7 @@ def test_the_six_tasks_are_there_without_loading_anything():
     assert TASK_NAMES == ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
     for name in TASK_NAMES:
         task = get_task(name)
-        assert task.name == name
-        assert task.purpose == "test"
+        assert (task.name, task.purpose) == (name, "test")
         assert task.kind in ("categorical", "generative")
         assert task.baseline == (0.25 if task.kind == "categorical" else 0)
 

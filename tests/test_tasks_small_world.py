@@ -38,23 +38,16 @@ def questions(task) -> list[str]:
     return [m["content"] for conversation in task for m in conversation["messages"] if m["role"] == "user"]
 
 
-# --- conversations -------------------------------------------------------------------------------
-
-
 def test_conversations_are_valid_and_the_same_everywhere():
     state = random.getstate()
-    first, again = ([SmallWorld(300, "train")[i] for i in order] for order in (range(300), reversed(range(300))))
+    first, again = ([SmallWorld(500, "train")[i] for i in order] for order in (range(500), reversed(range(500))))
     assert random.getstate() == state
     assert first == again[::-1]
+    assert len({json.dumps(conversation) for conversation in first[:300]}) > 295
+    assert SmallWorld(300, "train", edition="other")[0] != first[0]
     for conversation in first:
         check_conversation(conversation)
-    assert len({json.dumps(conversation) for conversation in first}) > 295
-    assert SmallWorld(300, "train", edition="other")[0] != first[0]
-
-
-def test_tool_results_are_the_calculators():
-    for conversation in SmallWorld(500, "train"):
-        for message in conversation["messages"]:
+        for message in conversation["messages"]:  # tool results are the calculator's
             for call, output in pairwise(as_parts(message["content"])):
                 if call["type"] == "python":
                     assert output == {"type": "python_output", "text": str(calculate(call["text"]))}
@@ -79,9 +72,6 @@ def test_outside_questions_are_long_in_training_only_and_of_every_form():
     assert all(beginning.lower() in plain_asked for beginning in beginnings if len(beginning) > 2)
 
 
-# --- tables --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_no_entry_of_a_table_is_given_twice(path):
     def check(pairs):
@@ -92,11 +82,15 @@ def test_no_entry_of_a_table_is_given_twice(path):
     assert len(FILES) == 3
 
 
-def test_facts_are_a_few_hundred_and_questions_unique():
+def test_facts_are_a_few_hundred_questions_unique_and_every_split_has_phrasings_of_its_own():
     assert sum(len(relation["facts"]) for relation in world()["relations"].values()) > 500
     for name, relation in world()["relations"].items():
         trained = relation["questions"]["train"]
         assert len(set(map(plain, trained))) == len(trained) >= 8, name
+    for kind in ("relations", "identity", "small_talk", "memories"):
+        for name, table in world()[kind].items():
+            assert tuple(table["questions"]) == SPLITS, name
+            assert all(table["questions"].values()), name
 
 
 def test_no_phrasing_of_validation_or_test_is_trained_on_or_shared():
@@ -118,16 +112,6 @@ def test_no_variation_of_a_phrasing_is_held_out():
     assert candidates >= 3, "the guard was needed"
 
 
-def test_every_relation_topic_and_memory_has_phrasings_of_its_own_in_each_split():
-    for kind in ("relations", "identity", "small_talk", "memories"):
-        for name, table in world()[kind].items():
-            assert tuple(table["questions"]) == SPLITS, name
-            assert all(table["questions"].values()), name
-
-
-# --- splits --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("split", SPLITS)
 def test_sums_and_words_belong_to_their_split(split):
     for i in range(200):
@@ -138,10 +122,7 @@ def test_sums_and_words_belong_to_their_split(split):
                 if "+" in key:
                     key = (min(key[::2], key=int), "+", max(key[::2], key=int))  # 5 + 3 belongs with 3 + 5
                 assert split_of("".join(key)) == split
-
-
-def test_a_given_first_number_is_kept():
-    assert {draw_numbers(random.Random(i), "test", "+", 7)[0] for i in range(20)} == {7}
+    assert {draw_numbers(random.Random(i), split, "+", 7)[0] for i in range(20)} == {7}
 
 
 def test_exams_of_the_test_split_ask_nothing_that_is_trained_on():
@@ -150,9 +131,6 @@ def test_exams_of_the_test_split_ask_nothing_that_is_trained_on():
         asked = [plain(conversation["messages"][-2]["content"]) for conversation in Exam(subject, "test")]
         # only a short continuation of a sum, such as "+ 5", may occur in both
         assert sum(question in trained for question in asked) <= 0.01 * len(asked), subject
-
-
-# --- exams ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import requests
 from hub_fixtures import refuse_network
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,20 +36,14 @@ def word_of(conversation) -> str:
     return call.split("'")[1]
 
 
-# --- words ---
-
-
-def test_every_word_belongs_to_one_split_for_good(base_folder):
+def test_our_own_words_fit_the_rule_and_belong_to_one_split_each_for_good(base_folder):
+    own = OWN_WORDS.read_text().split("\n")[:-1]
+    assert own == sorted(set(own))
+    assert all(spelling.WORD.fullmatch(word) for word in own)
     words = {split: words_of(split, str(OWN_WORDS), base_folder) for split in SPLITS}
-    assert sorted(word for split in SPLITS for word in words[split]) == OWN_WORDS.read_text().split()
+    assert sorted(word for split in SPLITS for word in words[split]) == own
     assert len(words["train"]) > 6 * len(words["test"]) > 300
     assert [split_of(word) for word in ("apple", "strawberry", "mississippi")] == ["train"] * 3
-
-
-def test_our_own_words_are_in_order_and_fit_the_rule():
-    words = OWN_WORDS.read_text().split("\n")[:-1]
-    assert words == sorted(set(words))
-    assert all(spelling.WORD.fullmatch(word) for word in words)
 
 
 def test_a_named_file_is_read_with_what_is_no_word_left_out(tmp_path, base_folder):
@@ -78,24 +73,16 @@ def test_without_a_network_our_own_words_are_used_and_kept(monkeypatch, base_fol
     assert num_attempts() == spelling.FETCH_ATTEMPTS, "stages of one work folder agree on their words"
 
 
-def test_a_named_address_without_an_answer_is_an_error(monkeypatch, base_folder):
-    refuse_network(monkeypatch)
-    with pytest.raises(UserError, match=r"cannot fetch the word list of NANOCHAT_WORDS \(ConnectionError: no network"):
-        words_of("train", "http://127.0.0.1:9/words.txt", base_folder)
-
-
-def test_what_is_fetched_is_checked_and_kept(monkeypatch, base_folder):
-    import requests
-
+def test_what_is_fetched_is_checked_and_kept_and_no_answer_is_an_error(monkeypatch, base_folder):
     pages = iter(["<html>Sign in</html>", OWN_WORDS.read_text() + "zyzzyva\n"])
     respond = lambda url, timeout: SimpleNamespace(text=next(pages), raise_for_status=lambda: None)  # noqa: E731
     monkeypatch.setattr(requests, "get", respond)
     url = "http://somewhere/words.txt"
     assert sum(len(words_of(split, url, base_folder)) for split in SPLITS) == 1 + len(OWN_WORDS.read_text().split())
     assert len(list(base_folder.glob("*.txt"))) == 1
-
-
-# --- letter counting ---
+    refuse_network(monkeypatch)
+    with pytest.raises(UserError, match=r"cannot fetch the word list of NANOCHAT_WORDS \(ConnectionError: no network"):
+        words_of("train", "http://127.0.0.1:9/words.txt", base_folder)
 
 
 def test_the_answer_spells_counts_and_calls_the_tool():
@@ -135,7 +122,7 @@ def test_questions_stay_within_the_words_of_their_split(split):
 
 
 def test_questions_are_varied_and_in_order():
-    task = LetterCounting(1000, "train")
+    task = list(LetterCounting(1000, "train"))
     for conversation in task:
         check_conversation(conversation)
         assert word_of(conversation) in conversation["messages"][0]["content"].lower()
@@ -161,9 +148,6 @@ def test_counts_are_judged_by_value_with_a_strict_score():
         assert not task.evaluate(conversation, right[1:3]), "the tool's output alone is no answer"
 
 
-# --- spelling ---
-
-
 def test_spelling_is_judged_by_the_letters():
     task = Spelling(30, "validation")
     for conversation in task:
@@ -187,8 +171,6 @@ def test_every_letter_of_a_spelling_is_a_token_that_all_words_share():
     tokenizer = Tokenizer.train(texts, MIN_VOCAB_SIZE + 60)
     ids = {letter: tokenizer.encode(f" {letter}") for letter in string.ascii_lowercase}
     assert all(len(letter_ids) == 1 for letter_ids in list(ids.values())[1:])
-    word, letter = "strawberry", "r"
-    line = counting_answer(word, letter)[0]["text"].split("\n")[0]
-    tokens = tokenizer.encode(line)
-    for character in set(word):
-        assert tokens.count(ids[character][0]) == word.count(character)
+    tokens = tokenizer.encode(counting_answer("strawberry", "r")[0]["text"].split("\n")[0])
+    for letter in set("strawberry"):
+        assert tokens.count(ids[letter][0]) == "strawberry".count(letter)
