@@ -45,15 +45,6 @@ def test_gradients_of_the_blocked_window_equal_the_masked_ones(window):
         torch.testing.assert_close(blocked, masked)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_a_later_token_never_changes_an_earlier_output(window):
-    q, k, v = draw(12)
-    before = causal_attention(q, k, v, window=window)
-    for x in (q, k, v):
-        x[:, 9:] += 100.0
-    torch.testing.assert_close(causal_attention(q, k, v, window=window)[:, :9], before[:, :9], rtol=0, atol=0)
-
-
 def test_the_band_of_a_window_is_the_one_drawn_in_the_header():
     rows = ["x.....", "xx....", "xxx...", ".xxx..", "..xxx.", "...xxx"]
     expected = torch.tensor([[c == "x" for c in row] for row in rows])
@@ -67,8 +58,7 @@ def test_flash_gets_the_window_without_the_query_itself(monkeypatch):
 
     def flash(q, k, v, *, causal, window_size):
         calls.append(window_size)
-        left = window_size[0]
-        window = None if left is None else left + 1
+        window = None if window_size[0] is None else window_size[0] + 1
         return causal_attention(q, k, v, window=window, backend="masked"), None
 
     monkeypatch.setattr(attention, "_flash_function", lambda: flash)
@@ -77,10 +67,7 @@ def test_flash_gets_the_window_without_the_query_itself(monkeypatch):
         y = causal_attention(q, k, v, window=window, backend="flash")
         torch.testing.assert_close(y, plain_attention(q, k, v, window))
     assert calls == [(None, None), (3, 0), (None, None)]
-
-
-def test_a_cpu_uses_sdpa():
-    assert attention.default_backend("cpu", torch.bfloat16) == "sdpa"
+    assert attention.default_backend("cpu", torch.bfloat16) == "sdpa"  # a CPU never takes it
 
 
 @pytest.mark.gpu

@@ -17,9 +17,9 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
 def config(request):
-    return CONFIGS[request.param]
+    return request.param
 
 
 @pytest.fixture(autouse=True)
