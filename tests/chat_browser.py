@@ -9,7 +9,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from chat_page import LONGEST_WAIT_SECONDS, PAGE, FakeServer, Reply, says, wait_until
+from chat_page import LONGEST_WAIT_SECONDS, PAGE, FakeServer, Reply, says
+from live_server import wait_until
 
 
 @pytest.fixture

@@ -1,16 +1,14 @@
 """For the tests of the chat page: a small scripted server with the wire format and headers of nanochat/serve/api.py."""
 
-import base64
-import hashlib
 import json
-import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from nanochat.serve.middleware import page_policy
 
 PAGE = Path(__file__).parent.parent / "nanochat" / "serve" / "ui.html"
 LONGEST_WAIT_SECONDS = 20  # of a scripted reply for its test, and of a test for the page
@@ -93,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/":
-            security = {"Content-Security-Policy": policy(self.server.page.decode())}
+            security = {"Content-Security-Policy": page_policy(self.server.page.decode())}
             self._answer(200, {"Content-Type": "text/html", **security})
             self.wfile.write(self.server.page)
         elif self.path == "/health":
@@ -132,23 +130,3 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-
-
-def policy(page: str) -> str:
-    """The content security policy of the real server: this script, this style, this host."""
-
-    def source(tag: str) -> str:
-        text = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    return (
-        f"default-src 'none'; script-src {source('script')}; style-src {source('style')}; connect-src 'self'; "
-        "img-src 'self' data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
-    )
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LONGEST_WAIT_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.01)

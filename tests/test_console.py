@@ -69,9 +69,6 @@ def test_commands_and_the_paths_behind_them_are_completed(tmp_path):
     assert complete("say /s") == []
 
 
-# --- Markdown ------------------------------------------------------------------------------------
-
-
 class Tty(io.StringIO):
     def isatty(self):
         return True

@@ -25,9 +25,6 @@ def tiny(depth, derive=GPTConfig.from_depth):
     return model
 
 
-# --- shape ---
-
-
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 12, 20, 24, 26, 32, 40])
 @pytest.mark.parametrize("derive", [GPTConfig.from_depth, GPTConfig.october_2025])
 def test_every_depth_builds_with_whole_heads(depth, derive):
@@ -89,9 +86,6 @@ def test_a_depth_out_of_range_is_refused(depth):
         GPTConfig.from_depth(depth, vocab_size=100)
 
 
-# --- initialisation ---
-
-
 @pytest.mark.parametrize("derive", [GPTConfig.from_depth, GPTConfig.october_2025])
 def test_initialisation_fills_all_storage(derive):
     model = build_model(derive(4, vocab_size=300, sequence_len=32, head_dim=32))
@@ -123,9 +117,6 @@ def test_initial_weights_have_the_stated_sizes_and_follow_the_seed():
     assert model.smear_lambda.item() == 0.0
     idx = draw_idx(config)
     assert model(idx, idx).item() == pytest.approx(math.log(1000), abs=0.05)  # a new model predicts about uniformly
-
-
-# --- forward ---
 
 
 def test_a_later_token_never_changes_an_earlier_logit_even_beyond_the_training_length(tiny_model, tiny_config):

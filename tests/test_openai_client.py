@@ -52,9 +52,6 @@ def test_models_are_listed_and_retrieved(client):
     assert caught.value.code == "model_not_found"
 
 
-# --- whole answers -------------------------------------------------------------------------------
-
-
 def test_a_reply_has_role_content_finish_reason_and_usage(client):
     reply = chat(client, "the river under the bridge")
     assert (reply.object, reply.model, reply.system_fingerprint) == ("chat.completion", MODEL, "test-1")
@@ -127,9 +124,6 @@ def test_sampling_options_and_ignored_fields_are_taken(client):
         assert chat(client, "music", **given).choices[0].message.content == "music"
 
 
-# --- streamed answers ----------------------------------------------------------------------------
-
-
 def test_stream_begins_with_the_role_and_ends_with_the_reason_and_usage_when_asked(client):
     chunks = list(chat(client, "count 20", stream=True))
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
@@ -178,9 +172,6 @@ def test_stream_carries_each_token_s_logprob_once(client):
     assert content == chat(client, "count 12", **options).choices[0].logprobs.content
 
 
-# --- completions ---------------------------------------------------------------------------------
-
-
 def test_completion_goes_on_with_a_text_for_sixteen_tokens_unless_told_otherwise(client, tokenizer):
     completion = complete(client, "silver engine", max_tokens=40)
     assert (completion.object, completion.choices[0].text) == ("text_completion", "silver engine")
@@ -215,9 +206,6 @@ def test_completion_logprobs_have_offsets_into_the_text(client):
     for offset, token in zip(logprobs.text_offset, logprobs.tokens, strict=True):
         assert choice.text[offset:].startswith(token)
     assert all(len(top) == 2 for top in logprobs.top_logprobs)
-
-
-# --- errors --------------------------------------------------------------------------------------
 
 
 def test_a_wrong_key_is_an_authentication_error(server):

@@ -97,9 +97,6 @@ def run_lines(chat, *lines):
     return chat.out.getvalue() + chat.err.getvalue()
 
 
-# --- what is printed ---
-
-
 def test_a_tool_call_stands_in_brackets_between_the_words_but_not_in_the_answer_to_a_single_question(make_chat):
     chat = make_chat((TOOL_PIECES, "stop"))
     assert chat.ask("How much?") == "stop"
@@ -156,9 +153,6 @@ def test_speed_and_context_are_shown_on_request(make_chat):
     assert printed.count("of context used") == 1
 
 
-# --- Ctrl-C ---
-
-
 def test_ctrl_c_stops_the_answer_and_what_was_said_stays(make_chat):
     chat = make_chat(says("one ", "two ", "three"))
     chat.engine.interrupt_at = 1
@@ -194,9 +188,6 @@ def test_ctrl_c_with_the_last_word_changes_nothing_and_at_the_prompt_the_chat_go
     assert "kept" not in run_lines(chat, KeyboardInterrupt, "Hi")
     assert chat.messages == [user("Hi"), assistant("Hello")]
     assert chat.engine.cancelled == []
-
-
-# --- the conversation ---
 
 
 def test_turns_that_no_longer_fit_are_left_out_and_told(make_chat):
@@ -247,9 +238,6 @@ def test_the_system_message_can_be_set_seen_and_removed(make_chat, tokenizer):
     assert printed.count("(no system message)") == 2
     assert [tokenizer.decode(prompt).count("kind") for prompt, _ in chat.engine.submitted] == [1, 0]
     assert "<|user_start|>Be brief.\n\nHi<|user_end|>" in tokenizer.decode(chat.engine.submitted[1][0])
-
-
-# --- commands ---
 
 
 def test_settings_hold_for_the_next_answer(make_chat):
@@ -317,19 +305,14 @@ def test_a_question_at_the_end_of_a_loaded_conversation_is_answered(make_chat, t
         ('{"messages": [{"role": "user", "content": "\\ud83c"}]}', "lone surrogate"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_conversation_is_refused(make_chat, tmp_path, content, message):
-    path = tmp_path / "talk.json"
+def test_a_file_that_is_no_conversation_is_neither_loaded_nor_replaced(make_chat, tmp_path, content, message):
+    path = tmp_path / "thesis.tex"
     path.write_text(content)
     chat = make_chat(says("Hello"))
     assert message in run_lines(chat, "Hi", f"/load {path}")
     assert chat.messages == [user("Hi"), assistant("Hello")]
-
-
-def test_saving_never_replaces_a_file_that_is_no_conversation(make_chat, tmp_path):
-    path = tmp_path / "thesis.tex"
     path.write_text("years of work")
-    chat = make_chat(says("Hello"))
-    assert "is not a conversation; choose another name" in run_lines(chat, "Hi", f"/save {path}")
+    assert "is not a conversation; choose another name" in run_lines(chat, f"/save {path}")
     assert path.read_text() == "years of work"
 
 

@@ -9,9 +9,6 @@ from chat_page import PAGE, says
 pytest_plugins = ("chat_browser",)
 
 
-# --- the file ------------------------------------------------------------------------------------
-
-
 def test_the_page_is_one_file_that_builds_no_html_from_text():
     page = PAGE.read_text()
     assert page.count("<script>") == page.count("<style>") == 1
@@ -45,8 +42,6 @@ def contrast(one: str, other: str) -> float:
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)
 
-
-# --- layout and access ---------------------------------------------------------------------------
 
 WIDE = f"{'x' * 300}\n\n```\n{'y' * 300}\n```\n\n{'| columncolumncolumn ' * 8}|\n{'|---' * 8}|\n"
 

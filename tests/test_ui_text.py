@@ -11,9 +11,6 @@ pytest_plugins = ("chat_browser",)
 ATTACK = "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script>"
 
 
-# --- text stays text -----------------------------------------------------------------------------
-
-
 def test_scripts_in_any_text_stay_text(chat, tmp_path):
     blocks = (ATTACK, f"```{ATTACK.replace(' ', '')}\n{ATTACK}\n```", f"| a |\n|---|\n| {ATTACK} |", f"- {ATTACK}")
     nasty = "\n\n".join((*blocks, f"> {ATTACK}", f"# {ATTACK}", f"[{ATTACK}](https://example.com)"))
