@@ -182,10 +182,8 @@ def test_a_session_answers_in_turns_and_obeys_its_commands(command, open_termina
     terminal.type("/stats\r", "shown after each answer")
     terminal.type("Thank you!\r", "Gladly.\n(", "of 256 tokens of context used)\n>")
 
-    terminal.type("/tempreature 1\r", "did you mean /temperature?")
     terminal.type("/temperature cold\r", "error: temperature must be a number, not 'cold'")
     terminal.type("/topk 3\r", "(top_k 3)")
-
     terminal.type(f"/save {saved}\r", "4 messages saved")
     assert json.loads(saved.read_text()) == CONVERSATION
     terminal.type("/clear\r", "new conversation")

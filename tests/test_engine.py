@@ -17,13 +17,17 @@ T, WINDOW = 96, 24
 GREEDY = {"temperature": 0.0, "use_tool": False}
 
 
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    shape = {"vocab_size": tokenizer.vocab_size, "sequence_len": T, "head_dim": 32}
-    model = build_model(GPTConfig.from_depth(2, **shape), generator=torch.Generator().manual_seed(0))
+def random_model(config, seed):
+    model = build_model(config, generator=torch.Generator().manual_seed(seed))
     fill_randomly(model, scale=0.5)
     model.requires_grad_(False).smear_lambda.fill_(0.5)
     return model
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    config = GPTConfig.from_depth(2, vocab_size=tokenizer.vocab_size, sequence_len=T, head_dim=32)
+    return random_model(config, seed=0)
 
 
 @pytest.fixture(params=["in step", "overlapped", "as graphs"])
@@ -295,28 +299,27 @@ def test_a_tool_call_is_answered_by_forced_tokens(scripted, engine, tokenizer):
     assert [engine.model.read[position] for position in range(len(ids))] == ids
 
 
+CALL = ("<|python_start|>", "1+1", "<|python_end|>")
+
+
 def test_what_the_tool_refuses_is_answered_by_an_error(scripted, engine):
     engine.tool = lambda expression: None
-    request, _ = scripted("<|python_start|>", "river", "<|python_end|>", "<|assistant_end|>")
+    request, _ = scripted(*CALL, "<|assistant_end|>")
     assert {"type": "python_output", "text": "error"} in request.completions[0].parts
-
-
-def test_only_the_tool_writes_tool_answers(scripted):
-    request, _ = scripted("<|output_start|>", "5", "<|output_end|>", max_tokens=3)
-    assert [part["type"] for part in request.completions[0].parts] in ([], ["text"])
 
 
 def test_without_the_tool_a_call_is_only_text_between_its_tokens(scripted, engine):
     engine.tool = None
-    request, _ = scripted("<|python_start|>", "1+1", "<|python_end|>", "<|assistant_end|>", use_tool=False)
+    request, _ = scripted(*CALL, "<|assistant_end|>", use_tool=False)
     assert request.completions[0].parts == [{"type": "python", "text": "1+1"}]
 
 
-def test_a_tool_answer_is_bounded_by_the_tokens_asked_for(scripted, engine):
+def test_only_the_tool_writes_tool_answers_and_no_more_tokens_than_asked_for(scripted, engine):
+    request, _ = scripted("<|output_start|>", "5", "<|output_end|>", max_tokens=3)
+    assert [part["type"] for part in request.completions[0].parts] in ([], ["text"])
     engine.tool = lambda expression: "river " * 100
-    request, _ = scripted("<|python_start|>", "1", "<|python_end|>", max_tokens=9)
-    assert len(request.completions[0].ids) == 9
-    assert request.completions[0].finish_reason == "length"
+    (completion,) = scripted(*CALL, max_tokens=9)[0].completions
+    assert (len(completion.ids), completion.finish_reason) == (9, "length")
 
 
 @pytest.mark.parametrize("stop", ["stone cl", "one", "ud gar", " ", "d"])
@@ -384,9 +387,7 @@ def test_generate_reports_each_request_when_it_is_done(engine):
 
 
 def test_refreshing_weights_forgets_what_was_cached(model, tokenizer):
-    other = build_model(model.config, generator=torch.Generator().manual_seed(5))
-    fill_randomly(other, scale=0.5)
-    other.requires_grad_(False)
+    other = random_model(model.config, seed=5)
     engine = Engine(model, tokenizer, max_rows=2)
     prompt = random_prompt(random.Random(8), 40)
     generate(engine, [prompt], max_tokens=3, **GREEDY)

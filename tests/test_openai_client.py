@@ -1,6 +1,7 @@
 """The official `openai` client against the server: what it sends is understood, and it understands what it gets."""
 
 import asyncio
+from functools import partial
 
 import openai
 import pytest
@@ -18,21 +19,16 @@ def client(server):
         yield client
 
 
-def user(content):
-    return {"role": "user", "content": content}
+def message(role, content):
+    return {"role": role, "content": content}
 
 
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
-
-def system(content):
-    return {"role": "system", "content": content}
+user, assistant, system = (partial(message, role) for role in ("user", "assistant", "system"))
 
 
 def chat(client, *messages, **options):
     """A chat about messages; a text is a user's."""
-    messages = [user(message) if isinstance(message, str) else message for message in messages]
+    messages = [user(said) if isinstance(said, str) else said for said in messages]
     return client.chat.completions.create(model=MODEL, messages=messages, **options)
 
 
@@ -57,8 +53,8 @@ def test_a_reply_has_role_content_finish_reason_and_usage(client):
     assert (reply.object, reply.model, reply.system_fingerprint) == ("chat.completion", MODEL, "test-1")
     [choice] = reply.choices
     assert (choice.index, choice.finish_reason, choice.logprobs) == (0, "stop", None)
-    message = choice.message
-    assert (message.role, message.content, message.refusal) == ("assistant", "the river under the bridge", None)
+    said = choice.message
+    assert (said.role, said.content, said.refusal) == ("assistant", "the river under the bridge", None)
     usage = reply.usage
     assert usage.prompt_tokens == usage.completion_tokens + 4  # begin of text, user turn, and the assistant's start
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
@@ -70,16 +66,16 @@ def test_all_roles_and_content_parts_are_understood(client):
         return [{"type": "text", "text": text} for text in texts]
 
     later = [user("Who?") | {"name": "someone"}, assistant("I."), user(in_parts("And", "where?"))]
-    reply = chat(client, {"role": "developer", "content": in_parts("Be", "brief.")}, *later)
+    reply = chat(client, message("developer", in_parts("Be", "brief.")), *later)
     assert reply.choices[0].message.content == "And\nwhere?"
     assert chat(client, system("Be\nbrief."), *later).usage == reply.usage
 
 
 def test_tool_calls_are_an_addition_that_plain_clients_do_not_see_and_can_be_sent_back_as_they_came(client):
-    message = chat(client, "tool").choices[0].message
-    assert (message.content, message.tool_calls) == ("Let me see:  it is.", None)
-    assert message.nanochat["parts"] == PARTS
-    as_it_came = chat(client, "tool", message.model_dump(), "and now?")
+    said = chat(client, "tool").choices[0].message
+    assert (said.content, said.tool_calls) == ("Let me see:  it is.", None)
+    assert said.nanochat["parts"] == PARTS
+    as_it_came = chat(client, "tool", said.model_dump(), "and now?")
     by_parts = chat(client, "tool", assistant(PARTS), "and now?")
     assert as_it_came.choices[0].message.content == "and now?"
     assert as_it_came.usage.prompt_tokens == by_parts.usage.prompt_tokens  # the tool call has come back with it
@@ -238,7 +234,7 @@ def test_a_bad_option_is_a_bad_request_that_names_it(client, options, param):
     ("messages", "param"),
     [
         ([], "messages"), ([assistant("x")], "messages"), ([system("x")], "messages"), (["a", "b"], "messages"),
-        (["a", system("x")], "messages"), ([{"role": "tool", "content": "x"}], "messages[0].role"),
+        (["a", system("x")], "messages"), ([message("tool", "x")], "messages[0].role"),
         ([user(5)], "messages[0].content"), ([user(None)], "messages[0].content"),
         ([{"role": "user"}], "messages[0].content"),
         ([user([{"type": "image_url", "image_url": {"url": "x"}}])], "messages[0].content[0]"),
