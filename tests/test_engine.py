@@ -76,9 +76,6 @@ def drain(engine):
     return events
 
 
-# --- equality ------------------------------------------------------------------------------------
-
-
 def test_greedy_replies_equal_whole_forward_passes_whatever_runs_beside(engine, model):
     rng = random.Random(0)
     prompts = [random_prompt(rng, length) for length in (1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 50, 80, T - 1, T)]
@@ -140,9 +137,6 @@ def test_anything_that_happens_in_any_order_keeps_every_sequence_right(engine, m
             check_logprobs(model, request.prompt, completion)
 
 
-# --- sharing -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("num_samples", "least_different"), [(3, 2), (4, 2), (40, 11)])
 def test_samples_of_one_prompt_read_it_once_and_draw_their_first_tokens_independently(
     engine, num_samples, least_different
@@ -198,9 +192,6 @@ def test_a_common_beginning_is_kept_though_its_windows_were_overwritten(engine, 
     assert reused == [0, 0, len(system), len(system)]  # the second finds out, and keeps it
 
 
-# --- sampling ------------------------------------------------------------------------------------
-
-
 def test_a_seed_gives_the_same_tokens_whatever_runs_beside(engine):
     rng = random.Random(5)
     prompt, crowd = random_prompt(rng, 10), [random_prompt(rng, 20) for _ in range(5)]
@@ -223,9 +214,6 @@ def test_log_probabilities_are_the_models_own_whatever_the_sampling(engine, mode
 def test_a_repetition_penalty_keeps_tokens_from_coming_again(engine):
     ((completion,),) = generate(engine, [[1, 2, 3]], max_tokens=40, repetition_penalty=100.0, **GREEDY)
     assert len(set(completion.ids)) > 30
-
-
-# --- scripted replies ----------------------------------------------------------------------------
 
 
 class ScriptedModel:
@@ -328,9 +316,6 @@ def test_a_stop_text_ends_the_reply_wherever_tokens_divide_it(scripted, stop):
     request, events = scripted(text, stop=(stop, "never comes"))
     assert request.completions[0].text == spoken(events) == text[: text.index(stop)]
     assert request.completions[0].finish_reason == "stop"
-
-
-# --- scheduling ----------------------------------------------------------------------------------
 
 
 def test_a_request_that_comes_later_begins_before_the_others_end(engine):

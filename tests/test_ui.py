@@ -10,9 +10,6 @@ from live_server import wait_until
 pytest_plugins = ("chat_browser",)
 
 
-# --- asking and answering ------------------------------------------------------------------------
-
-
 def test_a_message_is_sent_and_its_answer_streams_in(chat):
     gate = threading.Event()
     chat.send("Hello there", says("Good ", gate, "morning."))
@@ -141,9 +138,6 @@ def test_enter_sends_but_not_with_shift_nor_while_composing(chat):
     chat.input.press("Enter")
     chat.wait_until_done()
     assert chat.sent[0]["content"] == "first line\nsecond line"
-
-
-# --- what stays in the browser -------------------------------------------------------------------
 
 
 def test_reloading_keeps_conversations_and_settings(chat):
@@ -350,9 +344,6 @@ def test_dropped_messages_are_said_and_marked_and_the_meter_shows_the_context(ch
     assert order.index("divider") == 4
     assert chat.page.locator("#meter").inner_text().strip() == "1,900 of 2,048 tokens"
     assert "full" in chat.page.locator("#meter").get_attribute("class")
-
-
-# --- settings and commands -----------------------------------------------------------------------
 
 
 def test_settings_are_checked_kept_and_sent(chat):
