@@ -6,6 +6,7 @@ from functools import partial
 import openai
 import pytest
 from live_server import KEY, MODEL, live_server, server_fixture
+from test_answers import parts_of
 
 PARTS = [{"type": "text", "text": "Let me see: "}, {"type": "python", "text": "2*3"},
          {"type": "python_output", "text": "6"}, {"type": "text", "text": " it is."}]  # fmt: skip
@@ -140,14 +141,9 @@ def test_stream_and_whole_answer_are_the_same(client, text):
     whole = chat(client, text).choices[0].message
     deltas = [chunk.choices[0].delta for chunk in chat(client, text, stream=True)]
     assert "".join(delta.content or "" for delta in deltas) == whole.content
-    parts = []
-    for delta in deltas:
-        piece = getattr(delta, "nanochat", None) or {"type": "text", "text": delta.content or ""}
-        begins_part = piece["type"] != "text" and not piece["text"]
-        if begins_part or not parts or parts[-1]["type"] != piece["type"]:
-            parts.append({"type": piece["type"], "text": ""})
-        parts[-1]["text"] += piece["text"]
-    assert [part for part in parts if part["text"]] == whole.nanochat["parts"]
+    pieces = [getattr(delta, "nanochat", None) or {"type": "text", "text": delta.content or ""} for delta in deltas]
+    parts = parts_of((piece["type"], piece["text"]) for piece in pieces)
+    assert [part for part in parts if part[1]] == [[part["type"], part["text"]] for part in whole.nanochat["parts"]]
 
 
 def test_streams_of_several_choices_do_not_mix(client):

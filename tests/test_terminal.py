@@ -198,12 +198,13 @@ def test_turns_that_no_longer_fit_are_left_out_and_told(make_chat):
     assert len(chat.messages) == 8
 
 
-def test_a_question_that_cannot_be_asked_leaves_the_conversation_as_it_was(make_chat):
-    chat = make_chat(says("Hello"), context=40)
+def test_a_question_that_cannot_be_asked_changes_nothing_but_an_answer_without_a_word_is_an_answer(make_chat):
+    chat = make_chat(([], "stop"), context=40)
     printed = run_lines(chat, "Hi", "river " * 50, "half a \ud83c character")
     assert "error: the last message" in printed
     assert "lone surrogate" in printed
-    assert chat.messages == [user("Hi"), assistant("Hello")]
+    assert "the model gave an empty answer" in printed
+    assert chat.messages == [user("Hi"), assistant("")]
 
 
 def test_an_answer_cut_by_length_can_go_on(make_chat, tokenizer):
@@ -222,12 +223,6 @@ def test_another_try_replaces_the_answer_and_draws_anew(make_chat):
     (first, settings), (again, new_settings) = chat.engine.submitted
     assert first == again
     assert (settings.seed, new_settings.seed) == (5, 6)
-
-
-def test_an_answer_without_a_word_is_an_answer(make_chat):
-    chat = make_chat(([], "stop"))
-    assert "the model gave an empty answer" in run_lines(chat, "Hi")
-    assert chat.messages == [user("Hi"), assistant("")]
 
 
 def test_the_system_message_can_be_set_seen_and_removed(make_chat, tokenizer):

@@ -293,13 +293,8 @@ def test_a_server_that_is_gone_is_said_and_noticed_when_it_is_back(chat):
     chat.page.unroute_all()
     chat.page.evaluate("checkHealth()")
     chat.page.locator("#server-note").wait_for(state="hidden")
-
-
-def test_a_question_without_an_answer_is_left_out_of_later_requests(chat):
-    chat.send("Lost", refuses(500, "broken"))
-    chat.alert.wait_for()
     chat.ask("Found", "Yes.")
-    assert chat.sent == [{"role": "user", "content": "Found"}]
+    assert chat.sent == [{"role": "user", "content": "Found"}], "a question without an answer is left out"
 
 
 def test_the_key_is_asked_for_and_the_message_sent_again_with_it(chat):
@@ -315,7 +310,7 @@ def test_the_key_is_asked_for_and_the_message_sent_again_with_it(chat):
     assert chat.answers.all_inner_texts()[-1] == "Still known."
 
 
-def test_a_message_written_while_the_model_loads_is_answered_when_it_is_ready(open_chat, server):
+def test_a_message_written_while_the_model_loads_is_answered_when_it_is_ready_and_a_failure_is_said(open_chat, server):
     server.health["status"] = "loading"
     chat = open_chat()
     chat.wait_for("The model is loading.")
@@ -326,9 +321,6 @@ def test_a_message_written_while_the_model_loads_is_answered_when_it_is_ready(op
     server.health["status"] = "ok"
     chat.wait_for("Now I am here.")
     chat.page.locator("#server-note").wait_for(state="hidden")
-
-
-def test_a_model_that_cannot_be_loaded_is_said_with_the_reason(open_chat, server):
     server.health.update(status="failed", message="no checkpoint in the folder")
     open_chat().wait_for("The model could not be loaded: no checkpoint in the folder")
 
