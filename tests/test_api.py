@@ -52,9 +52,6 @@ class Stream:
         self.connection.close()
 
 
-# --- the page, health, metrics -------------------------------------------------------------------
-
-
 def test_page_is_sent_with_a_policy_that_allows_only_itself(server):
     answer = ask(server.port, "/")
     assert (answer.status, answer.text) == (200, PAGE)
@@ -99,9 +96,6 @@ def test_metrics_count_requests_tokens_and_engine_and_models_tell_the_context(se
     assert card["nanochat"] == {"context": CONTEXT, "max_tokens": CONTEXT}
 
 
-# --- loading and failing -------------------------------------------------------------------------
-
-
 def test_while_the_model_loads_the_page_is_there_and_the_api_says_when_to_ask_again(serve):
     def load_slowly():
         time.sleep(0.5)
@@ -129,9 +123,6 @@ def test_an_engine_that_fails_is_started_again_and_what_it_refuses_is_a_bad_requ
     assert (answer.status, answer.json["error"]["message"]) == (400, "the engine refuses this prompt")
     streamed = chat(server, "refuse", stream=True)
     assert events(streamed.text)[-1]["error"]["message"] == "the engine refuses this prompt"
-
-
-# --- conversations -------------------------------------------------------------------------------
 
 
 def test_dropped_turns_are_told_in_whole_and_streamed_answers(server):
@@ -163,9 +154,6 @@ def test_answers_of_many_clients_at_once_do_not_mix(server):
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda text: chat(server, text), texts))
     assert [answer.json["choices"][0]["message"]["content"] for answer in answers] == texts
-
-
-# --- streams, and clients that leave -------------------------------------------------------------
 
 
 def test_a_stream_is_made_of_events_and_ends_with_done(server):
@@ -216,9 +204,6 @@ def test_a_client_that_leaves_amid_its_request_costs_nothing(server):
     assert server.pool.num_replies == 0
 
 
-# --- who may ask ---------------------------------------------------------------------------------
-
-
 def test_without_the_key_only_page_and_health_are_there(locked_server):
     for path in ("/", "/health"):
         assert ask(locked_server.port, path).status == 200
@@ -256,9 +241,6 @@ def test_there_is_no_cors_unless_asked_for(serve, server):
         assert answer.headers["access-control-allow-origin"] == "http://friend.example"
         assert chat(open_server, headers=BEARER | friend).status == 200
         assert chat(open_server, headers=BEARER | {"origin": "http://x.y"}).status == 403
-
-
-# --- limits --------------------------------------------------------------------------------------
 
 
 def test_too_large_or_too_slow_a_request_is_refused_before_it_is_parsed(locked_server):
@@ -333,9 +315,6 @@ def test_disconnects_malformed_and_oversize_requests_leave_nothing_behind(serve)
         assert 'status="5' not in ask(server.port, "/metrics").text
         idle = 'nanochat_engine_replies{state="active",worker="0"} 0.0'
         wait_until(lambda: idle in ask(server.port, "/metrics").text)
-
-
-# --- the log, settings, the end ------------------------------------------------------------------
 
 
 def test_access_log_has_a_line_per_request_and_no_prompts(server, caplog):

@@ -169,13 +169,10 @@ def test_refreshed_weights_are_those_of_the_model(model, ids, as_graphs):
     assert not as_graphs or len(inference._graphs._ready) == 1
 
 
-def test_refreshing_leaves_the_model_it_was_made_of_alone():
+def test_unknown_weights_are_refused_and_refreshing_leaves_the_model_it_was_made_of_alone():
     first, second = (build_model(CONFIGS["recipe"], generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    with pytest.raises(UserError, match="--weights 'int4' is unknown"):
+        InferenceModel(first, 1, weights="int4")
     before = copy.deepcopy(first.state_dict())
     InferenceModel(first, 1).refresh(second)
     assert all(torch.equal(value, before[name]) for name, value in first.state_dict().items())
-
-
-def test_unknown_weights_are_refused(model):
-    with pytest.raises(UserError, match="--weights 'int4' is unknown"):
-        InferenceModel(model, 1, weights="int4")
