@@ -9,7 +9,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from chat_page import LONGEST_WAIT_SECONDS, PAGE, FakeServer, Reply, says, wait_until
+from chat_page import LONGEST_WAIT_SECONDS, PAGE, FakeServer, Reply, says
+from live_server import wait_until
 
 
 @pytest.fixture
@@ -40,12 +41,24 @@ class Chat:
 
     def __init__(self, page, server: FakeServer):
         self.page, self.server = page, server
-        self.input = page.get_by_label("Message", exact=True)
+        self.input, self.alert = self.label("Message"), page.get_by_role("alert")
         self.answers = page.locator(".message.assistant .body")
         self.questions = page.locator(".message.user .body")
 
+    @property
+    def sent(self) -> list[dict]:
+        """The messages of the last request."""
+        return self.server.requests[-1]["messages"]
+
+    def label(self, text: str):
+        return self.page.get_by_label(text, exact=True)
+
     def button(self, name: str, **options):
         return self.page.get_by_role("button", name=name, **options)
+
+    def click(self, name: str, *replies: Reply, **options) -> None:
+        self.server.script.extend(replies)
+        self.button(name, **options).click()
 
     def send(self, text: str, *replies: Reply) -> None:
         self.server.script.extend(replies)
@@ -63,8 +76,8 @@ class Chat:
         self.until("state.replies.size === 0")
         self.until("!isUpdateDue")
 
-    def ask(self, text: str, *answers: str) -> None:
-        self.send(text, says(*answers))
+    def ask(self, text: str, answer: str | Reply) -> None:
+        self.send(text, says(answer) if isinstance(answer, str) else answer)
         self.wait_until_done()
 
     def command(self, text: str) -> None:

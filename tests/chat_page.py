@@ -1,19 +1,18 @@
 """For the tests of the chat page: a small scripted server with the wire format and headers of nanochat/serve/api.py."""
 
-import base64
-import hashlib
 import json
-import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from nanochat.serve.middleware import page_policy
+
 PAGE = Path(__file__).parent.parent / "nanochat" / "serve" / "ui.html"
 LONGEST_WAIT_SECONDS = 20  # of a scripted reply for its test, and of a test for the page
+NEVER = threading.Event()  # a reply that waits for it has no end
 
 
 @dataclass
@@ -29,20 +28,19 @@ def sse(**chunk) -> str:
     return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
 
+def delta(content: dict, **more) -> str:
+    return sse(choices=[{"index": 0, "delta": content, "finish_reason": None}], **more)
+
+
 def piece(content: str = "", **tool: str) -> str:
     """A piece of text, or of a tool call: `piece(python="1+1")`."""
-    delta: dict = {"content": content}
-    if tool:
-        ((type_, text),) = tool.items()
-        delta["nanochat"] = {"type": type_, "text": text}
-    return sse(choices=[{"index": 0, "delta": delta, "finish_reason": None}], usage=None)
+    parts = [{"nanochat": {"type": type_, "text": text}} for type_, text in tool.items()]
+    return delta({"content": content} | (parts[0] if parts else {}), usage=None)
 
 
 def head(*, num_dropped: int = 0, used: int = 100, limit: int = 2048) -> str:
     info = {"num_dropped_messages": num_dropped, "context": {"used": used, "limit": limit}}
-    return sse(
-        choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}], nanochat=info
-    )
+    return delta({"role": "assistant", "content": ""}, nanochat=info)
 
 
 def end(finish_reason: str = "stop", num_tokens: int = 12) -> str:
@@ -53,8 +51,12 @@ def end(finish_reason: str = "stop", num_tokens: int = 12) -> str:
     )
 
 
-def says(*texts: str, finish_reason: str = "stop") -> Reply:
-    return Reply([head(), *(piece(text) for text in texts), end(finish_reason)])
+def says(*steps: str | dict[str, str] | threading.Event, finish_reason: str = "stop", **context: int) -> Reply:
+    """A whole answer: texts, pieces of tool calls such as `{"python": "1+1"}`, events to wait for in between."""
+    pieces = [
+        piece(step) if isinstance(step, str) else piece(**step) if isinstance(step, dict) else step for step in steps
+    ]
+    return Reply([head(**context), *pieces, end(finish_reason)])
 
 
 def refuses(status: int, message: str, code: str | None = None, **headers: str) -> Reply:
@@ -89,9 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/":
-            self._answer(
-                200, {"Content-Type": "text/html", "Content-Security-Policy": policy(self.server.page.decode())}
-            )
+            security = {"Content-Security-Policy": page_policy(self.server.page.decode())}
+            self._answer(200, {"Content-Type": "text/html", **security})
             self.wfile.write(self.server.page)
         elif self.path == "/health":
             self._answer(200 if self.server.health["status"] == "ok" else 503, {"Content-Type": "application/json"})
@@ -129,23 +130,3 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-
-
-def policy(page: str) -> str:
-    """The content security policy of the real server: this script, this style, this host."""
-
-    def source(tag: str) -> str:
-        text = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    return (
-        f"default-src 'none'; script-src {source('script')}; style-src {source('style')}; connect-src 'self'; "
-        "img-src 'self' data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
-    )
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LONGEST_WAIT_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.01)

@@ -10,7 +10,7 @@ other text   the same text
 import re
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from nanochat.common import UserError
 from nanochat.data.chat import ReplyReader
@@ -27,14 +27,7 @@ class FakeEngine:
         self._active: list[_Row] = []
         self._waiting: deque[_Row] = deque()
 
-    def submit(
-        self,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        *,
-        num_samples: int = 1,
-        stop_ids: Collection[int] | None = None,
-    ) -> Request:
+    def submit(self, prompt: Sequence[int], sampling: Sampling, *, num_samples: int = 1, stop_ids=None) -> Request:
         question = self._question(prompt)
         if question == "refuse":
             raise UserError("the engine refuses this prompt")
@@ -47,17 +40,9 @@ class FakeEngine:
         self._active = [row for row in self._active if row.request is not request]
         self._waiting = deque(row for row in self._waiting if row.request is not request)
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self._active or self._waiting)
-
-    @property
-    def num_active(self) -> int:
-        return len(self._active)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
+    has_work = property(lambda self: bool(self._active or self._waiting))
+    num_active = property(lambda self: len(self._active))
+    num_waiting = property(lambda self: len(self._waiting))
 
     def step(self) -> list[Event]:
         time.sleep(self.step_seconds)
@@ -72,8 +57,7 @@ class FakeEngine:
 
     def _question(self, prompt: Sequence[int]) -> str:
         """The last user message; of a plain text, all of it."""
-        special = self.tokenizer.special_ids
-        ids = list(prompt)
+        special, ids = self.tokenizer.special_ids, list(prompt)
         if special["<|user_start|>"] in ids:
             start = len(ids) - ids[::-1].index(special["<|user_start|>"])
             ids = ids[start : ids.index(special["<|user_end|>"], start)]
@@ -86,9 +70,7 @@ class FakeEngine:
             result = [special["<|output_start|>"], *encode("6"), special["<|output_end|>"]]
             return [*encode("Let me see: "), *call, *result, *encode(" it is.")]
         count = re.fullmatch(r"count (\d+)", question)
-        if count:
-            return encode(" ".join(str(number) for number in range(1, int(count[1]) + 1)))
-        return encode(question)
+        return encode(" ".join(str(n) for n in range(1, int(count[1]) + 1)) if count else question)
 
 
 class _Row:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import uvicorn
 from fake_engine import FakeEngine
 
@@ -21,27 +22,20 @@ from nanochat.serve.worker import Pool
 from nanochat.tokenizer import Tokenizer
 
 MODEL = "nanochat-test"
+KEY = "a-key-for-the-tests"
 CONTEXT = 256
 PAGE = "<!doctype html><title>page</title><style>p { margin: 0 }</style><p>page</p><script>let a = 1 < 2;</script>"
 
 
 @contextmanager
 def live_server(
-    tokenizer: Tokenizer,
-    page_path: Path,
-    *,
-    make_engines: list | None = None,
-    max_rows: int = 4,
-    max_queue: int = 64,
-    step_seconds: float = 0.0,
-    in_threads: bool = True,
-    wait: bool = True,
-    **settings: Any,
-) -> Iterator[SimpleNamespace]:
+    tokenizer: Tokenizer, page_path: Path, *, make_engines: list | None = None, max_rows: int = 4, max_queue: int = 64,
+    step_seconds: float = 0.0, wait: bool = True, **settings: Any,
+) -> Iterator[SimpleNamespace]:  # fmt: skip
     """`url`, `port` and `pool` of a server, with a `FakeEngine` unless told otherwise."""
     page_path.write_text(PAGE)
     fake = partial(FakeEngine, tokenizer, max_rows=max_rows, step_seconds=step_seconds, context=CONTEXT)
-    pool = Pool(make_engines or [fake], max_rows=max_rows, max_queue=max_queue, in_threads=in_threads)
+    pool = Pool(make_engines or [fake], max_rows=max_rows, max_queue=max_queue, in_threads=True)
     settings = {"model_name": MODEL, "context_len": CONTEXT, "fingerprint": "test-1"} | settings
     app = create_app(pool, tokenizer, Settings(**settings), page_path=page_path)
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
@@ -60,6 +54,17 @@ def live_server(
         assert not thread.is_alive(), "the server did not end"
 
 
+def server_fixture(**options: Any):
+    """A fixture of a test module: one `live_server` for all its tests."""
+
+    @pytest.fixture(scope="module")
+    def server(tokenizer, tmp_path_factory):
+        with live_server(tokenizer, tmp_path_factory.mktemp("page") / "ui.html", **options) as server:
+            yield server
+
+    return server
+
+
 def wait_until(condition, seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -70,9 +75,12 @@ def wait_until(condition, seconds: float = 20.0) -> None:
 def ask(
     port: int, path: str, body: Any = None, *, method: str = "", headers: dict[str, str] | None = None
 ) -> SimpleNamespace:
-    """One request: `status`, `headers`, `text` and, where the answer is JSON, `json`. Bytes go as they are."""
+    """One request: `status`, `headers`, `text` and, where the answer is JSON, `json`.
+
+    A body of bytes is sent as it is, an iterator of bytes in pieces without a length, anything else as JSON.
+    """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    raw = body if body is None or isinstance(body, bytes | Iterator) else json.dumps(body).encode()
     own = {"content-type": "application/json"} if raw is not None else {}
     try:
         connection.request(method or ("GET" if raw is None else "POST"), path, raw, own | (headers or {}))

@@ -1,7 +1,6 @@
 import asyncio
 from itertools import pairwise
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,13 +22,15 @@ class Answering:
         self.job = Job(work, worker=None)
         self.answer = kind(tokenizer, self.job, Settings("m", 64), wants_usage=wants_usage, **options)
 
-    def add(self, *pieces):
+    def whole(self, *pieces):
         for piece in pieces:
             self.job.add(piece)
+        return self.answer.whole()
 
     def chunks(self, *pieces):
         """The chunks for pieces that come together."""
-        self.add(*pieces)
+        for piece in pieces:
+            self.job.add(piece)
         return self.answer.chunks(asyncio.run(self.job.next_news()))
 
 
@@ -79,8 +80,7 @@ def test_chunks_joined_are_the_whole_answer(tokenizer, deltas, cuts):
             delta = chunk["choices"][0]["delta"]
             extra = delta.get("nanochat")
             streamed.append((extra["type"], extra["text"]) if extra else ("text", delta["content"]))
-    answer.add(piece(finish_reason="stop"))
-    message = answer.answer.whole().choices[0].message
+    message = answer.whole(piece(finish_reason="stop")).choices[0].message
     assert parts_of(streamed) == parts_of(deltas) == [[part.type, part.text] for part in message.nanochat.parts]
     assert message.content == "".join(text for type_, text in streamed if type_ == "text")
 
@@ -89,21 +89,19 @@ def test_pieces_that_come_together_are_one_chunk_for_each_reply(tokenizer):
     answer = chat_answer(tokenizer, 2)
     pieces = [piece(i, [Delta("text", text)]) for text in "abc" for i in (0, 1)]
     chunks = answer.chunks(*pieces, piece(1, [Delta("text", "d")], finish_reason="length"))
-    said = [
-        (c["index"], c["delta"].get("content"), c["finish_reason"]) for [c] in (chunk["choices"] for chunk in chunks)
-    ]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    said = [(choice["index"], choice["delta"].get("content"), choice["finish_reason"]) for choice in choices]
+    assert len(chunks) == 3
     assert said == [(0, "abc", None), (1, "abcd", None), (1, None, "length")]
 
 
 def test_the_context_counts_prompt_and_longest_reply(tokenizer):
     answering = chat_answer(tokenizer, 2, wants_usage=True)
-    answer = answering.answer
-    assert answer.opening()[0]["nanochat"]["context"]["used"] == 3
-    answering.add(piece(0, tokens=(Token(5),) * 4, finish_reason="stop"))
-    answering.add(piece(1, tokens=(Token(5),) * 6, finish_reason="length"))
-    note = answer.whole().nanochat
+    assert answering.answer.opening()[0]["nanochat"]["context"]["used"] == 3
+    ends = [piece(i, tokens=(Token(5),) * (4 + 2 * i), finish_reason=("stop", "length")[i]) for i in (0, 1)]
+    note = answering.whole(*ends).nanochat
     assert (note.num_dropped_messages, note.context) == (2, {"used": 9, "limit": 64})
-    [closing] = answer.closing()
+    [closing] = answering.answer.closing()
     assert closing["choices"] == []
     counts = {"prompt_tokens": 3, "completion_tokens": 10, "total_tokens": 13}
     assert closing["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 2}}
@@ -111,11 +109,8 @@ def test_the_context_counts_prompt_and_longest_reply(tokenizer):
 
 def test_logprobs_leave_out_forced_tokens_and_minus_infinity(tokenizer):
     special = tokenizer.special_ids["<|python_start|>"]
-    tokens = (
-        Token(65, logprob=-0.5, top=((65, -0.5), (66, -float("inf")))),
-        Token(66, is_forced=True),
-        Token(special, logprob=-1.0),
-    )
+    likely = Token(65, logprob=-0.5, top=((65, -0.5), (66, -float("inf"))))
+    tokens = (likely, Token(66, is_forced=True), Token(special, logprob=-1.0))
     [chunk] = chat_answer(tokenizer, num_logprobs=2).chunks(piece(tokens=tokens))
     first, second = chunk["choices"][0]["logprobs"]["content"]
     assert (first["token"], first["logprob"]) == (tokenizer.decode([65]), -0.5)
@@ -124,19 +119,12 @@ def test_logprobs_leave_out_forced_tokens_and_minus_infinity(tokenizer):
     assert (second["token"], second["bytes"]) == ("<|python_start|>", None)
 
 
-@pytest.mark.parametrize("streamed", [True, False])
-def test_completion_offsets_run_through_all_pieces(tokenizer, streamed):
-    answer = Answering(CompletionAnswer, tokenizer, num_logprobs=0)
+def test_completion_offsets_run_through_all_pieces(tokenizer):
     ids = tokenizer.encode("river stone garden")
-    offsets = []
-    for token in ids:
-        text = Delta("text", tokenizer.decode([token]))
-        one = piece(deltas=[text], tokens=(Token(token, logprob=-1.0),))
-        if streamed:
-            offsets += answer.chunks(one)[0]["choices"][0]["logprobs"]["text_offset"]
-        else:
-            answer.add(one)
-    answer.add(piece(finish_reason="stop"))
-    if not streamed:
-        offsets = answer.answer.whole().choices[0].logprobs.text_offset
-    assert offsets == [len(tokenizer.decode(ids[:i])) for i in range(len(ids))]
+    pieces = [piece(0, [Delta("text", tokenizer.decode([i]))], (Token(i, logprob=-1.0),)) for i in ids]
+    expected = [len(tokenizer.decode(ids[:i])) for i in range(len(ids))]
+    streamed, whole = (Answering(CompletionAnswer, tokenizer, num_logprobs=0) for _ in range(2))
+    chunks = [streamed.chunks(one)[0]["choices"][0] for one in pieces]
+    assert [offset for choice in chunks for offset in choice["logprobs"]["text_offset"]] == expected
+    [choice] = whole.whole(*pieces, piece(finish_reason="stop")).choices
+    assert choice.logprobs.text_offset == expected

@@ -5,9 +5,10 @@ import random
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
-from live_server import CONTEXT, MODEL, PAGE, ask, events, live_server, question, wait_until
+from live_server import CONTEXT, KEY, MODEL, PAGE, ask, events, live_server, question, server_fixture, wait_until
 
 from nanochat.common import UserError
 from nanochat.serve.api import PAGE_PATH, create_app
@@ -15,59 +16,45 @@ from nanochat.serve.middleware import Settings
 from nanochat.serve.worker import Pool
 
 CHAT = "/v1/chat/completions"
-KEY = "a-key-for-the-tests"
+BEARER = {"authorization": f"Bearer {KEY}"}
+
+server = server_fixture(max_queue=16)
+slow_server = server_fixture(max_rows=2, max_queue=2, step_seconds=0.01)  # 10 ms a token, and two replies may wait
+locked_server = server_fixture(api_key=KEY, max_body_bytes=2000, body_seconds=0.5)
 
 
-@pytest.fixture(scope="module")
-def page_path(tmp_path_factory):
-    return tmp_path_factory.mktemp("page") / "ui.html"
+@pytest.fixture
+def serve(tokenizer, tmp_path):
+    """A server for one test: `with serve(api_key=KEY) as server`."""
+    return partial(live_server, tokenizer, tmp_path / "ui.html")
 
 
-@pytest.fixture(scope="module")
-def server(tokenizer, page_path):
-    with live_server(tokenizer, page_path, max_queue=16) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def slow_server(tokenizer, page_path):
-    """10 ms a token, two rows, and two replies may wait."""
-    with live_server(tokenizer, page_path, max_rows=2, max_queue=2, step_seconds=0.01) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def locked_server(tokenizer, page_path):
-    with live_server(tokenizer, page_path, api_key=KEY, max_body_bytes=2000, body_seconds=0.5) as server:
-        yield server
+def chat(server, text="hello", *, headers=None, **options):
+    return ask(server.port, CHAT, question(text, **options), headers=headers)
 
 
 class Stream:
     """A streamed chat whose client reads, or leaves, when it wants."""
 
-    def __init__(self, port: int, text: str):
-        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    def __init__(self, server, text: str):
+        self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
         body = json.dumps(question(text, stream=True))
         self.connection.request("POST", CHAT, body, {"content-type": "application/json"})
         self.response = self.connection.getresponse()
 
-    def read_event(self):
+    def read_delta(self):
         line = self.response.readline().decode()
         assert self.response.readline() == b"\n"
-        return json.loads(line.removeprefix("data: "))
+        return json.loads(line.removeprefix("data: "))["choices"][0]["delta"]
 
     def leave(self):
         self.response.close()
         self.connection.close()
 
 
-# --- the page, health, metrics -------------------------------------------------------------------
-
-
 def test_page_is_sent_with_a_policy_that_allows_only_itself(server):
     answer = ask(server.port, "/")
-    assert answer.status == 200
-    assert answer.text == PAGE
+    assert (answer.status, answer.text) == (200, PAGE)
     policy = answer.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
@@ -83,85 +70,59 @@ def test_page_is_sent_with_a_policy_that_allows_only_itself(server):
 )  # fmt: skip
 def test_no_path_reaches_another_file(server, path):
     answer = ask(server.port, path)
-    assert answer.status == 404
-    assert answer.json["error"]["type"] == "invalid_request_error"
+    assert (answer.status, answer.json["error"]["type"]) == (404, "invalid_request_error")
 
 
-def test_the_page_of_the_repository_is_there():
+def test_the_repository_has_a_page_and_a_missing_one_is_a_user_error(tokenizer, tmp_path):
     assert "<script" in PAGE_PATH.read_text(encoding="utf-8")
-
-
-def test_a_missing_page_is_a_user_error(tokenizer, tmp_path):
     pool = Pool([lambda: None], max_rows=1, max_queue=0, in_threads=True)
     with pytest.raises(UserError, match="nowhere"):
         create_app(pool, tokenizer, Settings(MODEL, CONTEXT), page_path=tmp_path / "nowhere.html")
 
 
-def test_health_counts_what_is_written_and_what_waits(slow_server):
-    streams = [Stream(slow_server.port, "count 60") for _ in range(3)]
-    health = ask(slow_server.port, "/health").json
-    assert health == {"status": "ok", "model": MODEL, "message": "", "active": 2, "waiting": 1}
-    for stream in streams:
-        stream.leave()
-    wait_until(lambda: ask(slow_server.port, "/health").json["active"] == 0)
-
-
-def test_metrics_count_requests_tokens_and_engine(server):
-    ask(server.port, CHAT, question("count 9"))
+def test_metrics_count_requests_tokens_and_engine_and_models_tell_the_context(server):
+    chat(server, "count 9")
     ask(server.port, "/a/secret/path")
     text = ask(server.port, "/metrics").text
-    assert f'nanochat_requests_total{{route="{CHAT}",status="200"}}' in text
-    assert 'nanochat_requests_total{route="other",status="404"}' in text
     assert "secret" not in text
-    assert 'nanochat_worker_up{worker="0"} 1.0' in text
-    assert 'nanochat_engine_replies{state="active",worker="0"}' in text or "nanochat_engine_replies" in text
-    for name in ("first_token_seconds_count", "token_seconds_count", "request_seconds_count", "disconnects_total"):
-        assert f"nanochat_{name}" in text
-    for kind in ("prompt", "completion", "cached"):
-        assert f'nanochat_tokens_total{{kind="{kind}"}}' in text
-
-
-def test_models_tell_the_context(server):
+    for expected in (
+        f'requests_total{{route="{CHAT}",status="200"}}', 'requests_total{route="other",status="404"}',
+        'worker_up{worker="0"} 1.0', 'engine_replies{state="active",worker="0"}', "first_token_seconds_count",
+        "token_seconds_count", "request_seconds_count", "disconnects_total",
+        *(f'tokens_total{{kind="{kind}"}}' for kind in ("prompt", "completion", "cached")),
+    ):  # fmt: skip
+        assert f"nanochat_{expected}" in text
     [card] = ask(server.port, "/v1/models").json["data"]
     assert card["nanochat"] == {"context": CONTEXT, "max_tokens": CONTEXT}
 
 
-# --- loading and failing -------------------------------------------------------------------------
-
-
-def test_while_the_model_loads_the_page_is_there_and_the_api_says_when_to_ask_again(tokenizer, page_path):
+def test_while_the_model_loads_the_page_is_there_and_the_api_says_when_to_ask_again(serve):
     def load_slowly():
         time.sleep(0.5)
         raise UserError("the weights are damaged: /secret/place")
 
-    with live_server(tokenizer, page_path, make_engines=[load_slowly], wait=False) as server:
+    with serve(make_engines=[load_slowly], wait=False) as server:
         assert ask(server.port, "/").status == 200
         health = ask(server.port, "/health")
         assert (health.status, health.json["status"]) == (503, "loading")
-        answer = ask(server.port, CHAT, question("hello"))
+        answer = chat(server)
         assert (answer.status, answer.json["error"]["code"]) == (503, "model_loading")
         assert answer.headers["retry-after"] == health.headers["retry-after"] == "2"
         wait_until(lambda: ask(server.port, "/health").json["status"] == "failed")
         assert "secret" not in ask(server.port, "/health").text
-        assert ask(server.port, CHAT, question("hello")).json["error"]["code"] == "worker_failed"
+        assert chat(server).json["error"]["code"] == "worker_failed"
 
 
-def test_an_engine_that_fails_is_started_again(server):
-    answer = ask(server.port, CHAT, question("crash"))
+def test_an_engine_that_fails_is_started_again_and_what_it_refuses_is_a_bad_request(server):
+    answer = chat(server, "crash")
     assert (answer.status, answer.json["error"]["code"]) == (503, "worker_failed")
     wait_until(lambda: server.pool.state == "ok")
-    assert ask(server.port, CHAT, question("hello")).status == 200
+    assert chat(server).status == 200
     assert server.pool.num_replies == 0
-
-
-def test_what_the_engine_refuses_is_a_bad_request(server):
-    answer = ask(server.port, CHAT, question("refuse"))
+    answer = chat(server, "refuse")
     assert (answer.status, answer.json["error"]["message"]) == (400, "the engine refuses this prompt")
-    streamed = ask(server.port, CHAT, question("refuse", stream=True))
+    streamed = chat(server, "refuse", stream=True)
     assert events(streamed.text)[-1]["error"]["message"] == "the engine refuses this prompt"
-
-
-# --- conversations -------------------------------------------------------------------------------
 
 
 def test_dropped_turns_are_told_in_whole_and_streamed_answers(server):
@@ -181,10 +142,9 @@ def test_dropped_turns_are_told_in_whole_and_streamed_answers(server):
     assert notes[1] == whole["nanochat"]
 
 
-def test_a_last_assistant_message_is_gone_on_with(server, tokenizer):
+def test_a_last_assistant_message_is_continued(server, tokenizer):
     open_turn = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Good"}]
-    answer = ask(server.port, CHAT, {"messages": open_turn}).json
-    closed = ask(server.port, CHAT, question("hello")).json
+    answer, closed = ask(server.port, CHAT, {"messages": open_turn}).json, chat(server).json
     num_more = len(tokenizer.encode("Good"))
     assert answer["usage"]["prompt_tokens"] == closed["usage"]["prompt_tokens"] + num_more
 
@@ -192,15 +152,12 @@ def test_a_last_assistant_message_is_gone_on_with(server, tokenizer):
 def test_answers_of_many_clients_at_once_do_not_mix(server):
     texts = [f"client {number} garden {number * 7}" for number in range(16)]
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda text: ask(server.port, CHAT, question(text)), texts))
+        answers = list(pool.map(lambda text: chat(server, text), texts))
     assert [answer.json["choices"][0]["message"]["content"] for answer in answers] == texts
 
 
-# --- streams -------------------------------------------------------------------------------------
-
-
 def test_a_stream_is_made_of_events_and_ends_with_done(server):
-    answer = ask(server.port, CHAT, question("tool", stream=True))
+    answer = chat(server, "tool", stream=True)
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert answer.headers["cache-control"] == "no-store"
     parsed = events(answer.text)
@@ -212,38 +169,24 @@ def test_a_stream_is_made_of_events_and_ends_with_done(server):
     assert all(delta["content"] == "" for delta in deltas if "nanochat" in delta)
 
 
-def test_the_first_event_comes_at_once_also_for_who_has_to_wait(slow_server):
-    busy = [Stream(slow_server.port, "count 60") for _ in range(2)]
+def test_streams_begin_at_once_even_in_the_queue_and_one_that_is_left_frees_its_row(slow_server):
+    streams = [Stream(slow_server, "count 60") for _ in range(2)]
     start = time.perf_counter()
-    waiting = Stream(slow_server.port, "hello")
-    first = waiting.read_event()
+    streams.append(Stream(slow_server, "hello"))
+    assert streams[2].read_delta()["role"] == "assistant"
     assert time.perf_counter() - start < 0.5
-    assert first["choices"][0]["delta"]["role"] == "assistant"
-    for stream in (*busy, waiting):
-        stream.leave()
-    wait_until(lambda: slow_server.pool.num_replies == 0)
-
-
-def test_tokens_come_while_others_still_wait_for_theirs(slow_server):
-    stream = Stream(slow_server.port, "count 30")
-    stream.read_event()
-    first = stream.read_event()["choices"][0]["delta"]["content"]
-    assert first
-    assert len(first) < len(" ".join(map(str, range(1, 31)))) / 2
-    stream.leave()
-
-
-# --- clients that leave --------------------------------------------------------------------------
-
-
-def test_a_client_that_leaves_frees_its_row_also_while_it_waits(slow_server):
-    streams = [Stream(slow_server.port, "count 60") for _ in range(4)]
+    health = ask(slow_server.port, "/health").json
+    assert health == {"status": "ok", "model": MODEL, "message": "", "active": 2, "waiting": 1}
+    streams[0].read_delta()
+    assert 0 < len(streams[0].read_delta()["content"]) < len(" ".join(map(str, range(1, 61)))) / 2
+    streams.append(Stream(slow_server, "count 60"))
     assert slow_server.pool.num_replies == 4
-    assert ask(slow_server.port, CHAT, question("hello")).status == 429
+    assert chat(slow_server).status == 429
     for stream in streams:
         stream.leave()
     wait_until(lambda: slow_server.pool.num_replies == 0, seconds=2)
-    assert ask(slow_server.port, CHAT, question("hello")).status == 200
+    wait_until(lambda: ask(slow_server.port, "/health").json["active"] == 0)
+    assert chat(slow_server).status == 200
 
 
 def test_a_client_that_leaves_before_a_whole_answer_frees_its_row(slow_server):
@@ -261,121 +204,75 @@ def test_a_client_that_leaves_amid_its_request_costs_nothing(server):
     assert server.pool.num_replies == 0
 
 
-# --- who may ask ---------------------------------------------------------------------------------
-
-
 def test_without_the_key_only_page_and_health_are_there(locked_server):
-    assert ask(locked_server.port, "/").status == 200
-    assert ask(locked_server.port, "/health").status == 200
-    paths = ["/v1/models", f"/v1/models/{MODEL}", "/metrics", "/openapi.json", "/docs", "/nothing", "/health/"]
-    for path in paths:
+    for path in ("/", "/health"):
+        assert ask(locked_server.port, path).status == 200
+    for path in ("/v1/models", f"/v1/models/{MODEL}", "/metrics", "/openapi.json", "/docs", "/nothing", "/health/"):
         answer = ask(locked_server.port, path)
         assert (answer.status, answer.json["error"]["code"]) == (401, "invalid_api_key"), path
         assert answer.headers["www-authenticate"] == "Bearer"
     for path in (CHAT, "/v1/completions", "/", "/health"):
         assert ask(locked_server.port, path, question("hello")).status in (401, 405)
-
-
-@pytest.mark.parametrize(
-    "value", ["", KEY, f"Basic {KEY}", "Bearer", "Bearer wrong", f"Bearer {KEY}x", "Bearer \xff\xfe"]
-)
-def test_a_wrong_key_is_refused(locked_server, value):
-    assert ask(locked_server.port, "/v1/models", headers={"authorization": value}).status == 401
-
-
-def test_the_key_opens_all_routes(locked_server):
     for value in (f"Bearer {KEY}", f"bearer {KEY}"):
         assert ask(locked_server.port, "/v1/models", headers={"authorization": value}).status == 200
+    for value in ("", KEY, f"Basic {KEY}", "Bearer", "Bearer wrong", f"Bearer {KEY}x", "Bearer \xff\xfe"):
+        assert ask(locked_server.port, "/v1/models", headers={"authorization": value}).status == 401, value
 
 
 def test_pages_of_other_hosts_and_foreign_host_names_are_refused(server):
     own = {"origin": f"http://127.0.0.1:{server.port}", "host": f"127.0.0.1:{server.port}"}
-    assert ask(server.port, CHAT, question("hello"), headers=own).status == 200
+    assert chat(server, headers=own).status == 200
     for origin in ("http://evil.example", "null", f"http://localhost:{server.port}", "http://[", ""):
-        assert ask(server.port, CHAT, question("hello"), headers={"origin": origin}).status == 403, origin
+        assert chat(server, headers={"origin": origin}).status == 403, origin
     for host in ("evil.example", f"evil.example:{server.port}", "127.0.0.1.evil.example"):
         assert ask(server.port, "/health", headers={"host": host}).status == 403, host
     for host in ("localhost", f"localhost:{server.port}", f"[::1]:{server.port}", "LOCALHOST:1"):
         assert ask(server.port, "/health", headers={"host": host}).status == 200, host
 
 
-def test_there_is_no_cors_unless_asked_for(tokenizer, page_path, server):
-    preflight = {"origin": "http://friend.example", "access-control-request-method": "POST"}
-    refused = ask(server.port, CHAT, method="OPTIONS", headers=preflight)
+def test_there_is_no_cors_unless_asked_for(serve, server):
+    friend = {"origin": "http://friend.example"}
+    preflight = {"method": "OPTIONS", "headers": friend | {"access-control-request-method": "POST"}}
+    refused = ask(server.port, CHAT, **preflight)
     assert refused.status == 403
     assert "access-control-allow-origin" not in refused.headers
-    with live_server(tokenizer, page_path, api_key=KEY, cors_origins=("http://friend.example",)) as open_server:
-        answer = ask(open_server.port, CHAT, method="OPTIONS", headers=preflight)
+    with serve(api_key=KEY, cors_origins=("http://friend.example",)) as open_server:
+        answer = ask(open_server.port, CHAT, **preflight)
         assert answer.headers["access-control-allow-origin"] == "http://friend.example"
-        headers = {"origin": "http://friend.example", "authorization": f"Bearer {KEY}"}
-        assert ask(open_server.port, CHAT, question("hello"), headers=headers).status == 200
-        assert ask(open_server.port, CHAT, question("hello"), headers=headers | {"origin": "http://x.y"}).status == 403
+        assert chat(open_server, headers=BEARER | friend).status == 200
+        assert chat(open_server, headers=BEARER | {"origin": "http://x.y"}).status == 403
 
 
-# --- limits --------------------------------------------------------------------------------------
-
-
-def test_too_large_a_request_is_refused_before_it_is_parsed(locked_server):
-    key = {"authorization": f"Bearer {KEY}"}
-    for size in (2001, 500_000):
-        answer = ask(locked_server.port, CHAT, b"x" * size, headers=key)
+def test_too_large_or_too_slow_a_request_is_refused_before_it_is_parsed(locked_server):
+    for body in (b"x" * 2001, b"x" * 500_000, iter([b"y" * 1000] * 5)):
+        answer = ask(locked_server.port, CHAT, body, headers=BEARER)
         assert (answer.status, answer.json["error"]["code"]) == (413, "request_too_large")
-    assert send_chunked(locked_server.port, [b"y" * 1000] * 5, key) == 413
-
-
-def test_a_body_in_pieces_without_a_length_is_read_as_one(server):
-    raw = json.dumps(question("hello")).encode()
-    assert send_chunked(server.port, [raw[:9], raw[9:]], {}) == 200
-
-
-def send_chunked(port: int, pieces: list[bytes], headers: dict[str, str]) -> int:
-    """The status of the answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    headers = headers | {"content-type": "application/json"}
-    connection.request("POST", CHAT, iter(pieces), headers, encode_chunked=True)
-    try:
-        return connection.getresponse().status
-    finally:
-        connection.close()
-
-
-def test_a_request_that_does_not_arrive_in_time_is_refused(locked_server):
     head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {KEY}\r\ncontent-length: 50\r\n\r\n{{"
     with socket.create_connection(("127.0.0.1", locked_server.port), timeout=10) as connection:
         connection.sendall(head.encode())
         assert connection.recv(65536).startswith(b"HTTP/1.1 408")
 
 
-def test_only_json_is_taken(server):
+def test_only_json_is_taken_also_in_pieces_without_a_length(server):
     for value in ("text/plain", "application/x-www-form-urlencoded", ""):
-        answer = ask(server.port, CHAT, question("hello"), headers={"content-type": value})
-        assert answer.status == 415
-    value = "Application/JSON; charset=utf-8"
-    assert ask(server.port, CHAT, question("hello"), headers={"content-type": value}).status == 200
+        assert chat(server, headers={"content-type": value}).status == 415
+    assert chat(server, headers={"content-type": "Application/JSON; charset=utf-8"}).status == 200
+    raw = json.dumps(question("hello")).encode()
+    assert ask(server.port, CHAT, iter([raw[:9], raw[9:]])).status == 200
 
 
 MALFORMED = [
-    b"",
-    b"{",
-    b"null",
-    b"[]",
-    b'"text"',
-    b"\xff\xfe\x00",
+    b"", b"{", b"null", b"[]", b'"text"', b"\xff\xfe\x00", b"[" * 100_000, b'{"messages":' * 10_000,
     b'{"messages": "\xff"}',
+    b'{"messages": {"role": "user", "content": "x"}}',
     b'{"messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
     b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
     b'{"messages": [{"role": "\\ud800", "content": "x"}]}',
-    b'{"messages": [{"role": "user", "content": "x"}], "stop": "\\udfff"}',
-    b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
-    b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
-    b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": ' + b"9" * 5000 + b"}",
-    b'{"messages": [{"role": "user", "content": "x"}], "n": true}',
-    b'{"messages": [{"role": "user", "content": "x"}], "seed": 1.5}',
-    b'{"messages": {"role": "user", "content": "x"}}',
-    b"[" * 100_000,
-    b'{"messages":' * 10_000,
     b'{"messages": [' + b'{"role": "user", "content": "x"},' * 5000 + b"1]}",
-]
+    *(b'{"messages": [{"role": "user", "content": "x"}], %s}' % field
+      for field in (b'"stop": "\\udfff"', b'"temperature": NaN', b'"temperature": 1e999', b'"n": true', b'"seed": 1.5',
+                    b'"max_tokens": ' + b"9" * 5000)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
@@ -393,90 +290,71 @@ def test_prompts_that_are_none_are_bad_requests(server, prompt):
     assert answer.status == (200 if prompt in ("", ["", ""]) else 400)  # an empty text is a beginning
 
 
-def test_disconnects_malformed_and_oversize_requests_leave_nothing_behind(tokenizer, page_path):
+def test_disconnects_malformed_and_oversize_requests_leave_nothing_behind(serve):
     """A small version of dev/soak_server.py."""
-    rng = random.Random(0)
-    statuses = set()
-    with live_server(tokenizer, page_path, max_rows=2, max_queue=4, step_seconds=0.001, max_body_bytes=4000) as server:
+    rng, statuses = random.Random(0), set()
+    with serve(max_rows=2, max_queue=4, step_seconds=0.001, max_body_bytes=4000) as server:
         for number in range(120):
-            kind = number % 4
-            if kind == 0:
-                try:
-                    stream = Stream(server.port, "count 60")
-                except http.client.RemoteDisconnected:
-                    continue
-                for _ in range(rng.randrange(4)):
-                    stream.response.readline()
-                stream.leave()
-            elif kind == 1:
-                statuses.add(ask(server.port, CHAT, rng.choice(MALFORMED)).status)
-            elif kind == 2:
-                statuses.add(ask(server.port, CHAT, b"{" * rng.randrange(4001, 9000)).status)
-            else:
-                statuses.add(ask(server.port, CHAT, question(f"count {number}", max_tokens=3)).status)
+            if number % 4:
+                bodies = (
+                    rng.choice(MALFORMED),
+                    b"{" * rng.randrange(4001, 9000),
+                    question(f"count {number}", max_tokens=3),
+                )
+                statuses.add(ask(server.port, CHAT, bodies[number % 4 - 1]).status)
+                continue
+            try:
+                stream = Stream(server, "count 60")
+            except http.client.RemoteDisconnected:
+                continue
+            for _ in range(rng.randrange(4)):
+                stream.response.readline()
+            stream.leave()
         wait_until(lambda: server.pool.num_replies == 0)
         assert statuses <= {200, 400, 413, 429}
         assert 'status="5' not in ask(server.port, "/metrics").text
-        wait_until(lambda: 'nanochat_engine_replies{state="active",worker="0"} 0.0' in engine_lines(server))
-
-
-def engine_lines(server) -> str:
-    """The engines' lines of the metrics, labels in alphabetical order."""
-    lines = [line for line in ask(server.port, "/metrics").text.splitlines() if "engine_replies{" in line]
-    return "\n".join(line.replace('{worker="0",state="active"}', '{state="active",worker="0"}') for line in lines)
-
-
-# --- the log -------------------------------------------------------------------------------------
+        idle = 'nanochat_engine_replies{state="active",worker="0"} 0.0'
+        wait_until(lambda: idle in ask(server.port, "/metrics").text)
 
 
 def test_access_log_has_a_line_per_request_and_no_prompts(server, caplog):
     caplog.set_level(logging.INFO, logger="nanochat.access")
-    ask(server.port, CHAT, question("my secret", stream=True))
+    chat(server, "my secret", stream=True)
     ask(server.port, "/v1/secret?secret=1")
     ask(server.port, CHAT, b'{"messages": [{"role": "secret", "content": "secret"}], "secret": "secret"}')
     wait_until(lambda: len(caplog.records) == 3)
     lines = [json.loads(record.message) for record in caplog.records]
-    assert [(line["method"], line["route"], line["status"]) for line in lines] == [
-        ("POST", CHAT, 200),
-        ("GET", "other", 404),
-        ("POST", CHAT, 400),
-    ]
+    seen = [(line["method"], line["route"], line["status"]) for line in lines]
+    assert seen == [("POST", CHAT, 200), ("GET", "other", 404), ("POST", CHAT, 400)]
     assert "secret" not in caplog.text
     assert "127.0.0.1" not in caplog.text
-    assert lines[0]["client"] == lines[1]["client"]
     first = lines[0]
-    assert first["stream"] is True
-    assert first["prompt_tokens"] > 0
-    assert first["completion_tokens"] > 0
-    assert first["finish_reasons"] == ["stop"]
+    assert first["client"] == lines[1]["client"]
+    assert (first["stream"], first["finish_reasons"]) == (True, ["stop"])
+    assert min(first["prompt_tokens"], first["completion_tokens"]) > 0
     assert 0 <= first["first_token_seconds"] <= first["seconds"]
 
 
-def test_texts_are_in_the_log_when_asked_for(tokenizer, page_path, caplog):
+def test_texts_are_in_the_log_when_asked_for(serve, caplog):
     caplog.set_level(logging.INFO, logger="nanochat.access")
-    with live_server(tokenizer, page_path, log_texts=True) as server:
-        ask(server.port, CHAT, question("hello"))
+    with serve(log_texts=True) as server:
+        chat(server)
         wait_until(lambda: caplog.records)
     line = json.loads(caplog.records[0].message)
     assert line["messages"] == [{"role": "user", "content": "hello"}]
     assert line["replies"] == [[{"type": "text", "text": "hello"}]]
 
 
-def test_a_fault_of_the_server_is_told_in_the_usual_shape_and_logged_without_texts(tokenizer, page_path, caplog):
-    with live_server(tokenizer, page_path) as server:
+def test_a_fault_of_the_server_is_told_in_the_usual_shape_and_logged_without_texts(serve, tokenizer, caplog):
+    def fail(prompts, *_, **__):
+        raise RuntimeError(tokenizer.decode(prompts[0]))
 
-        def fail(prompts, *_, **__):
-            raise RuntimeError(tokenizer.decode(prompts[0]))
-
+    with serve() as server:
         server.pool.submit = fail
-        answer = ask(server.port, CHAT, question("my secret"))
-    assert answer.status == 500
-    assert answer.json["error"]["type"] == "server_error"
+        answer = chat(server, "my secret")
+    assert (answer.status, answer.json["error"]["type"]) == (500, "server_error")
     assert "RuntimeError in" in caplog.text
     assert "secret" not in caplog.text
-
-
-# --- settings, the end ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -489,10 +367,10 @@ def test_settings_that_make_no_sense_are_user_errors(field, value):
         Settings(**({"model_name": MODEL, "context_len": CONTEXT} | {field: value}))
 
 
-def test_shutdown_lets_running_answers_end(tokenizer, page_path):
-    with live_server(tokenizer, page_path, step_seconds=0.01) as server:
-        stream = Stream(server.port, "count 30")
-        stream.read_event()
+def test_shutdown_lets_running_answers_end(serve):
+    with serve(step_seconds=0.01) as server:
+        stream = Stream(server, "count 30")
+        stream.read_delta()
         server.server.should_exit = True
         text = stream.response.read().decode()
     assert text.endswith("data: [DONE]\n\n")

@@ -5,31 +5,21 @@ from collections import Counter
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
-from live_server import ask, live_server
+from live_server import KEY, ask, server_fixture
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi import checks
 
-KEY = "a-key-for-the-tests"
 MAX_EXAMPLES = 40
 # Not `positive_data_acceptance`: what fits the description may still be wrong (order of roles, a length, the model).
 # Not `ignored_auth`, which cannot take away a key given to it: test_api.py looks at that.
 CHECKS = [
-    not_a_server_error,
-    checks.status_code_conformance,
-    checks.content_type_conformance,
-    checks.response_headers_conformance,
-    checks.response_schema_conformance,
-    checks.negative_data_rejection,
+    not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
+    checks.response_headers_conformance, checks.response_schema_conformance, checks.negative_data_rejection,
     checks.unsupported_method,
-]
+]  # fmt: skip
 
-
-@pytest.fixture(scope="module")
-def server(tokenizer, tmp_path_factory):
-    page = tmp_path_factory.mktemp("page") / "ui.html"
-    with live_server(tokenizer, page, api_key=KEY) as server:
-        yield server
+server = server_fixture(api_key=KEY)
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +29,10 @@ def description(server):
 
 def test_the_description_has_all_public_routes(description):
     operations = [result.ok() for result in description.get_all_operations()]
-    assert sorted((operation.method.upper(), operation.path) for operation in operations) == [
-        ("GET", "/health"),
-        ("GET", "/metrics"),
-        ("GET", "/v1/models"),
-        ("GET", "/v1/models/{model}"),
-        ("POST", "/v1/chat/completions"),
-        ("POST", "/v1/completions"),
-    ]
+    assert sorted(f"{operation.method.upper()} {operation.path}" for operation in operations) == [
+        "GET /health", "GET /metrics", "GET /v1/models", "GET /v1/models/{model}", "POST /v1/chat/completions",
+        "POST /v1/completions",
+    ]  # fmt: skip
 
 
 KINDS = [(number, mode) for number in range(6) for mode in GenerationMode]

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import termios
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -24,22 +23,10 @@ pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION, VISIBLE = "How much is 12 * 34?", "It is 408 in 東京 🌿."
-CONVERSATION = {
-    "messages": [
-        {"role": "user", "content": QUESTION},
-        {
-            "role": "assistant",
-            "content": [
-                {"type": "text", "text": "It is "},
-                {"type": "python", "text": "12*34"},
-                {"type": "python_output", "text": "408"},
-                {"type": "text", "text": "408 in 東京 🌿."},
-            ],
-        },
-        {"role": "user", "content": "Thank you!"},
-        {"role": "assistant", "content": "Gladly."},
-    ]
-}
+PARTS = [{"type": "text", "text": "It is "}, {"type": "python", "text": "12*34"},
+         {"type": "python_output", "text": "408"}, {"type": "text", "text": "408 in 東京 🌿."}]  # fmt: skip
+TURNS = [("user", QUESTION), ("assistant", PARTS), ("user", "Thank you!"), ("assistant", "Gladly.")]
+CONVERSATION = {"messages": [{"role": role, "content": content} for role, content in TURNS]}
 TIMEOUT_SECONDS = 120  # a start takes 5 seconds on an idle machine, many times that on a crowded one
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 # Runs a command on a terminal that controls it, so that Ctrl-C reaches it. A program and not `preexec_fn`, which is not
@@ -58,9 +45,9 @@ def train_on(model: GPT, tokenizer, conversation: dict, num_steps: int = 80) -> 
     targets = torch.where(mask, ids, IGNORE_INDEX)[:, 1:]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(num_steps):
+        optimizer.zero_grad()
         model(ids[:, :-1], targets).backward()
         optimizer.step()
-        optimizer.zero_grad()
 
 
 @pytest.fixture(scope="module")
@@ -69,37 +56,30 @@ def base(tmp_path_factory, tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("base")
     runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.float32)
     shape = {"vocab_size": tokenizer.vocab_size, "head_dim": 32, "kv_ratio": 2}
-
-    def build(sequence_len: int) -> GPT:
-        config = GPTConfig.from_depth(1, sequence_len=sequence_len, **shape)
-        return build_model(config, generator=torch.Generator().manual_seed(0))
-
-    parrot, endless = build(256), build(16384)
+    parrot, endless = (
+        build_model(GPTConfig.from_depth(1, sequence_len=T, **shape), generator=torch.Generator().manual_seed(0))
+        for T in (256, 16384)
+    )
     train_on(parrot, tokenizer, CONVERSATION)
     fill_randomly(endless)
     special = list(tokenizer.special_ids.values())
     endless.lm_head.weight.data[special] = 0.0  # a logit of 0, which greedy decoding never picks
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         for name, model in (("endless", endless), ("parrot", parrot)):
             run = source_dir("sft") / name
-            save_checkpoint(run, 7, runtime=runtime, model=model, tokenizer=tokenizer, meta={"args": vars(Namespace())})
+            save_checkpoint(run, 7, runtime=runtime, model=model, tokenizer=tokenizer, meta={"args": {}})
     return folder
 
 
 @pytest.fixture
 def command(base, base_folder, monkeypatch):
     """The command line of a chat with one of the two models, greedy."""
-
-    def build(tag: str, *flags: str) -> list[str]:
-        chosen = ["--model-tag", tag, "--temperature", "0", "--device-type", "cpu", "--dtype", "float32"]
-        return [sys.executable, "-m", "scripts.chat_cli", *chosen, *flags]
-
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    return build
+    chosen = ["--temperature", "0", "--device-type", "cpu", "--dtype", "float32"]
+    return lambda tag, *flags: [sys.executable, "-m", "scripts.chat_cli", "--model-tag", tag, *chosen, *flags]
 
 
 class Terminal:
@@ -108,23 +88,24 @@ class Terminal:
     def __init__(self, command: list[str]):
         self._descriptor, child = pty.openpty()
         termios.tcsetwinsize(child, (40, 100))
-        command = [sys.executable, "-c", ON_OWN_TERMINAL, *command]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=child, stdout=child, stderr=child, start_new_session=True
-        )
+        command, streams = [sys.executable, "-c", ON_OWN_TERMINAL, *command], ("stdin", "stdout", "stderr")
+        self.process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **dict.fromkeys(streams, child))
         os.close(child)
         self.raw = b""
         self._seen = 0
 
-    def send(self, text: str) -> None:
-        os.write(self._descriptor, text.encode())
+    def type(self, keys: str, *expected: str) -> None:
+        """Press keys, then wait for what is written after them."""
+        os.write(self._descriptor, keys.encode())
+        self.expect(*expected)
 
-    def expect(self, text: str) -> None:
-        """Wait for `text` after what was awaited before."""
-        while (at := self.text.find(text, self._seen)) < 0:
-            if not self._read(TIMEOUT_SECONDS):
-                self._fail(repr(text))
-        self._seen = at + len(text)
+    def expect(self, *texts: str) -> None:
+        """Wait for each text in turn, after what was awaited before."""
+        for text in texts:
+            while (at := self.text.find(text, self._seen)) < 0:
+                if not self._read(TIMEOUT_SECONDS):
+                    self._fail(repr(text))
+            self._seen = at + len(text)
 
     def expect_more(self, num_characters: int) -> None:
         """Wait for that many characters of any kind."""
@@ -193,50 +174,25 @@ def open_terminal(monkeypatch):
         each.close()
 
 
-def run_piped(command: list[str], text: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=ROOT, input=text.encode(), capture_output=True, timeout=TIMEOUT_SECONDS)
-
-
 def test_a_session_answers_in_turns_and_obeys_its_commands(command, open_terminal, base, tmp_path):
-    terminal = open_terminal(command("parrot", "--seed", "1"))
-    terminal.expect("sft parrot step 7")
-    terminal.expect("context of 256 tokens, float32 on cpu")
-    terminal.expect("\n>")
-    terminal.send(f"{QUESTION}\r")
-    terminal.expect("It is [python: 12*34 => 408]408 in 東京 🌿.\n")
+    terminal, saved = open_terminal(command("parrot", "--seed", "1")), tmp_path / "talk.json"
+    terminal.expect("sft parrot step 7", "context of 256 tokens, float32 on cpu", "\n>")
+    terminal.type(f"{QUESTION}\r", "It is [python: 12*34 => 408]408 in 東京 🌿.\n")
     assert "\ufffd" not in terminal.text
-    terminal.send("/stats\r")
-    terminal.expect("shown after each answer")
-    terminal.send("Thank you!\r")
-    terminal.expect("Gladly.\n(")
-    terminal.expect("of 256 tokens of context used)\n>")
+    terminal.type("/stats\r", "shown after each answer")
+    terminal.type("Thank you!\r", "Gladly.\n(", "of 256 tokens of context used)\n>")
 
-    terminal.send("/tempreature 1\r")
-    terminal.expect("did you mean /temperature?")
-    terminal.send("/temperature cold\r")
-    terminal.expect("error: temperature must be a number, not 'cold'")
-    terminal.send("/topk 3\r")
-    terminal.expect("(top_k 3)")
-
-    saved = tmp_path / "talk.json"
-    terminal.send(f"/save {saved}\r")
-    terminal.expect("4 messages saved")
+    terminal.type("/temperature cold\r", "error: temperature must be a number, not 'cold'")
+    terminal.type("/topk 3\r", "(top_k 3)")
+    terminal.type(f"/save {saved}\r", "4 messages saved")
     assert json.loads(saved.read_text()) == CONVERSATION
-    terminal.send("/clear\r")
-    terminal.expect("new conversation")
-    terminal.send(f"/load {saved}\r")
-    terminal.expect("4 messages loaded")
-    terminal.expect("> Thank you!\n")
-    terminal.expect("Gladly.\n")
+    terminal.type("/clear\r", "new conversation")
+    terminal.type(f"/load {saved}\r", "4 messages loaded", "> Thank you!\n", "Gladly.\n")
 
-    terminal.send("half a line")
-    terminal.expect("half a line")
-    terminal.send(CTRL_C)
-    terminal.expect("\n>")
-    terminal.send(UP + UP + "\r")  # before the last line, which was given up: /clear
-    terminal.expect("new conversation")
-    terminal.expect("\n>")
-    terminal.send(CTRL_D)
+    terminal.type("half a line", "half a line")
+    terminal.type(CTRL_C, "\n>")
+    terminal.type(UP + UP + "\r", "new conversation", "\n>")  # before the last line, which was given up: /clear
+    terminal.type(CTRL_D)
     assert terminal.wait() == 0
 
     history = base / "chat_history"
@@ -245,41 +201,36 @@ def test_a_session_answers_in_turns_and_obeys_its_commands(command, open_termina
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_session(command, open_terminal, tmp_path):
-    terminal = open_terminal(command("endless", "--max-tokens", "16000"))
+    terminal, saved = open_terminal(command("endless", "--max-tokens", "16000")), tmp_path / "talk.json"
     terminal.expect("\n>")
-    terminal.send("river\r")
-    terminal.expect("river")
+    terminal.type("river\r", "river")
     terminal.expect_more(200)
-    terminal.send(CTRL_C)
-    terminal.expect("(stopped; the answer so far is kept)\n>")
-    saved = tmp_path / "talk.json"
-    terminal.send(f"/save {saved}\r")
-    terminal.expect("2 messages saved")
+    terminal.type(CTRL_C, "(stopped; the answer so far is kept)\n>")
+    terminal.type(f"/save {saved}\r", "2 messages saved")
     question, answer = json.loads(saved.read_text())["messages"]
-    assert question["content"] == "river"
-    assert answer["role"] == "assistant"
+    assert (question["content"], answer["role"]) == ("river", "assistant")
     assert len(answer["content"]) >= 10
 
-    terminal.send("/maxtokens 5\r")
-    terminal.expect("(max_tokens 5)")
-    terminal.send("stone\r")
-    terminal.expect("the answer reached the token limit")
-    terminal.send("/quit\r")
+    terminal.type("/maxtokens 5\r", "(max_tokens 5)")
+    terminal.type("stone\r", "the answer reached the token limit")
+    terminal.type("/quit\r")
     assert terminal.wait() == 0
 
 
-def test_a_piped_prompt_gets_the_answer_and_nothing_else(command):
-    done = run_piped(command("parrot"), QUESTION + "\n")
-    assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == (0, VISIBLE + "\n", "")
-
-
-def test_the_prompt_flag_leaves_standard_input_alone(command):
-    done = run_piped(command("parrot", "-p", QUESTION, "--stats"), "something else")
-    assert (done.returncode, done.stdout.decode()) == (0, VISIBLE + "\n")
-    assert re.fullmatch(r"\(\d+ tokens, [\d.]+ tokens/s, .* of 256 tokens of context used\)\n", done.stderr.decode())
-
-
-def test_what_cannot_be_asked_is_one_line_and_status_2(command):
-    done = run_piped(command("parrot"), "river " * 300)
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert re.fullmatch(r"error: the last message.* tokens.*\n", done.stderr.decode())
+@pytest.mark.parametrize(
+    ("flags", "piped", "status", "out", "err"),
+    [
+        ((), QUESTION + "\n", 0, VISIBLE + "\n", ""),
+        (("-p", QUESTION, "--stats"), "not for the model", 0, VISIBLE + "\n",
+         r"\(\d+ tokens, [\d.]+ tokens/s, .* of 256 tokens of context used\)\n"),
+        ((), "river " * 300, 2, "", r"error: the last message.* tokens.*\n"),
+    ],
+)  # fmt: skip
+def test_a_piped_or_given_prompt_gets_its_answer_on_standard_output_and_nothing_else(
+    command, flags, piped, status, out, err
+):
+    done = subprocess.run(
+        command("parrot", *flags), cwd=ROOT, input=piped.encode(), capture_output=True, timeout=TIMEOUT_SECONDS
+    )
+    assert (done.returncode, done.stdout.decode()) == (status, out)
+    assert re.fullmatch(err, done.stderr.decode())

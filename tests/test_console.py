@@ -40,15 +40,13 @@ def test_lines_can_be_edited_and_taken_from_the_history_of_an_earlier_session(re
     assert read_typed(f"{UP}\r") == ["the stone"]
 
 
-@pytest.mark.parametrize(("key", "error"), [("\x03", KeyboardInterrupt), ("\x04", EOFError)])
-def test_ctrl_c_and_ctrl_d_are_exceptions(read_typed, key, error):
-    with pytest.raises(error):
-        read_typed(key)
+def test_ctrl_c_and_ctrl_d_are_exceptions(read_typed):
+    for key, error in (("\x03", KeyboardInterrupt), ("\x04", EOFError)):
+        with pytest.raises(error):
+            read_typed(key)
 
 
-def test_the_history_of_before_becomes_private_and_one_that_cannot_be_written_is_a_warning(
-    read_typed, tmp_path, capsys
-):
+def test_a_history_of_before_becomes_private_and_one_that_cannot_be_written_is_a_warning(read_typed, tmp_path, capsys):
     (tmp_path / "history").touch(mode=0o644)
     assert read_typed("stone\r") == ["stone"]
     assert (tmp_path / "history").stat().st_mode & 0o777 == 0o600
@@ -69,9 +67,6 @@ def test_commands_and_the_paths_behind_them_are_completed(tmp_path):
     assert complete("/s") == ["/save", "/stats"]
     assert complete(f"/load {tmp_path}/ta") == [f"/load {tmp_path}/talk.json"]
     assert complete("say /s") == []
-
-
-# --- Markdown ------------------------------------------------------------------------------------
 
 
 class Tty(io.StringIO):
@@ -115,14 +110,10 @@ def test_markdown_is_rendered_and_other_text_stays(monkeypatch):
     assert "\x1b[1mbold" in written
 
 
-def test_tool_calls_are_not_taken_for_markdown(monkeypatch):
+def test_tool_calls_are_not_taken_for_markdown_and_control_characters_do_not_reach_the_terminal(monkeypatch):
     deltas = [Delta("python", "2**3*_4_"), Delta("python_output", "32"), Delta("text", "(http://x.y)")]
     assert rendered(monkeypatch, *deltas)[0] == "[python: 2**3*_4_ => 32](http://x.y)\n"
-
-
-def test_control_characters_do_not_reach_the_terminal(monkeypatch):
-    shown, _ = rendered(monkeypatch, Delta("text", "a\x1b[2J\x07\x9bb"))
-    assert shown == "a\u241b[2J\u2407\ufffdb\n"
+    assert rendered(monkeypatch, Delta("text", "a\x1b[2J\x07\x9bb"))[0] == "a\u241b[2J\u2407\ufffdb\n"
 
 
 def test_a_block_taller_than_the_terminal_is_shown_once(monkeypatch):

@@ -17,13 +17,17 @@ T, WINDOW = 96, 24
 GREEDY = {"temperature": 0.0, "use_tool": False}
 
 
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    shape = {"vocab_size": tokenizer.vocab_size, "sequence_len": T, "head_dim": 32}
-    model = build_model(GPTConfig.from_depth(2, **shape), generator=torch.Generator().manual_seed(0))
+def random_model(config, seed):
+    model = build_model(config, generator=torch.Generator().manual_seed(seed))
     fill_randomly(model, scale=0.5)
     model.requires_grad_(False).smear_lambda.fill_(0.5)
     return model
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    config = GPTConfig.from_depth(2, vocab_size=tokenizer.vocab_size, sequence_len=T, head_dim=32)
+    return random_model(config, seed=0)
 
 
 @pytest.fixture(params=["in step", "overlapped", "as graphs"])
@@ -56,6 +60,15 @@ def check_logprobs(model, prompt, completion):
             assert abs(token.logprob - expected[place - 1, token.id].item()) < 1e-4, place
 
 
+def generate(engine, prompts, num_samples=1, **sampling):
+    """Completions of prompts that nothing but their length ends."""
+    return engine.generate(prompts, Sampling(**sampling), num_samples=num_samples, stop_ids=())
+
+
+def submit(engine, prompt, num_samples=1, **sampling):
+    return engine.submit(prompt, Sampling(**sampling), num_samples=num_samples, stop_ids=())
+
+
 def drain(engine):
     events = []
     while engine.has_work:
@@ -63,30 +76,16 @@ def drain(engine):
     return events
 
 
-# --- equality ------------------------------------------------------------------------------------
-
-
 def test_greedy_replies_equal_whole_forward_passes_whatever_runs_beside(engine, model):
     rng = random.Random(0)
     prompts = [random_prompt(rng, length) for length in (1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 50, 80, T - 1, T)]
-    completions = engine.generate(prompts, Sampling(max_tokens=20, **GREEDY), stop_ids=())
+    completions = generate(engine, prompts, max_tokens=20, **GREEDY)
     for prompt, (completion,) in zip(prompts, completions, strict=True):
         assert completion.ids == naive(model, prompt, 20)
         assert completion.finish_reason == "length"
-
-
-def test_prompt_and_reply_have_at_most_one_token_more_than_the_context(engine):
-    for length in (1, 90, T):
-        ((completion,),) = engine.generate([[5] * length], Sampling(max_tokens=500, **GREEDY), stop_ids=())
+    for length in (1, 90, T):  # prompt and reply have at most one token more than the context
+        ((completion,),) = generate(engine, [[5] * length], max_tokens=500, **GREEDY)
         assert length + len(completion.ids) == T + 1
-
-
-def test_pieces_of_a_prompt_make_no_difference(engine, model):
-    engine._prefill_tokens = 7
-    rng = random.Random(1)
-    prompts = [random_prompt(rng, length) for length in (30, 61, 3)]
-    completions = engine.generate(prompts, Sampling(max_tokens=5, **GREEDY), stop_ids=())
-    assert [c.ids for (c,) in completions] == [naive(model, prompt, 5) for prompt in prompts]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -138,16 +137,14 @@ def test_anything_that_happens_in_any_order_keeps_every_sequence_right(engine, m
             check_logprobs(model, request.prompt, completion)
 
 
-# --- sharing -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_samples", [3, 4, 11])
-def test_samples_of_one_prompt_read_it_once(engine, num_samples):
-    prompt = random_prompt(random.Random(2), 60)
-    ((*completions,),) = engine.generate([prompt], Sampling(max_tokens=4, seed=1), num_samples=num_samples, stop_ids=())
+@pytest.mark.parametrize(("num_samples", "least_different"), [(3, 2), (4, 2), (40, 11)])
+def test_samples_of_one_prompt_read_it_once_and_draw_their_first_tokens_independently(
+    engine, num_samples, least_different
+):
+    ((*completions,),) = generate(engine, [random_prompt(random.Random(2), 60)], num_samples, max_tokens=4, seed=1)
     assert len(completions) == num_samples
     assert engine.stats.prefill_tokens == 60
-    assert len({tuple(completion.ids) for completion in completions}) > 1
+    assert len({completion.ids[0] for completion in completions}) >= least_different
 
 
 def test_prompts_are_read_together_up_to_the_budget_of_a_step(engine, model):
@@ -156,7 +153,7 @@ def test_prompts_are_read_together_up_to_the_budget_of_a_step(engine, model):
     prefill = engine.model.prefill
     engine.model.prefill = lambda pieces: passes.append([len(piece.ids) for piece in pieces]) or prefill(pieces)
     prompts = [random_prompt(rng, 20) for _ in range(4)]
-    completions = engine.generate(prompts, Sampling(max_tokens=6, **GREEDY), stop_ids=())
+    completions = generate(engine, prompts, max_tokens=6, **GREEDY)
     assert passes == [[20, 20, 10], [10, 20]]
     assert [c.ids for (c,) in completions] == [naive(model, prompt, 6) for prompt in prompts]
 
@@ -166,16 +163,16 @@ def test_prompts_that_begin_alike_share_although_they_come_together(engine, shar
     """Where the first has left its beginning behind in the windows, the second keeps it for the others."""
     rng = random.Random(13)
     system = random_prompt(rng, shared)
-    engine.generate([[*system, *random_prompt(rng, 5)] for _ in range(4)], Sampling(max_tokens=2), stop_ids=())
+    generate(engine, [[*system, *random_prompt(rng, 5)] for _ in range(4)], max_tokens=2)
     assert engine.stats.prefill_tokens == expected
 
 
 def test_the_next_turn_reads_only_what_is_new(engine, model):
     prompt = random_prompt(random.Random(3), 40)
-    ((first,),) = engine.generate([prompt], Sampling(max_tokens=10, **GREEDY), stop_ids=())
+    ((first,),) = generate(engine, [prompt], max_tokens=10, **GREEDY)
     before = engine.stats.prefill_tokens
     second = [*prompt, *first.ids, 7, 8, 9]
-    request = engine.submit(second, Sampling(max_tokens=5, **GREEDY), stop_ids=())
+    request = submit(engine, second, max_tokens=5, **GREEDY)
     drain(engine)
     assert engine.stats.prefill_tokens - before <= 4
     assert request.num_reused >= 49
@@ -185,38 +182,29 @@ def test_the_next_turn_reads_only_what_is_new(engine, model):
 def test_a_common_beginning_is_kept_though_its_windows_were_overwritten(engine, model):
     rng = random.Random(4)
     system = random_prompt(rng, WINDOW + 10)
-    prompts = [[*system, *random_prompt(rng, 40)] for _ in range(4)]
     reused = []
-    for prompt in prompts:
-        request = engine.submit(prompt, Sampling(max_tokens=4, **GREEDY), stop_ids=())
+    for _ in range(4):
+        prompt = [*system, *random_prompt(rng, 40)]
+        request = submit(engine, prompt, max_tokens=4, **GREEDY)
         drain(engine)
         assert request.completions[0].ids == naive(model, prompt, 4)
         reused.append(request.num_reused)
     assert reused == [0, 0, len(system), len(system)]  # the second finds out, and keeps it
 
 
-# --- sampling ------------------------------------------------------------------------------------
-
-
 def test_a_seed_gives_the_same_tokens_whatever_runs_beside(engine):
     rng = random.Random(5)
-    prompt, sampling = random_prompt(rng, 10), Sampling(max_tokens=12, seed=7, top_k=50)
-    ((alone,),) = engine.generate([prompt], sampling, stop_ids=())
-    crowd = [random_prompt(rng, 20) for _ in range(5)]
-    among_others = engine.generate([*crowd, prompt], sampling, stop_ids=())[-1][0]
-    assert alone.ids == among_others.ids
-    other_seed = engine.generate([prompt], Sampling(max_tokens=12, seed=8, top_k=50), stop_ids=())
-    assert other_seed[0][0].ids != alone.ids
-
-
-def test_first_tokens_of_samples_are_drawn_independently(engine):
-    ((*completions,),) = engine.generate([[1, 2, 3]], Sampling(max_tokens=1, seed=0), num_samples=40, stop_ids=())
-    assert len({completion.ids[0] for completion in completions}) > 10
+    prompt, crowd = random_prompt(rng, 10), [random_prompt(rng, 20) for _ in range(5)]
+    runs = (([prompt], 7), ([*crowd, prompt], 7), ([prompt], 8))
+    alone, among_others, other_seed = (
+        generate(engine, prompts, max_tokens=12, seed=seed, top_k=50)[-1][0].ids for prompts, seed in runs
+    )
+    assert alone == among_others != other_seed
 
 
 def test_log_probabilities_are_the_models_own_whatever_the_sampling(engine, model):
-    sampling = Sampling(max_tokens=8, temperature=0.3, top_k=3, repetition_penalty=1.5, num_logprobs=2, seed=0)
-    ((completion,),) = engine.generate([[1, 2, 3]], sampling, stop_ids=())
+    sampling = {"temperature": 0.3, "top_k": 3, "repetition_penalty": 1.5, "num_logprobs": 2, "seed": 0}
+    ((completion,),) = generate(engine, [[1, 2, 3]], max_tokens=8, **sampling)
     check_logprobs(model, [1, 2, 3], completion)
     for token in completion.tokens:
         (_, best), (_, second) = token.top
@@ -224,12 +212,8 @@ def test_log_probabilities_are_the_models_own_whatever_the_sampling(engine, mode
 
 
 def test_a_repetition_penalty_keeps_tokens_from_coming_again(engine):
-    sampling = Sampling(max_tokens=40, temperature=0.0, repetition_penalty=100.0, use_tool=False)
-    ((completion,),) = engine.generate([[1, 2, 3]], sampling, stop_ids=())
+    ((completion,),) = generate(engine, [[1, 2, 3]], max_tokens=40, repetition_penalty=100.0, **GREEDY)
     assert len(set(completion.ids)) > 30
-
-
-# --- scripted replies ----------------------------------------------------------------------------
 
 
 class ScriptedModel:
@@ -260,12 +244,9 @@ def scripted(engine, tokenizer):
     """Runs an engine on a reply written beforehand: texts, special tokens by name, None where the tool writes."""
 
     def run(*pieces, **sampling):
-        ids = []
+        ids, special = [], tokenizer.special_ids
         for piece in pieces:
-            if piece is None:
-                ids += [0] * 3
-            else:
-                ids += [tokenizer.special_ids[piece]] if piece in tokenizer.special_ids else tokenizer.encode(piece)
+            ids += [0] * 3 if piece is None else [special[piece]] if piece in special else tokenizer.encode(piece)
         engine.model = ScriptedModel(engine.model.cache, [1, 2, *ids, *[3] * T], tokenizer.vocab_size)
         request = engine.submit([1, 2], Sampling(**{"temperature": 0.0, "max_tokens": 60, **sampling}))
         return request, drain(engine)
@@ -298,40 +279,35 @@ def test_a_tool_call_is_answered_by_forced_tokens(scripted, engine, tokenizer):
     call = ("<|python_start|>", "3+4", "<|python_end|>")
     request, _ = scripted("so: ", *call, None, "river", "<|assistant_end|>")
     (completion,) = request.completions
-    assert completion.parts == [
-        {"type": "text", "text": "so: "},
-        {"type": "python", "text": "3+4"},
-        {"type": "python_output", "text": "7"},
-        {"type": "text", "text": "river"},
-    ]
+    parts = [("text", "so: "), ("python", "3+4"), ("python_output", "7"), ("text", "river")]
+    assert [(part["type"], part["text"]) for part in completion.parts] == parts
     forced = tokenizer.decode([token.id for token in completion.tokens if token.is_forced])
     assert forced == "<|output_start|>7<|output_end|>"
     ids = [*request.prompt, *completion.ids]
     assert [engine.model.read[position] for position in range(len(ids))] == ids
 
 
+CALL = ("<|python_start|>", "1+1", "<|python_end|>")
+
+
 def test_what_the_tool_refuses_is_answered_by_an_error(scripted, engine):
     engine.tool = lambda expression: None
-    request, _ = scripted("<|python_start|>", "river", "<|python_end|>", "<|assistant_end|>")
+    request, _ = scripted(*CALL, "<|assistant_end|>")
     assert {"type": "python_output", "text": "error"} in request.completions[0].parts
-
-
-def test_only_the_tool_writes_tool_answers(scripted):
-    request, _ = scripted("<|output_start|>", "5", "<|output_end|>", max_tokens=3)
-    assert [part["type"] for part in request.completions[0].parts] in ([], ["text"])
 
 
 def test_without_the_tool_a_call_is_only_text_between_its_tokens(scripted, engine):
     engine.tool = None
-    request, _ = scripted("<|python_start|>", "1+1", "<|python_end|>", "<|assistant_end|>", use_tool=False)
+    request, _ = scripted(*CALL, "<|assistant_end|>", use_tool=False)
     assert request.completions[0].parts == [{"type": "python", "text": "1+1"}]
 
 
-def test_a_tool_answer_is_bounded_by_the_tokens_asked_for(scripted, engine):
+def test_only_the_tool_writes_tool_answers_and_no_more_tokens_than_asked_for(scripted, engine):
+    request, _ = scripted("<|output_start|>", "5", "<|output_end|>", max_tokens=3)
+    assert [part["type"] for part in request.completions[0].parts] in ([], ["text"])
     engine.tool = lambda expression: "river " * 100
-    request, _ = scripted("<|python_start|>", "1", "<|python_end|>", max_tokens=9)
-    assert len(request.completions[0].ids) == 9
-    assert request.completions[0].finish_reason == "length"
+    (completion,) = scripted(*CALL, max_tokens=9)[0].completions
+    assert (len(completion.ids), completion.finish_reason) == (9, "length")
 
 
 @pytest.mark.parametrize("stop", ["stone cl", "one", "ud gar", " ", "d"])
@@ -342,14 +318,11 @@ def test_a_stop_text_ends_the_reply_wherever_tokens_divide_it(scripted, stop):
     assert request.completions[0].finish_reason == "stop"
 
 
-# --- scheduling ----------------------------------------------------------------------------------
-
-
 def test_a_request_that_comes_later_begins_before_the_others_end(engine):
-    first = [engine.submit([1, 2, 3], Sampling(max_tokens=50, seed=i), stop_ids=()) for i in range(2)]
+    first = [submit(engine, [1, 2, 3], max_tokens=50, seed=i) for i in range(2)]
     for _ in range(5):
         engine.step()
-    late = engine.submit([4, 5, 6], Sampling(max_tokens=3, seed=9), stop_ids=())
+    late = submit(engine, [4, 5, 6], max_tokens=3, seed=9)
     order = [event.request for event in drain(engine) if event.finish_reason]
     assert order[0] is late
     assert all(len(request.completions[0].ids) == 50 for request in first)
@@ -357,9 +330,9 @@ def test_a_request_that_comes_later_begins_before_the_others_end(engine):
 
 def test_a_long_prompt_does_not_hold_up_those_that_decode(engine):
     engine._prefill_tokens = 10
-    short = engine.submit([1, 2, 3], Sampling(max_tokens=50, seed=0), stop_ids=())
+    short = submit(engine, [1, 2, 3], max_tokens=50, seed=0)
     engine.step()
-    engine.submit(random_prompt(random.Random(6), 80), Sampling(max_tokens=2), stop_ids=())
+    submit(engine, random_prompt(random.Random(6), 80), max_tokens=2)
     for _ in range(6):
         before = len(short.completions[0].ids)
         engine.step()
@@ -367,16 +340,15 @@ def test_a_long_prompt_does_not_hold_up_those_that_decode(engine):
 
 
 def test_cancelling_frees_the_rows_at_once_also_during_prefill(engine):
-    requests = [engine.submit([1, 2, 3, i], Sampling(max_tokens=80), num_samples=2, stop_ids=()) for i in range(5)]
+    requests = [submit(engine, [1, 2, 3, i], 2, max_tokens=80) for i in range(5)]
     engine.step()
     assert engine.num_active == 4
     for request in requests:
         engine.cancel(request)
     assert engine.num_active == engine.num_waiting == 0
     assert drain(engine) == []
-
     engine._prefill_tokens = 10
-    request = engine.submit(random_prompt(random.Random(7), 80), Sampling(max_tokens=2), stop_ids=())
+    request = submit(engine, random_prompt(random.Random(7), 80), max_tokens=2)
     engine.step()
     assert engine.num_active == 1
     engine.cancel(request)
@@ -384,11 +356,10 @@ def test_cancelling_frees_the_rows_at_once_also_during_prefill(engine):
 
 
 def test_requests_that_cannot_be_are_refused(engine):
-    for prompt, fault in (([], "has 0 tokens"), ([1] * (T + 1), f"has {T + 1} tokens"), ([10**6], "outside")):
+    mistakes = [([], 1, "has 0 tokens"), ([1] * (T + 1), 1, f"has {T + 1} tokens"), ([10**6], 1, "outside")]
+    for prompt, num_samples, fault in [*mistakes, ([1], 0, "at least 1, not 0")]:
         with pytest.raises(UserError, match=fault):
-            engine.submit(prompt, Sampling())
-    with pytest.raises(UserError, match="at least 1, not 0"):
-        engine.submit([1], Sampling(), num_samples=0)
+            engine.submit(prompt, Sampling(), num_samples=num_samples)
     with pytest.raises(UserError, match="at least 1 row"):
         Engine(None, None, max_rows=0)
     assert not engine.has_work
@@ -401,12 +372,10 @@ def test_generate_reports_each_request_when_it_is_done(engine):
 
 
 def test_refreshing_weights_forgets_what_was_cached(model, tokenizer):
-    other = build_model(model.config, generator=torch.Generator().manual_seed(5))
-    fill_randomly(other, scale=0.5)
-    other.requires_grad_(False)
+    other = random_model(model.config, seed=5)
     engine = Engine(model, tokenizer, max_rows=2)
     prompt = random_prompt(random.Random(8), 40)
-    engine.generate([prompt], Sampling(max_tokens=3, **GREEDY), stop_ids=())
+    generate(engine, [prompt], max_tokens=3, **GREEDY)
     engine.refresh(other)
-    ((completion,),) = engine.generate([prompt], Sampling(max_tokens=5, **GREEDY), stop_ids=())
+    ((completion,),) = generate(engine, [prompt], max_tokens=5, **GREEDY)
     assert completion.ids == naive(other, prompt, 5)

@@ -3,23 +3,17 @@
 import pytest
 import torch
 from fake_cuda import _Watch, fake_cuda
+from test_inference import CONFIGS
 
 from nanochat.engine.inference import InferenceModel, Piece, _DecodeGraphs
 from nanochat.engine.sampling import Sampling, plan_draw
 from nanochat.model import attention
-from nanochat.model.gpt import GPT, GPTConfig, build_model
-
-SHAPE = {"vocab_size": 400, "sequence_len": 64, "head_dim": 32}
-CONFIGS = {
-    "recipe": GPTConfig.from_depth(4, **SHAPE),
-    "grouped": GPTConfig.from_depth(2, kv_ratio=2, **SHAPE),
-    "october": GPTConfig.october_2025(2, **SHAPE),
-}
+from nanochat.model.gpt import GPT, build_model
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
 def config(request):
-    return CONFIGS[request.param]
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +43,7 @@ def draw_idx(shape):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_forward_of_training_stays_on_the_gpu(config, watch, reduction):
+def test_the_forward_of_training_and_evaluation_stays_on_the_gpu(config, watch, reduction):
     model = on_gpu(config)
     model.compile_trunk()
     idx = draw_idx((2, 48))
@@ -58,6 +52,8 @@ def test_the_forward_of_training_stays_on_the_gpu(config, watch, reduction):
     if reduction == "sum":
         gradients = loss.grad_fn.apply(torch.empty((), device="cuda"))  # the loss's own backward
         assert [gradient.device.type for gradient in gradients[:2]] == ["cuda", "cuda"]
+    with torch.no_grad():
+        assert model(idx).device.type == model(idx, idx, reduction="none").device.type == "cuda"
     assert watch.num_operations > 100
     assert watch.off_device == []
 
@@ -70,14 +66,6 @@ def test_the_backward_of_the_trunk_stays_on_its_device(config):
         model.hidden(idx).sum().backward()
     assert watch.num_operations > 200
     assert {p.grad.device.type for p in model.h.parameters()} == {"meta"}
-    assert watch.off_device == []
-
-
-@torch.no_grad()
-def test_evaluation_stays_on_the_gpu(config, watch):
-    model = on_gpu(config)
-    idx = draw_idx((2, 48))
-    assert model(idx).device.type == model(idx, idx, reduction="none").device.type == "cuda"
     assert watch.off_device == []
 
 

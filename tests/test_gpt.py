@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,12 +11,19 @@ from nanochat.model import gpt
 from nanochat.model.gpt import GPT, IGNORE_INDEX, GPTConfig, build_model
 
 
-def draw_idx(config, rows=2, length=None, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(config.vocab_size, (rows, length or config.sequence_len), generator=generator)
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
-# --- shape ---
+def draw_idx(config, rows=2, length=None):
+    return torch.randint(config.vocab_size, (rows, length or config.sequence_len), generator=seeded())
+
+
+def tiny(depth, derive=GPTConfig.from_depth):
+    """A model of that depth with random weights, of which none is zero."""
+    model = build_model(derive(depth, vocab_size=100, sequence_len=16, head_dim=32), generator=seeded())
+    fill_randomly(model)
+    return model
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 12, 20, 24, 26, 32, 40])
@@ -32,8 +40,7 @@ def test_october_2025_d20_has_the_published_parameters():
     config = GPTConfig.october_2025(20, vocab_size=65536)
     counts = build_model(config, device="meta").parameter_counts()
     assert (config.n_embd, config.n_head, config.head_dim) == (1280, 10, 128)
-    assert counts["total"] == 560_988_160
-    assert counts["scalars"] == 0
+    assert (counts["total"], counts["scalars"]) == (560_988_160, 0)
     assert round(20 * counts["total"] / 1e9, 1) == 11.2
 
 
@@ -53,10 +60,7 @@ def test_counts_equal_the_published_table(depth, matrices, total, gflops):
 def test_flops_count_every_visible_position_once():
     config = GPTConfig.from_depth(4, vocab_size=100, sequence_len=16, head_dim=32)
     model = build_model(config, device="meta")
-    visible = 0
-    for layer in range(4):
-        window = config.window(layer) or 16
-        visible += sum(min(t + 1, window) for t in range(16)) / 16
+    visible = sum(min(t + 1, config.window(layer) or 16) / 16 for layer in range(4) for t in range(16))
     weights = model.parameter_counts()["matrices"] + 100 * config.n_embd
     assert model.flops_per_token() == pytest.approx(6 * weights + 12 * visible * config.n_embd)
 
@@ -69,27 +73,18 @@ def test_windows_and_value_embeddings_lie_where_they_should():
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [
-        ({"vocab_size": 0}, "vocab_size"),
-        ({"n_head": 5}, "n_embd 96 over n_head 5"),
-        ({"n_kv_head": 2}, "n_kv_head 2"),
-        ({"window_pattern": "SX"}, "SX"),
-        ({"sequence_len": -1}, "-1"),
-    ],
-)
+    [({"vocab_size": 0}, "vocab_size"), ({"n_head": 5}, "n_embd 96 over n_head 5"), ({"n_kv_head": 2}, "n_kv_head 2"),
+     ({"window_pattern": "SX"}, "SX"), ({"sequence_len": -1}, "-1")],
+)  # fmt: skip
 def test_a_config_that_cannot_be_names_the_field(tiny_config, change, named):
-    valid = replace(tiny_config, n_embd=96, n_head=3, n_kv_head=3)
     with pytest.raises(UserError, match=named):
-        replace(valid, **change)
+        replace(tiny_config, **{"n_embd": 96, "n_head": 3, "n_kv_head": 3} | change)
 
 
 @pytest.mark.parametrize("depth", [0, -3, 1000])
 def test_a_depth_out_of_range_is_refused(depth):
     with pytest.raises(UserError, match=str(depth)):
         GPTConfig.from_depth(depth, vocab_size=100)
-
-
-# --- initialisation ---
 
 
 @pytest.mark.parametrize("derive", [GPTConfig.from_depth, GPTConfig.october_2025])
@@ -106,9 +101,7 @@ def test_initialisation_fills_all_storage(derive):
 
 def test_initial_weights_have_the_stated_sizes_and_follow_the_seed():
     config = GPTConfig.from_depth(4, vocab_size=1000, sequence_len=32)
-    model = build_model(config, generator=torch.Generator().manual_seed(7))
-    again = build_model(config, generator=torch.Generator().manual_seed(7))
-    other = build_model(config, generator=torch.Generator().manual_seed(8))
+    model, again, other = (build_model(config, generator=seeded(seed)) for seed in (7, 7, 8))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert not torch.equal(model.wte.weight, other.wte.weight)
     std = config.n_embd**-0.5
@@ -123,30 +116,26 @@ def test_initial_weights_have_the_stated_sizes_and_follow_the_seed():
     assert model.resid_lambdas[[0, -1]].tolist() == pytest.approx([1.15, 1.05])
     assert model.x0_lambdas[[0, -1]].tolist() == pytest.approx([0.20, 0.05])
     assert model.smear_lambda.item() == 0.0
+    idx = draw_idx(config)
+    assert model(idx, idx).item() == pytest.approx(math.log(1000), abs=0.05)  # a new model predicts about uniformly
 
 
-def test_a_new_model_predicts_about_uniformly(tiny_config):
-    model = build_model(tiny_config, generator=torch.Generator().manual_seed(0))
-    idx = draw_idx(tiny_config)
-    assert model(idx, idx).item() == pytest.approx(math.log(tiny_config.vocab_size), abs=0.05)
-
-
-# --- forward ---
-
-
-def test_a_later_token_never_changes_an_earlier_logit(tiny_model, tiny_config):
+def test_a_later_token_never_changes_an_earlier_logit_even_beyond_the_training_length(tiny_model, tiny_config):
     idx = draw_idx(tiny_config)
     changed = idx.clone()
     changed[:, 20:] = (changed[:, 20:] + 1) % tiny_config.vocab_size
     before, after = tiny_model(idx), tiny_model(changed)
     torch.testing.assert_close(after[:, :20], before[:, :20], rtol=0, atol=1e-6)
     assert (after[:, 20:] - before[:, 20:]).abs().max() > 1e-2
+    idx = draw_idx(tiny_config, length=70)
+    torch.testing.assert_close(tiny_model(idx)[:, :32], tiny_model(idx[:, :32]), rtol=1e-5, atol=1e-5)
+    assert tiny_model(idx[:, :1]).shape == (2, 1, 400)
 
 
 def test_a_short_window_layer_sees_exactly_its_window(tiny_config):
     """With one windowed layer and no smear, a position `window` back is out of sight, one nearer is not."""
     config = replace(tiny_config, n_layer=2, smear=False, window_pattern="S")
-    model = build_model(config, generator=torch.Generator().manual_seed(0))
+    model = build_model(config, generator=seeded())
     fill_randomly(model)
     with torch.no_grad():  # the last layer sees everything: mute its attention
         model.h[1].attn.c_proj.weight.zero_()
@@ -190,14 +179,6 @@ def test_every_parameter_gets_a_gradient(tiny_model, tiny_config):
         assert (p.grad != 0).any(), name
 
 
-def test_inputs_longer_than_the_training_length_work_and_change_nothing_before(tiny_model, tiny_config):
-    idx = draw_idx(tiny_config, length=70)
-    short = tiny_model(idx[:, :32])
-    long = tiny_model(idx)
-    torch.testing.assert_close(long[:, :32], short, rtol=1e-5, atol=1e-5)
-    assert tiny_model(idx[:, :1]).shape == (2, 1, 400)
-
-
 def test_bfloat16_activations_stay_near_float32(tiny_model, tiny_config):
     narrow = GPT(tiny_config, compute_dtype=torch.bfloat16)
     narrow.load_state_dict(tiny_model.state_dict())
@@ -208,31 +189,21 @@ def test_bfloat16_activations_stay_near_float32(tiny_model, tiny_config):
 
 
 def test_the_compiled_trunk_serves_batches_of_the_training_shape_only(tiny_model, tiny_config, monkeypatch):
-    lengths = []
-
-    def compile_stub(function, **options):
-        def compiled(idx, *args, **kwargs):
-            lengths.append(idx.size(1))
-            return function(idx, *args, **kwargs)
-
-        return compiled
-
-    monkeypatch.setattr(torch, "compile", compile_stub)
+    compiled = Mock(wraps=tiny_model.trunk)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled)
     tiny_model.compile_trunk()
     tiny_model(draw_idx(tiny_config))
     with torch.no_grad():
         tiny_model(draw_idx(tiny_config))
         tiny_model(draw_idx(tiny_config, length=7))
-    assert lengths == [32, 32]
+    assert [call.args[0].size(1) for call in compiled.call_args_list] == [32, 32]
 
 
 @pytest.mark.parametrize("derive", [GPTConfig.from_depth, GPTConfig.october_2025])
 def test_the_trunk_compiles_to_one_graph_forward_and_backward(derive, monkeypatch):
     """A break would leave most of the speed behind; so would the choice of a backend within the graph."""
-    config = derive(2, vocab_size=100, sequence_len=16, head_dim=32)
-    model = build_model(config, generator=torch.Generator().manual_seed(0))
-    fill_randomly(model)
-    idx = draw_idx(config)
+    model = tiny(2, derive)
+    idx = draw_idx(model.config)
 
     def gradients():
         return torch.autograd.grad(model(idx, idx.roll(-1, 1)), list(model.parameters()))
@@ -256,9 +227,7 @@ def test_the_trunk_compiles_to_one_graph_forward_and_backward(derive, monkeypatc
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_backout_takes_out_something_else_than_the_end_itself(depth):
     """Else its gradient is zero but for rounding, which AdamW turns into steps of full size."""
-    config = GPTConfig.from_depth(depth, vocab_size=100, sequence_len=16, head_dim=32)
-    model = build_model(config, generator=torch.Generator().manual_seed(0))
-    fill_randomly(model)
-    idx = draw_idx(config)
+    model = tiny(depth)
+    idx = draw_idx(model.config)
     model(idx, idx.roll(-1, 1)).backward()
     assert model.backout_lambda.grad.abs().item() > 1e-5

@@ -42,12 +42,13 @@ def whole(model, ids):
     return model(torch.tensor([ids]))[0]
 
 
+def piece_of(slot, ids, start, end):
+    return Piece(slot, ids[start:end], start, ids[start - 1] if start else None)
+
+
 def read(inference, slot, ids, *, start=0, piece=T):
     """Prefill `ids[start:]` in pieces; the last logits."""
-    logits = None
-    for first in range(start, len(ids), piece):
-        logits = inference.prefill([Piece(slot, ids[first : first + piece], first, ids[first - 1] if first else None)])
-    return logits[0]
+    return [inference.prefill([piece_of(slot, ids, i, i + piece)])[0] for i in range(start, len(ids), piece)][-1]
 
 
 def decode(inference, rows):
@@ -73,13 +74,9 @@ def test_prefill_equals_the_whole_forward_pass(model, ids, length, piece):
 def test_pieces_of_several_sequences_are_read_in_one_pass(model, ids):
     inference = InferenceModel(model, 3)
     rows, starts, ends = [ids, ids[::-1], ids[7:] + ids[:7]], [0, 5, 30], [40, 6, T]
-    for slot, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        if start:
-            read(inference, slot, row[:start])
-    pieces = [
-        Piece(slot, row[start:end], start, row[start - 1] if start else None)
-        for slot, (row, start, end) in enumerate(zip(rows, starts, ends, strict=True))
-    ]
+    for slot in (1, 2):
+        read(inference, slot, rows[slot][: starts[slot]])
+    pieces = [piece_of(slot, rows[slot], starts[slot], ends[slot]) for slot in range(3)]
     for logits, row, end in zip(inference.prefill(pieces), rows, ends, strict=True):
         close(logits, whole(model, row)[end - 1])
 
@@ -120,11 +117,9 @@ def test_a_copied_slot_goes_on_like_the_one_it_came_from(model, ids):
         read(inference, 0, ids[:length])
         inference.cache.copy_slot(0, 1, length)
         read(inference, 0, list(reversed(ids)))
-        row = ids[:length]
-        for token in ids[length:]:
-            row = [*row, token]
+        for end in range(length + 1, T + 1):
             inference.cache.swap_slots(0, 1, T)
-            close(decode(inference, [row])[0], whole(model, row)[-1])
+            close(decode(inference, [ids[:end]])[0], whole(model, ids[:end])[-1])
             inference.cache.swap_slots(0, 1, T)
 
 
@@ -141,9 +136,7 @@ def test_a_slot_can_go_back_exactly_where_it_says_so(model, ids, length):
 @pytest.mark.parametrize(("weights", "tolerance"), [("bfloat16", 0.1), ("int8", 0.05)])
 def test_narrow_weights_change_little_and_not_with_the_number_of_rows(model, ids, weights, tolerance):
     inference = InferenceModel(model, 8, weights=weights)
-    for slot in range(8):
-        logits = read(inference, slot, ids[:20])
-    exact = whole(model, ids[:20])[-1]
+    logits, exact = [read(inference, slot, ids[:20]) for slot in range(8)][-1], whole(model, ids[:20])[-1]
     assert 0 < (logits - exact).abs().max() < tolerance * exact.abs().max()
     alone = decode(inference, [ids[:21]])[0]
     together = decode(inference, [ids[:21]] * 8)
@@ -161,18 +154,13 @@ def test_eight_bit_products_are_within_half_a_step_of_each_weight():
         close(product(x[:rows]), exact[:rows], 0.02 * exact.abs().max().item())
 
 
-def record_like_cuda(run):
-    """A recording as a CUDA graph is one: numbers keep the value they had, tensors are read where they were."""
-    return make_fx(run)()
-
-
 @pytest.mark.parametrize("as_graphs", [False, True])
 def test_refreshed_weights_are_those_of_the_model(model, ids, as_graphs):
-    """Also in decode passes recorded before: scalars were once plain numbers, which a recording keeps."""
+    """Also in decode passes recorded before, here as a CUDA graph records them: numbers keep the value they had."""
     trained = copy.deepcopy(model)
     inference = InferenceModel(trained, 1)
     if as_graphs:
-        inference._graphs = _DecodeGraphs(inference, record=record_like_cuda)
+        inference._graphs = _DecodeGraphs(inference, record=lambda run: make_fx(run)())
     for _ in range(2):
         read(inference, 0, ids[:20])
         close(decode(inference, [ids[:21]])[0], whole(trained, ids[:21])[-1])
@@ -181,13 +169,10 @@ def test_refreshed_weights_are_those_of_the_model(model, ids, as_graphs):
     assert not as_graphs or len(inference._graphs._ready) == 1
 
 
-def test_refreshing_leaves_the_model_it_was_made_of_alone():
-    first, second = (build_model(CONFIGS["recipe"], generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+def test_unknown_weights_are_refused_and_refreshing_leaves_the_model_it_was_made_of_alone():
+    first, second = (build_model(CONFIGS["recipe"], generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    with pytest.raises(UserError, match="--weights 'int4' is unknown"):
+        InferenceModel(first, 1, weights="int4")
     before = copy.deepcopy(first.state_dict())
     InferenceModel(first, 1).refresh(second)
     assert all(torch.equal(value, before[name]) for name, value in first.state_dict().items())
-
-
-def test_unknown_weights_are_refused(model):
-    with pytest.raises(UserError, match="--weights 'int4' is unknown"):
-        InferenceModel(model, 1, weights="int4")

@@ -22,6 +22,15 @@ def plain_loss(hidden, weight, targets, reduction="mean"):
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction=reduction)
 
 
+def loss_and_gradients(function, hidden, weight, targets, scale=1.0, **options):
+    value = function(hidden, weight, targets, **options)
+    return value.detach().double(), *torch.autograd.grad(scale * value, (hidden, weight))
+
+
+def capped_loss(*inputs, **options):
+    return softcap_cross_entropy(*inputs, softcap=SOFTCAP, **options)
+
+
 @pytest.mark.parametrize("piece_rows", [1, 5, 36, 37, 1000])
 @pytest.mark.parametrize("block_rows", [1, 3, 1000])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -31,20 +40,15 @@ def test_loss_and_gradients_equal_plain_cross_entropy_however_they_are_cut(
     hidden, weight, targets = draw()
     monkeypatch.setattr(loss, "CPU_PIECE_ELEMENTS", piece_rows * weight.size(0))
     monkeypatch.setattr(loss, "CPU_BLOCK_ELEMENTS", block_rows * weight.size(0))
-    expected = plain_loss(hidden, weight, targets, reduction)
-    expected_gradients = torch.autograd.grad(2.5 * expected, (hidden, weight))
-    actual = softcap_cross_entropy(hidden, weight, targets, softcap=SOFTCAP, reduction=reduction)
-    gradients = torch.autograd.grad(2.5 * actual, (hidden, weight))
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    expected, *expected_gradients = loss_and_gradients(plain_loss, hidden, weight, targets, 2.5, reduction=reduction)
+    actual, *gradients = loss_and_gradients(capped_loss, hidden, weight, targets, 2.5, reduction=reduction)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_per_target_losses_are_zero_where_ignored_and_exact_elsewhere():
     hidden, weight, targets = draw()
-    losses = softcap_cross_entropy(
-        hidden.view(1, 37, 16), weight, targets.view(1, 37), softcap=SOFTCAP, reduction="none"
-    )
+    losses = capped_loss(hidden.view(1, 37, 16), weight, targets.view(1, 37), reduction="none")
     assert losses.shape == (1, 37)
     assert (losses[0][targets == IGNORE_INDEX] == 0).all()
     expected = plain_loss(hidden, weight, targets, reduction="none")
@@ -56,19 +60,17 @@ def test_without_targets_all_is_zero_and_extreme_logits_stay_finite(factor, has_
     hidden, weight, targets = draw()
     if not has_targets:
         targets = torch.full((37,), IGNORE_INDEX)
-    value = softcap_cross_entropy(factor * hidden, weight, targets, softcap=SOFTCAP)
-    gradients = torch.autograd.grad(value, (hidden, weight))
-    for tensor in (value, *gradients):
+    hidden = (factor * hidden.detach()).requires_grad_()
+    for tensor in loss_and_gradients(capped_loss, hidden, weight, targets):
         assert tensor.isfinite().all()
         assert has_targets or (tensor == 0).all()
 
 
 def test_bfloat16_activations_give_gradients_near_the_exact_ones():
     hidden, weight, targets = draw(dtype=torch.bfloat16)
-    expected = torch.autograd.grad(plain_loss(hidden, weight, targets), (hidden, weight))
-    actual = torch.autograd.grad(softcap_cross_entropy(hidden, weight, targets, softcap=SOFTCAP), (hidden, weight))
-    assert actual[0].dtype == torch.bfloat16
-    assert actual[1].dtype == torch.float32
+    _, *expected = loss_and_gradients(plain_loss, hidden, weight, targets)
+    _, *actual = loss_and_gradients(capped_loss, hidden, weight, targets)
+    assert [gradient.dtype for gradient in actual] == [torch.bfloat16, torch.float32]
     for ours, theirs in zip(actual, expected, strict=True):
         error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
         assert error < 0.03
@@ -95,9 +97,7 @@ def test_logits_are_capped_and_float32():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_compiled_gpu_kernel_equals_the_plain_loss():
-    hidden, weight, targets = (x.detach().cuda() for x in draw())
-    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    expected = torch.autograd.grad(plain_loss(hidden, weight, targets), (hidden, weight))
-    actual = torch.autograd.grad(softcap_cross_entropy(hidden, weight, targets, softcap=SOFTCAP), (hidden, weight))
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    hidden, weight, targets = (x.detach().cuda().requires_grad_(x.requires_grad) for x in draw())
+    _, *expected = loss_and_gradients(plain_loss, hidden, weight, targets)
+    _, *actual = loss_and_gradients(capped_loss, hidden, weight, targets)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)

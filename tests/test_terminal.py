@@ -15,12 +15,8 @@ from nanochat.serve.terminal import COMMANDS, INTERRUPTED, Screen, TerminalChat,
 
 TOOL_PIECES = [("text", "It is "), ("python", ""), ("python", "12*"), ("python", "34"), ("python_output", ""),
                ("python_output", "408"), ("text", "408.")]  # fmt: skip
-TOOL_PARTS = [
-    {"type": "text", "text": "It is "},
-    {"type": "python", "text": "12*34"},
-    {"type": "python_output", "text": "408"},
-    {"type": "text", "text": "408."},
-]
+TOOL_PARTS = [{"type": "text", "text": "It is "}, {"type": "python", "text": "12*34"},
+              {"type": "python_output", "text": "408"}, {"type": "text", "text": "408."}]  # fmt: skip
 
 
 class ScriptedEngine:
@@ -63,8 +59,9 @@ class Tty(io.StringIO):
         return True
 
 
-def words(*texts):
-    return [("text", text) for text in texts]
+def says(*texts, reason="stop"):
+    """A scripted reply of words."""
+    return [("text", text) for text in texts], reason
 
 
 def user(text):
@@ -78,8 +75,7 @@ def assistant(content):
 @pytest.fixture
 def make_chat(tokenizer):
     def make(*replies, context=200, sampling=None, **options):
-        out, err = io.StringIO(), io.StringIO()
-        engine = ScriptedEngine(*replies, context=context)
+        out, err, engine = io.StringIO(), io.StringIO(), ScriptedEngine(*replies, context=context)
         chat = TerminalChat(engine, tokenizer, Screen(out, err), sampling=sampling or Sampling(), **options)
         chat.out, chat.err = out, err
         return chat
@@ -88,40 +84,34 @@ def make_chat(tokenizer):
 
 
 def run_lines(chat, *lines):
-    """Everything the chat prints and notes when these lines are typed."""
-    left = list(lines)
+    """Everything the chat prints and notes when these lines are typed; an exception is a key of the keyboard."""
+    typed = iter([*lines, EOFError])
 
     def read():
-        if not left:
-            raise EOFError
-        return left.pop(0)
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
 
     chat.run(read)
     return chat.out.getvalue() + chat.err.getvalue()
 
 
-# --- what is printed ---
-
-
-def test_a_tool_call_stands_in_brackets_between_the_words(make_chat):
+def test_a_tool_call_stands_in_brackets_between_the_words_but_not_in_the_answer_to_a_single_question(make_chat):
     chat = make_chat((TOOL_PIECES, "stop"))
     assert chat.ask("How much?") == "stop"
     assert chat.out.getvalue() == "It is [python: 12*34 => 408]408.\n"
     assert chat.messages == [user("How much?"), assistant(TOOL_PARTS)]
-
-
-def test_a_single_question_gets_words_only(make_chat):
-    chat = make_chat((TOOL_PIECES, "length"), is_dialogue=False)
-    chat.ask("How much?")
-    assert chat.out.getvalue() == "It is 408.\n"
-    assert chat.err.getvalue() == "(the answer reached the token limit)\n"
+    single = make_chat((TOOL_PIECES, "length"), is_dialogue=False)
+    single.ask("How much?")
+    assert single.out.getvalue() == "It is 408.\n"
+    assert single.err.getvalue() == "(the answer reached the token limit)\n"
 
 
 @pytest.mark.parametrize(
     ("pieces", "printed"),
     [
-        ([("python", "1+")], "[python: 1+]\n"),
-        ([("python_output", "3"), ("text", "!")], "[3]!\n"),
+        ([("python", "1+")], "[python: 1+]\n"), ([("python_output", "3"), ("text", "!")], "[3]!\n"),
         ([("python", "1"), ("python_output", "1"), ("python", "2"), ("python_output", "2")],
          "[python: 1 => 1][python: 2 => 2]\n"),
     ],
@@ -143,14 +133,10 @@ def test_control_characters_reach_a_file_but_not_a_terminal():
 
 @pytest.mark.parametrize(
     ("stream", "environ", "has_color"),
-    [
-        (Tty, {"TERM": "xterm"}, True),
-        (Tty, {"TERM": "xterm", "NO_COLOR": "1"}, False),
-        (Tty, {"TERM": "xterm", "NO_COLOR": ""}, True),
-        (Tty, {"TERM": "dumb"}, False),
-        (io.StringIO, {"TERM": "xterm"}, False),
-    ],
-)
+    [(Tty, {"TERM": "xterm"}, True), (Tty, {"TERM": "xterm", "NO_COLOR": "1"}, False),
+     (Tty, {"TERM": "xterm", "NO_COLOR": ""}, True), (Tty, {"TERM": "dumb"}, False),
+     (io.StringIO, {"TERM": "xterm"}, False)],
+)  # fmt: skip
 def test_colours_are_for_terminals_that_want_them(stream, environ, has_color):
     out = stream()
     Screen(out, out, environ=environ).notice("hello")
@@ -159,7 +145,7 @@ def test_colours_are_for_terminals_that_want_them(stream, environ, has_color):
 
 
 def test_speed_and_context_are_shown_on_request(make_chat):
-    chat = make_chat((words("a", "b", "c"), "stop"), (words("a"), "stop"))
+    chat = make_chat(says("a", "b", "c"), says("a"))
     printed = run_lines(chat, "/stats", "river", "/stats", "stone")
     num_prompt = len(chat.engine.submitted[0][0])
     assert "(3 tokens, " in printed
@@ -167,11 +153,8 @@ def test_speed_and_context_are_shown_on_request(make_chat):
     assert printed.count("of context used") == 1
 
 
-# --- Ctrl-C ---
-
-
 def test_ctrl_c_stops_the_answer_and_what_was_said_stays(make_chat):
-    chat = make_chat((words("one ", "two ", "three"), "stop"))
+    chat = make_chat(says("one ", "two ", "three"))
     chat.engine.interrupt_at = 1
     assert chat.ask("Count.") == INTERRUPTED
     assert chat.messages == [user("Count."), assistant("one two ")]
@@ -199,49 +182,33 @@ def test_ctrl_c_before_the_first_word_takes_the_question_back(make_chat):
     assert "the question is taken back" in chat.err.getvalue()
 
 
-def test_ctrl_c_with_the_last_word_changes_nothing(make_chat):
-    chat = make_chat((words("one"), "stop"))
+def test_ctrl_c_with_the_last_word_changes_nothing_and_at_the_prompt_the_chat_goes_on(make_chat):
+    chat = make_chat(says("Hello"))
     chat.engine.interrupt_at = 0
-    assert chat.ask("Count.") == "stop"
+    assert "kept" not in run_lines(chat, KeyboardInterrupt, "Hi")
+    assert chat.messages == [user("Hi"), assistant("Hello")]
     assert chat.engine.cancelled == []
 
 
-def test_ctrl_c_at_the_prompt_goes_on(make_chat):
-    chat = make_chat((words("Hello"), "stop"))
-    inputs = iter([KeyboardInterrupt, "Hi", EOFError])
-
-    def read():
-        line = next(inputs)
-        if isinstance(line, str):
-            return line
-        raise line
-
-    chat.run(read)
-    assert chat.messages == [user("Hi"), assistant("Hello")]
-
-
-# --- the conversation ---
-
-
-def test_turns_that_no_longer_fit_are_left_out_and_told(make_chat, tokenizer):
-    chat = make_chat(*[(words("cloud"), "stop")] * 4, context=32)
-    chat.sampling = Sampling(max_tokens=1000)
+def test_turns_that_no_longer_fit_are_left_out_and_told(make_chat):
+    chat = make_chat(*[says("cloud")] * 4, context=32, sampling=Sampling(max_tokens=1000))
     printed = run_lines(chat, *["river stone garden window"] * 4)
     assert all(len(prompt) <= 24 for prompt, _ in chat.engine.submitted)  # a quarter is kept for the reply
     assert "the model no longer sees the first 2 messages" in printed
     assert len(chat.messages) == 8
 
 
-def test_a_question_that_cannot_be_asked_leaves_the_conversation_as_it_was(make_chat):
-    chat = make_chat((words("Hello"), "stop"), context=40)
+def test_a_question_that_cannot_be_asked_changes_nothing_but_an_answer_without_a_word_is_an_answer(make_chat):
+    chat = make_chat(([], "stop"), context=40)
     printed = run_lines(chat, "Hi", "river " * 50, "half a \ud83c character")
     assert "error: the last message" in printed
     assert "lone surrogate" in printed
-    assert chat.messages == [user("Hi"), assistant("Hello")]
+    assert "the model gave an empty answer" in printed
+    assert chat.messages == [user("Hi"), assistant("")]
 
 
 def test_an_answer_cut_by_length_can_go_on(make_chat, tokenizer):
-    chat = make_chat((words("one "), "length"), (words("two"), "stop"))
+    chat = make_chat(says("one ", reason="length"), says("two"))
     printed = run_lines(chat, "Count.", "/continue")
     assert "/continue goes on" in printed
     assert chat.messages == [user("Count."), assistant("one two")]
@@ -250,7 +217,7 @@ def test_an_answer_cut_by_length_can_go_on(make_chat, tokenizer):
 
 
 def test_another_try_replaces_the_answer_and_draws_anew(make_chat):
-    chat = make_chat((words("one"), "stop"), (words("two"), "stop"), sampling=Sampling(seed=5))
+    chat = make_chat(says("one"), says("two"), sampling=Sampling(seed=5))
     run_lines(chat, "Count.", "/retry")
     assert chat.messages == [user("Count."), assistant("two")]
     (first, settings), (again, new_settings) = chat.engine.submitted
@@ -258,14 +225,8 @@ def test_another_try_replaces_the_answer_and_draws_anew(make_chat):
     assert (settings.seed, new_settings.seed) == (5, 6)
 
 
-def test_an_answer_without_a_word_is_an_answer(make_chat):
-    chat = make_chat(([], "stop"))
-    assert "the model gave an empty answer" in run_lines(chat, "Hi")
-    assert chat.messages == [user("Hi"), assistant("")]
-
-
 def test_the_system_message_can_be_set_seen_and_removed(make_chat, tokenizer):
-    chat = make_chat(*[(words("Hello"), "stop")] * 2, system="Be kind.")
+    chat = make_chat(*[says("Hello")] * 2, system="Be kind.")
     printed = run_lines(chat, "Hi", "/system  Be brief. ", "/clear", "/system", "Hi", "/system -", "/system")
     assert "(new conversation, with the same system message)" in printed
     assert printed.count("(system message: Be brief.)") == 2
@@ -274,11 +235,8 @@ def test_the_system_message_can_be_set_seen_and_removed(make_chat, tokenizer):
     assert "<|user_start|>Be brief.\n\nHi<|user_end|>" in tokenizer.decode(chat.engine.submitted[1][0])
 
 
-# --- commands ---
-
-
 def test_settings_hold_for_the_next_answer(make_chat):
-    chat = make_chat((words("Hello"), "stop"))
+    chat = make_chat(says("Hello"))
     printed = run_lines(chat, "/temperature 0.5", "/topk 3", "/maxtokens 9", "Hi", "/topk")
     assert chat.engine.submitted[0][1] == Sampling(temperature=0.5, top_k=3, max_tokens=9)
     assert printed.count("(top_k 3)") == 2
@@ -289,41 +247,31 @@ def test_settings_hold_for_the_next_answer(make_chat):
     [
         ("/tempreature 1", "unknown command /tempreature; did you mean /temperature? /help lists them"),
         ("/xyzzy", "unknown command /xyzzy; /help lists them"),
-        ("/temperature cold", "temperature must be a number, not 'cold'"),
-        ("/temperature -1", "temperature must be"),
-        ("/temperature nan", "temperature must be"),
-        ("/topk 1.5", "top_k must be a whole number, not '1.5'"),
-        ("/maxtokens 0", "max_tokens must be"),
-        ("/save", "/save needs the name of a file"),
-        ("/save talk.json", "there is nothing to save yet"),
-        ("/load", "/load needs the name of a file"),
-        ("/load /absent/talk.json", "cannot read /absent/talk.json"),
-        ("/retry", "there is no answer yet"),
+        ("/temperature cold", "temperature must be a number, not 'cold'"), ("/temperature -1", "temperature must be"),
+        ("/temperature nan", "temperature must be"), ("/topk 1.5", "top_k must be a whole number, not '1.5'"),
+        ("/maxtokens 0", "max_tokens must be"), ("/save", "/save needs the name of a file"),
+        ("/save talk.json", "there is nothing to save yet"), ("/load", "/load needs the name of a file"),
+        ("/load /absent/talk.json", "cannot read /absent/talk.json"), ("/retry", "there is no answer yet"),
         ("/continue", "there is no answer yet"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_command_says_what_is_wrong_and_changes_nothing(make_chat, line, message):
     chat = make_chat()
     assert f"error: {message}" in run_lines(chat, line)
     assert (chat.messages, chat.sampling) == ([], Sampling())
 
 
-def test_help_lists_every_command_and_quit_leaves(make_chat):
-    chat = make_chat()
-    printed = run_lines(chat, "/help", "", "  ", "/quit", "never read")
+def test_help_lists_every_command_and_quit_leaves_and_two_slashes_begin_a_message_with_one(make_chat):
+    chat = make_chat(says("A folder."))
+    printed = run_lines(chat, "/help", "", "  ", "//etc?", "/quit", "never read")
     assert all(f"{name} {command.argument}" in printed for name, command in COMMANDS.items())
     assert {"/clear", "/system", "/temperature", "/topk", "/save", "/load", "/help"} <= COMMANDS.keys()
-
-
-def test_two_slashes_begin_a_message_with_one(make_chat):
-    chat = make_chat((words("A folder."), "stop"))
-    run_lines(chat, "//etc?")
-    assert chat.messages[0] == user("/etc?")
+    assert chat.messages == [user("/etc?"), assistant("A folder.")]
 
 
 def test_a_conversation_is_saved_and_loaded_whole(make_chat, tmp_path):
     path = tmp_path / "my talks" / "talk.json"
-    chat = make_chat((TOOL_PIECES, "stop"), (words("Gern. 東京 🌿"), "stop"), system="Be kind.")
+    chat = make_chat((TOOL_PIECES, "stop"), says("Gern. 東京 🌿"), system="Be kind.")
     run_lines(chat, "How much?", f"/save {path}", "Danke!", f"/save {path}")
     saved = json.loads(path.read_text(encoding="utf-8"))
     assert saved == chat.conversation
@@ -338,7 +286,7 @@ def test_a_conversation_is_saved_and_loaded_whole(make_chat, tmp_path):
 def test_a_question_at_the_end_of_a_loaded_conversation_is_answered(make_chat, tmp_path):
     path = tmp_path / "talk.json"
     path.write_text(json.dumps({"messages": [user("Hi"), assistant("Hello"), user("How much?")]}))
-    chat = make_chat((words("408"), "stop"), system="to be replaced")
+    chat = make_chat(says("408"), system="to be replaced")
     printed = run_lines(chat, f"/load {path}")
     assert chat.conversation == {"messages": [user("Hi"), assistant("Hello"), user("How much?"), assistant("408")]}
     assert "> How much?\n408\n" in printed
@@ -347,40 +295,30 @@ def test_a_question_at_the_end_of_a_loaded_conversation_is_answered(make_chat, t
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("no JSON", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
-        ("[1]", "a conversation must be"),
+        ("no JSON", "is not JSON"), ("[" * 100_000, "is not JSON"), ("[1]", "a conversation must be"),
         ('{"messages": [{"role": "assistant", "content": "Hi"}]}', "message 1 must have the role 'user'"),
         ('{"messages": [{"role": "user", "content": "\\ud83c"}]}', "lone surrogate"),
     ],
-)
-def test_a_file_that_is_no_conversation_is_refused(make_chat, tmp_path, content, message):
-    path = tmp_path / "talk.json"
+)  # fmt: skip
+def test_a_file_that_is_no_conversation_is_neither_loaded_nor_replaced(make_chat, tmp_path, content, message):
+    path = tmp_path / "thesis.tex"
     path.write_text(content)
-    chat = make_chat((words("Hello"), "stop"))
+    chat = make_chat(says("Hello"))
     assert message in run_lines(chat, "Hi", f"/load {path}")
     assert chat.messages == [user("Hi"), assistant("Hello")]
-
-
-def test_saving_never_replaces_a_file_that_is_no_conversation(make_chat, tmp_path):
-    path = tmp_path / "thesis.tex"
     path.write_text("years of work")
-    chat = make_chat((words("Hello"), "stop"))
-    assert "is not a conversation; choose another name" in run_lines(chat, "Hi", f"/save {path}")
+    assert "is not a conversation; choose another name" in run_lines(chat, f"/save {path}")
     assert path.read_text() == "years of work"
 
 
-# --- reading ---
-
-
 def test_a_prompt_is_the_one_given_else_all_of_a_standard_input_that_is_no_terminal():
-    piped = io.TextIOWrapper(io.BytesIO(" zwei\nZeilen 🌿\n".encode()), encoding="ascii")
-    assert single_prompt("given", piped) == "given"
-    assert single_prompt(None, piped) == "zwei\nZeilen 🌿"
+    def piped(content):
+        return io.TextIOWrapper(io.BytesIO(content), encoding="ascii")
+
+    lines = " zwei\nZeilen 🌿\n".encode()
+    assert single_prompt("given", piped(lines)) == "given"
+    assert single_prompt(None, piped(lines)) == "zwei\nZeilen 🌿"
     assert single_prompt(None, Tty()) is None
-
-
-@pytest.mark.parametrize(("content", "message"), [(b" \n", "empty"), (b"caf\xe9", "not valid UTF-8 at byte 3")])
-def test_a_standard_input_without_a_prompt_is_refused(content, message):
-    with pytest.raises(UserError, match=message):
-        single_prompt(None, io.TextIOWrapper(io.BytesIO(content)))
+    for content, message in ((b" \n", "empty"), (b"caf\xe9", "not valid UTF-8 at byte 3")):
+        with pytest.raises(UserError, match=message):
+            single_prompt(None, piped(content))

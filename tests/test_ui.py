@@ -4,17 +4,15 @@ import json
 import threading
 
 import pytest
-from chat_page import Reply, end, head, piece, refuses, says, sse, wait_until
+from chat_page import NEVER, Reply, end, head, piece, refuses, says, sse
+from live_server import wait_until
 
 pytest_plugins = ("chat_browser",)
 
 
-# --- asking and answering ------------------------------------------------------------------------
-
-
 def test_a_message_is_sent_and_its_answer_streams_in(chat):
     gate = threading.Event()
-    chat.send("Hello there", Reply([head(), piece("Good "), gate, piece("morning."), end()]))
+    chat.send("Hello there", says("Good ", gate, "morning."))
     chat.wait_for("Good")
     assert chat.questions.all_inner_texts() == ["Hello there"]
     assert chat.input.input_value() == ""
@@ -29,133 +27,101 @@ def test_a_message_is_sent_and_its_answer_streams_in(chat):
 
 
 def test_a_conversation_is_sent_whole_with_the_tool_calls_of_its_answers(chat):
-    tool = [
-        piece(python=""),
-        piece(python="12"),
-        piece(python="*7"),
-        piece(python_output=""),
-        piece(python_output="84"),
-    ]
-    chat.send("What is 12*7?", Reply([head(), piece("Let me see: "), *tool, piece("84."), end()]))
-    chat.wait_until_done()
+    tool = [{"python": ""}, {"python": "12"}, {"python": "*7"}, {"python_output": ""}, {"python_output": "84"}]
+    chat.ask("What is 12*7?", says("Let me see: ", *tool, "84."))
     assert chat.page.locator(".tool summary code").inner_text() == "12*7 = 84"
     assert not chat.page.locator(".tool dd").first.is_visible()
     chat.page.locator(".tool summary").click()
     assert chat.page.locator(".tool dd").all_inner_texts() == ["12*7", "84"]
     chat.ask("Thanks", "Welcome.")
-    assert chat.server.requests[1]["messages"][1] == {
-        "role": "assistant",
-        "content": [
-            {"type": "text", "text": "Let me see: "},
-            {"type": "python", "text": "12*7"},
-            {"type": "python_output", "text": "84"},
-            {"type": "text", "text": "84."},
-        ],
-    }
+    parts = [("text", "Let me see: "), ("python", "12*7"), ("python_output", "84"), ("text", "84.")]
+    assert chat.sent[1] == {"role": "assistant", "content": [{"type": type_, "text": text} for type_, text in parts]}
     assert chat.page.locator(".tool").get_attribute("open") is not None, "a block that was opened stays open"
 
 
 def test_characters_and_lines_cut_in_the_stream_arrive_whole(chat):
-    text = "naïve 東京 👩‍🚀 é"
-    whole = (head() + piece(text) + end()).replace("\n", "\r\n").encode()
-    steps: list = []
-    for byte in whole:
+    text, steps = "naïve 東京 👩‍🚀 é", []
+    for byte in (head() + piece(text) + end()).replace("\n", "\r\n").encode():
         steps += [bytes([byte])] if byte < 128 else [0.02, bytes([byte]), 0.02]
-    chat.send("Go", Reply(steps))
-    chat.wait_until_done()
+    chat.ask("Go", Reply(steps))
     assert chat.answers.inner_text() == text
 
 
-def test_stop_ends_the_request_and_keeps_what_was_said(chat):
-    chat.send("Tell me a story", Reply([head(), piece("Once upon a time"), threading.Event()]))
+def test_an_answer_that_was_stopped_or_cut_by_its_limit_can_be_continued(chat):
+    chat.send("Tell me a story", says("Once upon a time", NEVER))
     chat.wait_for("Once upon a time")
-    chat.button("Stop the answer").click()
+    chat.click("Stop the answer")
     chat.wait_for("Stopped.")
     wait_until(lambda: chat.server.num_disconnects == 1)
     assert chat.answers.inner_text() == "Once upon a time"
-    chat.send("", says(" there was a fox."))
-    chat.button("Continue").click()
-    chat.wait_until_done()
-    assert chat.server.requests[1]["messages"][-1] == {"role": "assistant", "content": "Once upon a time"}
-    assert chat.answers.inner_text() == "Once upon a time there was a fox."
-
-
-def test_escape_stops_the_answer(chat):
-    chat.send("Tell me a story", Reply([head(), piece("Once"), threading.Event()]))
-    chat.wait_for("Once")
-    chat.page.keyboard.press("Escape")
-    chat.wait_for("Stopped.")
-    wait_until(lambda: chat.server.num_disconnects == 1)
-
-
-def test_an_answer_cut_by_its_limit_can_be_gone_on_with(chat):
-    chat.send("Count", says("one, two", finish_reason="length"))
+    chat.click("Continue", says(" there was", finish_reason="length"))
     chat.wait_for("Length limit reached.")
-    chat.server.script.append(says(", three"))
-    chat.button("Continue").click()
+    assert chat.sent[-1] == {"role": "assistant", "content": "Once upon a time"}
+    chat.click("Continue", says(" a fox."))
+    chat.wait_for("a fox.")
     chat.wait_until_done()
-    assert chat.answers.inner_text() == "one, two, three"
+    assert chat.answers.inner_text() == "Once upon a time there was a fox."
     assert chat.button("Continue").count() == 0
+    chat.send("Another story", says("Long ago", NEVER))
+    chat.wait_for("Long ago")
+    chat.page.keyboard.press("Escape")  # does the same as the button
+    chat.wait_for("Stopped.")
+    wait_until(lambda: chat.server.num_disconnects == 2)
 
 
 def test_a_question_is_edited_and_sent_again_and_that_can_be_undone(chat):
     chat.ask("First", "Answer one")
+    chat.input.press("ArrowUp")
+    editor = chat.label("Edit the message")
+    editor.fill("other")
+    chat.page.keyboard.press("Escape")  # leaves the editor
+    editor.wait_for(state="detached")
+    assert chat.questions.all_inner_texts() == ["First"]
+    assert chat.input.evaluate("node => node === document.activeElement")
     chat.ask("Second", "Answer two")
     chat.questions.first.hover()
     chat.button("Edit the message and send it again").first.click()
-    editor = chat.page.get_by_label("Edit the message", exact=True)
     assert editor.input_value() == "First"
     editor.fill("First, mended")
     chat.server.script.append(says("Answer three"))
     editor.press("Enter")
     chat.wait_for("Answer three")
     chat.wait_until_done()
-    assert chat.server.requests[-1]["messages"] == [{"role": "user", "content": "First, mended"}]
+    assert chat.sent == [{"role": "user", "content": "First, mended"}]
     assert chat.answers.all_inner_texts() == ["Answer three"]
     assert chat.page.locator(".row").all_inner_texts() == ["First, mended"]
-    chat.button("Undo").click()
+    chat.click("Undo")
     chat.wait_for("Answer two")
     assert chat.questions.all_inner_texts() == ["First", "Second"]
     assert chat.page.locator(".row").all_inner_texts() == ["First"]
 
 
-def test_editing_can_be_left_with_escape(chat):
-    chat.ask("First", "Answer one")
-    chat.input.press("ArrowUp")
-    chat.page.get_by_label("Edit the message", exact=True).fill("other")
-    chat.page.keyboard.press("Escape")
-    chat.page.get_by_label("Edit the message", exact=True).wait_for(state="detached")
-    assert chat.questions.all_inner_texts() == ["First"]
-    assert chat.input.evaluate("node => node === document.activeElement")
-
-
 def test_regenerating_keeps_the_earlier_versions(chat):
     chat.ask("Name a colour", "Red")
-    chat.server.script.append(says("Turquoise"))
-    chat.button("Answer again").click()
+    chat.click("Answer again", says("Turquoise"))
     chat.wait_for("Turquoise")
     chat.wait_until_done()
-    assert chat.server.requests[1]["messages"] == [{"role": "user", "content": "Name a colour"}]
-    chat.button("Earlier version").click()
+    assert chat.sent == [{"role": "user", "content": "Name a colour"}]
+    chat.click("Earlier version")
     chat.wait_for("Red")
     assert chat.page.locator(".count").inner_text() == "1/2"
     chat.ask("Why?", "Because.")
-    assert chat.server.requests[2]["messages"][1] == {"role": "assistant", "content": "Red"}, "what is shown is sent"
+    assert chat.sent[1] == {"role": "assistant", "content": "Red"}, "what is shown is sent"
 
 
 def test_two_conversations_answer_at_once_without_mixing(chat):
     gates = threading.Event(), threading.Event()
-    chat.send("One", Reply([head(), piece("alpha "), gates[0], piece("beta"), end()]))
+    chat.send("One", says("alpha ", gates[0], "beta"))
     chat.wait_for("alpha")
-    chat.button("New chat").click()
-    chat.send("Two", Reply([head(), piece("gamma "), gates[1], piece("delta"), end()]))
+    chat.click("New chat")
+    chat.send("Two", says("gamma ", gates[1], "delta"))
     chat.wait_for("gamma")
     gates[0].set()
     chat.until("state.replies.size === 1")
     gates[1].set()
     chat.wait_until_done()
     assert chat.answers.all_inner_texts() == ["gamma delta"]
-    chat.button("One", exact=True).click()
+    chat.click("One", exact=True)
     chat.wait_for("alpha beta")
     assert chat.answers.all_inner_texts() == ["alpha beta"]
 
@@ -171,30 +137,26 @@ def test_enter_sends_but_not_with_shift_nor_while_composing(chat):
     chat.server.script.append(says("ok"))
     chat.input.press("Enter")
     chat.wait_until_done()
-    assert chat.server.requests[0]["messages"][0]["content"] == "first line\nsecond line"
-
-
-# --- what stays in the browser -------------------------------------------------------------------
+    assert chat.sent[0]["content"] == "first line\nsecond line"
 
 
 def test_reloading_keeps_conversations_and_settings(chat):
     chat.ask("Remember the **moon**", "I *will*.")
     chat.command("/temperature 0.3")
-    chat.button("New chat").click()
+    chat.click("New chat")
     chat.ask("Another", "Yes.")
     chat.page.reload()
     chat.wait_for("Yes.")
-    chat.button("Remember the **moon**", exact=True).click()
+    chat.click("Remember the **moon**", exact=True)
     chat.wait_for("I will.")
     assert chat.questions.inner_text() == "Remember the **moon**"
     chat.ask("And now?", "Still.")
-    request = chat.server.requests[-1]
-    assert request["temperature"] == 0.3
-    assert [message["role"] for message in request["messages"]] == ["user", "assistant", "user"]
+    assert chat.server.requests[-1]["temperature"] == 0.3
+    assert [message["role"] for message in chat.sent] == ["user", "assistant", "user"]
 
 
 def test_reloading_in_the_middle_of_an_answer_keeps_what_had_come(chat):
-    chat.send("Tell me", Reply([head(), piece("It began"), threading.Event()]))
+    chat.send("Tell me", says("It began", NEVER))
     chat.wait_for("It began")
     chat.page.reload()
     chat.wait_for("Stopped.")
@@ -204,65 +166,55 @@ def test_reloading_in_the_middle_of_an_answer_keeps_what_had_come(chat):
 
 def test_an_export_imports_as_the_same_conversations_once(chat, open_chat, tmp_path):
     chat.command("/system Be brief.")
-    tool = [piece(python=""), piece(python="1+1"), piece(python_output=""), piece(python_output="2")]
-    chat.send("Sum?", Reply([head(), *tool, piece("Two."), end()]))
-    chat.wait_until_done()
+    chat.ask("Sum?", says({"python": ""}, {"python": "1+1"}, {"python_output": ""}, {"python_output": "2"}, "Two."))
     with chat.page.expect_download() as download:
-        chat.button("Export").click()
+        chat.click("Export")
     path = tmp_path / "export.json"
     download.value.save_as(path)
     (exported,) = json.loads(path.read_text())["conversations"]
     assert exported["messages"][0] == {"role": "system", "content": "Be brief."}
     other = open_chat()
     for expected in ("1 conversation imported.", "0 conversations imported, 1 already here."):
-        other.page.get_by_label("File of conversations").set_input_files(path)
+        other.label("File of conversations").set_input_files(path)
         other.wait_for(expected)
-    other.button("Sum?", exact=True).click()
+    other.click("Sum?", exact=True)
     other.ask("More?", "No.")
-    assert other.server.requests[-1]["messages"] == [*exported["messages"], {"role": "user", "content": "More?"}]
+    assert other.sent == [*exported["messages"], {"role": "user", "content": "More?"}]
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("not json", "holds no conversations"),
-        ('{"a": 1}', "holds no conversations"),
+        ("not json", "holds no conversations"), ('{"a": 1}', "holds no conversations"),
         ('[{"messages": []}]', "1 refused: conversation 1 has no messages"),
         ('[{"messages": [{"role": "assistant", "content": "x"}]}]', "1 refused: conversation 1 has the role"),
         ('[{"messages": [{"role": "user", "content": {}}]}, null]', "2 refused: conversation 1 has a question"),
-        (
-            '{"messages": [{"role": "user", "content": "a"}]}\n[{"role": "user", "content": "b"}]\n',
-            "2 conversations imported.",
-        ),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n[{"role": "user", "content": "b"}]\n',
+         "2 conversations imported."),
     ],
-)
+)  # fmt: skip
 def test_an_import_says_what_it_refuses(chat, tmp_path, text, words):
     path = tmp_path / "file.jsonl"
     path.write_text(text)
-    chat.page.get_by_label("File of conversations").set_input_files(path)
+    chat.label("File of conversations").set_input_files(path)
     chat.wait_for(words)
 
 
-def test_a_deleted_conversation_comes_back_by_undo(chat):
-    chat.ask("Keep me", "Yes.")
-    chat.page.get_by_role("button", name="Keep me", exact=True).hover()
-    chat.button("Delete Keep me").click()
+def test_a_conversation_is_renamed_and_comes_back_by_undo_when_deleted(chat):
+    chat.ask("Old name", "Yes.")
+    chat.button("Old name", exact=True).hover()
+    chat.click("Rename Old name")
+    chat.label("Title").fill("New name")
+    chat.page.keyboard.press("Enter")
+    chat.button("New name", exact=True).hover()
+    assert chat.page.title() == "New name · nanochat"
+    chat.click("Delete New name")
     chat.wait_for("No conversations yet")
     assert chat.page.evaluate("Object.keys(localStorage).filter((key) => key.startsWith(PREFIX))") == []
-    chat.button("Undo").click()
+    chat.click("Undo")
     chat.wait_for("Yes.")
     chat.page.reload()
     chat.wait_for("Yes.")
-
-
-def test_a_conversation_is_renamed(chat):
-    chat.ask("Old name", "Yes.")
-    chat.button("Old name", exact=True).hover()
-    chat.button("Rename Old name").click()
-    chat.page.get_by_label("Title", exact=True).fill("New name")
-    chat.page.keyboard.press("Enter")
-    chat.button("New name", exact=True).wait_for()
-    assert chat.page.title() == "New name · nanochat"
 
 
 def test_two_tabs_do_not_overwrite_each_other(chat, open_chat):
@@ -295,7 +247,7 @@ def test_full_storage_is_said_and_the_conversation_goes_on(chat):
     chat.wait_for("Hi.")
 
 
-def test_the_page_is_usable_where_the_browser_refuses_storage(open_chat, browser, server):
+def test_the_page_is_usable_where_the_browser_refuses_storage(open_chat, browser):
     context = browser.new_context()
     context.add_init_script(
         "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no', 'SecurityError'); }})"
@@ -309,19 +261,13 @@ def test_the_page_is_usable_where_the_browser_refuses_storage(open_chat, browser
 # --- when things go wrong ------------------------------------------------------------------------
 
 FAILURES = {
-    "queue full": (
-        refuses(429, "queue is full", "queue_full", **{"Retry-After": "7"}),
-        "Try again in about 7 seconds.",
-    ),
+    "queue full": (refuses(429, "full", "queue_full", **{"Retry-After": "7"}), "Try again in about 7 seconds."),
     "context": (refuses(400, "It has 3000 tokens.", "context_length_exceeded"), "The message is too long."),
     "refused": (refuses(400, "top_k must be at least 0"), "top_k must be at least 0"),
     "html": (Reply(["<html>bad gateway</html>"], 502), "The server answered with status 502."),
     "broken": (Reply([head(), piece("Well")]), "The answer was cut off."),
     "empty": (Reply([]), "The answer was cut off."),
-    "in the stream": (
-        Reply([head(), sse(error={"message": "the worker stopped", "code": None})]),
-        "the worker stopped",
-    ),
+    "in the stream": (Reply([head(), sse(error={"message": "worker stopped", "code": None})]), "worker stopped"),
     "no json": (Reply(["data: {oops\n\n"]), "The answer could not be read."),
 }
 
@@ -330,32 +276,25 @@ FAILURES = {
 def test_a_failure_is_said_in_words_and_can_be_retried(chat, name):
     reply, words = FAILURES[name]
     chat.send("Hello", reply)
-    chat.page.get_by_role("alert").get_by_text(words).wait_for()
-    chat.server.script.append(says("There you are."))
-    chat.button("Retry").click()
+    chat.alert.get_by_text(words).wait_for()
+    chat.click("Retry", says("There you are."))
     chat.wait_for("There you are.")
     chat.wait_until_done()
-    assert chat.page.get_by_role("alert").count() == 0
-    assert chat.server.requests[-1]["messages"] == [{"role": "user", "content": "Hello"}]
+    assert chat.alert.count() == 0
+    assert chat.sent == [{"role": "user", "content": "Hello"}]
 
 
 def test_a_server_that_is_gone_is_said_and_noticed_when_it_is_back(chat):
-    chat.page.route("**/v1/**", lambda route: route.abort("connectionrefused"))
-    chat.page.route("**/health", lambda route: route.abort("connectionrefused"))
+    for path in ("**/v1/**", "**/health"):
+        chat.page.route(path, lambda route: route.abort("connectionrefused"))
     chat.send("Hello")
-    chat.page.get_by_role("alert").get_by_text("The server cannot be reached.").wait_for()
+    chat.alert.get_by_text("The server cannot be reached.").wait_for()
     chat.page.locator("#server-note").get_by_text("Retrying").wait_for()
-    chat.page.unroute("**/v1/**")
-    chat.page.unroute("**/health")
+    chat.page.unroute_all()
     chat.page.evaluate("checkHealth()")
     chat.page.locator("#server-note").wait_for(state="hidden")
-
-
-def test_a_question_without_an_answer_is_left_out_of_later_requests(chat):
-    chat.send("Lost", refuses(500, "broken"))
-    chat.page.get_by_role("alert").wait_for()
     chat.ask("Found", "Yes.")
-    assert chat.server.requests[-1]["messages"] == [{"role": "user", "content": "Found"}]
+    assert chat.sent == [{"role": "user", "content": "Found"}], "a question without an answer is left out"
 
 
 def test_the_key_is_asked_for_and_the_message_sent_again_with_it(chat):
@@ -371,7 +310,7 @@ def test_the_key_is_asked_for_and_the_message_sent_again_with_it(chat):
     assert chat.answers.all_inner_texts()[-1] == "Still known."
 
 
-def test_a_message_written_while_the_model_loads_is_answered_when_it_is_ready(open_chat, server):
+def test_a_message_written_while_the_model_loads_is_answered_when_it_is_ready_and_a_failure_is_said(open_chat, server):
     server.health["status"] = "loading"
     chat = open_chat()
     chat.wait_for("The model is loading.")
@@ -382,9 +321,6 @@ def test_a_message_written_while_the_model_loads_is_answered_when_it_is_ready(op
     server.health["status"] = "ok"
     chat.wait_for("Now I am here.")
     chat.page.locator("#server-note").wait_for(state="hidden")
-
-
-def test_a_model_that_cannot_be_loaded_is_said_with_the_reason(open_chat, server):
     server.health.update(status="failed", message="no checkpoint in the folder")
     open_chat().wait_for("The model could not be loaded: no checkpoint in the folder")
 
@@ -392,8 +328,7 @@ def test_a_model_that_cannot_be_loaded_is_said_with_the_reason(open_chat, server
 def test_dropped_messages_are_said_and_marked_and_the_meter_shows_the_context(chat):
     for i in range(3):
         chat.ask(f"Question {i}", f"Answer {i}")
-    chat.send("Question 3", Reply([head(num_dropped=4, used=1900), piece("Answer 3"), end()]))
-    chat.wait_until_done()
+    chat.ask("Question 3", says("Answer 3", num_dropped=4, used=1900))
     chat.wait_for(
         "The conversation is longer than the context of 2,048 tokens: the model did not see the oldest 4 messages."
     )
@@ -403,20 +338,16 @@ def test_dropped_messages_are_said_and_marked_and_the_meter_shows_the_context(ch
     assert "full" in chat.page.locator("#meter").get_attribute("class")
 
 
-# --- settings and commands -----------------------------------------------------------------------
-
-
 def test_settings_are_checked_kept_and_sent(chat):
-    chat.button("Settings").click()
+    chat.click("Settings")
     page = chat.page
-    page.get_by_label("Temperature", exact=True).fill("3")
+    chat.label("Temperature").fill("3")
     page.get_by_text("The temperature must be a number from 0 to 2.").wait_for()
-    page.get_by_label("Temperature", exact=True).fill("0.25")
-    page.get_by_label("Top-k").fill("7")
-    page.get_by_label("Longest answer").fill("99")
-    page.get_by_label("System prompt").fill("Speak like a pirate.")
+    chat.label("Temperature").fill("0.25")
+    for label, value in (("Top-k", "7"), ("Longest answer", "99"), ("System prompt", "Speak like a pirate.")):
+        page.get_by_label(label).fill(value)
     page.get_by_role("group", name="Colours").get_by_text("Dark").click()
-    chat.button("Done").click()
+    chat.click("Done")
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     page.reload()
     chat.ask("Hello", "Arr.")
@@ -436,13 +367,11 @@ def test_commands_are_offered_completed_and_run(chat):
     chat.page.keyboard.type("5")
     chat.input.press("Enter")
     chat.wait_for("The top-k is now 5.")
-    chat.command("/max 0")
-    chat.wait_for("must be a whole number from 1")
-    chat.command("/nonsense")
-    chat.wait_for("Unknown command /nonsense;")
+    for command, words in (("/max 0", "must be a whole number from 1"), ("/nonsense", "Unknown command /nonsense;")):
+        chat.command(command)
+        chat.wait_for(words)
     assert chat.input.input_value() == "/nonsense"
-    chat.send(" /nonsense", says("ok"))
-    chat.wait_until_done()
-    assert chat.server.requests[0]["messages"][0]["content"] == "/nonsense"
+    chat.ask(" /nonsense", "ok")
+    assert chat.sent[0]["content"] == "/nonsense"
     chat.command("/help")
     assert chat.page.get_by_role("dialog").is_visible()

@@ -5,35 +5,30 @@ import re
 import threading
 
 import pytest
-from chat_page import Reply, end, head, piece, refuses
+from chat_page import refuses, says
 
 pytest_plugins = ("chat_browser",)
 ATTACK = "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script>"
 
 
-# --- text stays text -----------------------------------------------------------------------------
-
-
 def test_scripts_in_any_text_stay_text(chat, tmp_path):
     blocks = (ATTACK, f"```{ATTACK.replace(' ', '')}\n{ATTACK}\n```", f"| a |\n|---|\n| {ATTACK} |", f"- {ATTACK}")
     nasty = "\n\n".join((*blocks, f"> {ATTACK}", f"# {ATTACK}", f"[{ATTACK}](https://example.com)"))
-    tool = [piece(python=""), piece(python=ATTACK), piece(python_output=""), piece(python_output=ATTACK)]
     chat.server.health["model"] = ATTACK
     chat.page.reload()
-    chat.send(ATTACK, Reply([head(), piece(nasty), *tool, end()]))
-    chat.wait_until_done()
+    tool = [{"python": ""}, {"python": ATTACK}, {"python_output": ""}, {"python_output": ATTACK}]
+    chat.ask(ATTACK, says(nasty, *tool))
     path = tmp_path / "import.json"
     messages = [{"role": "user", "content": ATTACK}, {"role": "assistant", "content": ATTACK}]
     path.write_text(json.dumps([{"title": ATTACK, "messages": messages, "__proto__": {"pwned": 1}}]))
-    chat.page.get_by_label("File of conversations").set_input_files(path)
+    chat.label("File of conversations").set_input_files(path)
     chat.wait_for("1 conversation imported.")
     chat.send("again", refuses(400, ATTACK))
     chat.wait_for("The server refused the request.")
     assert chat.questions.first.inner_text() == ATTACK
     assert ATTACK in chat.answers.first.inner_text()
     assert chat.page.locator("#main :is(script, img, iframe), #sidebar :is(script, img, iframe)").count() == 0
-    assert chat.page.evaluate("window.pwned") is None
-    assert chat.page.evaluate("({}).pwned") is None
+    assert chat.page.evaluate("window.pwned ?? ({}).pwned") is None
 
 
 def test_only_web_and_mail_addresses_become_links(chat):
@@ -59,26 +54,22 @@ def test_only_web_and_mail_addresses_become_links(chat):
         (r"\*not\* `` a`b ``", "<p>*not* <code>a`b</code></p>"),
         ("one\ntwo\n\nthree", "<p>one<br>two</p><p>three</p>"),
         ("# A\n### B ##\n---", "<h3>A</h3><h5>B</h5><hr>"),
-        (
-            "- a\n- b\n  - c\n\n1. x\n2. y",
-            "<ul><li>a</li><li>b<ul><li>c</li></ul></li></ul><ol><li>x</li><li>y</li></ol>",
-        ),
+        ("- a\n- b\n  - c\n\n1. x\n2. y",
+         "<ul><li>a</li><li>b<ul><li>c</li></ul></li></ul><ol><li>x</li><li>y</li></ol>"),
         ("3. a\n\n   more\n4. b", "<ol><li><p>a</p><p>more</p></li><li>b</li></ol>"),
         ("born in\n1986. It was", "<p>born in<br>1986. It was</p>"),
         ("> a\n> - b", "<blockquote><p>a</p><ul><li>b</li></ul></blockquote>"),
-        (
-            "| a | b |\n|:-:|--:|\n| 1 | `x\\|y` |",
-            "<table><thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr><td>1</td><td><code>x|y</code></td></tr></tbody></table>",
-        ),
+        ("| a | b |\n|:-:|--:|\n| 1 | `x\\|y` |",
+         "<table><thead><tr><th>a</th><th>b</th></tr></thead>"
+         "<tbody><tr><td>1</td><td><code>x|y</code></td></tr></tbody></table>"),
         ("a | b\nno table", "<p>a | b<br>no table</p>"),
         ("- [x] done\n- [ ] open", "<ul><li>☑ done</li><li>☐ open</li></ul>"),
         ("&amp; <b>x</b>", "<p>&amp;amp; &lt;b&gt;x&lt;/b&gt;</p>"),
     ],
-)
+)  # fmt: skip
 def test_markdown_becomes_elements(script, source, html):
-    shown = script.evaluate(
-        "(text) => { const node = h('div'); showMarkdown(node, text); return node.innerHTML; }", source
-    )
+    show = "(text) => { const node = h('div'); showMarkdown(node, text); return node.innerHTML; }"
+    shown = script.evaluate(show, source)
     shown = re.sub(r' (class|scope|start|tabindex|role|aria-label)="[^"]*"', "", shown)
     assert shown.replace("<div>", "").replace("</div>", "") == html
 
@@ -86,43 +77,22 @@ def test_markdown_becomes_elements(script, source, html):
 def test_an_unfinished_code_block_is_shown_and_copied(chat):
     chat.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     gate = threading.Event()
-    chat.send(
-        "Code?", Reply([head(), piece("Here:\n```python\nprint(1)\n"), gate, piece("print(2)\n```\nDone."), end()])
-    )
+    chat.send("Code?", says("Here:\n```python\nprint(1)\n", gate, "print(2)\n```\nDone."))
     chat.page.locator("pre").wait_for()
     block = chat.page.locator("pre").element_handle()
     gate.set()
     chat.wait_until_done()
     assert block.inner_text() == "print(1)\nprint(2)", "the block stays the same element while it grows"
-    chat.button("Copy", exact=True).click()
+    chat.click("Copy", exact=True)
     chat.page.locator(".code").get_by_text("Copied").wait_for()
     assert chat.page.evaluate("navigator.clipboard.readText()") == "print(1)\nprint(2)"
 
 
 @pytest.mark.parametrize(
     "unit",
-    [
-        "*",
-        "_",
-        "`",
-        "[",
-        "](",
-        "**a ",
-        "~~",
-        "> ",
-        "- ",
-        "  - a\n",
-        "|",
-        "|-",
-        "#",
-        "<",
-        "\n",
-        " ",
-        "![x](",
-        "http://",
-        "``` \n",
-    ],
-)
+    ["*", "_", "`", "[", "](", "**a ", "~~", "> ", "- ", "  - a\n", "|", "|-", "#", "<", "\n", " ", "![x](", "http://",
+     "``` \n"],
+)  # fmt: skip
 def test_no_text_freezes_the_page(script, unit):
     milliseconds = script.evaluate(
         """(text) => {

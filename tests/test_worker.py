@@ -6,6 +6,7 @@ import os
 import queue
 import signal
 import socket
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,13 @@ from nanochat.engine.sampling import Sampling
 from nanochat.serve.errors import ApiError, ClientGone
 from nanochat.serve.worker import Failed, Job, Pool, Work, Worker
 from nanochat.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
 
 
 def build_fake(folder: Path, **options) -> FakeEngine:
@@ -61,125 +69,93 @@ def all_ready(pool: Pool) -> bool:
     return all(worker.state == "ready" for worker in pool.workers)
 
 
-class running:
-    """A pool of fake engines in threads, started and closed."""
-
-    def __init__(self, tokenizer, *, num_workers=1, max_rows=2, max_queue=4, **options):
-        engine = partial(FakeEngine, tokenizer, max_rows=max_rows, **options)
-        self.pool = Pool([engine] * num_workers, max_rows=max_rows, max_queue=max_queue, in_threads=True)
-
-    async def __aenter__(self):
-        await self.pool.start()
-        await wait_until(lambda: all_ready(self.pool))
-        return self.pool
-
-    async def __aexit__(self, *_):
-        await self.pool.close()
-
-
-def test_replies_come_in_pieces_and_end(tokenizer):
-    async def main():
-        async with running(tokenizer) as pool:
-            job = pool.submit([tokenizer.encode("count 9")], Sampling())
-            assert pool.num_replies == 1
-            assert await read_all(job) == ["1 2 3 4 5 6 7 8 9"]
-            assert job.is_over
-            assert pool.num_replies == 0
-            assert job.num_cached == 1
-            assert job.started <= job.first_token_time < job.last_token_time
-            assert await job.next_news() == {}
-            prompts = [tokenizer.encode("river"), tokenizer.encode("stone")]
-            assert await read_all(pool.submit(prompts, Sampling(), num_samples=2)) == ["river"] * 2 + ["stone"] * 2
-
-    asyncio.run(main())
-
-
-def test_the_queue_is_bounded_and_a_cancelled_job_makes_room(tokenizer):
-    async def main():
-        async with running(tokenizer, max_rows=2, max_queue=1, step_seconds=0.01) as pool:
-            prompt = tokenizer.encode("count 60")
-            assert refusal_of(pool, 4) == "queue_full"
-            jobs = [pool.submit([prompt], Sampling()) for _ in range(3)]
-            assert refusal_of(pool) == "queue_full"
-            assert (pool.num_active, pool.num_replies) == (2, 3)
-            pool.cancel(jobs[0])
-            pool.cancel(jobs[0])  # a second time changes nothing
-            with pytest.raises(ClientGone):
-                await read_all(jobs[0])
-            last = pool.submit([tokenizer.encode("hello")], Sampling())
-            assert await read_all(last) == ["hello"]
-            for job in jobs:
-                pool.cancel(job)
-            assert pool.num_replies == 0
-            await wait_until(lambda: pool.workers[0].stats["active"] == 0)
-
-    asyncio.run(main())
-
-
-def test_work_goes_to_the_engine_with_the_least_to_do(tokenizer):
-    async def main():
-        async with running(tokenizer, num_workers=3, step_seconds=0.01) as pool:
-            jobs = [pool.submit([tokenizer.encode("count 30")], Sampling()) for _ in range(6)]
-            assert sorted(jobs.count(job) for job in jobs) == [1] * 6
-            by_worker = [sum(job.worker is worker for job in jobs) for worker in {job.worker for job in jobs}]
-            assert by_worker == [2, 2, 2]
-            assert len({text for job in jobs for text in await read_all(job)}) == 1
-
-    asyncio.run(main())
-
-
-def test_a_failed_engine_fails_its_jobs_only_and_is_started_again(tokenizer):
-    async def main():
-        async with running(tokenizer, num_workers=2, step_seconds=0.01) as pool:
-            good = pool.submit([tokenizer.encode("count 30")], Sampling())
-            bad = pool.submit([tokenizer.encode("crash")], Sampling())
-            assert good.worker is not bad.worker
-            assert await failure_of(bad) == "worker_failed"
-            assert pool.state == "ok"
-            assert (await read_all(good))[0].endswith("30")
-            await wait_until(lambda: all_ready(pool))
-
-    asyncio.run(main())
-
-
-def test_what_the_engine_refuses_is_a_user_error_and_leaves_nothing(tokenizer):
-    async def main():
-        async with running(tokenizer) as pool:
-            job = pool.submit([tokenizer.encode("hello"), tokenizer.encode("refuse")], Sampling())
-            with pytest.raises(ApiError, match="refuses"):
-                await read_all(job)
-            assert pool.num_replies == 0
-            assert await read_all(pool.submit([tokenizer.encode("hello")], Sampling())) == ["hello"]
-
-    asyncio.run(main())
-
-
-def test_nothing_is_taken_before_the_model_is_loaded_or_when_it_cannot_be(tokenizer):
-    async def main():
-        failures = []
-        pool = Pool([fail_to_load] * 2, max_rows=1, max_queue=1, in_threads=True, on_failure=failures.append)
-        assert pool.state == "loading"
-        assert refusal_of(pool) == "model_loading"
-        await pool.start()
-        await wait_until(lambda: pool.state == "failed")
-        assert refusal_of(pool) == "worker_failed"
-        assert failures == ["the weights are damaged"]  # told once, when no engine is left
+@asynccontextmanager
+async def running(tokenizer, *, num_workers=1, max_queue=4, **options):
+    """A pool of fake engines with two rows, in threads; and a function that submits texts to it."""
+    engine = partial(FakeEngine, tokenizer, max_rows=2, **options)
+    pool = Pool([engine] * num_workers, max_rows=2, max_queue=max_queue, in_threads=True)
+    await pool.start()
+    try:
+        await wait_until(lambda: all_ready(pool))
+        yield pool, lambda *texts, **more: pool.submit([tokenizer.encode(text) for text in texts], Sampling(), **more)
+    finally:
         await pool.close()
 
-    asyncio.run(main())
+
+async def test_replies_come_in_pieces_and_end(tokenizer):
+    async with running(tokenizer) as (pool, ask):
+        job = ask("count 9")
+        assert pool.num_replies == 1
+        assert await read_all(job) == ["1 2 3 4 5 6 7 8 9"]
+        assert job.is_over
+        assert (pool.num_replies, job.num_cached) == (0, 1)
+        assert job.started <= job.first_token_time < job.last_token_time
+        assert await job.next_news() == {}
+        assert await read_all(ask("river", "stone", num_samples=2)) == ["river"] * 2 + ["stone"] * 2
 
 
-def test_close_fails_what_is_running(tokenizer):
-    async def main():
-        running_pool = running(tokenizer, step_seconds=0.01)
-        async with running_pool as pool:
-            job = pool.submit([tokenizer.encode("count 60")], Sampling())
-            await job.next_news()
-        with pytest.raises(ApiError, match="shutting down"):
-            await read_all(job)
-        assert refusal_of(pool) == "shutting_down"
+async def test_the_queue_is_bounded_and_a_cancelled_job_makes_room(tokenizer):
+    async with running(tokenizer, max_queue=1, step_seconds=0.01) as (pool, ask):
+        assert refusal_of(pool, 4) == "queue_full"
+        jobs = [ask("count 60") for _ in range(3)]
+        assert refusal_of(pool) == "queue_full"
+        assert (pool.num_active, pool.num_replies) == (2, 3)
+        pool.cancel(jobs[0])
+        pool.cancel(jobs[0])  # a second time changes nothing
+        with pytest.raises(ClientGone):
+            await read_all(jobs[0])
+        assert await read_all(ask("hello")) == ["hello"]
+        for job in jobs:
+            pool.cancel(job)
+        assert pool.num_replies == 0
+        await wait_until(lambda: pool.workers[0].stats["active"] == 0)
 
-    asyncio.run(main())
+
+async def test_work_goes_to_the_engine_with_the_least_to_do(tokenizer):
+    async with running(tokenizer, num_workers=3, step_seconds=0.01) as (pool, ask):
+        jobs = [ask("count 30") for _ in range(6)]
+        assert sorted(jobs.count(job) for job in jobs) == [1] * 6
+        assert [sum(job.worker is worker for job in jobs) for worker in pool.workers] == [2, 2, 2]
+        assert len({text for job in jobs for text in await read_all(job)}) == 1
+
+
+async def test_a_failed_engine_fails_its_jobs_only_and_is_started_again(tokenizer):
+    async with running(tokenizer, num_workers=2, step_seconds=0.01) as (pool, ask):
+        good, bad = ask("count 30"), ask("crash")
+        assert good.worker is not bad.worker
+        assert await failure_of(bad) == "worker_failed"
+        assert pool.state == "ok"
+        assert (await read_all(good))[0].endswith("30")
+        await wait_until(lambda: all_ready(pool))
+
+
+async def test_what_the_engine_refuses_is_a_user_error_and_leaves_nothing(tokenizer):
+    async with running(tokenizer) as (pool, ask):
+        with pytest.raises(ApiError, match="refuses"):
+            await read_all(ask("hello", "refuse"))
+        assert pool.num_replies == 0
+        assert await read_all(ask("hello")) == ["hello"]
+
+
+async def test_nothing_is_taken_before_the_model_is_loaded_or_when_it_cannot_be():
+    failures = []
+    pool = Pool([fail_to_load] * 2, max_rows=1, max_queue=1, in_threads=True, on_failure=failures.append)
+    assert pool.state == "loading"
+    assert refusal_of(pool) == "model_loading"
+    await pool.start()
+    await wait_until(lambda: pool.state == "failed")
+    assert refusal_of(pool) == "worker_failed"
+    assert failures == ["the weights are damaged"]  # told once, when no engine is left
+    await pool.close()
+
+
+async def test_close_fails_what_is_running(tokenizer):
+    async with running(tokenizer, step_seconds=0.01) as (pool, ask):
+        job = ask("count 60")
+        await job.next_news()
+    with pytest.raises(ApiError, match="shutting down"):
+        await read_all(job)
+    assert refusal_of(pool) == "shutting_down"
 
 
 @pytest.mark.slow
@@ -203,21 +179,17 @@ def test_a_process_answers_and_ends_when_its_server_is_gone(tokenizer, tmp_path)
 
 
 @pytest.mark.slow
-def test_the_death_of_a_process_is_noticed_and_it_is_started_again(tokenizer, tmp_path):
+async def test_the_death_of_a_process_is_noticed_and_it_is_started_again(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-
-    async def main():
-        pool = Pool([partial(build_fake, tmp_path, step_seconds=0.01)], max_rows=2, max_queue=2)
-        await pool.start()
-        await wait_until(lambda: pool.state == "ok", seconds=120)
-        job = pool.submit([tokenizer.encode("count 60")], Sampling())
-        await job.next_news()
-        [child] = multiprocessing.active_children()
-        os.kill(child.pid, signal.SIGKILL)
-        assert await failure_of(job) == "worker_failed"
-        await wait_until(lambda: pool.state == "ok", seconds=120)
-        assert await read_all(pool.submit([tokenizer.encode("hello")], Sampling())) == ["hello"]
-        await pool.close()
-        assert not multiprocessing.active_children()
-
-    asyncio.run(main())
+    pool = Pool([partial(build_fake, tmp_path, step_seconds=0.01)], max_rows=2, max_queue=2)
+    await pool.start()
+    await wait_until(lambda: pool.state == "ok", seconds=120)
+    job = pool.submit([tokenizer.encode("count 60")], Sampling())
+    await job.next_news()
+    [child] = multiprocessing.active_children()
+    os.kill(child.pid, signal.SIGKILL)
+    assert await failure_of(job) == "worker_failed"
+    await wait_until(lambda: pool.state == "ok", seconds=120)
+    assert await read_all(pool.submit([tokenizer.encode("hello")], Sampling())) == ["hello"]
+    await pool.close()
+    assert not multiprocessing.active_children()
