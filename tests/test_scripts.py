@@ -451,6 +451,7 @@ def test_a_flag_out_of_range_is_refused(workplace, flags):
         ("scripts.base_eval --bundle data", ["holds no core.yaml"]),
         ("scripts.base_eval --hf-path missing", ["--hf-path missing cannot be loaded"]),
         ("nanochat.data.dataset -n 0", ["-n 0 is out of range"]),
+        ("nanochat.data.dataset -n -2", ["-n -2 is out of range"]),
         ("nanochat.data.dataset --workers 0", ["--workers 0 is out of range"]),
         ("nanochat.data.dataset --data nothing", ["nothing"]),
         ("nanochat.report reset --dollars-per-gpu-hour -1", ["-1.0 is not a price"]),
