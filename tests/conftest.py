@@ -54,6 +54,13 @@ def tokenizer(texts) -> Tokenizer:
 
 
 @pytest.fixture
+def tokenizer_folder(tokenizer, tmp_path) -> Path:
+    """Where the tokenizer is saved, for processes that load it."""
+    tokenizer.save(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+@pytest.fixture
 def shards(tmp_path, texts) -> list[Path]:
     """Three training shards and a validation shard in one folder, in order."""
     parts = [texts[:60], texts[60:120], texts[120:170], texts[170:]]

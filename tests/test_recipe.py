@@ -9,15 +9,7 @@ from nanochat import hardware
 from nanochat.common import UserError
 from nanochat.model.gpt import GPTConfig, build_model
 from nanochat.training import recipe
-from nanochat.training.recipe import (
-    MIN_STEPS,
-    TOKEN_RATIO,
-    Plan,
-    estimate,
-    horizon_tokens,
-    make_plan,
-    scaling_parameters,
-)
+from nanochat.training.recipe import estimate, horizon_tokens, make_plan, scaling_parameters
 from nanochat.training.schedule import MIN_BATCH_TOKENS
 
 
@@ -52,7 +44,7 @@ def test_scaling_parameters_are_those_of_matrices_and_head_without_padding():
 
 def test_the_horizon_follows_from_each_kind_of_budget():
     small = config(4)
-    assert horizon_tokens(small) == TOKEN_RATIO * scaling_parameters(small)
+    assert horizon_tokens(small) == recipe.TOKEN_RATIO * scaling_parameters(small)
     assert horizon_tokens(small, token_ratio=3) == 3 * scaling_parameters(small)
     assert horizon_tokens(small, minutes=10, tokens_per_second=1000) == 600_000
     flops = recipe.count_model(small).flops_per_token()
@@ -71,7 +63,7 @@ def test_d12_is_the_reference_at_any_ratio(ratio):
     plan = make_plan(config(12), train_tokens=horizon_tokens(config(12), token_ratio=ratio), token_ratio=ratio)
     assert plan.total_batch_tokens == 2**19
     assert plan.lr_scale == 1.0
-    assert plan.num_steps == int((ratio or TOKEN_RATIO) * scaling_parameters(config(12)) / 2**19)
+    assert plan.num_steps == int((ratio or recipe.TOKEN_RATIO) * scaling_parameters(config(12)) / 2**19)
     assert plan.matrix_weight_decay == pytest.approx(recipe.MATRIX_WEIGHT_DECAY, rel=1e-3)
 
 
@@ -88,7 +80,7 @@ def test_larger_models_get_larger_batches_and_less_weight_decay():
 def test_a_short_run_takes_a_smaller_batch_before_it_takes_fewer_steps(train_tokens, depth):
     plan = make_plan(config(depth, sequence_len=256), train_tokens=train_tokens, batch_multiple=256)
     assert plan.total_batch_tokens & (plan.total_batch_tokens - 1) == 0
-    assert plan.num_steps >= MIN_STEPS or plan.total_batch_tokens == MIN_BATCH_TOKENS
+    assert plan.num_steps >= recipe.MIN_STEPS or plan.total_batch_tokens == MIN_BATCH_TOKENS
     assert 0 <= train_tokens - plan.train_tokens < plan.total_batch_tokens
 
 
@@ -252,6 +244,6 @@ def test_an_unknown_peak_or_price_has_no_estimate_rather_than_zero():
 def test_a_miniature_needs_one_shard():
     small = config(2, sequence_len=128)
     needs = estimate(
-        small, Plan(100, 4096, 1.0, 0.1), num_gpus=1, device_batch_size=8, peak_flops=None, gpu_hour_dollars=None
+        small, recipe.Plan(100, 4096, 1.0, 0.1), num_gpus=1, device_batch_size=8, peak_flops=None, gpu_hour_dollars=None
     )
     assert needs.num_shards == 1
