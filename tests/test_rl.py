@@ -193,9 +193,10 @@ def test_tool_answers_are_not_sampled(sample, model, tokenizer):
     assert num_forced > 20
 
 
-def test_a_reward_that_is_no_number_is_an_error_that_names_the_task(sample, tokenizer, monkeypatch):
-    monkeypatch.setattr(FirstToken, "reward", lambda *args: math.nan)
-    with pytest.raises(UserError, match="FirstToken gave the reward nan"):
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite_is_an_error_that_names_the_task(reward, sample, tokenizer, monkeypatch):
+    monkeypatch.setattr(FirstToken, "reward", lambda *args: reward)
+    with pytest.raises(UserError, match=f"FirstToken gave the reward {reward}"):
         sample(questions_of(tokenizer).take(0, 1), 2, 2, "")
 
 
