@@ -138,7 +138,7 @@ def test_clients_that_leave_at_any_moment_free_their_rows_and_disturb_nobody(ser
     answer = asyncio.run(main())
     assert answer.json()["choices"] == expected
     wait_until(lambda: server.pool.num_replies == 0)
-    wait_until(lambda: all(stats["active"] == stats["waiting"] == 0 for _, stats in server.pool.workers))
+    wait_until(lambda: all(w.stats["active"] == w.stats["waiting"] == 0 for w in server.pool.workers))
 
 
 def test_health_answers_while_all_rows_are_busy(server):
