@@ -74,8 +74,12 @@ def tiny_config(tokenizer) -> GPTConfig:
 
 @pytest.fixture
 def tiny_model(tiny_config) -> GPT:
+    return random_model(tiny_config)
+
+
+def random_model(config: GPTConfig) -> GPT:
     """Every weight random and not zero, so that no path through the model is dead."""
-    model = build_model(tiny_config, generator=torch.Generator().manual_seed(0))
+    model = build_model(config, generator=torch.Generator().manual_seed(0))
     fill_randomly(model)
     return model
 

@@ -115,8 +115,7 @@ def test_packing_follows_the_rule_in_words(lengths, row_tokens, choice):
 def test_packing_by_best_fit_leaves_little_padding():
     rng = random.Random(0)
     lengths = [int(2000 * rng.random() ** 3) + 5 for _ in range(3000)]
-    rows = pack_whole(lengths, 2049)
-    assert sum(lengths) / (2049 * len(rows)) > 0.99
+    assert sum(lengths) / (2049 * len(pack_whole(lengths, 2049))) > 0.99
 
 
 # --- targets ---
@@ -162,23 +161,19 @@ def test_epochs_repeat_all_rows_in_another_order_and_are_counted(packed, tokeniz
     assert len({str(sorted(epoch)) for epoch in epochs}) == 1
 
 
-def test_a_conversation_of_exactly_a_row_fits_and_one_token_more_is_cut_after_an_answer(tokenizer):
+def test_a_conversation_of_exactly_a_row_fits_and_one_token_more_is_cut_after_an_answer_or_left_out(packed, tokenizer):
     conversation = make_conversation(random.Random(3), 8)
+    expected = render(tokenizer, conversation).ids
     conversation["messages"] += [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "Yes."}]
     length = len(render(tokenizer, conversation).ids)
     whole = pack_conversations([conversation], tokenizer, length - 1)
     assert (whole.num_tokens, whole.num_cut, whole.num_left_out) == (length, 0, 0)
     cut = pack_conversations([conversation], tokenizer, length - 2)
     assert (cut.num_cut, cut.num_left_out) == (1, 0)
+    assert "1 cut after an answer" in str(cut)
     ((idx, _),) = rows_of(ChatLoader(cut, 1, epochs=1))
-    shorter = {"messages": conversation["messages"][:-2]}
-    expected = render(tokenizer, shorter).ids
     assert idx[: len(expected)] == expected
     assert set(idx[len(expected) :]) <= {tokenizer.bos_id}
-    assert "1 cut after an answer" in str(cut)
-
-
-def test_what_does_not_fit_at_all_is_left_out_counted_and_said(packed, tokenizer):
     long = {"messages": [{"role": "user", "content": "river " * 200}, {"role": "assistant", "content": "Yes."}]}
     with_long = pack_conversations([*CONVERSATIONS, long], tokenizer, T)
     assert with_long.num_left_out == packed.num_left_out + 1

@@ -217,11 +217,8 @@ def test_full_disk_is_said_before_anything_is_fetched(server, monkeypatch):
 
 def test_text_files_of_a_repository_are_made_into_shards(server):
     lines = [json.dumps({"text": f"document {index}"}) for index in range(50)]
-    server.files = {
-        "README.md": b"not a document",
-        "a/one.jsonl": "\n".join(lines[:30]).encode(),
-        "two.jsonl.gz": gzip.compress("\n".join(lines[30:]).encode()),
-    }
+    one, two = "\n".join(lines[:30]).encode(), gzip.compress("\n".join(lines[30:]).encode())
+    server.files = {"README.md": b"not a document", "a/one.jsonl": one, "two.jsonl.gz": two}
     prepare(REPO, -1)
     assert sorted(documents(REPO, "train", "val")) == sorted(f"document {index}" for index in range(50))
     before = len(server.requests)
@@ -262,15 +259,15 @@ def test_killed_download_goes_on_where_it_was(server):
 
 # --- converting ---
 def test_local_files_of_every_kind_become_shards(inputs):
-    (inputs / "a.jsonl").write_text('{"text": "from jsonl"}\n\n{"text": null}\n{"text": "from jsonl, too"}\n')
     (inputs / "sub").mkdir()
-    (inputs / "sub" / "b.txt").write_text("from text")
-    (inputs / "c.md").write_text("# from markdown")
-    (inputs / "d.parquet").write_bytes(parquet_bytes(["from parquet", None]))
-    (inputs / ".hidden.txt").write_text("hidden")
+    for name, content in {
+        "a.jsonl": b'{"text": "from jsonl"}\n\n{"text": null}\n{"text": "from jsonl, too"}\n',
+        "sub/b.txt": b"from text", "c.md": b"# from markdown", ".hidden.txt": b"hidden",
+        "d.parquet": parquet_bytes(["from parquet", None]),
+    }.items():  # fmt: skip
+        (inputs / name).write_bytes(content)
     data = str(inputs)
-    folder = prepare(data, -1)
-    assert folder.parent == base_dir() / "data"
+    assert prepare(data, -1).parent == base_dir() / "data"
     expected = ["# from markdown", "from jsonl", "from jsonl, too", "from parquet", "from text"]
     assert sorted(documents(data, "train", "val")) == expected
 
@@ -284,8 +281,14 @@ def test_single_parquet_file_is_split(inputs):
         assert sorted(train + val) == sorted(f"document {index}" for index in range(100))
 
 
-def test_conversion_is_kept_until_the_files_change(inputs, capsys):
+def test_conversion_is_kept_until_the_files_change_and_a_failed_one_leaves_nothing_behind(inputs, capsys):
+    with pytest.raises(UserError, match=r"has no .parquet, .jsonl"):
+        prepare(str(inputs), -1)
     source = inputs / "a.jsonl"
+    source.write_text('{"text": "fine"}\n{"text": 3}\n')
+    with pytest.raises(UserError, match=r"a.jsonl, line 2"):
+        prepare(str(source), -1)
+    assert [path.name for path in (base_dir() / "data").iterdir() if not path.name.endswith(".lock")] == []
     source.write_text("".join(json.dumps({"text": f"document {index}"}) + "\n" for index in range(10)))
     data = str(source)
     prepare(data, -1)
@@ -299,15 +302,6 @@ def test_conversion_is_kept_until_the_files_change(inputs, capsys):
     source.write_text(source.read_text() + '{"text": "one more"}\n')
     prepare(data, -1)
     assert "one more" in documents(data, "train", "val")
-
-
-def test_failed_conversion_leaves_nothing_behind_and_a_folder_without_text_is_refused(inputs):
-    with pytest.raises(UserError, match=r"has no .parquet, .jsonl"):
-        prepare(str(inputs), -1)
-    (inputs / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
-    with pytest.raises(UserError, match=r"a.jsonl, line 2"):
-        prepare(str(inputs), -1)
-    assert [path.name for path in (base_dir() / "data").iterdir() if not path.name.endswith(".lock")] == []
 
 
 def test_documentation_of_the_machine_is_a_data_set_like_any_other(monkeypatch):

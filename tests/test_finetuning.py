@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import fill_randomly
+from conftest import random_model
 from ranks import assert_sum_of_gradients, run_ranks
 from test_chat_loader import make_conversations
 
 from nanochat.common import UserError
 from nanochat.data.chat_loader import ChatLoader, pack_conversations
-from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.model.gpt import GPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.finetuning import MIN_STEPS, make_plan
 from nanochat.training.loop import accumulate_gradients, wanted_device_batch
@@ -31,8 +31,7 @@ def step_gradients(rank: int, world_size: int, folder, batch_size: int, num_conv
     tokenizer = Tokenizer.load(folder)
     packed = pack_conversations(make_conversations(num_conversations), tokenizer, T)
     config = GPTConfig.from_depth(2, vocab_size=tokenizer.vocab_size, sequence_len=T, head_dim=32)
-    model = build_model(config, generator=torch.Generator().manual_seed(0))
-    fill_randomly(model)
+    model = random_model(config)
     loader = ChatLoader(packed, batch_size, rank=rank, world_size=world_size, epochs=1, step_rows=STEP_ROWS)
     num_micro_steps = STEP_ROWS // (batch_size * world_size)
     loss = accumulate_gradients(model, loader, num_micro_steps, device=CPU, world_size=world_size)

@@ -112,27 +112,22 @@ def test_attempts_end_when_nothing_moves(server, tmp_path, fault, reason, num_re
     assert not (tmp_path / NAME).exists()
 
 
-def test_check_of_the_caller_has_the_last_word(server, tmp_path):
+def test_check_of_the_caller_has_the_last_word_and_its_error_ends_the_other_transfers(server, tmp_path):
     seen = []
 
     def check(path: Path, file: HubFile) -> None:
         seen.append(path.read_bytes() == CONTENT)
         if len(seen) == 1:
             raise TransferError("not to my taste")
+        if file.name == "b.bin":
+            raise UserError("no column text")
 
-    assert fetch(tmp_path, check) == ""
+    assert fetch(tmp_path / "a", check) == ""
     assert seen == [True, True]
-
-
-def test_error_in_one_file_ends_the_other_transfers(server, tmp_path):
     server.faults[NAME] = ["stall"] * 100
-
-    def check(path: Path, file: HubFile) -> None:
-        raise UserError("no column text")
-
     with pytest.raises(UserError, match="no column text"):
-        hub.fetch_files(REPO, REVISION, [FILE, HubFile("b.bin", 10)], tmp_path, workers=2, check=check)
-    assert not (tmp_path / NAME).exists()
+        hub.fetch_files(REPO, REVISION, [FILE, HubFile("b.bin", 10)], tmp_path / "b", workers=2, check=check)
+    assert not (tmp_path / "b" / NAME).exists()
 
 
 @pytest.mark.parametrize(
@@ -159,6 +154,13 @@ def test_pauses_double_with_jitter_up_to_a_limit_and_heed_the_server(monkeypatch
         assert max(min(2**failures / 2, 20), shortest) <= seconds <= max(min(2**failures, 20), shortest)
 
 
+def test_token_is_sent_when_there_is_one(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.list_files(REPO)
+    fetch(tmp_path)
+    assert server.tokens == {"Bearer hf_secret"}
+
+
 def test_full_disk_is_a_user_error_and_no_reason_to_retry(server, tmp_path, monkeypatch):
     def write(*args: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -166,10 +168,3 @@ def test_full_disk_is_a_user_error_and_no_reason_to_retry(server, tmp_path, monk
     monkeypatch.setattr(file_download, "http_get", write)
     with pytest.raises(UserError, match=r"cannot write .*a.bin.*No space left"):
         fetch(tmp_path)
-
-
-def test_token_is_sent_when_there_is_one(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hub.list_files(REPO)
-    fetch(tmp_path)
-    assert server.tokens == {"Bearer hf_secret"}

@@ -11,14 +11,13 @@ from functools import partial
 
 import httpx
 import pytest
-import torch
-from conftest import WORDS, fill_randomly
+from conftest import WORDS, random_model
 from live_server import ask, live_server, question, wait_until
 
 from nanochat.data.chat import render_for_completion
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampling import Sampling
-from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.model.gpt import GPTConfig
 
 CHAT = "/v1/chat/completions"
 CONTEXT = 256
@@ -30,9 +29,7 @@ MAX_TOKENS = 24
 @pytest.fixture(scope="module")
 def model(tokenizer):
     config = GPTConfig.from_depth(2, vocab_size=tokenizer.vocab_size, sequence_len=CONTEXT, head_dim=32)
-    model = build_model(config, generator=torch.Generator().manual_seed(0))
-    fill_randomly(model)
-    return model
+    return random_model(config)
 
 
 @pytest.fixture(scope="module")

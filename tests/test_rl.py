@@ -6,14 +6,14 @@ import random
 
 import pytest
 import torch
-from conftest import fill_randomly
+from conftest import random_model
 from ranks import assert_sum_of_gradients, run_ranks
 
 from nanochat.common import UserError
 from nanochat.data.chat import render_for_completion
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampling import Sampling
-from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.model.gpt import GPTConfig
 from nanochat.model.loss import IGNORE_INDEX
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import rl
@@ -47,9 +47,7 @@ class FirstToken(Task):
 
 def make_model(tokenizer):
     config = GPTConfig.from_depth(2, vocab_size=tokenizer.vocab_size, sequence_len=T, head_dim=32)
-    model = build_model(config, generator=torch.Generator().manual_seed(0))
-    fill_randomly(model)
-    return model
+    return random_model(config)
 
 
 @pytest.fixture
