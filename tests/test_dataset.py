@@ -187,11 +187,18 @@ def test_what_cannot_be_fetched_is_listed_and_the_rest_kept(server, capsys):
     assert len(names("train")) == 3
 
 
+def test_full_disk_is_said_before_anything_is_fetched(server, monkeypatch):
+    usage = shutil.disk_usage(base_dir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000_000))
+    with pytest.raises(UserError, match=rf"{FOLDER}: 0.07 GB needed, 0.05 GB free"):
+        prepare(REPO, -1)
+    assert not any(server.fetched(path) for path in SHARDS)
+
+
 def test_dead_network_ends_the_run_before_every_shard_was_tried(server, monkeypatch, capsys):
     monkeypatch.setattr(hub, "GIVE_UP_FAILURES", 2)
     monkeypatch.setattr(hub, "ATTEMPTS", 2)
-    for path in SHARDS:
-        server.faults[path] = ["503"] * 20
+    server.faults.update({path: ["503"] * 20 for path in SHARDS})
     with pytest.raises(UserError, match="4 of 4 files"):
         prepare(REPO, -1, workers=1)
     assert capsys.readouterr().err.count("not tried to the end") == 2
@@ -205,14 +212,6 @@ def test_repository_without_anything_of_use_is_refused(server, files, fault):
     server.files = files
     with pytest.raises(UserError, match=fault):
         prepare(REPO, -1)
-
-
-def test_full_disk_is_said_before_anything_is_fetched(server, monkeypatch):
-    usage = shutil.disk_usage(base_dir())
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000_000))
-    with pytest.raises(UserError, match=rf"{FOLDER}: 0.07 GB needed, 0.05 GB free"):
-        prepare(REPO, -1)
-    assert not any(server.fetched(path) for path in SHARDS)
 
 
 def test_text_files_of_a_repository_are_made_into_shards(server):

@@ -124,11 +124,10 @@ def test_result_depends_on_the_texts_alone(tmp_path):
 def test_large_input_is_spread_over_shards_of_full_row_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(localtext, "SHARD_BYTES", 100_000)
     paths = write_shards(make_sources(40, 100), tmp_path)
-    assert [path.name for path in paths] == [f"shard_{index:05d}.parquet" for index in range(6)]
-    assert sorted(tmp_path.iterdir()) == paths
-    train = [pq.ParquetFile(path).metadata for path in paths[:-1]]
-    assert sum(shard.num_rows for shard in train) > 3500
-    assert all(700 < shard.num_rows < 850 for shard in train)
+    assert sorted(tmp_path.iterdir()) == paths == [tmp_path / f"shard_{index:05d}.parquet" for index in range(6)]
+    train = [pq.ParquetFile(path).metadata.num_rows for path in paths[:-1]]
+    assert sum(train) > 3500
+    assert all(700 < num_rows < 850 for num_rows in train)
 
 
 def test_no_document_is_on_both_sides_or_twice_and_too_little_text_is_refused(tmp_path):

@@ -46,18 +46,19 @@ def test_the_horizon_follows_from_each_kind_of_budget_and_counts_matrices_and_he
 @pytest.mark.parametrize("ratio", [None, 20])
 def test_d12_is_the_reference_at_any_ratio(ratio):
     plan = make_plan(config(12), train_tokens=horizon_tokens(config(12), token_ratio=ratio), token_ratio=ratio)
-    assert plan.total_batch_tokens == 2**19
-    assert plan.lr_scale == 1.0
+    assert (plan.total_batch_tokens, plan.lr_scale) == (2**19, 1.0)
     assert plan.num_steps == int((ratio or recipe.TOKEN_RATIO) * scaling_parameters(config(12)) / 2**19)
     assert plan.matrix_weight_decay == pytest.approx(recipe.MATRIX_WEIGHT_DECAY, rel=1e-3)
 
 
 def test_larger_models_get_larger_batches_and_less_weight_decay():
     plans = [make_plan(config(depth), train_tokens=horizon_tokens(config(depth))) for depth in (6, 12, 20, 26)]
-    assert [plan.total_batch_tokens for plan in plans] == sorted(plan.total_batch_tokens for plan in plans)
-    decays = [plan.matrix_weight_decay for plan in plans[1:]]
-    assert decays == sorted(decays, reverse=True)
-    assert plans[2].total_batch_tokens == 2**20  # 2^19 * (477M / 110M) ** 0.383 = 2^19.8
+    batches, decays = (
+        [getattr(plan, name) for plan in plans] for name in ("total_batch_tokens", "matrix_weight_decay")
+    )
+    assert batches == sorted(batches)
+    assert batches[2] == 2**20  # 2^19 * (477M / 110M) ** 0.383 = 2^19.8
+    assert decays[1:] == sorted(decays[1:], reverse=True)
 
 
 @pytest.mark.parametrize("train_tokens", [5e3, 1e5, 1e6, 3e7, 1e9])

@@ -30,17 +30,14 @@ def test_the_rate_is_full_at_the_end_of_the_warmup_and_only_falls_from_there(sha
 
 
 @pytest.mark.parametrize("num_steps", [100, 1000, 3333])
-def test_the_rate_falls_evenly_over_the_share_asked_for(num_steps):
+def test_the_rate_falls_evenly_over_the_share_asked_for_and_without_one_stays_full(num_steps):
     schedule = LRSchedule(num_steps, warmdown_frac=0.5, final_frac=0.1)
     falling = [step for step in range(num_steps) if step >= schedule.warmup_steps and schedule(step) < 1.0]
     assert len(falling) == schedule.warmdown_steps == round(0.5 * num_steps)
     drops = [schedule(a) - schedule(a + 1) for a in falling[:-1]]
     assert drops == pytest.approx([0.9 / len(falling)] * len(drops))
-
-
-def test_without_a_warmdown_the_rate_stays_full():
-    schedule = LRSchedule(200, warmdown_frac=0.0)
-    assert {schedule(step) for step in range(schedule.warmup_steps, 200)} == {1.0}
+    schedule = LRSchedule(num_steps, warmdown_frac=0.0)
+    assert {schedule(step) for step in range(schedule.warmup_steps, num_steps)} == {1.0}
     assert LRSchedule(1, warmup_steps=0, warmdown_frac=0.0, final_frac=0.5)(0) == 1.0
 
 
