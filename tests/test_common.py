@@ -69,10 +69,8 @@ def test_a_write_that_fails_leaves_what_was_there(operation, error, tmp_path, mo
 
 
 def test_a_disk_error_becomes_one_sentence():
-    with (
-        pytest.raises(UserError, match=r"^cannot write the table to /x/y: No space left on device$"),
-        common.disk_errors("the table", Path("/x/y")),
-    ):
+    words = r"^cannot write the table to /x/y: No space left on device$"
+    with pytest.raises(UserError, match=words), common.disk_errors("the table", Path("/x/y")):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
