@@ -54,6 +54,13 @@ def tokenizer(texts) -> Tokenizer:
 
 
 @pytest.fixture
+def tokenizer_folder(tokenizer, tmp_path) -> Path:
+    """Where the tokenizer is saved, for processes that load it."""
+    tokenizer.save(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+@pytest.fixture
 def shards(tmp_path, texts) -> list[Path]:
     """Three training shards and a validation shard in one folder, in order."""
     parts = [texts[:60], texts[60:120], texts[120:170], texts[170:]]
@@ -67,8 +74,12 @@ def tiny_config(tokenizer) -> GPTConfig:
 
 @pytest.fixture
 def tiny_model(tiny_config) -> GPT:
+    return random_model(tiny_config)
+
+
+def random_model(config: GPTConfig) -> GPT:
     """Every weight random and not zero, so that no path through the model is dead."""
-    model = build_model(tiny_config, generator=torch.Generator().manual_seed(0))
+    model = build_model(config, generator=torch.Generator().manual_seed(0))
     fill_randomly(model)
     return model
 

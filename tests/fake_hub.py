@@ -7,15 +7,19 @@ import socket
 import struct
 import time
 from collections import defaultdict
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
 from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import file_download
+
+from nanochat.data import hub
 
 REPO = "someone/texts"
 REVISION = "c0ffee"
@@ -163,10 +167,11 @@ def parquet_bytes(texts: list[str | None], *, row_group_size: int = 1024, column
     return sink.getvalue().to_pybytes()
 
 
-def write_shards(folder: Path, num_shards: int, *, num_documents: int = 3) -> list[Path]:
-    """Shards `shard_0.parquet`, ... in `folder`, whose documents are named after shard and place."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"shard_{shard}.parquet" for shard in range(num_shards)]
-    for shard, path in enumerate(paths):
-        path.write_bytes(parquet_bytes([f"document {shard}.{index}" for index in range(num_documents)]))
-    return paths
+@contextmanager
+def impatient_hub(monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes]) -> Iterator[FakeHub]:
+    """The hub that downloads go to, without pauses between their attempts."""
+    with FakeHub(files) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setattr(hub, "FIRST_PAUSE", 0.001)
+        monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)  # of huggingface_hub's own retries
+        yield server

@@ -38,13 +38,8 @@ def refuse_network(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 
 def arc_row(labels: str, answer: str, *, number: int = 0) -> dict[str, Any]:
-    texts = [f"choice {label} of {number}" for label in labels]
-    return {
-        "id": f"row_{number}",
-        "question": f"Question {number}?",
-        "choices": {"text": texts, "label": list(labels)},
-        "answerKey": answer,
-    }
+    choices = {"text": [f"choice {label} of {number}" for label in labels], "label": list(labels)}
+    return {"id": f"row_{number}", "question": f"Question {number}?", "choices": choices, "answerKey": answer}
 
 
 def mmlu_row(subject: str, answer: int, *, number: int = 0) -> dict[str, Any]:
@@ -53,10 +48,9 @@ def mmlu_row(subject: str, answer: int, *, number: int = 0) -> dict[str, Any]:
 
 
 def gsm8k_row(a: int, b: int) -> dict[str, str]:
-    answer = (
-        f"There are {a}+{b} = <<{a}+{b}={a + b}>>{a + b} pens.\nHalf is <<{a + b}/2={(a + b) / 2:g}>>{(a + b) / 2:g}."
-    )
-    return {"question": f"{a} pens and {b} pens, halved?", "answer": f"{answer}\n#### {(a + b) / 2:g}"}
+    total, half = a + b, f"{(a + b) / 2:g}"
+    answer = f"There are {a}+{b} = <<{a}+{b}={total}>>{total} pens.\nHalf is <<{total}/2={half}>>{half}.\n#### {half}"
+    return {"question": f"{a} pens and {b} pens, halved?", "answer": answer}
 
 
 HUMANEVAL_ROW = {

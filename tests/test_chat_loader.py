@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from itertools import islice
+from itertools import islice, zip_longest
 
 import pytest
 import torch
@@ -57,17 +57,13 @@ def make_world(packed: Rows, batch_size: int = 2, world_size: int = 1, **options
 
 
 def rows_of(batches) -> list[tuple[list[int], list[int]]]:
-    return [
-        (idx, targets)
-        for batch in batches
-        for idx, targets in zip(batch.idx.tolist(), batch.targets.tolist(), strict=True)
-    ]
+    return [row for b in batches for row in zip(b.idx.tolist(), b.targets.tolist(), strict=True)]
 
 
 def global_rows(world: list[ChatLoader], num_batches: int | None = None) -> list[tuple[list[int], list[int]]]:
     """The rows of the whole run in order: one of each rank in turn."""
     by_rank = [rows_of(islice(loader, num_batches)) for loader in world]
-    return [rank_rows[i] for i in range(len(by_rank[0])) for rank_rows in by_rank if i < len(rank_rows)]
+    return [row for together in zip_longest(*by_rank) for row in together if row]
 
 
 def conversations_of(rows, bos_id: int) -> Counter:
@@ -89,16 +85,13 @@ def rendered(conversations, tokenizer, sequence_len: int = T) -> Counter:
     return Counter((tuple(one.ids), tuple(one.mask)) for one in whole if one.ids)
 
 
-# --- packing -------------------------------------------------------------------------------------
-
-
+# --- packing ---
 def plain_rows(lengths, row_tokens: int, choice: int) -> list[list[int]]:
     """The rule of `pack_whole` in words."""
-    waiting = [i for i, length in enumerate(lengths) if length]
-    waiting, upcoming, rows = waiting[:choice], waiting[choice:], []
+    present = [i for i, length in enumerate(lengths) if length]
+    waiting, upcoming, rows = present[:choice], present[choice:], []
     while waiting:
-        row, room = [], row_tokens
-        candidates = [waiting[0]]
+        row, room, candidates = [], row_tokens, waiting[:1]
         while candidates:
             best = max(candidates, key=lambda i: (lengths[i], -i))
             row.append(best)
@@ -122,13 +115,10 @@ def test_packing_follows_the_rule_in_words(lengths, row_tokens, choice):
 def test_packing_by_best_fit_leaves_little_padding():
     rng = random.Random(0)
     lengths = [int(2000 * rng.random() ** 3) + 5 for _ in range(3000)]
-    rows = pack_whole(lengths, 2049)
-    assert sum(lengths) / (2049 * len(rows)) > 0.99
+    assert sum(lengths) / (2049 * len(pack_whole(lengths, 2049))) > 0.99
 
 
-# --- targets -------------------------------------------------------------------------------------
-
-
+# --- targets ---
 def spoken(tokens: list[int], tokenizer) -> list[bool]:
     """Whether each token is the assistant's own, read off the special tokens alone."""
     special = tokenizer.special_ids
@@ -171,36 +161,28 @@ def test_epochs_repeat_all_rows_in_another_order_and_are_counted(packed, tokeniz
     assert len({str(sorted(epoch)) for epoch in epochs}) == 1
 
 
-def test_a_conversation_of_exactly_a_row_fits_and_one_token_more_is_cut_after_an_answer(tokenizer):
+def test_a_conversation_of_exactly_a_row_fits_and_one_token_more_is_cut_after_an_answer_or_left_out(packed, tokenizer):
     conversation = make_conversation(random.Random(3), 8)
+    expected = render(tokenizer, conversation).ids
     conversation["messages"] += [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "Yes."}]
     length = len(render(tokenizer, conversation).ids)
     whole = pack_conversations([conversation], tokenizer, length - 1)
     assert (whole.num_tokens, whole.num_cut, whole.num_left_out) == (length, 0, 0)
     cut = pack_conversations([conversation], tokenizer, length - 2)
     assert (cut.num_cut, cut.num_left_out) == (1, 0)
+    assert "1 cut after an answer" in str(cut)
     ((idx, _),) = rows_of(ChatLoader(cut, 1, epochs=1))
-    shorter = {"messages": conversation["messages"][:-2]}
-    expected = render(tokenizer, shorter).ids
     assert idx[: len(expected)] == expected
     assert set(idx[len(expected) :]) <= {tokenizer.bos_id}
-    assert "1 cut after an answer" in str(cut)
-
-
-def test_what_does_not_fit_at_all_is_left_out_counted_and_said(tokenizer):
     long = {"messages": [{"role": "user", "content": "river " * 200}, {"role": "assistant", "content": "Yes."}]}
-    packed = pack_conversations([*CONVERSATIONS, long], tokenizer, T)
-    without = pack_conversations(CONVERSATIONS, tokenizer, T)
-    assert packed.num_left_out == without.num_left_out + 1
-    assert f"{packed.num_left_out} left out" in str(packed)
-    rows = global_rows(make_world(packed, epochs=1))
-    assert conversations_of(rows, tokenizer.bos_id) == rendered(CONVERSATIONS, tokenizer)
+    with_long = pack_conversations([*CONVERSATIONS, long], tokenizer, T)
+    assert with_long.num_left_out == packed.num_left_out + 1
+    assert f"{with_long.num_left_out} left out" in str(with_long)
+    assert with_long.rows == packed.rows
     assert pack_conversations([long], tokenizer, T).rows == []
 
 
-# --- the same for any number of processes --------------------------------------------------------
-
-
+# --- the same for any number of processes ---
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 4), (2, 1), (2, 2), (4, 1), (3, 2)])
 def test_global_batches_do_not_depend_on_processes_or_device_batch(packed, world_size, batch_size):
     num_rows = 24
@@ -219,34 +201,30 @@ def test_an_epoch_is_filled_up_to_whole_steps_with_rows_that_do_not_count(packed
         assert sum(batch.num_targets for batches in world for batch in batches) == packed.num_targets
 
 
-def measure_on_rank(rank: int, world_size: int, conversations, folder):
+def measure_on_rank(rank: int, world_size: int, folder):
+    """What `packed` is made of; and, of conversations one of which is broken, the error."""
     tokenizer = Tokenizer.load(folder)
-    try:
-        packed = pack_conversations(conversations, tokenizer, T)
-    except UserError as error:
-        return str(error)
-    return packed.rows, packed.num_targets, packed.fingerprint
-
-
-def test_ranks_that_share_the_measuring_find_the_same_rows(packed, tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "tokenizer")
-    results = run_ranks(measure_on_rank, 2, tmp_path / "ranks", CONVERSATIONS, tmp_path / "tokenizer")
-    assert results == [(packed.rows, packed.num_targets, packed.fingerprint)] * 2
-
-
-def test_a_broken_conversation_is_an_error_on_every_rank(tokenizer, tmp_path):
+    packed = pack_conversations(CONVERSATIONS, tokenizer, T)
     broken = [*CONVERSATIONS[:4], {"messages": [{"role": "nobody", "content": "Hello"}]}]
-    tokenizer.save(tmp_path / "tokenizer")
-    results = run_ranks(measure_on_rank, 2, tmp_path / "ranks", broken, tmp_path / "tokenizer")
-    assert len(set(results)) == 1
-    assert "nobody" in results[0]
+    with pytest.raises(UserError, match="nobody") as error:
+        pack_conversations(broken, tokenizer, T)
+    return packed.rows, packed.num_targets, packed.fingerprint, str(error.value)
 
 
-# --- resuming ------------------------------------------------------------------------------------
+def test_ranks_that_share_the_measuring_find_the_same_rows_and_errors(packed, tokenizer_folder, tmp_path):
+    first, second = run_ranks(measure_on_rank, 2, tmp_path / "ranks", tokenizer_folder)
+    assert first == second
+    assert first[:3] == (packed.rows, packed.num_targets, packed.fingerprint)
 
 
-def saved_and_read(world: list[ChatLoader]) -> list[dict]:
-    return [load(save(loader.state_dict())) for loader in world]
+# --- resuming ---
+def resume(packed: Rows, world: list[ChatLoader], batch_size: int, world_size: int, **options) -> list[ChatLoader]:
+    """Other loaders that go on where those of `world` are, whose state was written and read."""
+    states = [load(save(loader.state_dict())) for loader in world]
+    resumed = make_world(packed, batch_size, world_size, **options)
+    for loader in resumed:
+        loader.load_state_dict(states)
+    return resumed
 
 
 @pytest.mark.parametrize("epochs", [None, 2])
@@ -254,10 +232,7 @@ def saved_and_read(world: list[ChatLoader]) -> list[dict]:
 def test_resumed_batches_are_equal_to_never_having_stopped(packed, num_batches, epochs):
     world = make_world(packed, 2, 2, epochs=epochs)
     global_rows(world, num_batches)
-    states = saved_and_read(world)
-    resumed = make_world(packed, 2, 2, epochs=epochs)
-    for loader in resumed:
-        loader.load_state_dict(states)
+    resumed = resume(packed, world, 2, 2, epochs=epochs)
     assert global_rows(resumed, 8) == global_rows(world, 8)
 
 
@@ -265,26 +240,19 @@ def test_resumed_batches_are_equal_to_never_having_stopped(packed, num_batches, 
 def test_a_run_goes_on_with_the_very_next_row_at_another_world_size(packed, before, after):
     world = make_world(packed, 1, before)
     rows = global_rows(world, 6)
-    states = saved_and_read(world)
-    resumed = make_world(packed, 1, after)
-    for loader in resumed:
-        loader.load_state_dict(states)
-    rows += global_rows(resumed, 6)
+    rows += global_rows(resume(packed, world, 1, after), 6)
     assert rows == global_rows(make_world(packed, 1, 1), len(rows))
 
 
 def test_other_conversations_or_another_order_are_refused(packed, tokenizer):
-    states = saved_and_read(make_world(packed))
-    changed = [*CONVERSATIONS[:-1], make_conversation(random.Random(99), 8)]
-    with pytest.raises(UserError, match="not those of the run"):
-        ChatLoader(pack_conversations(changed, tokenizer, T), 2).load_state_dict(states)
-    with pytest.raises(UserError, match="not those of the run"):
-        ChatLoader(packed, 2, seed=1).load_state_dict(states)
+    world = make_world(packed)
+    changed = pack_conversations([*CONVERSATIONS[:-1], make_conversation(random.Random(99), 8)], tokenizer, T)
+    for rows, options in ((changed, {}), (packed, {"seed": 1})):
+        with pytest.raises(UserError, match="not those of the run"):
+            resume(rows, world, 2, 1, **options)
 
 
-# --- validation ----------------------------------------------------------------------------------
-
-
+# --- validation ---
 @pytest.mark.parametrize("num_tokens", [0, 1, 5 * T])
 def test_validation_begins_anew_every_time_and_ends(packed, num_tokens):
     runtime = Runtime(0, 0, 1, CPU, torch.float32)
@@ -294,7 +262,7 @@ def test_validation_begins_anew_every_time_and_ends(packed, num_tokens):
     assert len(first) == {0: whole, 1: 2, 5 * T: 6}[num_tokens]
 
 
-def test_conversations_held_out_are_others_however_often_they_come():
+def test_conversations_held_out_are_others_however_often_they_come_and_of_one_none():
     conversations = CONVERSATIONS + CONVERSATIONS[:30]
     train, val = hold_out(conversations)
     assert sorted(train + val) == list(range(len(conversations)))
@@ -303,24 +271,19 @@ def test_conversations_held_out_are_others_however_often_they_come():
     assert len(texts[1]) == 4  # 5 % of 61, rounded up
     reversed_train, _ = hold_out(conversations[::-1])
     assert {str(conversations[::-1][i]) for i in reversed_train} == texts[0]
-
-
-def test_of_few_conversations_one_is_held_out_and_of_one_none():
     assert [len(side) for side in hold_out(CONVERSATIONS[:2])] == [1, 1]
     assert hold_out(CONVERSATIONS[:1]) == ([0], [])
     assert hold_out([]) == ([], [])
 
 
-# --- the loss ------------------------------------------------------------------------------------
+# --- the loss ---
+@pytest.fixture(scope="session")
+def tiny_tokenizer(texts) -> Tokenizer:
+    return Tokenizer.train(texts[:50], 300)
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    sequence_len=st.integers(64, 200),
-    batch_size=st.integers(1, 5),
-    num_words=st.integers(1, 60),
-    count=st.integers(1, 6),
-)
+@given(st.integers(64, 200), st.integers(1, 5), st.integers(1, 60), st.integers(1, 6))
 def test_losses_and_gradients_are_finite_at_any_context_length_and_batch_size(
     tiny_tokenizer, sequence_len, batch_size, num_words, count
 ):
@@ -329,14 +292,7 @@ def test_losses_and_gradients_are_finite_at_any_context_length_and_batch_size(
     config = GPTConfig.from_depth(1, vocab_size=tiny_tokenizer.vocab_size, sequence_len=sequence_len, head_dim=32)
     model = build_model(config, generator=torch.Generator().manual_seed(0))
     loader = ChatLoader(packed, batch_size, epochs=1, step_rows=2 * batch_size)
-    num_steps = loader.end // (2 * batch_size)
-    for _ in range(num_steps):
-        loss = accumulate_gradients(model, loader, 2, device=CPU)
-        assert torch.isfinite(loss)
+    for _ in range(loader.end // (2 * batch_size)):
+        assert torch.isfinite(accumulate_gradients(model, loader, 2, device=CPU))
     assert next(loader, None) is None
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-
-
-@pytest.fixture(scope="session")
-def tiny_tokenizer(texts) -> Tokenizer:
-    return Tokenizer.train(texts[:50], 300)

@@ -1,18 +1,18 @@
 """`scripts.chat_rl` as processes: on own questions, resumed, with several processes, and users' mistakes."""
 
 import random
+from itertools import product
 
 import pytest
 from conftest import WORDS
-from test_chat_scripts import CHECKPOINT, write_conversations
+from test_chat_scripts import CHECKPOINT, changed, write_conversations, write_too_long
 from test_scripts import assert_refused, hashes, metrics, records, run_folder, save_random_model, working_in
 
+LAST = 4
 TINY = (
     "--device-type cpu --dtype float32 --data own.jsonl --questions-per-step 3 --num-samples 4 --max-tokens 8 "
     "--device-batch-size 2 --num-steps 4 --save-every 1 --eval-every 2 --eval-questions 3 --eval-samples 2"
 ).split()
-LAST = 4
-NEW = ("start_val_reward", "start_val_reward_se", "start_val_greedy_reward")
 
 # in the child: a reward that replies of a random model differ in
 ODD = """
@@ -21,7 +21,6 @@ tasks.custom_json.CustomJSON.reward = lambda self, conversation, completion: flo
     len("".join(part["text"] for part in completion)) % 2
 )
 """
-NOT_FINITE = "import tasks.custom_json; tasks.custom_json.CustomJSON.reward = lambda *_: float('inf')"
 
 
 @pytest.fixture(scope="module")
@@ -39,35 +38,29 @@ def workplace(tmp_path_factory):
         yield place
 
 
-def test_the_stage_leaves_checkpoints_metrics_and_a_record(workplace):
+def test_the_stage_says_what_it_asks_and_leaves_checkpoints_metrics_and_a_record(workplace):
+    for words in ("tiny from sft_checkpoints/tiny/step_000007", "38 questions, 0 left out", "2 held-out questions"):
+        assert words in workplace.out
+    assert workplace.out.count("<|assistant_start|>") == 2  # replies of the first evaluation only
     run = run_folder(workplace.base, "rl")
     assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", *(f"step_{i:06d}" for i in range(1, 5))]
     assert sorted(path.name for path in (run / "step_000004").iterdir()) == CHECKPOINT
     found = metrics(workplace.base, "rl")
-    for step in range(1, LAST + 1):
-        for name in ("reward", "groups_frac", "reply_tokens", "cut_frac", "rollout_tokens", "train_tokens"):
-            assert (step, name) in found
+    logged = "reward groups_frac reply_tokens cut_frac rollout_tokens train_tokens".split()
+    evaluated = "val_reward val_reward_se val_greedy_reward val_pass_at_1 val_pass_at_2".split()
+    assert found.keys() >= {*product(range(1, LAST + 1), logged), *product((0, 2, LAST), evaluated)}
     assert sum((step, "train_loss") in found for step in range(1, LAST + 1)) >= 2
-    for step in (0, 2, 4):
-        for name in ("val_reward", "val_reward_se", "val_greedy_reward", "val_pass_at_1", "val_pass_at_2"):
-            assert (step, name) in found
     (record,) = [one for one in records(workplace.base) if one["stage"] == "chat_rl"]
     results = record["results"]
     assert results["val_reward"] == found[LAST, "val_reward"]
-    assert all(results[name] == found[0, name] for name in NEW)
+    for name in ("start_val_reward", "start_val_reward_se", "start_val_greedy_reward"):
+        assert results[name] == found[0, name]
     for name in ("rollout_tokens", "train_tokens"):
         assert results[name] == sum(found[step, name] for step in range(1, LAST + 1))
     assert len(record["samples"]) == 2
     assert results["val_reward_gain"] == pytest.approx(results["val_reward"] - results["start_val_reward"])
     assert (0, "val_reward_gain") not in found
     assert "start_means" not in results
-
-
-def test_what_is_asked_and_what_is_held_out_are_said(workplace):
-    assert "tiny from sft_checkpoints/tiny/step_000007" in workplace.out
-    assert "38 questions, 0 left out" in workplace.out
-    assert "2 held-out questions" in workplace.out
-    assert workplace.out.count("<|assistant_start|>") == 2  # replies of the first evaluation only
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
@@ -106,40 +99,24 @@ def test_the_model_can_be_chatted_with(workplace):
     assert workplace.run("scripts.chat_cli", *flags, "-p", "river").status == 0
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--tasks ARC-Easy", ["ARC-Easy has no reward", "GSM8K, SpellingBee, Spelling, SmallWorld"]),
-        ("--tasks HumanEval", ["HumanEval is only for the purpose 'test'"]),
-        ("--tasks Chess", ["no task 'Chess'"]),
-        ("--data missing.jsonl", ["cannot read the conversations in missing.jsonl"]),
-        ("--num-samples 1", ["--num-samples must be at least 2, not 1"]),
-        ("--temperature 0", ["--temperature must be a number above 0"]),
-        ("--device-batch-size 0", ["--device-batch-size must be a number above 0"]),
-        ("--source mid", ["no mid checkpoint"]),
-        ("", ["holds checkpoints of an earlier run", "--resume"]),
-        ("--resume --num-samples 8", ["--num-samples is 8 here but 4"]),
-        ("--data long.jsonl --output-tag new", ["none of", "questions fits into 56 tokens"]),
-    ],
-)
+@pytest.mark.parametrize(("flags", "words"), [
+    ("--tasks ARC-Easy", ["ARC-Easy has no reward", "GSM8K, SpellingBee, Spelling, SmallWorld"]),
+    ("--tasks HumanEval", ["HumanEval is only for the purpose 'test'"]), ("--tasks Chess", ["no task 'Chess'"]),
+    ("--data missing.jsonl", ["cannot read the conversations in missing.jsonl"]),
+    ("--num-samples 1", ["--num-samples must be at least 2, not 1"]),
+    ("--temperature 0", ["--temperature must be a number above 0"]),
+    ("--device-batch-size 0", ["--device-batch-size must be a number above 0"]),
+    ("--source mid", ["no mid checkpoint"]), ("", ["holds checkpoints of an earlier run", "--resume"]),
+    ("--resume --num-samples 8", ["--num-samples is 8 here but 4"]),
+    ("--data long.jsonl --output-tag new", ["none of", "questions fits into 56 tokens"]),
+])  # fmt: skip
 def test_a_mistake_is_named(workplace, flags, words):
-    turns = [{"role": "user", "content": "river " * 500}, {"role": "assistant", "content": "Yes."}]
-    write_conversations(workplace.folder / "long.jsonl", [turns] * 2)
+    write_too_long(workplace.folder / "long.jsonl")
     assert_refused(workplace.run("scripts.chat_rl", *TINY, *flags.split()), *words)
 
 
-def test_a_reward_that_is_not_finite_is_named(workplace):
-    ended = workplace.run("scripts.chat_rl", *TINY, "--output-tag", "infinite", before=NOT_FINITE)
-    assert_refused(ended, "own gave the reward inf")
-
-
 def test_questions_changed_since_are_refused_on_resuming(workplace):
-    base = workplace.copy_base("changed", source="rl")
-    own = workplace.folder / "own.jsonl"
-    before = own.read_text()
-    own.write_text(before.replace("river", "stone"))
-    try:
+    base, own = workplace.copy_base("changed", source="rl"), workplace.folder / "own.jsonl"
+    with changed(own, own.read_text().replace("river", "stone")):
         ended = workplace.run("scripts.chat_rl", *TINY, "--resume", base=base, before=ODD)
-    finally:
-        own.write_text(before)
     assert_refused(ended, "not those of the run being resumed")

@@ -2,6 +2,7 @@
 
 import json
 import random
+from contextlib import contextmanager
 
 import pytest
 from conftest import WORDS
@@ -53,6 +54,23 @@ def write_conversations(path, conversations):
     path.write_text("\n".join(map(json.dumps, conversations)))
 
 
+def write_too_long(path):
+    """Two conversations that do not fit a context of 64 tokens."""
+    turns = [{"role": "user", "content": "river " * 500}, {"role": "assistant", "content": "Yes."}]
+    write_conversations(path, [turns] * 2)
+
+
+@contextmanager
+def changed(path, text):
+    """Within it the file holds `text`."""
+    before = path.read_text()
+    path.write_text(text)
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
 @pytest.mark.parametrize("source", ["mid", "sft"])
 def test_a_stage_leaves_checkpoints_metrics_and_a_record(workplace, source):
     run = run_folder(workplace.base, source)
@@ -67,11 +85,8 @@ def test_a_stage_leaves_checkpoints_metrics_and_a_record(workplace, source):
     assert record["settings"]["data"] == ["own.jsonl"]
 
 
-def test_finetuning_starts_from_the_weights_of_mid_training(workplace):
+def test_finetuning_starts_from_the_weights_of_mid_training_and_watches_tasks_on_their_validation_split(workplace):
     assert "tiny from mid_checkpoints/tiny/step_000006" in workplace.out
-
-
-def test_tasks_are_watched_on_their_validation_split_while_finetuning(workplace):
     found = metrics(workplace.base, "sft")
     for step in (0, 3, 6):
         assert 0.0 <= found[step, "val_ARC-Easy"] <= 1.0
@@ -82,20 +97,16 @@ def test_tasks_are_watched_on_their_validation_split_while_finetuning(workplace)
 @pytest.mark.parametrize(("stage", "source", "more"), [("mid_train", "mid", []), ("chat_sft", "sft", WATCHED)])
 def test_a_resumed_run_is_bit_equal_to_never_having_stopped(workplace, stage, source, more):
     base = workplace.copy_base(f"resumed_{source}", first_steps=3, source=source)
+    if source == "sft":  # of before a flag existed that is free
+        path = run_folder(base, source) / "step_000003" / "meta.json"
+        meta = json.loads(path.read_text())
+        del meta["args"]["chat_max_tokens"]
+        meta["args"]["a_flag_of_then"] = 1
+        path.write_text(json.dumps(meta))
     out = workplace.run_well(f"scripts.{stage}", *TINY, *OWN, *more, "--resume", base=base, before=ROWS)
     assert "resumed at step 3" in out
     assert metrics(base, source) == metrics(workplace.base, source)
     assert hashes(base, LAST, source) == hashes(workplace.base, LAST, source)
-
-
-def test_a_checkpoint_of_before_a_flag_existed_is_resumed_if_the_flag_is_free(workplace):
-    base = workplace.copy_base("older", first_steps=3, source="sft")
-    path = run_folder(base, "sft") / "step_000003" / "meta.json"
-    meta = json.loads(path.read_text())
-    del meta["args"]["chat_max_tokens"]
-    path.write_text(json.dumps(meta | {"args": meta["args"] | {"a_flag_of_then": 1}}))
-    out = workplace.run_well("scripts.chat_sft", *TINY, *OWN, *WATCHED, "--resume", base=base, before=ROWS)
-    assert "resumed at step 3" in out
 
 
 def test_two_processes_train_like_one(workplace):
@@ -113,36 +124,26 @@ def test_an_epoch_is_the_default_and_the_batch_then_small(workplace):
     assert (base / "mid_checkpoints" / "other").is_dir()
 
 
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        ("mid_train --source sft --model-tag none", ["no checkpoint in", "none"]),
-        ("mid_train --step 5 --output-tag new", ["no checkpoint of step 5"]),
-        ("mid_train --data missing.jsonl", ["cannot read the conversations in missing.jsonl"]),
-        ("mid_train --epochs 0", ["--epochs must be a number above 0"]),
-        ("mid_train", ["holds checkpoints of an earlier run", "--resume"]),
-        ("mid_train --resume --lr-mult 0.5", ["--lr-mult is 0.5 here but 1.0"]),
-        ("chat_sft --chat-every -1", ["--chat-every must be a number of 0 or more"]),
-        ("chat_sft --chat-every 1 --chat-tasks HumanEval", ["HumanEval is only for the purpose 'test'"]),
-        ("chat_sft --chat-every 1 --chat-tasks Chess", ["no task 'Chess'"]),
-        ("mid_train --data long.jsonl --output-tag new", ["of 2 conversations none fits the context of 64 tokens"]),
-    ],
-)
+@pytest.mark.parametrize(("command", "words"), [
+    ("mid_train --source sft --model-tag none", ["no checkpoint in", "none"]),
+    ("mid_train --step 5 --output-tag new", ["no checkpoint of step 5"]),
+    ("mid_train --data missing.jsonl", ["cannot read the conversations in missing.jsonl"]),
+    ("mid_train --epochs 0", ["--epochs must be a number above 0"]),
+    ("mid_train", ["holds checkpoints of an earlier run", "--resume"]),
+    ("mid_train --resume --lr-mult 0.5", ["--lr-mult is 0.5 here but 1.0"]),
+    ("chat_sft --chat-every -1", ["--chat-every must be a number of 0 or more"]),
+    ("chat_sft --chat-every 1 --chat-tasks HumanEval", ["HumanEval is only for the purpose 'test'"]),
+    ("chat_sft --chat-every 1 --chat-tasks Chess", ["no task 'Chess'"]),
+    ("mid_train --data long.jsonl --output-tag new", ["of 2 conversations none fits the context of 64 tokens"]),
+])  # fmt: skip
 def test_a_mistake_is_named(workplace, command, words):
-    question = {"role": "user", "content": "river " * 500}
-    long = {"messages": [question, {"role": "assistant", "content": "Yes."}]}
-    write_conversations(workplace.folder / "long.jsonl", [long] * 2)
+    write_too_long(workplace.folder / "long.jsonl")
     script, *flags = command.split()
     assert_refused(workplace.run(f"scripts.{script}", *TINY, *([] if "--data" in flags else OWN), *flags), *words)
 
 
 def test_conversations_changed_since_are_refused_on_resuming(workplace):
     base = workplace.copy_base("changed", first_steps=3, source="mid")
-    own = workplace.folder / "own.jsonl"
-    before = own.read_text()
-    write_conversations(own, make_conversations(60, seed=1))
-    try:
+    with changed(workplace.folder / "own.jsonl", "\n".join(map(json.dumps, make_conversations(60, seed=1)))):
         ended = workplace.run("scripts.mid_train", *TINY, *OWN, "--resume", base=base)
-    finally:
-        own.write_text(before)
     assert_refused(ended, "not those of the run being resumed")

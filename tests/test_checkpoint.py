@@ -1,6 +1,7 @@
 """Checkpoints are whole or not there: identity of save and load, failures at every point of writing, refusals."""
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -10,22 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill_randomly
+from conftest import random_model
 from ranks import run_ranks
 
 from nanochat import checkpoint
-from nanochat.checkpoint import (
-    find_checkpoint,
-    list_steps,
-    load_rank_states,
-    load_tensors,
-    load_tokenizer,
-    read_meta,
-    resumable,
-    run_dir,
-    save_checkpoint,
-    step_dir,
-)
+from nanochat.checkpoint import find_checkpoint, load_rank_states, read_meta, run_dir
 from nanochat.common import Runtime, UserError
 from nanochat.model.gpt import GPTConfig, build_model
 from nanochat.model.load import load_model, load_weights
@@ -38,7 +28,7 @@ STATE = {"a": torch.arange(5.0), "none": torch.zeros(0, 3), "number": torch.tens
 
 def save(run: Path, step: int, model, tokenizer, **other) -> Path:
     known = {"runtime": RUNTIME, "meta": {"args": {}}, "optimizer_state": STATE, "loader_state": STATE}
-    return save_checkpoint(run, step, model=model, tokenizer=tokenizer, **{**known, **other})
+    return checkpoint.save_checkpoint(run, step, model=model, tokenizer=tokenizer, **{**known, **other})
 
 
 def names_in(folder: Path) -> list[str]:
@@ -55,16 +45,22 @@ def run(base_folder) -> Path:
     return run_dir("base", "d3")
 
 
+@pytest.fixture
+def folder(run, tiny_model, tokenizer) -> Path:
+    """A checkpoint of step 5."""
+    return save(run, 5, tiny_model, tokenizer)
+
+
 # --- identity ---
-
-
-def test_loading_gives_back_all_that_was_saved(run, tiny_model, tokenizer):
+def test_loading_gives_back_all_that_was_saved_without_unpickling(run, tiny_model, tokenizer):
     optimizer = MuonAdamW(parameter_groups(tiny_model))  # from here on, parameters share storage
     idx = torch.randint(tokenizer.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     tiny_model(idx, idx).backward()
     optimizer.step()
     meta = {"args": {"depth": 3, "data": "näme", "nothing": None}, "plan": {"rate": 1 / 3}, "best": float("inf")}
     folder = save(run, 12, tiny_model, tokenizer, meta=meta, optimizer_state=optimizer.state_dict())
+    suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".safetensors", ".txt", ".tiktoken"}
 
     loaded = load_model("base", RUNTIME)
     assert loaded.folder == folder
@@ -84,31 +80,18 @@ def test_loading_gives_back_all_that_was_saved(run, tiny_model, tokenizer):
             assert torch.equal(saved[key], value)
 
 
-def test_a_checkpoint_without_training_state_is_a_model(run, tiny_model, tokenizer):
+def test_a_checkpoint_without_training_state_is_a_model_into_whose_dtype_narrow_tables_are_loaded(
+    run, tiny_model, tokenizer
+):
+    tiny_model.wte.to(torch.bfloat16)
     folder = save(run, 1, tiny_model, tokenizer, optimizer_state=None, loader_state=None)
     assert names_in(folder) == ["meta.json", "model.safetensors", "tokenizer"]
     assert_loads(folder, tiny_model)
-
-
-def test_narrow_tables_come_back_in_the_dtype_of_the_model_they_are_loaded_into(run, tiny_model, tokenizer):
-    tiny_model.wte.to(torch.bfloat16)
-    folder = save(run, 1, tiny_model, tokenizer)
-    assert load_tensors(folder / "model.safetensors")["wte.weight"].dtype == torch.bfloat16
-    weights = load_weights(folder, read_meta(folder), RUNTIME).wte.weight
-    assert weights.dtype == torch.float32
-    assert torch.equal(weights, tiny_model.wte.weight.float())
-
-
-def test_nothing_in_a_checkpoint_needs_unpickling(run, tiny_model, tokenizer):
-    folder = save(run, 1, tiny_model, tokenizer)
-    suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".safetensors", ".txt", ".tiktoken"}
-    json.loads((folder / "meta.json").read_text())
+    assert checkpoint.load_tensors(folder / "model.safetensors")["wte.weight"].dtype == torch.bfloat16
+    assert load_weights(folder, read_meta(folder), RUNTIME).wte.weight.dtype == torch.float32
 
 
 # --- names ---
-
-
 @pytest.mark.parametrize(
     "tag", ["d20", "with space", ".hidden", "[a]*?", "~", "-x", "ünï 東京", "a\nb", "step_000001", "x" * 255, "%s{0}"]
 )
@@ -118,39 +101,29 @@ def test_any_legal_file_name_is_a_model_tag(tag, tiny_model, tokenizer):
     assert find_checkpoint("sft").parent == run_dir("sft", tag)
 
 
-@pytest.mark.parametrize("tag", ["", ".", "..", "a/b", "/etc", "../x", "a\0b", "x" * 256, "é" * 128])
-def test_a_tag_that_is_no_file_name_is_refused(tag):
-    with pytest.raises(UserError, match="--model-tag"):
-        run_dir("base", tag)
-
-
-def test_an_unknown_source_is_refused():
+def test_a_tag_that_is_no_file_name_and_an_unknown_source_are_refused():
+    for tag in ("", ".", "..", "a/b", "/etc", "../x", "a\0b", "x" * 256, "é" * 128):
+        with pytest.raises(UserError, match="--model-tag"):
+            run_dir("base", tag)
     with pytest.raises(UserError, match="'basic' is unknown; choose one of base, mid, sft, rl"):
         run_dir("basic", "d4")
 
 
-def test_steps_sort_as_numbers(run, tiny_model, tokenizer):
+def test_steps_sort_as_numbers_and_only_complete_checkpoints_are_listed(run, tiny_model, tokenizer):
+    assert checkpoint.list_steps(run) == []
     steps = [1_000_000, 5, 999_999, 0, 40, 123_456_789]
     for step in steps:
-        save(run, step, tiny_model, tokenizer, optimizer_state=None, loader_state=None)
-    assert list_steps(run) == sorted(steps)
-    assert find_checkpoint("base").name == "step_123456789"
-    assert find_checkpoint("base", step=40).name == "step_000040"
-
-
-def test_only_complete_checkpoints_are_listed(run, tiny_model, tokenizer):
-    assert list_steps(run) == []
-    folder = save(run, 5, tiny_model, tokenizer)
+        folder = save(run, step, tiny_model, tokenizer, optimizer_state=None, loader_state=None)
     for name in (".step_000009.partial", "step_9", "step_000010.bak", "xstep_000010", "step_٠٠٠٠١١"):
         shutil.copytree(folder, run / name)
     (run / "step_000011").mkdir()
     (run / "step_000012").write_text("a file")
-    assert list_steps(run) == [5]
+    assert checkpoint.list_steps(run) == sorted(steps)
+    assert find_checkpoint("base").name == "step_123456789"
+    assert find_checkpoint("base", step=40).name == "step_000040"
 
 
 # --- choice ---
-
-
 def test_the_run_saved_last_is_taken_unless_one_is_named(tiny_model, tokenizer):
     for seconds, tag, step in ((100, "older", 900), (200, "newer", 10), (50, "oldest", 20)):
         folder = save(run_dir("base", tag), step, tiny_model, tokenizer)
@@ -160,19 +133,16 @@ def test_the_run_saved_last_is_taken_unless_one_is_named(tiny_model, tokenizer):
 
 
 def test_a_missing_checkpoint_is_named_with_what_to_do(run, tiny_model, tokenizer):
-    with pytest.raises(UserError, match=r"no base checkpoint in .*train one first"):
-        load_model("base", RUNTIME)
-    with pytest.raises(UserError, match=r"no checkpoint in .*d4; check --model-tag"):
-        load_model("base", RUNTIME, model_tag="d4")
-    save(run, 5, tiny_model, tokenizer)
-    save(run, 70, tiny_model, tokenizer)
+    for tag, words in (("", r"no base checkpoint in .*train one first"), ("d4", r"no .* in .*d4; check --model-tag")):
+        with pytest.raises(UserError, match=words):
+            load_model("base", RUNTIME, model_tag=tag)
+    for step in (5, 70):
+        save(run, step, tiny_model, tokenizer)
     with pytest.raises(UserError, match=r"no checkpoint of step 6 in .*; there are 5, 70"):
         load_model("base", RUNTIME, step=6)
 
 
 # --- failures while writing ---
-
-
 class Killed(BaseException):
     """Stands for the process ending at this point."""
 
@@ -198,16 +168,19 @@ def fail_at(monkeypatch, number: int, error: BaseException) -> list[str]:
     return begun
 
 
-def count_operations(run, model, tokenizer) -> int:
+@pytest.fixture
+def num_operations(run, tiny_model, tokenizer) -> int:
+    """How many a save has; step 1 has been saved."""
     with pytest.MonkeyPatch.context() as patch:
         begun = fail_at(patch, -1, Killed())
-        save(run, 1, model, tokenizer)
+        save(run, 1, tiny_model, tokenizer)
     assert {"save_file", "write_atomic", "rename", "fsync"} <= set(begun)
     return len(begun)
 
 
-def test_killed_at_any_operation_the_newest_complete_checkpoint_loads(run, tiny_model, tokenizer, monkeypatch):
-    num_operations = count_operations(run, tiny_model, tokenizer)
+def test_killed_at_any_operation_the_newest_complete_checkpoint_loads(
+    num_operations, run, tiny_model, tokenizer, monkeypatch
+):
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process tidies nothing
     for number in range(1, num_operations + 1):
         with pytest.MonkeyPatch.context() as patch:
@@ -215,24 +188,23 @@ def test_killed_at_any_operation_the_newest_complete_checkpoint_loads(run, tiny_
             with pytest.raises(Killed):
                 save(run, 1 + number, tiny_model, tokenizer)
         is_published = "rename" in begun[:-1]
-        newest = list_steps(run)[-1]
+        newest = checkpoint.list_steps(run)[-1]
         assert (newest == 1 + number) == is_published
-        assert_loads(step_dir(run, newest), tiny_model)
-        assert_loads(step_dir(run, 1), tiny_model)
+        for step in (1, newest):
+            assert_loads(checkpoint.step_dir(run, step), tiny_model)
 
 
 def test_what_a_killed_process_left_is_cleared_by_the_next_save(run, tiny_model, tokenizer):
     save(run, 1, tiny_model, tokenizer)
     for step in (2, 3):
-        shutil.copytree(step_dir(run, 1), run / f".step_{step:06d}.partial")
+        shutil.copytree(checkpoint.step_dir(run, 1), run / f".step_{step:06d}.partial")
         (run / f".step_{step:06d}.partial" / "rest").write_text("of an earlier attempt")
     folder = save(run, 3, tiny_model, tokenizer)
     assert names_in(run) == ["step_000001", "step_000003"]
-    assert names_in(folder) == names_in(step_dir(run, 1))
+    assert names_in(folder) == names_in(checkpoint.step_dir(run, 1))
 
 
-def test_a_full_disk_at_any_operation_is_a_clear_error_and_leaves_no_trace(run, tiny_model, tokenizer):
-    num_operations = count_operations(run, tiny_model, tokenizer)
+def test_a_full_disk_at_any_operation_is_a_clear_error_and_leaves_no_trace(num_operations, run, tiny_model, tokenizer):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     for number in range(1, num_operations + 1):
         with pytest.MonkeyPatch.context() as patch:
@@ -241,12 +213,11 @@ def test_a_full_disk_at_any_operation_is_a_clear_error_and_leaves_no_trace(run, 
                 save(run, 1 + number, tiny_model, tokenizer)
         if "rename" not in begun[:-1]:
             assert names_in(run) == ["step_000001"]
-        shutil.rmtree(step_dir(run, 1 + number), ignore_errors=True)
-    assert_loads(step_dir(run, 1), tiny_model)
+        shutil.rmtree(checkpoint.step_dir(run, 1 + number), ignore_errors=True)
+    assert_loads(checkpoint.step_dir(run, 1), tiny_model)
 
 
-def test_a_checkpoint_is_never_replaced(run, tiny_model, tokenizer):
-    folder = save(run, 5, tiny_model, tokenizer)
+def test_a_checkpoint_is_never_replaced(run, folder, tiny_model, tokenizer):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     other = build_model(tiny_model.config, generator=torch.Generator().manual_seed(9))
     with pytest.raises(UserError, match="step_000005 is there already"):
@@ -256,54 +227,40 @@ def test_a_checkpoint_is_never_replaced(run, tiny_model, tokenizer):
 
 
 # --- damaged and foreign checkpoints ---
+FILES = ["model.safetensors", "meta.json", "optimizer_rank0.safetensors"]
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
-@pytest.mark.parametrize("name", ["model.safetensors", "meta.json", "optimizer_rank0.safetensors"])
-def test_a_truncated_file_never_loads(name, kept, run, tiny_model, tokenizer):
-    folder = save(run, 5, tiny_model, tokenizer)
-    size = (folder / name).stat().st_size
-    os.truncate(folder / name, int(kept * size))
-    with pytest.raises(UserError, match=str(folder)):
-        load_rank_states(folder, load_model("base", RUNTIME).meta, "optimizer")
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "meta.json", "optimizer_rank0.safetensors", "tokenizer"])
-def test_a_missing_file_is_named(name, run, tiny_model, tokenizer):
-    folder = save(run, 5, tiny_model, tokenizer)
-    shutil.rmtree(folder / name) if name == "tokenizer" else (folder / name).unlink()
-
-    with pytest.raises(UserError, match=name):  # noqa: PT012
+@pytest.mark.parametrize(
+    ("name", "kept"), [*itertools.product(FILES, [None, 0.0, 0.001, 0.5, 0.999]), ("tokenizer", None)]
+)
+def test_a_truncated_file_never_loads_and_a_missing_one_is_named(name, kept, folder):
+    if kept is None:
+        shutil.rmtree(folder / name) if name == "tokenizer" else (folder / name).unlink()
+    else:
+        os.truncate(folder / name, int(kept * (folder / name).stat().st_size))
+    with pytest.raises(UserError, match=name if kept is None else str(folder)):  # noqa: PT012
         meta = read_meta(folder)
         load_weights(folder, meta, RUNTIME)
-        load_tokenizer(folder, meta)
+        checkpoint.load_tokenizer(folder, meta)
         load_rank_states(folder, meta, "optimizer")
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"schema": schema}, f"has schema {schema!r}, but this version reads schema 1") for schema in (0, 2, "1", None)]
-    + [({"config": {"num_experts": 8}}, "num_experts"), ({"config": {"n_layer": 4}}, "do not fit")],
+    + [({"config": {"num_experts": 8}}, "num_experts"), ({"config": {"n_layer": 4}}, "do not fit")]
+    + [(other, "schema None") for other in ([], 3, None, "a", {})],
 )
-def test_a_checkpoint_of_another_version_or_model_is_refused_by_name(changes, words, run, tiny_model, tokenizer):
-    folder = save(run, 5, tiny_model, tokenizer)
+def test_a_checkpoint_of_another_version_model_or_kind_is_refused_by_name(changes, words, folder):
     meta = read_meta(folder)
-    config = meta["config"] | changes.get("config", {})
-    (folder / "meta.json").write_text(json.dumps({**meta, **changes, "config": config}))
+    if isinstance(changes, dict) and changes:
+        changes = {**meta, **changes, "config": meta["config"] | changes.get("config", {})}
+    (folder / "meta.json").write_text(json.dumps(changes))
     with pytest.raises(UserError, match=words):
         load_model("base", RUNTIME)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "null", '"a"', "{}"])
-def test_a_meta_file_of_another_kind_is_refused(text, run, tiny_model, tokenizer):
-    folder = save(run, 5, tiny_model, tokenizer)
-    (folder / "meta.json").write_text(text)
-    with pytest.raises(UserError, match="schema None"):
-        read_meta(folder)
-
-
-def test_the_tokenizer_of_another_vocabulary_is_refused(run, tiny_model, tokenizer, texts):
-    folder = save(run, 5, tiny_model, tokenizer)
+def test_the_tokenizer_of_another_vocabulary_is_refused(folder, texts):
     for other in (Tokenizer.train(texts, 390), Tokenizer.train([text[::-1] for text in texts], 400)):
         with pytest.raises(UserError, match="is not the one checkpoint"):
             checkpoint.check_tokenizer(other, read_meta(folder), folder)
@@ -314,14 +271,12 @@ def test_the_tokenizer_of_another_vocabulary_is_refused(run, tiny_model, tokeniz
 
 
 # --- resuming ---
-
-
 def test_a_new_run_has_nothing_to_resume_and_an_earlier_one_is_not_overwritten(run, tiny_model, tokenizer):
     for resume in (False, True):
-        assert resumable(run, Namespace(resume=resume), ()) == {}
+        assert checkpoint.resumable(run, Namespace(resume=resume), ()) == {}
     save(run, 5, tiny_model, tokenizer)
     with pytest.raises(UserError, match="--resume"):
-        resumable(run, Namespace(resume=False), {"resume"})
+        checkpoint.resumable(run, Namespace(resume=False), {"resume"})
 
 
 def test_resuming_goes_on_from_the_newest_step_if_no_flag_contradicts(run, tiny_model, tokenizer):
@@ -329,22 +284,19 @@ def test_resuming_goes_on_from_the_newest_step_if_no_flag_contradicts(run, tiny_
     for step in (5, 10):
         save(run, step, tiny_model, tokenizer, meta={"args": args, "results": {"step": step}})
     free = {"resume", "run"}
-    resumed = resumable(run, Namespace(**{**args, "resume": True, "run": "name"}), free)
+    resumed = checkpoint.resumable(run, Namespace(**{**args, "resume": True, "run": "name"}), free)
     assert (resumed["step"], resumed["results"]) == (10, {"step": 10})
     for name, value in (("depth", 4), ("lr_mult", 1.0), ("token_ratio", 8.0)):
         flag = f"--{name.replace('_', '-')}"
         with pytest.raises(UserError, match=f"{flag} is {value} here but {args[name]} in the run"):
-            resumable(run, Namespace(**{**args, "resume": True, name: value}), free)
+            checkpoint.resumable(run, Namespace(**{**args, "resume": True, name: value}), free)
 
 
 # --- several ranks ---
-
-
 def rank_model(rank: int, tokenizer) -> tuple:
     """The tiny model and an optimizer that has taken one step of made-up gradients, on this rank of two."""
     config = GPTConfig.from_depth(2, vocab_size=tokenizer.vocab_size, sequence_len=16, head_dim=32)
-    model = build_model(config, generator=torch.Generator().manual_seed(0))
-    fill_randomly(model)
+    model = random_model(config)
     optimizer = MuonAdamW(parameter_groups(model), rank=rank, world_size=2)
     generator = torch.Generator().manual_seed(rank)
     for p in model.parameters():
@@ -360,28 +312,27 @@ def save_on_two_ranks(rank: int, world_size: int, run: Path, tokenizer_folder: P
     runtime = Runtime(rank, rank, world_size, torch.device("cpu"), torch.float32)
     known = {"runtime": runtime, "model": model, "tokenizer": tokenizer, "meta": {"args": {}}}
     states = {"optimizer_state": optimizer.state_dict(), "loader_state": {"rank": torch.tensor(rank)}}
-    save_checkpoint(run, 1, **known, **states)
+    checkpoint.save_checkpoint(run, 1, **known, **states)
     messages = []
     for step, full_rank in ((2, 1), (3, 0)):
         if rank == full_rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         try:
-            save_checkpoint(run, step, **known, **states)
+            checkpoint.save_checkpoint(run, step, **known, **states)
         except UserError as error:
             messages.append(str(error))
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return {"messages": messages, "model": model.state_dict(), "state": optimizer.state_dict()}
 
 
-def test_two_ranks_save_together_and_fail_together(run, tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "tokenizer")
-    results = run_ranks(save_on_two_ranks, 2, tmp_path / "ranks", run, tmp_path / "tokenizer")
+def test_two_ranks_save_together_and_fail_together(run, tokenizer_folder, tmp_path):
+    results = run_ranks(save_on_two_ranks, 2, tmp_path / "ranks", run, tokenizer_folder)
     assert names_in(run) == ["step_000001"]
     for result in results:
         assert len(result["messages"]) == 2
         assert all("File too large" in message for message in result["messages"])
         assert "optimizer_rank1.safetensors" in result["messages"][0]
-    folder = step_dir(run, 1)
+    folder = checkpoint.step_dir(run, 1)
     meta = read_meta(folder)
     assert meta["world_size"] == 2
     weights = load_weights(folder, meta, RUNTIME).state_dict()

@@ -12,60 +12,41 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from nanochat import common
-from nanochat.common import (
-    DTYPES,
-    Runtime,
-    UserError,
-    base_dir,
-    choose_device,
-    choose_dtype,
-    disk_errors,
-    fetch_once,
-    from_rank0,
-    init_runtime,
-    print0,
-    run_main,
-    write_atomic,
-)
+from nanochat.common import Runtime, UserError
 
 CPU = torch.device("cpu")
 
+
 # --- files ---
-
-
-def test_the_base_folder_is_made_where_the_variable_says(base_folder):
+def test_the_base_folder_is_made_where_the_variable_says_or_in_the_home_folder(monkeypatch, base_folder, tmp_path):
     assert not base_folder.exists()
-    assert base_dir() == base_folder
+    assert common.base_dir() == base_folder
     assert base_folder.is_dir()
-
-
-def test_without_the_variable_the_base_folder_is_in_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for value in (None, ""):
-        monkeypatch.delenv("NANOCHAT_BASE_DIR") if value is None else monkeypatch.setenv("NANOCHAT_BASE_DIR", value)
-        assert base_dir() == tmp_path / ".cache" / "nanochat"
     monkeypatch.setenv("NANOCHAT_BASE_DIR", "~/elsewhere")
-    assert base_dir() == tmp_path / "elsewhere"
+    assert common.base_dir() == tmp_path / "elsewhere"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "")
+    assert common.base_dir() == tmp_path / ".cache" / "nanochat"
+    monkeypatch.delenv("NANOCHAT_BASE_DIR")
+    assert common.base_dir() == tmp_path / ".cache" / "nanochat"
 
 
-def test_a_base_folder_that_cannot_be_made_is_named(monkeypatch, tmp_path):
+def test_a_base_folder_that_cannot_be_made_or_written_to_is_named(monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(common.os, "access", lambda path, mode: False)  # root may write everywhere
+        with pytest.raises(UserError, match="no permission to write"):
+            common.base_dir()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "below"))
     with pytest.raises(UserError, match=r"cannot create the work folder .*below .*set NANOCHAT_BASE_DIR"):
-        base_dir()
-
-
-def test_a_base_folder_without_permission_is_named(monkeypatch, base_folder):
-    monkeypatch.setattr(common.os, "access", lambda path, mode: False)  # root may write everywhere
-    with pytest.raises(UserError, match="no permission to write"):
-        base_dir()
+        common.base_dir()
 
 
 @pytest.mark.parametrize("data", [b"\x00\xff", "tëxt\n", b"", "x" * 100_000])
 def test_atomic_writing_leaves_the_data_and_nothing_else(data, tmp_path):
     path = tmp_path / "new" / "folder" / "name.json"
     for _ in range(2):
-        write_atomic(path, data)
+        common.write_atomic(path, data)
     assert path.read_bytes() == (data.encode() if isinstance(data, str) else data)
     assert list(path.parent.iterdir()) == [path]
 
@@ -74,7 +55,7 @@ def test_atomic_writing_leaves_the_data_and_nothing_else(data, tmp_path):
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_a_write_that_fails_leaves_what_was_there(operation, error, tmp_path, monkeypatch):
     path = tmp_path / "name"
-    write_atomic(path, "before")
+    common.write_atomic(path, "before")
 
     def fail(*args):
         raise error
@@ -82,22 +63,18 @@ def test_a_write_that_fails_leaves_what_was_there(operation, error, tmp_path, mo
     monkeypatch.setattr(common.os, operation, fail)
     expected = UserError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
-        write_atomic(path, "after")
+        common.write_atomic(path, "after")
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_disk_error_becomes_one_sentence():
-    with (
-        pytest.raises(UserError, match=r"^cannot write the table to /x/y: No space left on device$"),
-        disk_errors("the table", Path("/x/y")),
-    ):
+    words = r"^cannot write the table to /x/y: No space left on device$"
+    with pytest.raises(UserError, match=words), common.disk_errors("the table", Path("/x/y")):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
 # --- one-time downloads ---
-
-
 def fetch_on_rank(rank: int, world_size: int, path: Path) -> str:
     def fetch(partial: Path) -> None:
         (path.parent / f"fetched_by_{rank}_{time.monotonic_ns()}").write_text("")
@@ -106,7 +83,7 @@ def fetch_on_rank(rank: int, world_size: int, path: Path) -> str:
         partial.write_text("whole")
 
     dist.barrier()
-    return fetch_once(path, fetch).read_text()
+    return common.fetch_once(path, fetch).read_text()
 
 
 def test_eight_processes_asking_for_one_file_fetch_it_once(tmp_path):
@@ -115,12 +92,7 @@ def test_eight_processes_asking_for_one_file_fetch_it_once(tmp_path):
     assert len(list(path.parent.glob("fetched_by_*"))) == 1
 
 
-def test_a_file_that_is_there_is_not_fetched(tmp_path):
-    (tmp_path / "file").write_text("there")
-    assert fetch_once(tmp_path / "file", lambda partial: pytest.fail("fetched")).read_text() == "there"
-
-
-def test_a_failed_fetch_leaves_no_file_and_the_next_one_tries_again(tmp_path):
+def test_a_failed_fetch_leaves_no_file_and_the_next_one_tries_again_once(tmp_path):
     path = tmp_path / "folder" / "file"
 
     def broken(partial: Path) -> None:
@@ -128,116 +100,90 @@ def test_a_failed_fetch_leaves_no_file_and_the_next_one_tries_again(tmp_path):
         raise UserError("the server went away")
 
     with pytest.raises(UserError, match="went away"):
-        fetch_once(path, broken)
+        common.fetch_once(path, broken)
     assert [name for name in os.listdir(path.parent) if not name.endswith(".lock")] == []
-    assert fetch_once(path, lambda partial: partial.write_text("whole")).read_text() == "whole"
+    assert common.fetch_once(path, lambda partial: partial.write_text("whole")).read_text() == "whole"
+    assert common.fetch_once(path, lambda partial: pytest.fail("fetched again")).read_text() == "whole"
 
 
 # --- runtime ---
-
-
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def untuned(monkeypatch):
     """The tests' own process keeps its threads and its memory allocator."""
     monkeypatch.setattr(common, "_tune_cpu", lambda: None)
 
 
-@pytest.mark.usefixtures("untuned")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_runtime_of_one_process_is_what_was_asked_for(dtype):
-    assert init_runtime("cpu", dtype) == Runtime(0, 0, 1, CPU, DTYPES[dtype])
-    assert init_runtime("cpu", dtype).is_main
-    assert not init_runtime("cpu", dtype).is_cuda
-
-
-@pytest.mark.usefixtures("untuned")
-def test_what_is_not_there_is_refused_with_what_is():
+def test_the_runtime_of_one_process_is_what_was_asked_for_or_refused_with_what_there_is():
+    for name, dtype in common.DTYPES.items():
+        runtime = common.init_runtime("cpu", name)
+        assert runtime == Runtime(0, 0, 1, CPU, dtype)
+        assert (runtime.is_main, runtime.is_cuda) == (True, False)
     with pytest.raises(UserError, match="--dtype 'int8' is unknown; choose one of float32, bfloat16, float16"):
-        init_runtime("cpu", "int8")
+        common.init_runtime("cpu", "int8")
     with pytest.raises(UserError, match="--device-type 'tpu' is unknown; choose one of cuda, mps, cpu"):
-        init_runtime("tpu", "float32")
+        common.init_runtime("tpu", "float32")
 
 
 def test_devices_that_are_absent_or_too_few_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert choose_device() == CPU
+    assert common.choose_device() == CPU
     with pytest.raises(UserError, match="--device-type cuda is not available here; this machine has cpu"):
-        choose_device("cuda")
+        common.choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device("", 1) == torch.device("cuda", 1)
+    assert common.choose_device("", 1) == torch.device("cuda", 1)
     with pytest.raises(UserError, match="process 2 has no GPU: this machine has 2"):
-        choose_device("", 2)
+        common.choose_device("", 2)
 
 
 @pytest.mark.parametrize(("narrow", "chosen"), [(0.5, "bfloat16"), (0.9, "float32"), (160.0, "float32")])
-def test_a_cpu_takes_bfloat16_only_where_it_is_clearly_faster(narrow, chosen, monkeypatch):
+def test_a_cpu_takes_bfloat16_only_where_a_probe_finds_it_clearly_faster(narrow, chosen, monkeypatch):
+    assert 0 < common.matmul_seconds(torch.float32, size=16) < 1
     seconds = {torch.float32: 1.0, torch.bfloat16: narrow}
     monkeypatch.setattr(common, "matmul_seconds", lambda dtype: seconds[dtype])
-    assert choose_dtype(CPU) == chosen
-
-
-def test_the_probe_takes_a_positive_time():
-    assert 0 < common.matmul_seconds(torch.float32, size=16) < 1
+    assert common.choose_dtype(CPU) == chosen
 
 
 def decide_on_rank(rank: int, world_size: int) -> tuple:
     common._tune_cpu = lambda: None
     common.choose_dtype = lambda device: ["bfloat16", "float32"][rank]
-    return init_runtime("cpu"), from_rank0({"rows": 8 >> rank})
+    return common.init_runtime("cpu"), common.from_rank0({"rows": 8 >> rank})
 
 
 def test_what_rank_0_finds_holds_for_all_ranks(tmp_path):
-    results = run_ranks(decide_on_rank, 2, tmp_path / "ranks")
-    for rank, (runtime, value) in enumerate(results):
+    for rank, (runtime, value) in enumerate(run_ranks(decide_on_rank, 2, tmp_path / "ranks")):
         assert runtime == Runtime(rank, rank, 2, CPU, torch.bfloat16)
         assert value == {"rows": 8}
-
-
-def test_without_a_process_group_a_value_is_itself():
-    assert from_rank0([1, 2]) == [1, 2]
+    assert common.from_rank0([1, 2]) == [1, 2]  # without a process group
 
 
 def test_only_rank_0_prints(monkeypatch, capsys):
-    print0("of one process")
+    common.print0("of one process")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        print0("rank", rank)
+        common.print0("rank", rank)
     assert capsys.readouterr().out == "of one process\nrank 0\n"
 
 
 # --- scripts ---
+def test_a_stage_that_cannot_go_on_ends_with_one_line_and_a_status_and_a_bug_shows_itself(capsys):
+    def run_with(error: BaseException | None) -> None:
+        def main(args: argparse.Namespace) -> None:
+            assert args.number == 3
+            if error is not None:
+                raise error
 
+        common.run_main(main, lambda: argparse.Namespace(number=3))
 
-def run_with(error: BaseException | None) -> None:
-    def main(args: argparse.Namespace) -> None:
-        assert args.number == 3
-        if error is not None:
-            raise error
-
-    run_main(main, lambda: argparse.Namespace(number=3))
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "line"),
-    [(UserError("no shards: run it"), 2, "error: no shards: run it\n"), (KeyboardInterrupt(), 130, "stopped\n")],
-)
-def test_a_stage_that_cannot_go_on_ends_with_one_line_and_a_status(error, status, line, capsys):
-    with pytest.raises(SystemExit) as ended:
-        run_with(error)
-    assert ended.value.code == status
-    assert capsys.readouterr() == ("", line)
-
-
-def test_a_stage_that_works_ends_quietly_and_a_bug_shows_itself(capsys):
+    for error, status, line in (
+        (UserError("no shards: run it"), 2, "error: no shards: run it\n"), (KeyboardInterrupt(), 130, "stopped\n"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            run_with(error)
+        assert ended.value.code == status
+        assert capsys.readouterr() == ("", line)
     run_with(None)
     with pytest.raises(ZeroDivisionError):
         run_with(ZeroDivisionError())
     assert capsys.readouterr() == ("", "")
-
-
-def test_the_runtime_flags_default_to_what_is_best():
-    parser = argparse.ArgumentParser()
-    common.add_runtime_flags(parser)
-    assert vars(parser.parse_args([])) == {"device_type": "", "dtype": ""}

@@ -1,5 +1,6 @@
 """The loader: nothing lost, rows full, the same for any number of processes, and resumable at every point."""
 
+import os
 import random
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from itertools import islice, pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -98,8 +100,7 @@ def rows_of(batch):
         n = sum(target != IGNORE_INDEX for target in targets)
         assert targets[n:] == [IGNORE_INDEX] * (len(targets) - n)
         assert idx[1 : n + 1] == targets[: min(n, len(idx) - 1)]
-        if n:
-            rows.append((idx[0], *targets[:n]))
+        rows += [(idx[0], *targets[:n])] if n else []
     return rows
 
 
@@ -126,15 +127,13 @@ def pieces_of(rows, bos_id=0):
     return [tuple(piece) for piece in pieces if piece]
 
 
-def saved_and_read(world):
-    return [load(save(loader.state_dict())) for loader in world]
-
-
-def resumed_world(paths, states, batch_size, world_size, **options):
-    world = make_world(paths, batch_size, world_size, **options)
-    for loader in world:
+def resume(paths, world, batch_size, world_size, **options):
+    """Other loaders that go on where those of `world` are, whose state was written and read."""
+    states = [load(save(loader.state_dict())) for loader in world]
+    resumed = make_world(paths, batch_size, world_size, **options)
+    for loader in resumed:
         loader.load_state_dict(states)
-    return world
+    return resumed
 
 
 def assert_same(batches, others):
@@ -145,8 +144,6 @@ def assert_same(batches, others):
 
 
 # --- packing ---
-
-
 def reference_rows(lengths, row_tokens):
     """Rows as (document, begin, end) pieces, by the rule in words: the largest that fits, of equal ones the one that
     came first; when none fits, or the row is empty and there is one longer than it, the longest is cut."""
@@ -200,18 +197,13 @@ def test_packing_loses_nothing_and_fills_rows_while_documents_last(lengths, late
     assert packer.num_tokens == 0
     assert all(row[0] == 0 for row in rows)
     assert sorted(token for row in rows for token in row.tolist() if token) == list(range(1, starts[-1]))
-
-
-def test_a_long_document_is_cut_into_rows_without_being_copied_again():
-    packer, document = Stream(T, bos_id=0), np.arange(1, 10**6, dtype=np.int32)
-    packer.add(document)
+    long = np.arange(1, 10**4, dtype=np.int32)  # cut into rows without being copied again
+    packer.add(long)
     packer.next_row()
-    assert np.shares_memory(packer.documents[0], document)
+    assert np.shares_memory(packer.documents[0], long)
 
 
 # --- every token once ---
-
-
 def assert_epochs_are_whole(rows, lengths, num_epochs):
     """Each document occurs exactly `num_epochs` times, its pieces put together again."""
     pieces = pieces_of(rows)
@@ -229,28 +221,30 @@ def test_epochs_hold_every_token_of_every_document_exactly_once_each(paths, num_
     assert_epochs_are_whole([row for rows in by_rank for row in rows], LENGTHS, num_epochs)
 
 
-def test_targets_of_an_epoch_have_the_bytes_of_all_documents(shards, texts, tokenizer):
-    loader = TextLoader(tokenizer, shards, 4, 32, epochs=1)
-    batches = list(loader)
+def test_an_epoch_has_the_tokens_and_bytes_of_all_documents_most_of_them_whole(shards, texts, tokenizer):
+    batches = list(TextLoader(tokenizer, shards, 4, 32, epochs=1))
     rows = [row for batch in batches for row in rows_of(batch)]
     lengths = tokenizer.token_bytes()
     assert sum(lengths[token] for row in rows for token in row[1:]) == sum(len(text.encode()) for text in texts)
     expected = Counter(token for text in texts for token in tokenizer.encode(text))
     assert Counter(token for piece in pieces_of(rows, tokenizer.bos_id) for token in piece) == expected
     assert sum(batch.num_targets for batch in batches) == sum(len(row) - 1 for row in rows)
-
-
-def test_whole_documents_arrive_as_they_were_tokenized(shards, texts, tokenizer):
     batches = TextLoader(tokenizer, shards, 1, 4096, epochs=1)  # no document is longer, none need be cut
     pieces = [piece for batch in batches for piece in pieces_of(rows_of(batch), tokenizer.bos_id)]
     whole = Counter(tuple(tokenizer.encode(text)) for text in texts)
     assert sum((Counter(pieces) & whole).values()) > 0.8 * len(texts)
 
 
-def test_rows_of_an_endless_loader_are_full_and_start_with_bos(paths):
-    for batch in islice(make_loader(paths, 3), 150):
+def test_rows_of_an_endless_loader_are_full_and_start_with_bos_and_epochs_are_counted(paths):
+    batches = list(islice(make_loader(paths, 4), 150))
+    for batch in batches:
         assert (batch.idx[:, 0] == 0).all()
-        assert batch.num_targets == (batch.targets != IGNORE_INDEX).sum() == 3 * T
+        assert batch.num_targets == (batch.targets != IGNORE_INDEX).sum() == 4 * T
+    epochs = [batch.epoch for batch in batches]
+    assert epochs[0] == 0
+    assert epochs == sorted(epochs)
+    assert epochs[-1] >= 2
+    assert set(epochs) == set(range(epochs[-1] + 1))
 
 
 def test_rows_are_full_however_short_the_documents(tmp_path):
@@ -260,13 +254,17 @@ def test_rows_are_full_however_short_the_documents(tmp_path):
     assert_epochs_are_whole([row for batch in batches for row in rows_of(batch)], [1] * 900, 1)
 
 
-def test_documents_of_many_rows_come_whole_and_in_order(tmp_path):
+def test_documents_of_many_rows_come_whole_and_in_order_and_the_last_batch_is_padded(tmp_path):
     lengths = [1000, 1, 700, 2, T, T + 1, T - 1]
-    paths = [write_shard(tmp_path / "a.parquet", numbered_texts(lengths))]
-    rows = rows_by_rank([make_loader(paths, 3, epochs=1)])[0]
+    loader = make_loader([write_shard(tmp_path / "a.parquet", numbered_texts(lengths))], 64, epochs=1)
+    *_, last = batches = list(loader)
+    assert list(loader) == []  # iteration stays ended
+    rows = [row for batch in batches for row in rows_of(batch)]
     assert_epochs_are_whole(rows, lengths, 1)
-    of_longest = [token for row in rows for token in row if 0 < token <= 1000]
-    assert of_longest == list(range(1, 1001))
+    assert [token for row in rows for token in row if 0 < token <= 1000] == list(range(1, 1001))
+    assert (last.targets == IGNORE_INDEX).any()
+    assert (last.targets != IGNORE_INDEX).any()
+    assert last.idx.min() >= 0  # padding is a token the model knows
 
 
 @pytest.mark.parametrize("row_group_size", [1, 3, 5, 10, 150])
@@ -289,26 +287,7 @@ def test_fewer_documents_than_streams_are_repeated_endlessly(tmp_path, num_docum
     assert_epochs_are_whole(once, [3] * num_documents, 1)
 
 
-def test_the_last_batch_is_padded_and_iteration_stays_ended(paths):
-    loader = make_loader(paths, 64, epochs=1)
-    *_, last = loader
-    assert (last.targets == IGNORE_INDEX).any()
-    assert (last.targets != IGNORE_INDEX).any()
-    assert last.idx.min() >= 0  # padding is a token the model knows
-    assert list(loader) == []
-
-
-def test_epochs_are_counted(paths):
-    epochs = [batch.epoch for batch in islice(make_loader(paths, 4), 150)]
-    assert epochs[0] == 0
-    assert epochs == sorted(epochs)
-    assert epochs[-1] >= 2
-    assert set(epochs) == set(range(epochs[-1] + 1))
-
-
 # --- any number of processes ---
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("batch_size", [1, 2, 6])
 def test_global_batches_do_not_depend_on_processes_or_device_batch(paths, world_size, batch_size):
@@ -317,15 +296,13 @@ def test_global_batches_do_not_depend_on_processes_or_device_batch(paths, world_
 
 
 # --- resuming ---
-
-
 @pytest.mark.parametrize("num_batches", [0, 1, 2, 7, 30, 31, 32, 33, 34, 60, 97])
 @pytest.mark.parametrize("batches_ahead", [0, 1, 3])
 def test_resumed_batches_are_bit_equal_to_never_having_stopped(paths, num_batches, batches_ahead):
     loader, straight = make_loader(paths, 3), make_loader(paths, 3)
     loader.batches_ahead = batches_ahead
     list(islice(loader, num_batches))
-    (resumed,) = resumed_world(paths, saved_and_read([loader]), 3, 1)
+    (resumed,) = resume(paths, [loader], 3, 1)
     resumed.batches_ahead = batches_ahead
     list(islice(straight, num_batches))
     expected = list(islice(straight, 60))
@@ -335,8 +312,7 @@ def test_resumed_batches_are_bit_equal_to_never_having_stopped(paths, num_batche
 
 def test_every_read_and_epoch_boundary_can_be_resumed_at(paths):
     loader = make_loader(paths, 1)
-    states = [save(loader.state_dict())]
-    batches = []
+    states, batches = [save(loader.state_dict())], []
     for batch in islice(loader, 260):
         batches.append(batch)
         states.append(save(loader.state_dict()))
@@ -344,20 +320,9 @@ def test_every_read_and_epoch_boundary_can_be_resumed_at(paths):
     assert {place[0] for place in places} >= {0, 1}
     assert any(place[3] % 16 for place in places)  # amid a row group
     for i in range(0, 250, 3):
-        (resumed,) = resumed_world(paths, [load(states[i])], 1, 1)
+        resumed = make_loader(paths, 1)
+        resumed.load_state_dict([load(states[i])])
         assert_same(list(islice(resumed, 10)), batches[i : i + 10])
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_state_read_is_saved_as_it_was(paths, world_size):
-    world = make_world(paths, 3, world_size)
-    for loader in world:
-        loader.batches_ahead = 2
-        list(islice(loader, 10))
-    states = saved_and_read(world)
-    for before, after in zip(states, saved_and_read(resumed_world(paths, states, 3, world_size)), strict=True):
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 @pytest.mark.parametrize(
@@ -369,17 +334,16 @@ def test_a_run_goes_on_with_the_very_next_row_at_another_world_size(paths, befor
     for loader in world:
         loader.batches_ahead = 2
     num_rows = len(rows_in_order(world, num_rows))
-    resumed = resumed_world(paths, saved_and_read(world), batch_size, after)
     expected = rows_in_order(make_world(paths, 1, before), num_rows + 240)[num_rows:]
     count = len(expected) // (after * batch_size) * after * batch_size
-    assert rows_in_order(resumed, count) == expected[:count]
+    assert rows_in_order(resume(paths, world, batch_size, after), count) == expected[:count]
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 5, 6])
 def test_rows_that_the_new_ranks_could_not_have_shared_evenly_are_no_obstacle(paths, num_rows):
     loader = make_loader(paths, 1)
     rows_in_order([loader], num_rows)
-    resumed = resumed_world(paths, saved_and_read([loader]), 2, 4)
+    resumed = resume(paths, [loader], 2, 4)
     assert sorted(rows_in_order(resumed, 40)) == sorted(rows_in_order([loader], 40))
 
 
@@ -387,20 +351,21 @@ def test_a_run_changes_its_world_size_again_and_again(paths):
     world, rows = [make_loader(paths, 1)], []
     for world_size in (2, 8, 1, 4, 8, 2, 1):
         rows += rows_in_order(world, 16)
-        world = resumed_world(paths, saved_and_read(world), 1, world_size)
+        world = resume(paths, world, 1, world_size)
     assert rows == rows_in_order([make_loader(paths, 1)], len(rows))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_an_epoch_resumed_anywhere_ends_as_it_would_have(paths, world_size):
+def test_an_epoch_resumed_anywhere_has_the_same_state_and_ends_as_it_would_have(paths, world_size):
     whole = [list(loader) for loader in make_world(paths, 2, world_size, epochs=1)]
     for num_batches in range(min(map(len, whole)) + 1):
         world = make_world(paths, 2, world_size, epochs=1)
         for loader in world:
             loader.batches_ahead = 1
             list(islice(loader, num_batches))
-        resumed = resumed_world(paths, saved_and_read(world), 2, world_size, epochs=1)
-        for loader, batches in zip(resumed, whole, strict=True):
+        resumed = resume(paths, world, 2, world_size, epochs=1)
+        for before, loader, batches in zip(world, resumed, whole, strict=True):
+            assert save(loader.state_dict()) == save(before.state_dict())
             assert_same(list(loader), batches[num_batches:])
 
 
@@ -408,48 +373,32 @@ def test_an_epoch_resumed_at_another_world_size_still_holds_every_token_once(pat
     for num_batches in range(0, 24, 3):
         world = make_world(paths, 2, 4, epochs=1)
         rows = [row for ranks in rows_by_rank(world, num_batches) for row in ranks]
-        resumed = resumed_world(paths, saved_and_read(world), 3, 2, epochs=1)
-        rows += [row for ranks in rows_by_rank(resumed) for row in ranks]
+        rows += [row for ranks in rows_by_rank(resume(paths, world, 3, 2, epochs=1)) for row in ranks]
         assert_epochs_are_whole(rows, LENGTHS, 1)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 3), (8, 5), (3, 2), (5, 3), (1, 16)])
-def test_a_world_size_that_cannot_share_the_streams_is_refused(paths, before, after):
-    states = saved_and_read(make_world(paths, 1, before))
-    with pytest.raises(UserError, match=rf"{after} processes cannot share"):
-        make_loader(paths, 1, 0, after).load_state_dict(states)
-
-
-def test_another_sequence_length_is_refused(paths):
-    states = saved_and_read([make_loader(paths)])
-    loader = TextLoader(NumberTokenizer(), paths, 2, T + 1)
+def test_a_world_size_that_cannot_share_the_streams_and_another_sequence_length_are_refused(paths):
+    for before, after in ((1, 3), (8, 5), (3, 2), (5, 3), (1, 16)):
+        with pytest.raises(UserError, match=rf"{after} processes cannot share"):
+            resume(paths, make_world(paths, 1, before), 1, after)
     with pytest.raises(UserError, match=f"--sequence-len {T}"):
-        loader.load_state_dict(states)
+        TextLoader(NumberTokenizer(), paths, 2, T + 1).load_state_dict([make_loader(paths).state_dict()])
 
 
-def test_a_loader_can_be_closed_and_used_again(paths):
-    loader, batches = make_loader(paths), []
-    for _ in range(10):
-        batches += islice(loader, 5)
-        loader.close()
-    assert_same(batches, list(islice(make_loader(paths), 50)))
-
-
-def test_draining_validation_changes_no_training_batch(paths):
-    loader, straight = make_loader(paths[:2]), make_loader(paths[:2])
-    batches = []
-    for _ in range(5):
+def test_a_loader_can_be_closed_and_used_again_and_draining_validation_changes_none_of_its_batches(paths):
+    loader, batches = make_loader(paths[:2]), []
+    for i in range(10):
         batches += islice(loader, 4)
         state = save(loader.state_dict())
         list(make_loader(paths[2:], epochs=1))
         list(islice(make_loader(paths[2:], epochs=1), 2))
         assert save(loader.state_dict()) == state
-    assert_same(batches, list(islice(straight, 20)))
+        if i % 2:
+            loader.close()
+    assert_same(batches, list(islice(make_loader(paths[:2]), 40)))
 
 
 # --- errors and threads ---
-
-
 def test_shards_without_documents_are_refused(tmp_path):
     empty = write_shard(tmp_path / "empty.parquet", pa.array([], pa.string()))
     blank = write_shard(tmp_path / "blank.parquet", ["", ""])
@@ -461,26 +410,23 @@ def test_shards_without_documents_are_refused(tmp_path):
 
 @pytest.mark.parametrize("fault", ["is missing", "cannot be read"])
 def test_an_error_of_the_reading_thread_is_raised_where_batches_are_asked_for_every_time(paths, fault):
-    content = paths[1].read_bytes()
-    paths[1].unlink()
-    if fault == "cannot be read":
-        paths[1].write_bytes(content[:-20])
+    paths[1].unlink() if fault == "is missing" else os.truncate(paths[1], paths[1].stat().st_size - 20)
     loader = make_loader(paths)
     for _ in range(2):
         with pytest.raises(UserError, match=f"shard_1.parquet {fault}"):
             list(loader)
 
 
-def test_even_a_panic_in_the_encoder_surfaces(paths):
+def test_even_a_panic_in_the_encoder_surfaces(paths, monkeypatch):
     class Panic(BaseException):
         pass
 
-    class Broken(NumberTokenizer):
-        def encode_packed(self, texts):
-            raise Panic("index out of bounds")
+    def panic(self, texts):
+        raise Panic("index out of bounds")
 
+    monkeypatch.setattr(NumberTokenizer, "encode_packed", panic)
     with pytest.raises(Panic, match="index out of bounds"):
-        next(TextLoader(Broken(), paths, 1, T))
+        next(make_loader(paths))
 
 
 @pytest.mark.parametrize("end", ["close", "abandon", "drain"])
@@ -497,29 +443,15 @@ def test_reading_threads_end(paths, end):
 
 
 def test_a_process_that_leaves_a_loader_behind_ends_at_once_with_its_own_status(paths):
-    program = """
-import sys
-import numpy as np
-from nanochat.data.dataloader import TextLoader
-
-class Tokenizer:
-    bos_id = 0
-
-    def encode_packed(self, texts):
-        return np.ones(len(texts), np.uint32), np.arange(len(texts) + 1)
-
-loader = TextLoader(Tokenizer(), sys.argv[1:], 1, 16)
-next(loader)
-sys.exit(2)
-"""
-    command = [sys.executable, "-c", program, *map(str, paths)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    program = "import sys, test_dataloader as t; next(t.make_loader(sys.argv[1:])); sys.exit(2)"
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *map(str, paths)], capture_output=True, text=True, timeout=120, check=False,
+        cwd=Path(__file__).parent, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
     assert (ended.returncode, ended.stderr) == (2, "")
 
 
 # --- on a GPU ---
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_on_a_gpu_equal_those_on_the_cpu_also_when_resumed(paths):
@@ -531,4 +463,4 @@ def test_batches_on_a_gpu_equal_those_on_the_cpu_also_when_resumed(paths):
             assert a.idx.device.type == "cuda"
             assert torch.equal(a.idx.cpu(), b.idx)
             assert torch.equal(a.targets.cpu(), b.targets)
-        (on_gpu,) = resumed_world(paths, saved_and_read([on_gpu]), 3, 1, device="cuda")
+        (on_gpu,) = resume(paths, [on_gpu], 3, 1, device="cuda")

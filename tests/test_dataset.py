@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from fake_hub import REPO, FakeHub, parquet_bytes, write_shards
-from huggingface_hub import file_download
+from conftest import write_shard
+from fake_hub import REPO, impatient_hub, parquet_bytes
 
 from nanochat.common import UserError, base_dir
 from nanochat.data import dataset, hub, localtext
@@ -36,10 +36,7 @@ VAL = f"data/shard_{NUM_SHARDS - 1}.parquet"
 
 @pytest.fixture
 def server(monkeypatch):
-    with FakeHub({"README.md": b"# Texts", **SHARDS}) as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        monkeypatch.setattr(hub, "FIRST_PAUSE", 0.001)
-        monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)  # of huggingface_hub's own retries
+    with impatient_hub(monkeypatch, {"README.md": b"# Texts", **SHARDS}) as server:
         yield server
 
 
@@ -50,88 +47,74 @@ def inputs(tmp_path):
     return tmp_path / "inputs"
 
 
-def names(paths: list[Path]) -> list[str]:
-    return [path.name for path in paths]
+def names(split: str) -> list[str]:
+    return [path.name for path in shard_paths(REPO, split)]
 
 
-def documents(paths: list[Path]) -> list[str]:
+def documents(data: str, *splits: str) -> list[str]:
+    paths = [path for split in splits for path in shard_paths(data, split)]
     return [text for _, texts in document_batches(paths) for text in texts.to_pylist()]
 
 
-# --- reading -------------------------------------------------------------------------------------
+def assert_all_is_here(folder: Path) -> None:
+    assert {name: (folder / name).read_bytes() for name in SHARDS} == SHARDS
 
 
-@pytest.fixture
-def two_shards(tmp_path):
-    """Five documents each, "0.0" to "1.4", in row groups of two."""
-    for shard in range(2):
-        texts = [f"{shard}.{index}" for index in range(5)]
-        (tmp_path / f"{shard}.parquet").write_bytes(parquet_bytes(texts, row_group_size=2))
-    return [tmp_path / "0.parquet", tmp_path / "1.parquet"]
-
-
-def test_batches_are_row_groups_in_order_with_their_positions(two_shards):
-    batches = list(document_batches(two_shards))
-    assert [position for position, _ in batches] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
-    assert [texts.to_pylist() for _, texts in batches][:3] == [["0.0", "0.1"], ["0.2", "0.3"], ["0.4"]]
+# --- reading ---
+def test_batches_are_row_groups_in_order_and_reading_can_start_at_any_of_them(tmp_path):
+    paths = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
+    for shard, path in enumerate(paths):
+        path.write_bytes(parquet_bytes([f"{shard}.{index}" for index in range(5)], row_group_size=2))
+    batches = list(document_batches(paths))
     assert all(isinstance(texts, pa.StringArray) for _, texts in batches)
+    whole = [(position, texts.to_pylist()) for position, texts in batches]
+    assert [position for position, _ in whole] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert [texts for _, texts in whole][:3] == [["0.0", "0.1"], ["0.2", "0.3"], ["0.4"]]
+    for start in ((0, 0), (0, 2), (1, 0), (1, 2), (2, 0)):
+        rest = [(position, texts.to_pylist()) for position, texts in document_batches(paths, start=start)]
+        assert rest == [batch for batch in whole if batch[0] >= start]
 
 
-@pytest.mark.parametrize("start", [(0, 0), (0, 2), (1, 0), (1, 2), (2, 0)])
-def test_reading_from_a_position_gives_the_rest_of_reading_all(two_shards, start):
-    rest = [(position, texts.to_pylist()) for position, texts in document_batches(two_shards, start=start)]
-    whole = [(position, texts.to_pylist()) for position, texts in document_batches(two_shards)]
-    assert rest == [batch for batch in whole if batch[0] >= start]
-
-
-def test_nulls_and_empty_texts_are_left_out(tmp_path):
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()], ids=str)
+def test_nulls_and_empty_texts_are_left_out_and_large_strings_read_like_strings(tmp_path, kind):
     path = tmp_path / "a.parquet"
-    path.write_bytes(parquet_bytes(["a", None, "", "b", None, ""], row_group_size=4))
-    assert [(tuple(position), texts.to_pylist()) for position, texts in document_batches([path])] == [
-        ((0, 0), ["a", "b"])
-    ]
+    table = pa.table({"text": pa.array(["a", None, "", "bc", None, ""], kind), "id": range(6)})
+    dataset.pq.write_table(table, path, row_group_size=4)
+    [(position, texts)] = document_batches([path])
+    assert (tuple(position), texts.type, texts.to_pylist()) == ((0, 0), pa.string(), ["a", "bc"])
 
 
-def test_large_strings_read_like_strings(tmp_path):
-    path = tmp_path / "a.parquet"
-    dataset.pq.write_table(pa.table({"text": pa.array(["a", "bc"], pa.large_string()), "id": [1, 2]}), path)
-    [(_, texts)] = document_batches([path])
-    assert texts.type == pa.string()
-    assert texts.to_pylist() == ["a", "bc"]
-
-
-def test_missing_and_damaged_shards_are_named_with_the_remedy(tmp_path):
+def test_missing_damaged_and_unusable_shards_are_named_with_the_remedy(tmp_path):
     whole = parquet_bytes([random.Random(0).randbytes(3000).hex()])
-    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "html.parquet").write_bytes(b"<html>" * 50)
-    (tmp_path / "page.parquet").write_bytes(whole[:100] + bytes(2900) + whole[3000:])
-    with pytest.raises(UserError, match=r"gone.parquet is missing; run python -m nanochat.data.dataset"):
-        list(document_batches([tmp_path / "gone.parquet"]))
-    for name in ("cut", "html", "page"):
-        with pytest.raises(UserError, match=rf"{name}.parquet cannot be read .*delete it"):
-            list(document_batches([tmp_path / f"{name}.parquet"]))
+    for name, content, words in (
+        ("gone", None, r"is missing; run python -m nanochat.data.dataset"),
+        ("cut", whole[: len(whole) // 2], "cannot be read .*delete it"),
+        ("html", b"<html>" * 50, "cannot be read .*delete it"),
+        ("page", whole[:100] + bytes(2900) + whole[3000:], "cannot be read .*delete it"),
+        ("other", parquet_bytes(["a"], column="content"), r"has no column text of strings, only content \(string\)"),
+    ):
+        path = tmp_path / f"{name}.parquet"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}.parquet {words}"):
+            list(document_batches([path]))
 
 
-def test_shard_without_text_column_is_refused(tmp_path):
-    (tmp_path / "a.parquet").write_bytes(parquet_bytes(["a"], column="content"))
-    with pytest.raises(UserError, match=r"no column text of strings, only content \(string\)"):
-        list(document_batches([tmp_path / "a.parquet"]))
-
-
-# --- where shards lie ----------------------------------------------------------------------------
-
-
-def test_local_folder_of_shards_is_used_in_place_in_natural_order(inputs):
-    for index in (10, 9, 1):
-        write_shards(inputs / f"part_{index}", 1)
-    write_shards(inputs / ".hidden", 1)
+# --- where shards lie ---
+def test_local_folder_of_shards_is_used_in_place_in_natural_order(inputs, capsys):
+    for name in ("part_10", "part_9", "part_1", ".hidden"):
+        write_shard(inputs / name / "shard.parquet", ["a document"])
     folder = str(inputs)
     assert dataset.data_dir(folder) == prepare(folder, 1) == inputs
     assert [path.parent.name for path in shard_paths(folder, "train")] == ["part_1", "part_9"]
     assert [path.parent.name for path in shard_paths(folder, "val")] == ["part_10"]
+    dataset.main(argparse.Namespace(data=folder, num_train=-1, workers=1))
+    assert "2 train shards" in capsys.readouterr().out
+    unordered = ["a10", "a9", "b1", "a09b", "1", "²"]
+    assert sorted(unordered, key=dataset.natural_key) == ["1", "a9", "a09b", "a10", "b1", "²"]
 
 
-def test_each_data_set_has_its_own_folder(inputs):
+def test_each_data_set_has_its_own_folder_and_a_missing_one_is_answered_with_the_command_to_run(inputs):
     (inputs / "a").mkdir()
     (inputs / "b" / "a").mkdir(parents=True)
     data = ["owner/name", "owner/name/folder", "local", str(inputs / "a"), str(inputs / "b" / "a")]
@@ -139,34 +122,24 @@ def test_each_data_set_has_its_own_folder(inputs):
     assert len(folders) == len(data)
     assert {folder.parent for folder in folders} == {base_dir() / "data"}
     assert dataset.data_dir("owner/name").name == "owner--name"
-
-
-def test_missing_data_set_is_answered_with_the_command_to_run():
     with pytest.raises(UserError, match=r"run: python -m nanochat.data.dataset --data owner/name"):
         shard_paths("owner/name", "train")
 
 
-def test_natural_order_reads_digits_as_numbers():
-    unordered = ["a10", "a9", "b1", "a09b", "1", "²"]
-    assert sorted(unordered, key=dataset.natural_key) == ["1", "a9", "a09b", "a10", "b1", "²"]
-
-
-# --- downloading ---------------------------------------------------------------------------------
-
-
-def test_first_shards_and_the_last_are_fetched(server):
+# --- downloading ---
+def test_first_shards_and_the_last_are_fetched_and_later_only_what_is_new(server, capsys):
     folder = prepare(REPO, 2)
     assert folder == base_dir() / "data" / FOLDER
-    assert names(shard_paths(REPO, "train")) == ["shard_0.parquet", "shard_1.parquet"]
-    assert names(shard_paths(REPO, "val")) == ["shard_3.parquet"]
-    assert documents(shard_paths(REPO, "train")) == shard_texts(0) + shard_texts(1)
+    assert (names("train"), names("val")) == (["shard_0.parquet", "shard_1.parquet"], ["shard_3.parquet"])
+    assert documents(REPO, "train") == shard_texts(0) + shard_texts(1)
     assert server.fetched("README.md") == server.fetched("data/shard_2.parquet") == 0
-
-
-def test_asking_for_more_than_there_is_takes_all_and_says_so(server, capsys):
     prepare(REPO, 99)
-    assert len(shard_paths(REPO, "train")) == NUM_SHARDS - 1
     assert "has only 4 files: taking all of them" in capsys.readouterr().out
+    assert len(names("train")) == NUM_SHARDS - 1
+    assert {path: server.fetched(path) for path in SHARDS} == dict.fromkeys(SHARDS, 1)
+    before = len(server.requests)
+    prepare(REPO, 2)  # all is here: nothing is asked
+    assert len(server.requests) == before
 
 
 @pytest.mark.parametrize("with_sha256", [True, False])
@@ -179,20 +152,11 @@ def test_no_fault_leads_to_a_wrong_shard(server, monkeypatch, with_sha256):
         server.faults[path] = rng.choices(kinds, k=6)
     server.faults["listing"] = ["503", "html"]
     folder = prepare(REPO, -1)
-    assert {name: (folder / name).read_bytes() for name in SHARDS} == SHARDS
+    assert_all_is_here(folder)
     assert not (folder / hub.STAGING).exists()
 
 
-def test_a_later_run_fetches_only_what_is_new_and_asks_for_nothing_when_all_is_here(server):
-    prepare(REPO, 1)
-    prepare(REPO, -1)
-    assert {path: server.fetched(path) for path in SHARDS} == dict.fromkeys(SHARDS, 1)
-    before = len(server.requests)
-    prepare(REPO, 2)
-    assert len(server.requests) == before
-
-
-def test_damaged_and_deleted_shards_are_noticed_and_fetched_again(server):
+def test_damaged_and_deleted_shards_are_noticed_and_fetched_again_unless_fewer_are_asked_for(server):
     folder = prepare(REPO, -1)
     first, second, third = (folder / f"data/shard_{index}.parquet" for index in range(3))
     first.unlink()
@@ -201,15 +165,11 @@ def test_damaged_and_deleted_shards_are_noticed_and_fetched_again(server):
     with pytest.raises(UserError, match=r"shard_0.parquet is gone or no longer has its [\d,]+ bytes; run"):
         shard_paths(REPO, "train")
     prepare(REPO, -1)
-    assert {name: (folder / name).read_bytes() for name in SHARDS} == SHARDS
+    assert_all_is_here(folder)
     assert server.fetched(VAL) == 1
-
-
-def test_shards_deleted_to_save_space_are_not_missed_when_fewer_are_asked_for(server):
-    folder = prepare(REPO, -1)
-    (folder / "data/shard_2.parquet").unlink()
+    third.unlink()  # to save space
     prepare(REPO, 2)
-    assert names(shard_paths(REPO, "train")) == ["shard_0.parquet", "shard_1.parquet"]
+    assert names("train") == ["shard_0.parquet", "shard_1.parquet"]
 
 
 def test_what_cannot_be_fetched_is_listed_and_the_rest_kept(server, capsys):
@@ -219,38 +179,12 @@ def test_what_cannot_be_fetched_is_listed_and_the_rest_kept(server, capsys):
         prepare(REPO, -1)
     assert "missing: data/shard_1.parquet (HTTP status 404)" in capsys.readouterr().err
     # Shard 2 is here, but reading it now and shard 1 in front of it later would change the order of the documents.
-    assert names(shard_paths(REPO, "train")) == ["shard_0.parquet"]
+    assert names("train") == ["shard_0.parquet"]
     with pytest.raises(UserError, match="no val shard of someone/texts"):  # never replaced by another
-        shard_paths(REPO, "val")
+        names("val")
     prepare(REPO, -1)
     assert server.fetched("data/shard_2.parquet") == 1
-    assert len(shard_paths(REPO, "train")) == 3
-
-
-def test_dead_network_ends_the_run_before_every_shard_was_tried(server, monkeypatch, capsys):
-    monkeypatch.setattr(hub, "GIVE_UP_FAILURES", 2)
-    monkeypatch.setattr(hub, "ATTEMPTS", 2)
-    for path in SHARDS:
-        server.faults[path] = ["503"] * 20
-    with pytest.raises(UserError, match="4 of 4 files"):
-        prepare(REPO, -1, workers=1)
-    assert capsys.readouterr().err.count("not tried to the end") == 2
-
-
-@pytest.mark.parametrize(
-    ("files", "fault"),
-    [
-        (
-            {f"{index}.parquet": parquet_bytes(["x"], column="content") for index in range(2)},
-            "no column text of strings",
-        ),
-        ({"README.md": b"text", "picture.png": b"png"}, r"has no .parquet, .jsonl, .* file"),
-    ],
-)
-def test_repository_without_anything_of_use_is_refused(server, files, fault):
-    server.files = files
-    with pytest.raises(UserError, match=fault):
-        prepare(REPO, -1)
+    assert len(names("train")) == 3
 
 
 def test_full_disk_is_said_before_anything_is_fetched(server, monkeypatch):
@@ -261,16 +195,31 @@ def test_full_disk_is_said_before_anything_is_fetched(server, monkeypatch):
     assert not any(server.fetched(path) for path in SHARDS)
 
 
+def test_dead_network_ends_the_run_before_every_shard_was_tried(server, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "GIVE_UP_FAILURES", 2)
+    monkeypatch.setattr(hub, "ATTEMPTS", 2)
+    server.faults.update({path: ["503"] * 20 for path in SHARDS})
+    with pytest.raises(UserError, match="4 of 4 files"):
+        prepare(REPO, -1, workers=1)
+    assert capsys.readouterr().err.count("not tried to the end") == 2
+
+
+@pytest.mark.parametrize(("files", "fault"), [
+    (dict.fromkeys(("0.parquet", "1.parquet"), parquet_bytes(["x"], column="content")), "no column text of strings"),
+    ({"README.md": b"text", "picture.png": b"png"}, r"has no .parquet, .jsonl, .* file"),
+])  # fmt: skip
+def test_repository_without_anything_of_use_is_refused(server, files, fault):
+    server.files = files
+    with pytest.raises(UserError, match=fault):
+        prepare(REPO, -1)
+
+
 def test_text_files_of_a_repository_are_made_into_shards(server):
     lines = [json.dumps({"text": f"document {index}"}) for index in range(50)]
-    server.files = {
-        "README.md": b"not a document",
-        "a/one.jsonl": "\n".join(lines[:30]).encode(),
-        "two.jsonl.gz": gzip.compress("\n".join(lines[30:]).encode()),
-    }
+    one, two = "\n".join(lines[:30]).encode(), gzip.compress("\n".join(lines[30:]).encode())
+    server.files = {"README.md": b"not a document", "a/one.jsonl": one, "two.jsonl.gz": two}
     prepare(REPO, -1)
-    train, val = documents(shard_paths(REPO, "train")), documents(shard_paths(REPO, "val"))
-    assert sorted(train + val) == sorted(f"document {index}" for index in range(50))
+    assert sorted(documents(REPO, "train", "val")) == sorted(f"document {index}" for index in range(50))
     before = len(server.requests)
     prepare(REPO, -1)
     assert len(server.requests) == before
@@ -289,7 +238,7 @@ def test_eight_processes_make_one_download(server):
         process.join(60)
         assert process.exitcode == 0
     assert {path: server.fetched(path) for path in SHARDS} == dict.fromkeys(SHARDS, 1)
-    assert len(shard_paths(REPO, "train")) == 3
+    assert len(names("train")) == 3
 
 
 def test_killed_download_goes_on_where_it_was(server):
@@ -303,38 +252,42 @@ def test_killed_download_goes_on_where_it_was(server):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     prepare(REPO, -1)
-    assert {name: (folder / name).read_bytes() for name in SHARDS} == SHARDS
+    assert_all_is_here(folder)
     assert [server.fetched(path) for path in SHARDS] == [1, 2, 1, 1]
 
 
-# --- converting ----------------------------------------------------------------------------------
-
-
+# --- converting ---
 def test_local_files_of_every_kind_become_shards(inputs):
-    (inputs / "a.jsonl").write_text('{"text": "from jsonl"}\n\n{"text": null}\n{"text": "from jsonl, too"}\n')
     (inputs / "sub").mkdir()
-    (inputs / "sub" / "b.txt").write_text("from text")
-    (inputs / "c.md").write_text("# from markdown")
-    (inputs / "d.parquet").write_bytes(parquet_bytes(["from parquet", None]))
-    (inputs / ".hidden.txt").write_text("hidden")
+    for name, content in {
+        "a.jsonl": b'{"text": "from jsonl"}\n\n{"text": null}\n{"text": "from jsonl, too"}\n',
+        "sub/b.txt": b"from text", "c.md": b"# from markdown", ".hidden.txt": b"hidden",
+        "d.parquet": parquet_bytes(["from parquet", None]),
+    }.items():  # fmt: skip
+        (inputs / name).write_bytes(content)
     data = str(inputs)
-    folder = prepare(data, -1)
-    assert folder.parent == base_dir() / "data"
-    found = documents(shard_paths(data, "train")) + documents(shard_paths(data, "val"))
-    assert sorted(found) == ["# from markdown", "from jsonl", "from jsonl, too", "from parquet", "from text"]
+    assert prepare(data, -1).parent == base_dir() / "data"
+    expected = ["# from markdown", "from jsonl", "from jsonl, too", "from parquet", "from text"]
+    assert sorted(documents(data, "train", "val")) == expected
 
 
 def test_single_parquet_file_is_split(inputs):
     (inputs / "a.parquet").write_bytes(parquet_bytes([f"document {index}" for index in range(100)]))
     for data in (str(inputs), str(inputs / "a.parquet")):
         prepare(data, -1)
-        train, val = documents(shard_paths(data, "train")), documents(shard_paths(data, "val"))
+        train, val = documents(data, "train"), documents(data, "val")
         assert (len(train), len(val)) == (95, 5)
         assert sorted(train + val) == sorted(f"document {index}" for index in range(100))
 
 
-def test_conversion_is_kept_until_the_files_change(inputs, capsys):
+def test_conversion_is_kept_until_the_files_change_and_a_failed_one_leaves_nothing_behind(inputs, capsys):
+    with pytest.raises(UserError, match=r"has no .parquet, .jsonl"):
+        prepare(str(inputs), -1)
     source = inputs / "a.jsonl"
+    source.write_text('{"text": "fine"}\n{"text": 3}\n')
+    with pytest.raises(UserError, match=r"a.jsonl, line 2"):
+        prepare(str(source), -1)
+    assert [path.name for path in (base_dir() / "data").iterdir() if not path.name.endswith(".lock")] == []
     source.write_text("".join(json.dumps({"text": f"document {index}"}) + "\n" for index in range(10)))
     data = str(source)
     prepare(data, -1)
@@ -347,19 +300,7 @@ def test_conversion_is_kept_until_the_files_change(inputs, capsys):
     assert [path.read_bytes() for path in shard_paths(data, "train")] == first
     source.write_text(source.read_text() + '{"text": "one more"}\n')
     prepare(data, -1)
-    assert "one more" in documents(shard_paths(data, "train") + shard_paths(data, "val"))
-
-
-def test_failed_conversion_leaves_nothing_behind(inputs):
-    (inputs / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
-    with pytest.raises(UserError, match=r"a.jsonl, line 2"):
-        prepare(str(inputs), -1)
-    assert [path.name for path in (base_dir() / "data").iterdir() if not path.name.endswith(".lock")] == []
-
-
-def test_folder_without_text_is_refused(inputs):
-    with pytest.raises(UserError, match=r"has no .parquet, .jsonl"):
-        prepare(str(inputs), -1)
+    assert "one more" in documents(data, "train", "val")
 
 
 def test_documentation_of_the_machine_is_a_data_set_like_any_other(monkeypatch):
@@ -368,19 +309,4 @@ def test_documentation_of_the_machine_is_a_data_set_like_any_other(monkeypatch):
     ]
     monkeypatch.setattr(localtext, "machine_sources", lambda: sources)
     assert prepare("local", 1) == base_dir() / "data" / "local"
-    assert len(documents(shard_paths("local", "train") + shard_paths("local", "val"))) == 30
-
-
-# --- command -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("num_train", "workers"), [(0, 8), (-2, 8), (1, 0)])
-def test_numbers_out_of_range_are_refused(num_train, workers):
-    with pytest.raises(UserError, match="is out of range"):
-        prepare(REPO, num_train, workers=workers)
-
-
-def test_command_says_what_is_here(inputs, capsys):
-    write_shards(inputs, 3)
-    dataset.main(argparse.Namespace(data=str(inputs), num_train=-1, workers=1))
-    assert "2 train shards" in capsys.readouterr().out
+    assert len(documents("local", "train", "val")) == 30

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fake_hub import REPO, REVISION, FakeHub
+from fake_hub import REPO, REVISION, impatient_hub
 from huggingface_hub import constants, file_download
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -24,14 +24,11 @@ FILE = HubFile(NAME, len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
 
 @pytest.fixture
 def server(monkeypatch):
-    with FakeHub({NAME: CONTENT, "b.bin": b"b" * 10}) as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        monkeypatch.setattr(hub, "FIRST_PAUSE", 0.001)
+    with impatient_hub(monkeypatch, {NAME: CONTENT, "b.bin": b"b" * 10}) as server:
         monkeypatch.setattr(hub, "ATTEMPTS", 4)
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
         monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", PIECE_BYTES)
-        monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)  # of huggingface_hub's own retries
         yield server
 
 
@@ -40,25 +37,15 @@ def fetch(folder: Path, check=lambda path, file: None) -> str:
     return hub.fetch_files(REPO, REVISION, [FILE], folder, workers=2, check=check).get(NAME, "")
 
 
-def ranges(server: FakeHub) -> list[str]:
-    return [asked for name, asked, _ in server.requests if name == NAME]
-
-
-def test_listing_gives_commit_sizes_and_checksums(server):
+def test_listing_gives_commit_sizes_and_checksums_of_all_pages_and_survives_faults_on_each(server, monkeypatch):
     revision, files = hub.list_files(REPO)
     assert revision == REVISION
     assert [(file.name, file.size, len(file.sha256)) for file in files] == [(NAME, len(CONTENT), 64), ("b.bin", 10, 64)]
     assert files[0] == FILE
-
-
-def test_listing_goes_through_all_pages_and_survives_faults_on_each(server, monkeypatch):
     monkeypatch.setattr(hub, "ATTEMPTS", 5)
     server.page_size = 1
     server.faults["listing"] = ["503", "html", "", "503", "", "503"]
     assert [file.name for file in hub.list_files(REPO)[1]] == [NAME, "b.bin"]
-
-
-def test_listing_drops_names_that_lead_out_of_the_folder(server):
     server.files = {"../evil.bin": b"1", "/etc/evil": b"2", "good.bin": b"3"}
     assert [file.name for file in hub.list_files(REPO)[1]] == ["good.bin"]
 
@@ -71,40 +58,31 @@ def test_listing_that_is_refused_is_reported_at_once_with_the_endpoint(server, s
     assert len(server.requests) == 1
 
 
-def test_unreachable_hub_is_named(server, monkeypatch):
+def test_a_hub_that_is_none_or_does_not_answer_is_named(server, monkeypatch):
+    monkeypatch.setattr(hub, "REQUEST_SECONDS", 0.1)
+    server.faults["listing"] = ["silence", "", "silence"] * 2
+    with pytest.raises(UserError, match="ReadTimeout"):
+        hub.list_files(REPO)
+    server.faults["listing"] = []
+    monkeypatch.setattr(server, "entries", lambda: ["surprise"])
+    with pytest.raises(UserError, match="does not answer like a hub"):
+        hub.list_files(REPO)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"cannot list someone/texts on the hub at http://127\.0\.0\.1:9"):
         hub.list_files(REPO)
 
 
-def test_listing_of_a_hub_that_does_not_answer_ends(server, monkeypatch):
-    monkeypatch.setattr(hub, "REQUEST_SECONDS", 0.1)
-    server.faults["listing"] = ["silence", "", "silence"] * 2
-    with pytest.raises(UserError, match="ReadTimeout"):
-        hub.list_files(REPO)
-
-
-def test_answers_that_are_not_a_hubs_are_named(server, monkeypatch):
-    monkeypatch.setattr(server, "entries", lambda: ["surprise"])
-    with pytest.raises(UserError, match="does not answer like a hub"):
-        hub.list_files(REPO)
-
-
-@pytest.mark.parametrize("name", ["", "owner", "./owner/name", "owner/../name", "owner/name/../..", "a b/c", "-/x"])
-def test_misspelt_repositories_are_refused(name):
-    with pytest.raises(UserError, match="no hub repository"):
-        hub.split_repository(name)
-
-
-def test_folders_of_a_repository_can_be_named():
+def test_folders_of_a_repository_can_be_named_and_misspelt_repositories_are_refused():
     assert hub.split_repository("owner/name") == ("owner/name", "")
     assert hub.split_repository("owner/na.me/sample/10BT") == ("owner/na.me", "sample/10BT")
+    for name in ("", "owner", "./owner/name", "owner/../name", "owner/name/../..", "a b/c", "-/x"):
+        with pytest.raises(UserError, match="no hub repository"):
+            hub.split_repository(name)
 
 
-FAULTS = ["503", "408", "416", "truncate", "reset", "html", "wrong", "disguised", "stall", "silence"]
-
-
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", ["503", "408", "416", "truncate", "reset", "html", "wrong", "disguised", "stall", "silence"]
+)
 def test_file_arrives_whole_after_each_kind_of_fault(server, tmp_path, fault):
     server.faults[NAME] = [fault, fault] if fault not in ("stall", "silence") else [fault]
     assert fetch(tmp_path) == ""
@@ -112,19 +90,16 @@ def test_file_arrives_whole_after_each_kind_of_fault(server, tmp_path, fault):
     assert [path.name for path in tmp_path.rglob("*.*")] == ["a.bin"]
 
 
-def test_broken_transfer_goes_on_where_it_broke(server, tmp_path):
+def test_broken_transfer_goes_on_where_it_broke_or_where_the_server_resumes(server, tmp_path):
     server.faults[NAME] = ["truncate"]
-    assert fetch(tmp_path) == ""
-    first, second = ranges(server)
-    start = int(second.removeprefix("bytes=").removesuffix("-"))
+    assert fetch(tmp_path / "a") == ""
+    first, second = [asked for name, asked, _ in server.requests if name == NAME]
     assert first == ""
+    start = int(second.removeprefix("bytes=").removesuffix("-"))
     assert len(CONTENT) // 2 - PIECE_BYTES <= start <= len(CONTENT) // 2
-
-
-def test_a_server_that_does_not_resume_sends_all_again(server, tmp_path):
     server.faults[NAME] = ["truncate", "no-range"]
-    assert fetch(tmp_path) == ""
-    assert (tmp_path / NAME).read_bytes() == CONTENT
+    assert fetch(tmp_path / "b") == ""
+    assert (tmp_path / "b" / NAME).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -137,27 +112,22 @@ def test_attempts_end_when_nothing_moves(server, tmp_path, fault, reason, num_re
     assert not (tmp_path / NAME).exists()
 
 
-def test_check_of_the_caller_has_the_last_word(server, tmp_path):
+def test_check_of_the_caller_has_the_last_word_and_its_error_ends_the_other_transfers(server, tmp_path):
     seen = []
 
     def check(path: Path, file: HubFile) -> None:
         seen.append(path.read_bytes() == CONTENT)
         if len(seen) == 1:
             raise TransferError("not to my taste")
+        if file.name == "b.bin":
+            raise UserError("no column text")
 
-    assert fetch(tmp_path, check) == ""
+    assert fetch(tmp_path / "a", check) == ""
     assert seen == [True, True]
-
-
-def test_error_in_one_file_ends_the_other_transfers(server, tmp_path):
     server.faults[NAME] = ["stall"] * 100
-
-    def check(path: Path, file: HubFile) -> None:
-        raise UserError("no column text")
-
     with pytest.raises(UserError, match="no column text"):
-        hub.fetch_files(REPO, REVISION, [FILE, HubFile("b.bin", 10)], tmp_path, workers=2, check=check)
-    assert not (tmp_path / NAME).exists()
+        hub.fetch_files(REPO, REVISION, [FILE, HubFile("b.bin", 10)], tmp_path / "b", workers=2, check=check)
+    assert not (tmp_path / "b" / NAME).exists()
 
 
 @pytest.mark.parametrize(
@@ -184,6 +154,13 @@ def test_pauses_double_with_jitter_up_to_a_limit_and_heed_the_server(monkeypatch
         assert max(min(2**failures / 2, 20), shortest) <= seconds <= max(min(2**failures, 20), shortest)
 
 
+def test_token_is_sent_when_there_is_one(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.list_files(REPO)
+    fetch(tmp_path)
+    assert server.tokens == {"Bearer hf_secret"}
+
+
 def test_full_disk_is_a_user_error_and_no_reason_to_retry(server, tmp_path, monkeypatch):
     def write(*args: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -191,10 +168,3 @@ def test_full_disk_is_a_user_error_and_no_reason_to_retry(server, tmp_path, monk
     monkeypatch.setattr(file_download, "http_get", write)
     with pytest.raises(UserError, match=r"cannot write .*a.bin.*No space left"):
         fetch(tmp_path)
-
-
-def test_token_is_sent_when_there_is_one(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hub.list_files(REPO)
-    fetch(tmp_path)
-    assert server.tokens == {"Bearer hf_secret"}

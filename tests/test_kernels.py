@@ -50,20 +50,17 @@ def check_softcap_loss(num_rows, vocab_size, *, dtype, padding, device):
     assert torch.equal(buffer[:, vocab_size:], beyond)
 
 
-def run_program(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The interpreter is chosen when Triton is imported, hence a process of its own."""
+def assert_prints(expected: str, program: str, **environment: str) -> None:
+    """In a process of its own, as the interpreter is chosen when Triton is imported."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, "-W", "ignore", "-c", program]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
-
-
-def run_checks(device: str, **environment: str) -> None:
-    ended = run_program(PROGRAM.format(cases=CASES, device=device), **environment)
-    assert ended.stdout == "checked\n", ended.stderr[-2000:]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert ended.stdout == f"{expected}\n", ended.stderr[-2000:]
 
 
 def test_the_softcap_loss_equals_float64_in_the_interpreter():
-    run_checks("cpu", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    program = PROGRAM.format(cases=CASES, device="cpu")
+    assert_prints("checked", program, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 def test_the_softcap_loss_compiles_for_an_h100_with_wide_loads():
@@ -85,11 +82,10 @@ compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"nu
 wide = re.findall(r"(ld|st)\\.global\\S*\\.v4\\.b32", compiled.asm["ptx"])
 print(wide.count("ld"), wide.count("st"))
 """
-    ended = run_program(program, TRITON_INTERPRET="0")
-    assert ended.stdout == "4 2\n", ended.stderr[-2000:]
+    assert_prints("4 2", program, TRITON_INTERPRET="0")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_softcap_loss_equals_float64_on_a_gpu():
-    run_checks("cuda")
+    assert_prints("checked", PROGRAM.format(cases=CASES, device="cuda"))

@@ -6,18 +6,18 @@ import random
 import statistics
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 
 import httpx
 import pytest
-import torch
-from conftest import WORDS, fill_randomly
+from conftest import WORDS, random_model
 from live_server import ask, live_server, question, wait_until
 
 from nanochat.data.chat import render_for_completion
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampling import Sampling
-from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.model.gpt import GPTConfig
 
 CHAT = "/v1/chat/completions"
 CONTEXT = 256
@@ -29,9 +29,7 @@ MAX_TOKENS = 24
 @pytest.fixture(scope="module")
 def model(tokenizer):
     config = GPTConfig.from_depth(2, vocab_size=tokenizer.vocab_size, sequence_len=CONTEXT, head_dim=32)
-    model = build_model(config, generator=torch.Generator().manual_seed(0))
-    fill_randomly(model)
-    return model
+    return random_model(config)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +47,14 @@ def ragged_questions(number: int) -> list[str]:
     return [f"{i} {text}" for i, text in enumerate(texts)]
 
 
+def client_of(server) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits)
+
+
 async def answers_of(server, bodies: list[dict]) -> list[dict]:
     """The answers to all requests, asked at once."""
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+    async with client_of(server) as client:
         responses = await asyncio.gather(*(client.post(CHAT, json=body) for body in bodies))
     assert {response.status_code for response in responses} == {200}
     return [response.json() for response in responses]
@@ -85,7 +87,6 @@ def test_a_seed_gives_the_same_answer_alone_and_among_many(server):
 
 def test_who_comes_while_others_are_answered_gets_a_token_before_they_end(server):
     body = {"temperature": 1, "max_tokens": 200, "stream": True, "seed": 1}
-    last_times, first_token_time = [], None
 
     async def read(client, text, delay):
         await asyncio.sleep(delay)
@@ -97,13 +98,12 @@ def test_who_comes_while_others_are_answered_gets_a_token_before_they_end(server
         return times
 
     async def main():
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        async with client_of(server) as client:
             early = [read(client, f"early {i}", 0) for i in range(6)]
             return await asyncio.gather(*early, read(client, "late", 0.05))
 
     *early, late = asyncio.run(main())
-    last_times, first_token_time = [times[-1] for times in early if times], late[0]
-    assert max(last_times) > first_token_time
+    assert max(times[-1] for times in early if times) > late[0]
 
 
 def test_the_next_turn_finds_the_conversation_in_the_cache(server):
@@ -120,17 +120,14 @@ def test_clients_that_leave_at_any_moment_free_their_rows_and_disturb_nobody(ser
     expected = ask(server.port, CHAT, fixed).json["choices"]
 
     async def leave_early(client, number):
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(rng.random() * 0.2):
                 body = question(f"count {number} " + "stone " * rng.randrange(60), max_tokens=150)
                 async with client.stream("POST", CHAT, json=body | {"stream": number % 2 == 0}) as response:
                     await response.aread()
-        except TimeoutError:
-            pass
 
     async def main():
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+        async with client_of(server) as client:
             stayed = client.post(CHAT, json=fixed)
             left = [leave_early(client, number) for number in range(60)]
             return (await asyncio.gather(stayed, *left))[0]
@@ -138,7 +135,7 @@ def test_clients_that_leave_at_any_moment_free_their_rows_and_disturb_nobody(ser
     answer = asyncio.run(main())
     assert answer.json()["choices"] == expected
     wait_until(lambda: server.pool.num_replies == 0)
-    wait_until(lambda: all(stats["active"] == stats["waiting"] == 0 for _, stats in server.pool.workers))
+    wait_until(lambda: all(w.stats["active"] == w.stats["waiting"] == 0 for w in server.pool.workers))
 
 
 def test_health_answers_while_all_rows_are_busy(server):

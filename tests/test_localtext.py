@@ -38,9 +38,7 @@ def split_of(folder: Path, sources: list[Source], **options) -> tuple[list[str],
     return [text for shard in train for text in read(shard)], read(val)
 
 
-# --- files of the user ---------------------------------------------------------------------------
-
-
+# --- files of the user ---
 @given(st.text(alphabet="ab .\n", max_size=300), st.integers(4, 40))
 def test_cutting_loses_no_word_and_keeps_to_the_size(text, max_chars):
     pieces = list(cut_text(text, max_chars))
@@ -58,12 +56,16 @@ def test_cuts_fall_on_the_best_border_there_is():
     assert list(cut_text("x" * 10, 4)) == ["xxxx", "xxxx", "xx"]
 
 
-def test_jsonl_is_read_packed_or_not(tmp_path):
-    lines = '{"text": "a", "id": 1}\n\n{"text": null}\n{"text": "caf\\u00e9 ☕"}'
-    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    assert list(read_texts(tmp_path / "a.jsonl")) == ["a", "café ☕"]
-    assert list(read_texts(tmp_path / "a.jsonl.gz")) == ["a", "café ☕"]
+def test_jsonl_is_read_packed_or_not_and_text_files_lose_their_byte_order_mark_and_are_cut(tmp_path):
+    lines = '{"text": "a", "id": 1}\n\n{"text": null}\n{"text": "caf\\u00e9 ☕"}'.encode()
+    for name, content in (("a.jsonl", lines), ("a.jsonl.gz", gzip.compress(lines))):
+        (tmp_path / name).write_bytes(content)
+        assert list(read_texts(tmp_path / name)) == ["a", "café ☕"]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + (PROSE + "\n\n").encode() * 300)
+    pieces = list(read_texts(tmp_path / "a.txt"))
+    assert pieces[0].startswith("This is")
+    assert len(pieces) == 3
+    assert max(map(len, pieces)) <= localtext.DOCUMENT_CHARS
 
 
 @pytest.mark.parametrize(
@@ -76,28 +78,19 @@ def test_malformed_lines_are_named_with_file_and_number(tmp_path, line):
         list(read_texts(tmp_path / "a.jsonl"))
 
 
-def test_text_files_lose_their_byte_order_mark_and_are_cut(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + (PROSE + "\n\n").encode() * 300)
-    pieces = list(read_texts(tmp_path / "a.txt"))
-    assert pieces[0].startswith("This is")
-    assert len(pieces) == 3
-    assert max(map(len, pieces)) <= localtext.DOCUMENT_CHARS
-
-
 def test_unreadable_files_are_named(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"abc\xff")
-    with pytest.raises(UserError, match=r"a\.txt is not UTF-8 at byte 3"):
-        list(read_texts(tmp_path / "a.txt"))
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-20])
-    with pytest.raises(UserError, match=r"cannot read .*a\.jsonl\.gz"):
-        list(read_texts(tmp_path / "a.jsonl.gz"))
-    with pytest.raises(UserError, match=r"cannot read .*gone\.txt"):
-        list(read_texts(tmp_path / "gone.txt"))
+    cut_off = gzip.compress(b'{"text": "a"}\n' * 1000)[:-20]
+    for name, content, words in (
+        ("a.txt", b"abc\xff", r"a\.txt is not UTF-8 at byte 3"), ("gone.txt", None, r"cannot read .*gone\.txt"),
+        ("a.jsonl.gz", cut_off, r"cannot read .*a\.jsonl\.gz"),
+    ):  # fmt: skip
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            list(read_texts(tmp_path / name))
 
 
-# --- writing shards ------------------------------------------------------------------------------
-
-
+# --- writing shards ---
 def test_shards_hold_every_document_once_shuffled_and_small_sources_stay_on_one_side(tmp_path):
     sources = make_sources(40, 10)
     train, val = split_of(tmp_path, sources)
@@ -108,28 +101,22 @@ def test_shards_hold_every_document_once_shuffled_and_small_sources_stay_on_one_
     assert {text.split(".")[0] for text in train} & {text.split(".")[0] for text in val} == set()
 
 
-@pytest.mark.parametrize("num_sources", [1, 2, 3])
-def test_few_large_sources_are_split_inside(tmp_path, num_sources):
-    train, val = split_of(tmp_path, make_sources(num_sources, 100))
-    assert len(val) == 5 * num_sources
-    assert len(train) == 95 * num_sources
-
-
-def test_no_document_is_on_both_sides_or_twice(tmp_path):
-    texts = [f"the same  text\n{index % 7}" for index in range(100)] + [f"the same text {index}" for index in range(9)]
-    sources = [make_source(f"{index}", texts) for index in range(30)]
-    train, val = split_of(tmp_path, sources)
-    words = [" ".join(text.split()) for text in train + val]
-    assert sorted(words) == [f"the same text {index}" for index in range(9)]
-    assert train
-    assert val
+@pytest.mark.parametrize(("num_sources", "documents_each"), [(1, 100), (2, 100), (3, 100), (1, 3000)])
+def test_few_large_sources_are_split_inside_and_row_groups_have_1024_documents(tmp_path, num_sources, documents_each):
+    train, val = split_of(tmp_path, make_sources(num_sources, documents_each))
+    assert len(val) == 0.05 * documents_each * num_sources
+    assert len(train) == 0.95 * documents_each * num_sources
+    metadata = pq.ParquetFile(tmp_path / "shard_00000.parquet").metadata
+    sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    assert sizes == ([1024, 1024, 802] if documents_each == 3000 else [len(train)])
 
 
 def test_result_depends_on_the_texts_alone(tmp_path):
     sources = make_sources(30, 20)
-    first = [path.read_bytes() for path in write_shards(sources, tmp_path / "a")]
-    again = [path.read_bytes() for path in write_shards(sources[::-1], tmp_path / "b")]
-    other = [path.read_bytes() for path in write_shards(sources, tmp_path / "c", seed=1)]
+    first, again, other = (
+        [path.read_bytes() for path in write_shards(given, tmp_path / name, **seed)]
+        for name, given, seed in (("a", sources, {}), ("b", sources[::-1], {}), ("c", sources, {"seed": 1}))
+    )
     assert first == again
     assert first != other
 
@@ -137,45 +124,40 @@ def test_result_depends_on_the_texts_alone(tmp_path):
 def test_large_input_is_spread_over_shards_of_full_row_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(localtext, "SHARD_BYTES", 100_000)
     paths = write_shards(make_sources(40, 100), tmp_path)
-    assert [path.name for path in paths] == [f"shard_{index:05d}.parquet" for index in range(6)]
-    assert sorted(tmp_path.iterdir()) == paths
-    train = [pq.ParquetFile(path).metadata for path in paths[:-1]]
-    assert sum(shard.num_rows for shard in train) > 3500
-    assert all(700 < shard.num_rows < 850 for shard in train)
+    assert sorted(tmp_path.iterdir()) == paths == [tmp_path / f"shard_{index:05d}.parquet" for index in range(6)]
+    train = [pq.ParquetFile(path).metadata.num_rows for path in paths[:-1]]
+    assert sum(train) > 3500
+    assert all(700 < num_rows < 850 for num_rows in train)
 
 
-def test_row_groups_have_1024_documents(tmp_path):
-    shard, _ = write_shards(make_sources(1, 3000), tmp_path)
-    metadata = pq.ParquetFile(shard).metadata
-    assert [metadata.row_group(index).num_rows for index in range(3)] == [1024, 1024, 802]
-
-
-@pytest.mark.parametrize("texts", [[], ["only one"], ["the same", "the  same", "", "  "]])
-def test_too_little_text_is_refused(tmp_path, texts):
-    with pytest.raises(UserError, match="different documents"):
-        write_shards([make_source("a", texts)], tmp_path / "a")
+def test_no_document_is_on_both_sides_or_twice_and_too_little_text_is_refused(tmp_path):
+    texts = [f"the same  text\n{index % 7}" for index in range(100)] + [f"the same text {index}" for index in range(9)]
+    sources = [make_source(f"{index}", texts) for index in range(30)]
+    train, val = split_of(tmp_path, sources)
+    words = [" ".join(text.split()) for text in train + val]
+    assert sorted(words) == [f"the same text {index}" for index in range(9)]
+    assert train
+    assert val
+    for texts in ([], ["only one"], ["the same", "the  same", "", "  "]):
+        with pytest.raises(UserError, match="different documents"):
+            write_shards([make_source("a", texts)], tmp_path / "a")
     assert sorted(map(len, split_of(tmp_path / "b", [make_source("a", ["one", "two"])]))) == [1, 1]
 
 
-# --- documentation on this machine ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (PROSE, True),
-        ("Return a copy of the string with leading white space removed.", True),
-        ("Deletes the file at the given path,\n    or does nothing when it is not there.", True),
-        ("Too short.", False),
-        (">>> a = [x for x in range(3)] and this is the rest", False),
-        ("for (i = 0; i < n; i++) { a[i] = b[i] + c[i]; }", False),
-        ("alpha beta gamma delta epsilon zeta eta theta", False),
-        ("Dies ist ein deutscher Satz über die Dokumentation dieser Funktion.", False),
-        ("+----+----+\n| a  | b  |\n+----+----+", False),
-    ],
-)
-def test_prose_is_told_from_code_tables_lists_and_other_languages(text, expected):
-    assert is_prose(text) == expected
+# --- documentation on this machine ---
+def test_prose_is_told_from_code_tables_lists_and_other_languages():
+    for text in (
+        PROSE, "Return a copy of the string with leading white space removed.",
+        "Deletes the file at the given path,\n    or does nothing when it is not there.",
+    ):  # fmt: skip
+        assert is_prose(text), text
+    for text in (
+        "Too short.", ">>> a = [x for x in range(3)] and this is the rest",
+        "for (i = 0; i < n; i++) { a[i] = b[i] + c[i]; }", "alpha beta gamma delta epsilon zeta eta theta",
+        "Dies ist ein deutscher Satz über die Dokumentation dieser Funktion.",
+        "+----+----+\n| a  | b  |\n+----+----+",
+    ):  # fmt: skip
+        assert not is_prose(text), text
 
 
 @pytest.fixture
@@ -213,28 +195,21 @@ HELP = """{"A long help text is documentation, too, wherever it is to be found. 
     return root
 
 
-def test_docstrings_and_documents_are_found_without_importing(packages):
+def test_docstrings_and_documents_are_found_without_importing_and_up_to_a_bound(packages, monkeypatch):
     alpha, beta = localtext.machine_sources()
     assert (alpha.name, beta.name) == ("alpha", "beta")
     described, module = alpha.read()
     assert described.startswith("alpha\n\nAlpha is described in the metadata")
     help_text = " ".join(["A long help text is documentation, too, wherever it is to be found."] * 8)
     assert module.split("\n\n") == [
-        "alpha",
-        PROSE,
-        "Worker",
-        "The worker that does all of the things which are there to be done in a day.",
+        "alpha", PROSE, "Worker", "The worker that does all of the things which are there to be done in a day.",
         "Worker.run(self, speed, quiet)",
-        "Run at a speed that is given by the caller, in units of the machine it is on.",
-        help_text,
-    ]
+        "Run at a speed that is given by the caller, in units of the machine it is on.", help_text,
+    ]  # fmt: skip
     assert beta.num_bytes == len(next(iter(beta.read())).encode())
     assert "alpha" not in sys.modules
-
-
-def test_reading_is_bounded_and_the_same_each_time(packages, monkeypatch):
-    texts = [list(source.read()) for source in localtext.machine_sources()]
-    assert texts == [list(source.read()) for source in localtext.machine_sources()]
+    again = [list(source.read()) for source in localtext.machine_sources()]
+    assert again == [[described, module], list(beta.read())]
     monkeypatch.setattr(localtext, "MACHINE_BYTES", (packages / "beta.py").stat().st_size + 1)
     assert sum(source.num_bytes for source in localtext.machine_sources()) <= localtext.MACHINE_BYTES
 

@@ -1,41 +1,31 @@
 """The parts of a training loop: one loss however a step is split, and bookkeeping that survives crashes and resumes."""
 
+import itertools
 import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import fill_randomly
+from conftest import random_model
 from ranks import run_ranks
 
-from nanochat.common import Runtime, UserError
+from nanochat.common import UserError
 from nanochat.data.dataloader import Batch
 from nanochat.model.gpt import IGNORE_INDEX, GPTConfig, build_model
 from nanochat.training import loop as training
-from nanochat.training.loop import (
-    LossScaler,
-    accumulate_gradients,
-    apply_schedule,
-    choose_device_batch,
-    fitting_batch,
-    grad_accum_steps,
-    is_due,
-    measure_tokens_per_second,
-)
+from nanochat.training.loop import LossScaler, accumulate_gradients, apply_schedule, fitting_batch
 from nanochat.training.optim import Group, MuonAdamW, parameter_groups
 from nanochat.training.schedule import LRSchedule
 
 CPU = torch.device("cpu")
-RUNTIME = Runtime(0, 0, 1, CPU, torch.float32)
+
 ROWS = 8
 CONFIG = GPTConfig.from_depth(3, vocab_size=83, sequence_len=16, head_dim=32)  # the vocabulary is padded to 128
 
 
-def make_model(config=CONFIG):
-    model = build_model(config, generator=torch.Generator().manual_seed(0))
-    fill_randomly(model)
-    return model
+def make_model():
+    return random_model(CONFIG)
 
 
 def make_rows(step: int, kept: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,8 +50,6 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 # --- one step's loss ---
-
-
 @pytest.mark.parametrize("rows_per_batch", [1, 2, 4, 8])
 def test_loss_and_gradients_are_those_of_the_whole_batch_however_it_is_split(rows_per_batch):
     idx, targets = make_rows(0)
@@ -71,34 +59,15 @@ def test_loss_and_gradients_are_those_of_the_whole_batch_however_it_is_split(row
     wanted_gradients = gradients(model)
     model.zero_grad()
     batches = split(idx, targets, rows_per_batch)
-    loss = accumulate_gradients(model, iter(batches), len(batches), device=CPU)
+    iterator = iter([*batches, *batches])
+    loss = accumulate_gradients(model, iterator, len(batches), device=CPU)
+    assert len(list(iterator)) == len(batches)  # those of the next step are left
     torch.testing.assert_close(loss, wanted.detach(), rtol=1e-6, atol=0.0)
     assert not loss.requires_grad
     assert (loss.shape, loss.dtype) == ((), torch.float32)
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, wanted_gradients[name], rtol=1e-4, atol=1e-7)
-
-
-def test_a_step_takes_its_own_micro_batches_and_no_more():
-    idx, targets = make_rows(0)
-    batches = iter(split(idx, targets, 1))
-    accumulate_gradients(make_model(), batches, 3, device=CPU)
-    assert len(list(batches)) == ROWS - 3
-
-
-@pytest.mark.parametrize("rows_per_batch", [1, 8])
-def test_a_step_without_any_target_has_loss_zero_and_no_gradient(rows_per_batch):
-    idx, targets = make_rows(0)
-    batches = split(idx, torch.full_like(targets, IGNORE_INDEX), rows_per_batch)
-    model = make_model()
-    assert accumulate_gradients(model, iter(batches), len(batches), device=CPU).item() == 0.0
-    assert not any(grad.any() for grad in gradients(model).values())
-
-
-def test_padded_vocabulary_ids_get_no_gradient():
-    model = make_model()
-    accumulate_gradients(model, iter(split(*make_rows(0), 8)), 1, device=CPU)
-    for table in (model.wte, model.lm_head, model.value_embeds):
+    for table in (model.wte, model.lm_head, model.value_embeds):  # padded ids have no gradient
         assert table.weight.size(0) == 128
         assert not table.weight.grad[CONFIG.vocab_size :].any()
 
@@ -107,13 +76,20 @@ def test_gradients_are_multiplied_by_the_loss_scale_and_the_loss_is_not():
     model, results = make_model(), []
     for scale in (1.0, 1024.0):
         model.zero_grad()
-        batches = split(*make_rows(0), 4)
-        loss = accumulate_gradients(model, iter(batches), len(batches), device=CPU, loss_scale=scale)
+        loss = accumulate_gradients(model, iter(split(*make_rows(0), 4)), 2, device=CPU, loss_scale=scale)
         results.append((loss, gradients(model)))
     (loss, plain), (scaled_loss, scaled) = results
     assert torch.equal(loss, scaled_loss)
     for name, grad in plain.items():
         torch.testing.assert_close(scaled[name], 1024.0 * grad, rtol=1e-6, atol=1e-9)
+
+
+def test_a_step_without_any_target_has_loss_zero_and_no_gradient():
+    idx, targets = make_rows(0)
+    for rows_per_batch in (1, 8):
+        batches, model = split(idx, torch.full_like(targets, IGNORE_INDEX), rows_per_batch), make_model()
+        assert accumulate_gradients(model, iter(batches), len(batches), device=CPU).item() == 0.0
+        assert not any(grad.any() for grad in gradients(model).values())
 
 
 def make_optimizer(model, *, lr_scale: float, **ranks) -> MuonAdamW:
@@ -156,14 +132,10 @@ def train(rank: int = 0, world_size: int = 1, rows_per_batch: int = 1, num_steps
     return losses, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def train_on_rank(rank, world_size):
-    return train(rank, world_size)
-
-
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_train_like_one_process_fed_all_rows(world_size, tmp_path):
     """With 4 ranks, rank 3 has a row without targets; rows differ in their number of targets throughout."""
-    results = run_ranks(train_on_rank, world_size, tmp_path / "ranks")
+    results = run_ranks(train, world_size, tmp_path / "ranks")
     losses, params = train(rows_per_batch=ROWS)
     for rank_losses, rank_params in results:
         assert rank_losses == pytest.approx(losses, rel=1e-5)
@@ -183,64 +155,47 @@ def test_the_schedule_reaches_every_group():
 
 
 # --- how a step is divided ---
+def test_micro_steps_multiply_to_the_total_batch_or_the_nearest_that_can_be_divided_is_named():
+    for total, sizes, micro_steps in (
+        (524288, (32, 2048, 8), 1), (524288, (32, 2048, 1), 8), (3 * 5 * 7, (5, 7, 1), 3),
+    ):  # fmt: skip
+        assert training.grad_accum_steps(total, *sizes) == micro_steps
+    for total, sizes, nearest in (
+        (100, (4, 16, 1), "64 or 128"), (63, (4, 16, 1), "64,"), (1000, (2, 100, 3), "600 or 1200"),
+        (1, (1, 2, 1), "2,"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"total batch of {total} tokens .*--total-batch-size {nearest}"):
+            training.grad_accum_steps(total, *sizes)
 
 
-def test_micro_steps_multiply_to_the_total_batch():
-    assert grad_accum_steps(524288, 32, 2048, 8) == 1
-    assert grad_accum_steps(524288, 32, 2048, 1) == 8
-    assert grad_accum_steps(3 * 5 * 7, 5, 7, 1) == 3
-
-
-@pytest.mark.parametrize(
-    ("total", "sizes", "nearest"),
-    [(100, (4, 16, 1), "64 or 128"), (63, (4, 16, 1), "64,"), (1000, (2, 100, 3), "600 or 1200"), (1, (1, 2, 1), "2,")],
-)
-def test_a_total_that_cannot_be_divided_is_refused_with_the_nearest_that_can(total, sizes, nearest):
-    with pytest.raises(UserError, match=f"total batch of {total} tokens .*--total-batch-size {nearest}"):
-        grad_accum_steps(total, *sizes)
-
-
-def test_a_device_batch_is_the_most_rows_that_divide_the_step():
-    assert choose_device_batch(4096, 8, 512, 1, is_fixed=False) == (8, 1)
-    assert choose_device_batch(4096, 100, 512, 1, is_fixed=False) == (8, 1)
-    assert choose_device_batch(6 * 512, 4, 512, 1, is_fixed=False) == (3, 2)
-    assert choose_device_batch(7 * 512, 4, 512, 1, is_fixed=False) == (1, 7)
-    assert choose_device_batch(12 * 512, 5, 512, 3, is_fixed=False) == (4, 1)
-    for rows in range(1, 40):
-        for fitting in range(1, 20):
-            size, micro_steps = choose_device_batch(2 * rows * 8, fitting, 8, 2, is_fixed=False)
-            assert size <= fitting
-            assert size * micro_steps == rows
-
-
-def test_a_device_batch_the_user_fixed_is_taken_or_refused():
-    assert choose_device_batch(8 * 512, 4, 512, 1, is_fixed=True) == (4, 2)
+def test_a_device_batch_is_the_most_rows_that_divide_the_step_and_a_fixed_one_is_taken_or_refused():
+    for rows, fitting, world_size, chosen in (
+        (8, 8, 1, (8, 1)), (8, 100, 1, (8, 1)), (6, 4, 1, (3, 2)), (7, 4, 1, (1, 7)), (12, 5, 3, (4, 1)),
+    ):  # fmt: skip
+        assert training.choose_device_batch(rows * 512, fitting, 512, world_size, is_fixed=False) == chosen
+    for rows, fitting in itertools.product(range(1, 40), range(1, 20)):
+        size, micro_steps = training.choose_device_batch(2 * rows * 8, fitting, 8, 2, is_fixed=False)
+        assert size <= fitting
+        assert size * micro_steps == rows
+    assert training.choose_device_batch(8 * 512, 4, 512, 1, is_fixed=True) == (4, 2)
     with pytest.raises(UserError, match=r"device batch 4 x 512 tokens x 1 processes.*--total-batch-size 2048 or 4096"):
-        choose_device_batch(6 * 512, 4, 512, 1, is_fixed=True)
+        training.choose_device_batch(6 * 512, 4, 512, 1, is_fixed=True)
     with pytest.raises(UserError, match="total batch of 100 tokens"):
-        choose_device_batch(100, 4, 512, 1, is_fixed=False)
+        training.choose_device_batch(100, 4, 512, 1, is_fixed=False)
 
 
-def test_something_due_is_due_every_so_often_and_always_at_the_last_step():
-    assert [step for step in range(12) if is_due(step, 5, 11)] == [5, 10, 11]
-    assert [step for step in range(11) if is_due(step, 5, 10)] == [5, 10]
-    assert [step for step in range(12) if is_due(step, 0, 11)] == []
-    assert [step for step in range(4) if is_due(step, 100, 3)] == [3]
+@pytest.mark.parametrize(("every", "last", "due"), [(5, 11, [5, 10, 11]), (5, 10, [5, 10]), (0, 11, []), (100, 3, [3])])
+def test_something_due_is_due_every_so_often_and_always_at_the_last_step(every, last, due):
+    assert [step for step in range(last + 1) if training.is_due(step, every, last)] == due
 
 
 # --- float16 ---
-
-
 def optimizer_with_gradients(*grads: float) -> MuonAdamW:
     params = {f"p{i}": torch.nn.Parameter(torch.zeros(3)) for i in range(len(grads))}
     optimizer = MuonAdamW([Group("all", "adamw", params, 0.1)])
     for p, grad in zip(params.values(), grads, strict=True):
         p.grad = torch.tensor([1.0, grad, 2.0])
     return optimizer
-
-
-def grads_of(optimizer) -> list[torch.Tensor]:
-    return [p.grad for group in optimizer.groups for p in group.params.values()]
 
 
 @pytest.mark.parametrize(
@@ -251,25 +206,19 @@ def test_finite_gradients_are_divided_by_the_scale_which_other_dtypes_do_not_hav
     scaler, optimizer = LossScaler(enabled, scale=4.0), optimizer_with_gradients(*grads)
     assert scaler.scale == (4.0 if enabled else 1.0)
     assert scaler.unscale_(optimizer)
-    assert [grad.tolist() for grad in grads_of(optimizer)] == left
+    assert [p.grad.tolist() for p in optimizer.groups[0].params.values()] == left
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_an_overflow_in_any_gradient_skips_the_step_and_halves_the_scale(bad):
-    scaler = LossScaler(enabled=True, scale=1024.0)
-    assert not scaler.unscale_(optimizer_with_gradients(1.0, bad))
-    assert scaler.scale == 512.0
+def test_an_overflow_in_any_gradient_skips_the_step_and_halves_the_scale_which_grows_again(bad):
+    scaler, scales = LossScaler(enabled=True, scale=8.0, growth_every=3), []
+    for grad in (1.0, 1.0, bad, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0):
+        assert scaler.unscale_(optimizer_with_gradients(1.0, grad)) == (grad == 1.0)
+        scales.append(scaler.scale)
+    assert scales == [8.0, 8.0, 4.0, 4.0, 4.0, 8.0, 8.0, 8.0, 16.0]
     for _ in range(40):
         scaler.unscale_(optimizer_with_gradients(bad))
     assert scaler.scale == 1.0
-
-
-def test_the_scale_grows_again_after_enough_good_steps_in_a_row():
-    scaler, scales = LossScaler(enabled=True, scale=8.0, growth_every=3), []
-    for grad in (1.0, 1.0, math.inf, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0):
-        scaler.unscale_(optimizer_with_gradients(grad))
-        scales.append(scaler.scale)
-    assert scales == [8.0, 8.0, 4.0, 4.0, 4.0, 8.0, 8.0, 8.0, 16.0]
 
 
 def test_the_scaler_goes_on_where_its_state_was_saved_unless_the_dtype_is_another():
@@ -288,11 +237,10 @@ def test_the_scaler_goes_on_where_its_state_was_saved_unless_the_dtype_is_anothe
 
 
 def skip_on_rank(rank: int, world_size: int) -> list:
-    groups = [Group("all", "adamw", {"p": torch.nn.Parameter(torch.zeros(3))}, 0.1)]
-    optimizer, scaler = MuonAdamW(groups, rank=rank, world_size=world_size), LossScaler(enabled=True, scale=8.0)
-    results = []
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = MuonAdamW([Group("all", "adamw", {"p": p}, 0.1)], rank=rank, world_size=world_size)
+    scaler, results = LossScaler(enabled=True, scale=8.0), []
     for bad_rank in (None, 1, None):
-        (p,) = groups[0].params.values()
         p.grad = torch.full((3,), math.inf if rank == bad_rank else 8.0)
         is_good = scaler.unscale_(optimizer)
         if is_good:
@@ -305,15 +253,12 @@ def skip_on_rank(rank: int, world_size: int) -> list:
 def test_an_overflow_on_one_rank_makes_every_rank_skip_the_step(tmp_path):
     results = run_ranks(skip_on_rank, 2, tmp_path / "ranks")
     assert results[0] == results[1]
-    first, second, third = results[0]
-    assert [is_good for is_good, _, _ in results[0]] == [True, False, True]
-    assert [scale for _, scale, _ in results[0]] == [8.0, 4.0, 4.0]
-    assert first[2] == second[2] != third[2]
+    (*first, p), (*second, skipped), (*third, stepped) = results[0]
+    assert [first, second, third] == [[True, 8.0], [False, 4.0], [True, 4.0]]
+    assert p == skipped != stepped
 
 
 # --- fitting the device ---
-
-
 def memory_for(rows: int, tried: list[int]):
     def try_batch(model, size: int) -> None:
         tried.append(size)
@@ -328,50 +273,36 @@ def test_the_batch_is_halved_until_it_fits(rows, tries, capsys):
     tried = []
     assert fitting_batch(make_model(), 24, memory_for(rows, tried)) == tries[-1]
     assert tried == tries
-    said = capsys.readouterr().out
-    assert (f"24 rows do not fit in the device's memory: micro-batches of at most {tries[-1]} rows" in said) == (
-        len(tries) > 1
-    )
+    words = f"24 rows do not fit in the device's memory: micro-batches of at most {tries[-1]} rows"
+    assert (words in capsys.readouterr().out) == (len(tries) > 1)
 
 
-def test_a_model_for_which_no_row_fits_is_refused():
-    with pytest.raises(UserError, match="not even one row fits"):
-        fitting_batch(make_model(), 8, memory_for(0, []))
-
-
-def test_other_errors_while_trying_are_not_taken_for_a_lack_of_memory():
+def test_no_row_that_fits_is_refused_but_other_errors_are_no_lack_of_memory_and_a_cpu_takes_the_batch_as_it_is():
     def broken(model, size):
         raise RuntimeError("a bug")
 
+    with pytest.raises(UserError, match="not even one row fits"):
+        fitting_batch(make_model(), 8, memory_for(0, []))
     with pytest.raises(RuntimeError, match="a bug"):
         fitting_batch(make_model(), 8, broken)
-
-
-def test_on_a_cpu_the_batch_is_taken_as_it_is():
     assert fitting_batch(make_model(), 5) == 5
 
 
 def fit_on_rank(rank: int, world_size: int) -> list[int | str]:
-    results = []
-    for room in ((100, 5), (3, 100), (0, 100)):
-        try:
-            results.append(fitting_batch(make_model(), 16, memory_for(room[rank], [])))
-        except UserError as error:
-            results.append(str(error))
+    results = [fitting_batch(make_model(), 16, memory_for(room[rank], [])) for room in ((100, 5), (3, 100))]
+    with pytest.raises(UserError, match="not even one row fits"):
+        fitting_batch(make_model(), 16, memory_for((0, 100)[rank], []))
     return results
 
 
 def test_the_rank_with_the_least_memory_decides_for_all(tmp_path):
-    results = run_ranks(fit_on_rank, 2, tmp_path / "ranks")
-    assert results[0] == results[1]
-    assert results[0][:2] == [4, 2]
-    assert "not even one row fits" in results[0][2]
+    assert run_ranks(fit_on_rank, 2, tmp_path / "ranks") == [[4, 2]] * 2
 
 
 def test_speed_counts_the_tokens_of_all_ranks_and_leaves_no_gradients(monkeypatch):
     model = make_model()
-    assert measure_tokens_per_second(model, 2, 1, repeats=1) > 0
+    assert training.measure_tokens_per_second(model, 2, 1, repeats=1) > 0
     assert all(p.grad is None for p in model.parameters())
     seconds = iter([100.0, 0.5, 2.0, 1.0])  # the first one warms up
     monkeypatch.setattr(training, "_forward_backward", lambda model, rows: next(seconds))
-    assert measure_tokens_per_second(model, 3, 4) == 3 * 16 * 4 / 1.0
+    assert training.measure_tokens_per_second(model, 3, 4) == 3 * 16 * 4 / 1.0

@@ -53,20 +53,29 @@ def add_gradients(groups, step: int, rows) -> None:
             p.grad = grad if p.grad is None else p.grad.add_(grad)
 
 
+def assert_equal(tensors, expected):
+    """Bit for bit, of all names."""
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in tensors.items())
+
+
+def run_steps(groups, optimizer, steps, rows):
+    """Train for `steps` with the part of each step's gradients that `rows` have; the parameters after."""
+    for step in steps:
+        add_gradients(groups, step, rows)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in named_params(groups).items()}
+
+
 def train(rank=0, world_size=1, num_steps=4, dtype=torch.float32):
     """The parameters after some steps, and the optimizer."""
     groups = make_groups(dtype)
     optimizer = MuonAdamW(groups, rank=rank, world_size=world_size)
-    for step in range(num_steps):
-        add_gradients(groups, step, range(rank, ROWS_PER_STEP, world_size))
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name: p.detach().clone() for name, p in named_params(groups).items()}, optimizer
+    return run_steps(groups, optimizer, range(num_steps), range(rank, ROWS_PER_STEP, world_size)), optimizer
 
 
 # --- AdamW ---
-
-
 @pytest.mark.parametrize("grad_scale", [1.0, 1e-9, 1e-14])
 def test_adamw_equals_torch_in_float64_also_for_tiny_gradients(grad_scale):
     generator = torch.Generator().manual_seed(0)
@@ -110,11 +119,14 @@ def test_the_optimizer_equals_torch_adamw_over_100_steps(grad_scale):
 def test_the_cpu_pieces_of_a_long_parameter_change_nothing(monkeypatch):
     whole, _ = train()
     monkeypatch.setattr(optim, "CPU_CHUNK", 100)
-    pieces, _ = train()
-    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+    assert_equal(train()[0], whole)
 
 
 # --- Muon ---
+def assert_in_band(orthogonalised):
+    values = torch.linalg.svdvals(orthogonalised.float())
+    assert values.min() > 0.84
+    assert values.max() < 1.15
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -122,22 +134,14 @@ def test_the_cpu_pieces_of_a_long_parameter_change_nothing(monkeypatch):
 def test_orthogonalised_singular_values_lie_in_the_stated_band(dtype, shape):
     x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
     x *= torch.tensor([1.0, 0.01, 100.0, 1.0, 1.0])[:, None, None]
-    values = torch.linalg.svdvals(polar_express(x.to(dtype)).float())
-    assert values.min() > 0.84
-    assert values.max() < 1.15
+    assert_in_band(polar_express(x.to(dtype)))
+    assert not polar_express(torch.zeros(2, *shape, dtype=dtype)).any()  # nor is a zero matrix NaN
 
 
 def test_the_stated_band_holds_down_to_a_thousandth_of_the_norm():
     small = torch.logspace(-3, -0.2, 300, dtype=torch.float64)
     x = torch.diag_embed(torch.stack((small, (1 - small**2).sqrt()), dim=1)).float()
-    values = torch.linalg.svdvals(polar_express(x))
-    assert values.min() > 0.84
-    assert values.max() < 1.15
-
-
-def test_orthogonalising_a_zero_matrix_gives_zero():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert torch.equal(polar_express(torch.zeros(2, 4, 6, dtype=dtype)), torch.zeros(2, 4, 6, dtype=dtype))
+    assert_in_band(polar_express(x))
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 10), (2, 10, 6)])
@@ -170,33 +174,20 @@ def test_muon_equals_the_same_formulas_in_float64(shape):
 
 
 def test_muon_updates_have_one_size_whatever_the_gradients_size():
-    generator = torch.Generator().manual_seed(0)
-    grad = torch.randn(3, 8, 20, generator=generator)
-    updates = []
+    grad = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    updates, rates = [], {"lr": 0.1, "momentum": 0.9, "beta2": 0.9, "weight_decay": 0.0}
     for scale in (1.0, 1e-3, 1e4):
         p, buffer, variance = torch.zeros(3, 8, 20), torch.zeros(3, 8, 20), torch.zeros(3, 8, 1)
-        muon_update(
-            p, scale * grad, buffer, variance,
-            lr=0.1, momentum=0.9, beta2=0.9, weight_decay=0.0, dtype=torch.float32,
-        )  # fmt: skip
+        muon_update(p, scale * grad, buffer, variance, **rates, dtype=torch.float32)
         updates.append(p)
         assert p.norm(dim=(1, 2)) == pytest.approx([0.1 * math.sqrt(8)] * 3, rel=1e-4)
-    torch.testing.assert_close(updates[0], updates[1], rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(updates[0], updates[2], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(p, updates[0], rtol=1e-3, atol=1e-5)
 
 
 # --- precision ---
-
-
-def test_state_is_float32_for_bfloat16_parameters():
-    _, optimizer = train(dtype=torch.bfloat16)
-    state = optimizer.state_dict()
-    assert {value.dtype for name, value in state.items() if name != "num_steps"} == {torch.float32}
-
-
-def test_bfloat16_parameters_get_the_float32_step_rounded_once():
-    for name, p in (("adamw", {"t": (30, 4)}), ("muon", {})):
-        wide = make_groups(torch.bfloat16, matrices=MATRICES if name == "muon" else {}, vectors=p)
+def test_bfloat16_parameters_get_the_float32_step_rounded_once_and_have_float32_state():
+    for shapes in ({"matrices": {}, "vectors": {"t": (30, 4)}}, {"vectors": {}}):
+        wide = make_groups(torch.bfloat16, **shapes)
         params = named_params(wide)
         copies = {name: nn.Parameter(p.detach().float()) for name, p in params.items()}
         narrow = [Group(g.name, g.kind, {n: copies[n] for n in g.params}, g.lr, g.weight_decay, g.betas) for g in wide]
@@ -211,23 +202,21 @@ def test_bfloat16_parameters_get_the_float32_step_rounded_once():
         for name in params:
             assert torch.equal(params[name], copies[name].bfloat16()), name
         for key, value in optimizers[0].state_dict().items():
+            assert value.dtype == torch.float32 or key == "num_steps"
             assert torch.equal(value, optimizers[1].state_dict()[key]), key
 
 
 # --- parameters and gradients ---
-
-
 def test_parameters_keep_their_values_when_they_move_into_buckets():
     groups = make_groups()
     before = {name: p.detach().clone() for name, p in named_params(groups).items()}
     for world_size in (1, 2, 3, 4, 8):
         MuonAdamW(groups, rank=world_size - 1, world_size=world_size)
-        assert all(torch.equal(p, before[name]) for name, p in named_params(groups).items())
+        assert_equal(named_params(groups), before)
 
 
 def test_gradients_that_backward_makes_are_found_after_any_zero_grad():
     """`p.grad = None`, the usual `model.zero_grad()`, must not cut the matrices off from their stacked gradient."""
-    wanted, _ = train()
     groups = make_groups()
     optimizer = MuonAdamW(groups)
     for step in range(4):
@@ -237,29 +226,23 @@ def test_gradients_that_backward_makes_are_found_after_any_zero_grad():
         optimizer.step()
         if step % 2:
             optimizer.zero_grad()
-    assert all(torch.equal(p, wanted[name]) for name, p in named_params(groups).items())
+    assert_equal(named_params(groups), train()[0])
 
 
-def test_a_missing_gradient_counts_as_zero():
+def test_zero_grad_clears_every_gradient_and_a_missing_one_counts_as_zero():
     results = []
     for missing in (False, True):
         groups = make_groups()
         optimizer = MuonAdamW(groups)
         add_gradients(groups, 0, range(ROWS_PER_STEP))
         optimizer.step()
+        optimizer.zero_grad()
+        assert all(p.grad is None or not p.grad.any() for p in named_params(groups).values())
         for p in named_params(groups).values():
             p.grad = None if missing else torch.zeros_like(p)
         optimizer.step()
         results.append(named_params(groups))
-    assert all(torch.equal(p, results[1][name]) for name, p in results[0].items())
-
-
-def test_zero_grad_clears_every_gradient():
-    groups = make_groups()
-    optimizer = MuonAdamW(groups)
-    add_gradients(groups, 0, [0])
-    optimizer.zero_grad()
-    assert all(p.grad is None or not p.grad.any() for p in named_params(groups).values())
+    assert_equal(*results)
 
 
 def test_every_model_parameter_is_in_one_group_with_the_recipes_rates():
@@ -277,8 +260,6 @@ def test_every_model_parameter_is_in_one_group_with_the_recipes_rates():
 
 
 # --- several ranks ---
-
-
 def train_rank(rank, world_size):
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -310,8 +291,8 @@ def test_ranks_equal_one_process_and_each_other(world_size, tmp_path):
 def test_a_group_of_one_rank_is_bit_equal_to_none(tmp_path):
     ((_, (params, state)), _) = run_ranks(train_rank, 1, tmp_path / "ranks", group_of_one=True)[0].items()
     wanted, optimizer = train()
-    assert all(torch.equal(params[name], wanted[name]) for name in wanted)
-    assert all(torch.equal(state[name], value) for name, value in optimizer.state_dict().items())
+    assert_equal(params, wanted)
+    assert_equal(state, optimizer.state_dict())
 
 
 class LateWork:
@@ -329,28 +310,26 @@ class LateWork:
 
 def test_collectives_tensors_live_until_they_are_waited_for(monkeypatch):
     """Rank 0 of 2, the other with zero gradients: its own rows must change as they do in one process."""
-    half = lambda t: t.size(0) // 2  # noqa: E731
 
-    def reduce_scatter(output, source, async_op):
-        assert async_op
-        return LateWork(output, source, lambda out, full: out.copy_(full[: half(full)]))
+    def late(run):
+        def collective(output, source, async_op):
+            assert async_op
+            return LateWork(output, source, run)
 
-    def all_gather(output, source, async_op):
-        assert async_op
-        return LateWork(output, source, lambda full, own: full[: half(full)].copy_(own))
+        return collective
 
-    monkeypatch.setattr(optim.dist, "reduce_scatter_tensor", reduce_scatter)
-    monkeypatch.setattr(optim.dist, "all_gather_into_tensor", all_gather)
+    def first_half(t):
+        return t[: t.size(0) // 2]
+
+    monkeypatch.setattr(optim.dist, "reduce_scatter_tensor", late(lambda own, full: own.copy_(first_half(full))))
+    monkeypatch.setattr(optim.dist, "all_gather_into_tensor", late(lambda full, own: first_half(full).copy_(own)))
     wanted, _ = train(num_steps=1)
     groups = make_groups()
-    optimizer = MuonAdamW(groups, rank=0, world_size=2)
-    add_gradients(groups, 0, range(ROWS_PER_STEP))
-    optimizer.step()
+    params = run_steps(groups, MuonAdamW(groups, rank=0, world_size=2), [0], range(ROWS_PER_STEP))
     for name in ("table", "odd", "scalar"):
         rows = -(-wanted[name].numel() // 2)
-        ours, theirs = named_params(groups)[name].flatten()[:rows], wanted[name].flatten()[:rows]
-        torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(named_params(groups)["b"].detach(), wanted["b"])
+        torch.testing.assert_close(params[name].flatten()[:rows], wanted[name].flatten()[:rows])
+    torch.testing.assert_close(params["b"], wanted["b"])
 
 
 def state_bytes(optimizer) -> int:
@@ -360,35 +339,26 @@ def state_bytes(optimizer) -> int:
 @pytest.mark.parametrize("depth", [4, 12, 20, 24])
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_no_rank_holds_more_than_its_share_of_the_state(depth, world_size):
-    def optimizers():
-        for rank in range(world_size):
-            model = build_model(GPTConfig.from_depth(depth, vocab_size=32768), device="meta")
-            yield MuonAdamW(parameter_groups(model), rank=rank, world_size=world_size)
+    def held(rank, world_size):
+        model = build_model(GPTConfig.from_depth(depth, vocab_size=32768), device="meta")
+        return state_bytes(MuonAdamW(parameter_groups(model), rank=rank, world_size=world_size))
 
-    shares = [state_bytes(optimizer) for optimizer in optimizers()]
-    model = build_model(GPTConfig.from_depth(depth, vocab_size=32768), device="meta")
-    whole = state_bytes(MuonAdamW(parameter_groups(model)))
+    shares, whole = [held(rank, world_size) for rank in range(world_size)], held(0, 1)
     assert sum(shares) == whole
     assert max(shares) <= (1 / world_size + 0.05) * whole
 
 
 # --- saving the state ---
-
-
 @pytest.mark.parametrize("before", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("after", [1, 2, 4, 5])
 def test_state_of_any_number_of_ranks_loads_into_any_other(before, after):
     whole = train()[1].state_dict()
-
-    def spread(shards, world_size):
-        spread = []
-        for rank in range(world_size):
-            optimizer = MuonAdamW(make_groups(), rank=rank, world_size=world_size)
+    shards = [whole]
+    for world_size in (before, after):
+        optimizers = [MuonAdamW(make_groups(), rank=rank, world_size=world_size) for rank in range(world_size)]
+        for optimizer in optimizers:
             optimizer.load_state_dict(shards)
-            spread.append(optimizer.state_dict())
-        return spread
-
-    shards = spread(spread([whole], before), after)
+        shards = [optimizer.state_dict() for optimizer in optimizers]
     assert all(int(shard["num_steps"]) == 4 for shard in shards)
     assert all(torch.equal(value, whole[name]) for name, value in concatenate(shards).items())
 
@@ -401,28 +371,16 @@ def test_training_goes_on_bit_equal_from_a_loaded_state():
         p.data.copy_(halfway[name])
     resumed = MuonAdamW(groups)
     resumed.load_state_dict([optimizer.state_dict()])
-    for step in range(3, 6):
-        add_gradients(groups, step, range(ROWS_PER_STEP))
-        resumed.step()
-        resumed.zero_grad()
-    assert all(torch.equal(p, wanted[name]) for name, p in named_params(groups).items())
+    assert_equal(run_steps(groups, resumed, range(3, 6), range(ROWS_PER_STEP)), wanted)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"matrices": {**MATRICES, "g": (6, 10)}},
-        {"matrices": {name: MATRICES[name] for name in "abdef"}},
-        {"matrices": {**MATRICES, "d": (6, 10)}},
-        {"matrices": {**MATRICES, "f": (7, 8)}},
-        {"vectors": {**VECTORS, "table": (402, 7)}},
-        {"vectors": {**VECTORS, "table": (404, 7)}},
-        {"vectors": {**VECTORS, "odd": (6,)}},
-        {"vectors": {**VECTORS, "other": (2,)}},
-        {"vectors": {name: VECTORS[name] for name in ("table", "odd")}},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("change", [
+    {"matrices": {**MATRICES, "g": (6, 10)}}, {"matrices": {name: MATRICES[name] for name in "abdef"}},
+    {"matrices": {**MATRICES, "d": (6, 10)}}, {"matrices": {**MATRICES, "f": (7, 8)}},
+    {"vectors": {**VECTORS, "table": (402, 7)}}, {"vectors": {**VECTORS, "table": (404, 7)}},
+    {"vectors": {**VECTORS, "odd": (6,)}}, {"vectors": {**VECTORS, "other": (2,)}},
+    {"vectors": {name: VECTORS[name] for name in ("table", "odd")}},
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_state_of_another_model_is_refused_and_nothing_taken_over(change, world_size):
     saved = [MuonAdamW(make_groups(**change), rank=r, world_size=world_size).state_dict() for r in range(world_size)]
@@ -430,20 +388,13 @@ def test_the_state_of_another_model_is_refused_and_nothing_taken_over(change, wo
     before = {name: value.clone() for name, value in optimizer.state_dict().items()}
     with pytest.raises(UserError, match="model"):
         optimizer.load_state_dict(saved)
-    assert all(torch.equal(value, before[name]) for name, value in optimizer.state_dict().items())
-
-
-# --- on a GPU, without one ---
-
-
-@pytest.fixture
-def without_compiler(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert_equal(optimizer.state_dict(), before)
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
-def test_every_operation_of_an_update_stays_on_the_gpu(without_compiler, rank, world_size):
+def test_every_operation_of_an_update_stays_on_the_gpu(monkeypatch, rank, world_size):
     """The first run on a GPU ended here: 1 - decay was a CPU tensor, handed to a kernel as an address."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     with fake_cuda() as watch:
         groups = make_groups()
         for group in groups:
@@ -456,12 +407,7 @@ def test_every_operation_of_an_update_stays_on_the_gpu(without_compiler, rank, w
         watch.off_device.clear()  # the CPU tensors that the groups were made of
         for bucket in optimizer._buckets:
             optimizer._update(bucket, torch.empty_like(bucket.values[bucket.own]))
-    assert watch.num_operations > 100
-    assert watch.off_device == []
-
-
-def test_the_watch_finds_arithmetic_left_on_the_cpu():
-    with fake_cuda() as watch:
-        x, decay = torch.empty(4, device="cuda"), torch.tensor(0.5)
-        x.mul_(1 - decay)
+        assert watch.num_operations > 100
+        assert watch.off_device == []
+        torch.empty(4, device="cuda").mul_(1 - torch.tensor(0.5))  # which the watch finds
     assert watch.off_device == ["aten.rsub.Scalar: ['cpu'] -> ['cpu']", "aten.mul_.Tensor: ['cpu', 'cuda'] -> ['cuda']"]

@@ -9,15 +9,7 @@ from nanochat import hardware
 from nanochat.common import UserError
 from nanochat.model.gpt import GPTConfig, build_model
 from nanochat.training import recipe
-from nanochat.training.recipe import (
-    MIN_STEPS,
-    TOKEN_RATIO,
-    Plan,
-    estimate,
-    horizon_tokens,
-    make_plan,
-    scaling_parameters,
-)
+from nanochat.training.recipe import estimate, horizon_tokens, make_plan, scaling_parameters
 from nanochat.training.schedule import MIN_BATCH_TOKENS
 
 
@@ -26,61 +18,47 @@ def config(depth=12, **other) -> GPTConfig:
 
 
 # --- counts and horizon ---
-
-
-def test_october_2025_counts_every_parameter_and_takes_20_tokens_for_each():
-    october = GPTConfig.october_2025(20)
+def test_october_2025_counts_every_parameter_takes_20_tokens_for_each_and_is_scaled_from_its_own_d12():
+    october, d12 = GPTConfig.october_2025(20), GPTConfig.october_2025(12)
     assert scaling_parameters(october) == recipe.count_model(october).parameter_counts()["total"] == 560_988_160
     assert horizon_tokens(october) == horizon_tokens(october, token_ratio=20) == 11_219_763_200
     plan = make_plan(october, train_tokens=horizon_tokens(october), total_batch_tokens=2**19)
     assert plan.num_steps == 21_400  # as that release's report says
     assert plan.lr_scale == 1.0
-
-
-def test_october_2025_is_scaled_from_its_own_d12():
-    d12 = GPTConfig.october_2025(12)
     plan = make_plan(d12, train_tokens=horizon_tokens(d12))
     assert plan.total_batch_tokens == 2**19
     assert plan.matrix_weight_decay == pytest.approx(recipe.MATRIX_WEIGHT_DECAY, rel=1e-3)
 
 
-def test_scaling_parameters_are_those_of_matrices_and_head_without_padding():
+def test_the_horizon_follows_from_each_kind_of_budget_and_counts_matrices_and_head_without_padding():
     small = config(4, vocab_size=1000, head_dim=64)
     matrices = 4 * 12 * 256 * 256 + 2 * 12 * 4  # blocks of 12 C^2, and the gates of the value embeddings
     assert scaling_parameters(small) == matrices + 1000 * 256
-
-
-def test_the_horizon_follows_from_each_kind_of_budget():
-    small = config(4)
-    assert horizon_tokens(small) == TOKEN_RATIO * scaling_parameters(small)
+    assert horizon_tokens(small) == recipe.TOKEN_RATIO * scaling_parameters(small)
     assert horizon_tokens(small, token_ratio=3) == 3 * scaling_parameters(small)
     assert horizon_tokens(small, minutes=10, tokens_per_second=1000) == 600_000
-    flops = recipe.count_model(small).flops_per_token()
-    assert horizon_tokens(small, target_flops=5e6 * flops) == pytest.approx(5e6)
-
-
-def test_parameter_arithmetic_makes_no_storage():
-    assert recipe.count_model(config(26)).wte.weight.is_meta
+    model = recipe.count_model(small)
+    assert model.wte.weight.is_meta
+    assert horizon_tokens(small, target_flops=5e6 * model.flops_per_token()) == pytest.approx(5e6)
 
 
 # --- plans ---
-
-
 @pytest.mark.parametrize("ratio", [None, 20])
 def test_d12_is_the_reference_at_any_ratio(ratio):
     plan = make_plan(config(12), train_tokens=horizon_tokens(config(12), token_ratio=ratio), token_ratio=ratio)
-    assert plan.total_batch_tokens == 2**19
-    assert plan.lr_scale == 1.0
-    assert plan.num_steps == int((ratio or TOKEN_RATIO) * scaling_parameters(config(12)) / 2**19)
+    assert (plan.total_batch_tokens, plan.lr_scale) == (2**19, 1.0)
+    assert plan.num_steps == int((ratio or recipe.TOKEN_RATIO) * scaling_parameters(config(12)) / 2**19)
     assert plan.matrix_weight_decay == pytest.approx(recipe.MATRIX_WEIGHT_DECAY, rel=1e-3)
 
 
 def test_larger_models_get_larger_batches_and_less_weight_decay():
     plans = [make_plan(config(depth), train_tokens=horizon_tokens(config(depth))) for depth in (6, 12, 20, 26)]
-    assert [plan.total_batch_tokens for plan in plans] == sorted(plan.total_batch_tokens for plan in plans)
-    decays = [plan.matrix_weight_decay for plan in plans[1:]]
-    assert decays == sorted(decays, reverse=True)
-    assert plans[2].total_batch_tokens == 2**20  # 2^19 * (477M / 110M) ** 0.383 = 2^19.8
+    batches, decays = (
+        [getattr(plan, name) for plan in plans] for name in ("total_batch_tokens", "matrix_weight_decay")
+    )
+    assert batches == sorted(batches)
+    assert batches[2] == 2**20  # 2^19 * (477M / 110M) ** 0.383 = 2^19.8
+    assert decays[1:] == sorted(decays[1:], reverse=True)
 
 
 @pytest.mark.parametrize("train_tokens", [5e3, 1e5, 1e6, 3e7, 1e9])
@@ -88,7 +66,7 @@ def test_larger_models_get_larger_batches_and_less_weight_decay():
 def test_a_short_run_takes_a_smaller_batch_before_it_takes_fewer_steps(train_tokens, depth):
     plan = make_plan(config(depth, sequence_len=256), train_tokens=train_tokens, batch_multiple=256)
     assert plan.total_batch_tokens & (plan.total_batch_tokens - 1) == 0
-    assert plan.num_steps >= MIN_STEPS or plan.total_batch_tokens == MIN_BATCH_TOKENS
+    assert plan.num_steps >= recipe.MIN_STEPS or plan.total_batch_tokens == MIN_BATCH_TOKENS
     assert 0 <= train_tokens - plan.train_tokens < plan.total_batch_tokens
 
 
@@ -100,39 +78,23 @@ def test_the_chosen_batch_is_a_whole_number_of_rows_on_every_rank(batch_multiple
         assert plan.total_batch_tokens >= batch_multiple
 
 
-def test_a_given_batch_and_number_of_steps_are_taken_as_they_are():
+def test_a_given_batch_and_number_of_steps_are_taken_as_they_are_and_one_alone_is_completed_or_refused():
     plan = make_plan(config(4), num_steps=7, total_batch_tokens=200_001, lr_mult=2.0)
     assert (plan.num_steps, plan.total_batch_tokens, plan.train_tokens) == (7, 200_001, 1_400_007)
     assert plan.lr_scale == pytest.approx(2.0 * math.sqrt(200_001 / 2**19))
-
-
-def test_a_number_of_steps_alone_gets_the_batch_of_a_usual_run():
     usual = make_plan(config(12), train_tokens=horizon_tokens(config(12)))
     assert make_plan(config(12), num_steps=20).total_batch_tokens == usual.total_batch_tokens
-
-
-def test_a_budget_below_one_batch_is_refused():
+    assert make_plan(config(4), train_tokens=1e7, lr_mult=0.0).lr_scale == 0.0
     words = r"the budget is 1e\+03 tokens, less than one batch of 4096.*--total-batch-size"
     with pytest.raises(UserError, match=words):
         make_plan(config(4), train_tokens=1000)
 
 
-def test_a_rate_of_zero_still_makes_a_plan():
-    assert make_plan(config(4), train_tokens=1e7, lr_mult=0.0).lr_scale == 0.0
-
-
 # --- shards ---
-
-
-def test_the_first_releases_runs_take_the_shards_that_it_took():
+def test_shards_hold_the_text_of_all_tokens_and_little_more_as_in_the_first_releases_runs():
     d20, d32 = (horizon_tokens(GPTConfig.october_2025(depth)) for depth in (20, 32))
     assert math.ceil(d20 * recipe.CHARS_PER_TOKEN / recipe.SHARD_CHARS) == 216
-    assert recipe.shards_for(d20) == 240
-    assert recipe.shards_for(d32) == 800
-
-
-def test_shards_hold_the_text_of_all_tokens_and_little_more():
-    assert recipe.shards_for(1.0) == 1
+    assert (recipe.shards_for(1.0), recipe.shards_for(d20), recipe.shards_for(d32)) == (1, 240, 800)
     previous = 0
     for tokens in [10**n * k for n in range(5, 12) for k in (1, 1.5, 2, 3, 5, 7, 9.5)]:
         shards = recipe.shards_for(tokens)
@@ -143,8 +105,6 @@ def test_shards_hold_the_text_of_all_tokens_and_little_more():
 
 
 # --- memory ---
-
-
 def test_memory_is_a_little_more_than_the_first_release_measured():
     """75,422 MiB, say reports of its d20 on 8 H100 with 32 rows: with logits and their gradients of the whole batch."""
     october = GPTConfig.october_2025(20)
@@ -197,8 +157,6 @@ def kept_bytes(config: GPTConfig) -> int:
 
 
 # --- estimates ---
-
-
 def d20_estimate(**other):
     d20 = config(20)
     plan = make_plan(d20, train_tokens=horizon_tokens(d20))
@@ -206,7 +164,7 @@ def d20_estimate(**other):
     return d20, plan, estimate(d20, plan, **{**known, **other})
 
 
-def test_d20_on_eight_gpus_costs_what_arithmetic_says():
+def test_d20_on_eight_gpus_costs_what_arithmetic_says_and_on_one_as_much_in_more_time():
     d20, plan, needs = d20_estimate()
     flops = recipe.count_model(d20).flops_per_token() * plan.train_tokens
     assert needs.hours == pytest.approx(flops / (8 * 989e12 * recipe.EXPECTED_MFU * 3600))
@@ -216,6 +174,10 @@ def test_d20_on_eight_gpus_costs_what_arithmetic_says():
     assert needs.mid_hours == pytest.approx(needs.hours * recipe.MID_TOKENS / plan.train_tokens)
     assert needs.num_shards == recipe.shards_for(plan.train_tokens)
     assert needs.gpu_bytes == recipe.training_bytes(d20, num_gpus=8, device_batch_size=32)
+    _, _, one = d20_estimate(num_gpus=1)
+    assert (one.hours, one.dollars) == pytest.approx((8 * needs.hours, needs.dollars))
+    assert one.gpu_bytes > needs.gpu_bytes > d20_estimate(device_batch_size=4)[2].gpu_bytes
+    assert one.disk_bytes == needs.disk_bytes
 
 
 def test_the_disk_holds_the_shards_and_every_checkpoint():
@@ -231,28 +193,11 @@ def test_the_disk_holds_the_shards_and_every_checkpoint():
     assert last_only.disk_bytes == 93 * recipe.SHARD_BYTES + 3 * (weights + states)
 
 
-def test_more_gpus_take_less_time_for_the_same_money_and_hold_less_state_each():
-    _, _, one = d20_estimate(num_gpus=1)
-    _, _, eight = d20_estimate(num_gpus=8)
-    assert one.hours == pytest.approx(8 * eight.hours)
-    assert one.dollars == pytest.approx(eight.dollars)
-    assert one.gpu_bytes > eight.gpu_bytes > d20_estimate(device_batch_size=4)[2].gpu_bytes
-    assert one.disk_bytes == eight.disk_bytes
-
-
-def test_an_unknown_peak_or_price_has_no_estimate_rather_than_zero():
-    peak = hardware.peak_flops("a processor nobody listed", "bfloat16")
-    _, _, unknown = d20_estimate(peak_flops=peak)
-    assert unknown.hours is None
-    assert unknown.dollars is None
+def test_an_unknown_peak_or_price_has_no_estimate_rather_than_zero_and_a_miniature_needs_one_shard():
+    _, _, unknown = d20_estimate(peak_flops=hardware.peak_flops("a processor nobody listed", "bfloat16"))
+    assert unknown.hours is unknown.dollars is None
     _, _, unpriced = d20_estimate(gpu_hour_dollars=None)
     assert unpriced.hours > 0
     assert unpriced.dollars is None
-
-
-def test_a_miniature_needs_one_shard():
-    small = config(2, sequence_len=128)
-    needs = estimate(
-        small, Plan(100, 4096, 1.0, 0.1), num_gpus=1, device_batch_size=8, peak_flops=None, gpu_hour_dollars=None
-    )
-    assert needs.num_shards == 1
+    known = {"num_gpus": 1, "device_batch_size": 8, "peak_flops": None, "gpu_hour_dollars": None}
+    assert estimate(config(2, sequence_len=128), recipe.Plan(100, 4096, 1.0, 0.1), **known).num_shards == 1

@@ -6,14 +6,14 @@ import random
 
 import pytest
 import torch
-from conftest import fill_randomly
+from conftest import random_model
 from ranks import assert_sum_of_gradients, run_ranks
 
 from nanochat.common import UserError
 from nanochat.data.chat import render_for_completion
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampling import Sampling
-from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.model.gpt import GPTConfig
 from nanochat.model.loss import IGNORE_INDEX
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import rl
@@ -45,18 +45,25 @@ class FirstToken(Task):
         return float(bool(ids) and ids[0] < self.tokenizer.vocab_size // 2)
 
 
-class NotFinite(FirstToken):
-    name = "NotFinite"
-
-    def reward(self, conversation, completion):
-        return math.nan
-
-
 def make_model(tokenizer):
     config = GPTConfig.from_depth(2, vocab_size=tokenizer.vocab_size, sequence_len=T, head_dim=32)
-    model = build_model(config, generator=torch.Generator().manual_seed(0))
-    fill_randomly(model)
-    return model
+    return random_model(config)
+
+
+@pytest.fixture
+def model(tokenizer):
+    return make_model(tokenizer)
+
+
+@pytest.fixture
+def sample(model, tokenizer):
+    """Rollouts of questions, or with `evaluate` what is found with them."""
+    engine = Engine(model, tokenizer, max_rows=32)
+
+    def run(asked, max_tokens, num_samples, seed, work=rl.roll_out):
+        return work(engine, model, asked, Sampling(max_tokens=max_tokens), num_samples=num_samples, seed=seed)
+
+    return run
 
 
 def make_rollouts(vocab_size: int, num_groups: int = 6, num_samples: int = 4) -> list[list[rl.Rollout]]:
@@ -76,15 +83,19 @@ def make_rollouts(vocab_size: int, num_groups: int = 6, num_samples: int = 4) ->
     return groups
 
 
-# --- advantages and gradients --------------------------------------------------------------------
-
-
-def test_advantages_of_a_group_sum_to_zero():
+# --- advantages and gradients ---
+def test_advantages_of_a_group_sum_to_zero_and_groups_of_equal_rewards_are_left_out():
     rng = random.Random(0)
     for size in range(1, 40):
         values = rl.advantages([rng.random() for _ in range(size)])
         assert abs(math.fsum(values)) < 1e-12
     assert rl.advantages([1.0, 0.0, 0.0, 1.0]) == [0.5, -0.5, -0.5, 0.5]
+    groups, same = make_rollouts(400), [rl.Rollout([1], [2], [True], 1.0, 0.0, True)] * 3
+    assert rl.differing([same, *groups, same]) == groups
+
+
+def gradients_of(model) -> dict:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def reference_gradients(model, rollouts) -> tuple[float, dict]:
@@ -99,7 +110,7 @@ def reference_gradients(model, rollouts) -> tuple[float, dict]:
                 total = total - r.advantage * logprobs[len(r.prompt) - 1 + place, token]
     loss = total / num_tokens
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), gradients_of(model)
 
 
 def step_gradients(rank: int, world_size: int, folder, batch_size: int):
@@ -108,67 +119,47 @@ def step_gradients(rank: int, world_size: int, folder, batch_size: int):
     batches = rl.make_batches([r for group in rl.differing(groups) for r in group], batch_size)
     model = make_model(tokenizer)
     loss = accumulate_gradients(model, iter(batches), len(batches), device=CPU, world_size=world_size)
-    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.fixture
-def folder(tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "tokenizer")
-    return tmp_path / "tokenizer"
+    return loss.item(), gradients_of(model)
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 1), (1, 2), (1, 4), (1, 100), (2, 1), (2, 2), (2, 4)])
 def test_the_gradient_is_that_of_each_reply_alone_however_a_step_is_split(
-    tokenizer, folder, tmp_path, world_size, batch_size
+    model, tokenizer_folder, tmp_path, world_size, batch_size
 ):
-    rollouts = [r for group in make_rollouts(tokenizer.vocab_size) for r in group]
-    loss, expected = reference_gradients(make_model(tokenizer), rollouts)
-    ranks = run_ranks(step_gradients, world_size, tmp_path / "ranks", folder, batch_size)
+    rollouts = [r for group in make_rollouts(model.config.vocab_size) for r in group]
+    loss, expected = reference_gradients(model, rollouts)
+    ranks = run_ranks(step_gradients, world_size, tmp_path / "ranks", tokenizer_folder, batch_size)
     assert [rank_loss for rank_loss, _ in ranks] == pytest.approx([loss] * world_size, rel=1e-4, abs=1e-6)
     assert_sum_of_gradients([gradients for _, gradients in ranks], expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("rollouts", [[], [rl.Rollout([7, 8], [1, 2, 3], [False] * 3, 1.0, 0.5, True)]])
-def test_a_rank_without_replies_or_sampled_tokens_has_gradients_of_zero(rollouts, tokenizer):
-    model = make_model(tokenizer)
+def test_a_rank_without_replies_or_sampled_tokens_has_gradients_of_zero(rollouts, model):
     assert accumulate_gradients(model, iter(rl.make_batches(rollouts, 4)), 1, device=CPU).item() == 0
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = gradients_of(model)
     assert gradients
-    assert not any(gradient.any() for gradient in gradients)
+    assert not any(gradient.any() for gradient in gradients.values())
 
 
 def test_targets_are_the_sampled_tokens_only():
     rollout = rl.Rollout([7, 8], [1, 2, 3, 4], [True, False, False, True], 1.0, 0.5, True)
     longer = rl.Rollout([7, 8, 9], [1, 2, 3, 4, 5], [True] * 5, 0.0, -0.5, True)
     (batch,) = rl.make_batches([rollout, longer], 2)
-    ignored = IGNORE_INDEX
+    x = IGNORE_INDEX
     assert batch.idx.tolist() == [[7, 8, 9, 1, 2, 3, 4], [7, 8, 1, 2, 3, 0, 0]]
-    assert batch.targets.tolist() == [
-        [ignored, ignored, 1, 2, 3, 4, 5],
-        [ignored, 1, ignored, ignored, 4, ignored, ignored],
-    ]
+    assert batch.targets.tolist() == [[x, x, 1, 2, 3, 4, 5], [x, 1, x, x, 4, x, x]]
     assert batch.weights.tolist() == [-0.5, 0.5]
     assert batch.num_targets == 7
 
 
-def test_groups_of_equal_rewards_are_left_out(tokenizer):
-    groups = make_rollouts(tokenizer.vocab_size)
-    same = [rl.Rollout([1], [2], [True], 1.0, 0.0, True)] * 3
-    assert rl.differing([same, *groups, same]) == groups
-
-
-# --- rollouts ------------------------------------------------------------------------------------
-
-
+# --- rollouts ---
 def questions_of(tokenizer, **options) -> rl.Questions:
     return rl.Questions(TaskMixture([FirstToken(tokenizer)]), tokenizer, T - 8, **options)
 
 
-def test_rollouts_are_what_the_engine_samples_with_the_end_added(tokenizer):
-    model = make_model(tokenizer)
-    engine = Engine(model, tokenizer, max_rows=8)
+def test_rollouts_are_what_the_engine_samples_with_the_end_added(sample, tokenizer):
     asked = questions_of(tokenizer).take(0, 5)
-    groups = rl.roll_out(engine, model, asked, Sampling(max_tokens=12), num_samples=4, seed="s")
+    groups = sample(asked, 12, 4, "s")
     end = tokenizer.special_ids["<|assistant_end|>"]
     assert [len(group) for group in groups] == [4] * 5
     for question, group in zip(asked, groups, strict=True):
@@ -177,23 +168,20 @@ def test_rollouts_are_what_the_engine_samples_with_the_end_added(tokenizer):
             assert r.prompt == question.prompt
             assert len(r.reply) == len(r.is_sampled)
             assert (r.reply[-1] == end) == r.is_whole
-    again = rl.roll_out(engine, model, asked[3:], Sampling(max_tokens=12), num_samples=4, seed="s")
-    assert [r.reply for group in again for r in group] == [r.reply for group in groups[3:] for r in group]
-    other = rl.roll_out(engine, model, asked, Sampling(max_tokens=12), num_samples=4, seed="t")
-    assert [r.reply for group in other for r in group] != [r.reply for group in groups for r in group]
-
-
-def test_tool_answers_are_not_sampled(tokenizer):
-    special, model = tokenizer.special_ids, make_model(tokenizer)
-    names = ("<|python_start|>", "<|python_end|>")
-    with torch.no_grad():
-        model.lm_head.weight[[special[name] for name in names]] *= 10  # calls are likely
-    engine = Engine(model, tokenizer, max_rows=32)
-    groups = rl.roll_out(
-        engine, model, questions_of(tokenizer).take(0, 4), Sampling(max_tokens=20), num_samples=32, seed="calls"
+    replies, again, other = (
+        [r.reply for group in some for r in group]
+        for some in (groups, sample(asked[3:], 12, 4, "s"), sample(asked, 12, 4, "t"))
     )
+    assert again == replies[12:]
+    assert other != replies
+
+
+def test_tool_answers_are_not_sampled(sample, model, tokenizer):
+    special = tokenizer.special_ids
+    with torch.no_grad():
+        model.lm_head.weight[[special["<|python_start|>"], special["<|python_end|>"]]] *= 10  # calls are likely
     num_forced = 0
-    for r in (r for group in groups for r in group):
+    for r in (r for group in sample(questions_of(tokenizer).take(0, 4), 20, 32, "calls") for r in group):
         inside = False
         for token, is_sampled in zip(r.reply, r.is_sampled, strict=True):
             inside = inside or token == special["<|output_start|>"]
@@ -203,17 +191,15 @@ def test_tool_answers_are_not_sampled(tokenizer):
     assert num_forced > 20
 
 
-def test_a_reward_that_is_no_number_is_an_error_that_names_the_task(tokenizer):
-    task, model = NotFinite(tokenizer), make_model(tokenizer)
-    asked = rl.Questions(TaskMixture([task]), tokenizer, T - 8).take(0, 1)
-    with pytest.raises(UserError, match="NotFinite gave the reward nan"):
-        rl.roll_out(Engine(model, tokenizer), model, asked, Sampling(max_tokens=2), num_samples=2, seed="")
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite_is_an_error_that_names_the_task(reward, sample, tokenizer, monkeypatch):
+    monkeypatch.setattr(FirstToken, "reward", lambda *args: reward)
+    with pytest.raises(UserError, match=f"FirstToken gave the reward {reward}"):
+        sample(questions_of(tokenizer).take(0, 1), 2, 2, "")
 
 
-# --- questions -----------------------------------------------------------------------------------
-
-
-def test_every_question_is_asked_once_an_epoch_by_one_rank(tokenizer):
+# --- questions ---
+def test_every_question_is_asked_once_an_epoch_by_one_rank_and_others_are_not_resumed_with(tokenizer):
     one = questions_of(tokenizer, seed=3)
     numbers = [q.conversation["messages"][0]["content"] for q in one.take(0, 80)]
     assert len(set(numbers[:40])) == len(set(numbers[40:])) == 40
@@ -221,31 +207,24 @@ def test_every_question_is_asked_once_an_epoch_by_one_rank(tokenizer):
     parts = [questions_of(tokenizer, seed=3).take(32, 16, rank=rank, world_size=3) for rank in range(3)]
     merged = sorted((q.index, q.conversation["messages"][0]["content"]) for part in parts for q in part)
     assert merged == [(i, numbers[i]) for i in range(32, 48)]
-
-
-def test_what_is_too_long_is_left_out_and_none_left_is_an_error(tokenizer):
-    task = FirstToken(tokenizer)
-    lengths = [
-        len(render_for_completion(tokenizer, {"messages": task[i]["messages"][:-1]}).ids) for i in range(len(task))
-    ]
-    longest = sorted(lengths)[10]
-    questions = rl.Questions(TaskMixture([task]), tokenizer, longest)
-    assert len(questions) == sum(length <= longest for length in lengths)
-    assert questions.num_left_out == 40 - len(questions)
-    with pytest.raises(UserError, match="none of 40 questions fits into 1 tokens"):
-        rl.Questions(TaskMixture([task]), tokenizer, 1)
-
-
-def test_a_run_with_other_questions_is_not_resumed(tokenizer):
-    one = questions_of(tokenizer)
-    one.load_state_dict([questions_of(tokenizer).state_dict()] * 2)
+    one.load_state_dict([questions_of(tokenizer, seed=3).state_dict()] * 2)
     with pytest.raises(UserError, match="not those of the run being resumed"):
         one.load_state_dict([questions_of(tokenizer, seed=1).state_dict()])
 
 
-# --- evaluation ----------------------------------------------------------------------------------
+def test_what_is_too_long_is_left_out_and_none_left_is_an_error(tokenizer):
+    mixture = TaskMixture([FirstToken(tokenizer)])
+    prompts = ({"messages": mixture[i]["messages"][:-1]} for i in range(len(mixture)))
+    lengths = [len(render_for_completion(tokenizer, prompt).ids) for prompt in prompts]
+    longest = sorted(lengths)[10]
+    questions = rl.Questions(mixture, tokenizer, longest)
+    assert len(questions) == sum(length <= longest for length in lengths)
+    assert questions.num_left_out == 40 - len(questions)
+    with pytest.raises(UserError, match="none of 40 questions fits into 1 tokens"):
+        rl.Questions(mixture, tokenizer, 1)
 
 
+# --- evaluation ---
 def test_pass_at_k_is_the_share_of_choices_with_a_right_sample():
     for n in range(1, 7):
         for right in range(n + 1):
@@ -254,14 +233,11 @@ def test_pass_at_k_is_the_share_of_choices_with_a_right_sample():
                 assert rl.pass_at_k(n, right, k) == pytest.approx(sum(map(any, choices)) / len(choices))
 
 
-def test_evaluation_agrees_with_the_rollouts_it_is_made_of(tokenizer):
-    model = make_model(tokenizer)
-    engine = Engine(model, tokenizer, max_rows=8)
+def test_evaluation_agrees_with_the_rollouts_it_is_made_of(sample, tokenizer):
     asked = questions_of(tokenizer).take(0, 12)
-    evaluation = rl.evaluate(engine, model, asked, Sampling(max_tokens=6), num_samples=4, seed="e")
+    evaluation = sample(asked, 6, 4, "e", rl.evaluate)
     found = evaluation.numbers
-    groups = rl.roll_out(engine, model, asked, Sampling(max_tokens=6), num_samples=4, seed="e")
-    rewards = [[r.reward for r in group] for group in groups]
+    rewards = [[r.reward for r in group] for group in sample(asked, 6, 4, "e")]
     assert found["val_reward"] == pytest.approx(sum(map(sum, rewards)) / 48)
     assert evaluation.means == pytest.approx([sum(group) / 4 for group in rewards])
     assert found["val_pass_at_1"] == pytest.approx(found["val_reward"])
@@ -271,41 +247,31 @@ def test_evaluation_agrees_with_the_rollouts_it_is_made_of(tokenizer):
     assert found["val_reward_se"] == pytest.approx((means.std() / 12**0.5).item())
 
 
-def test_evaluation_of_several_tasks_has_the_reward_of_each(tokenizer):
+def test_evaluation_of_several_tasks_has_the_reward_of_each(sample, tokenizer):
     class Unpaid(FirstToken):
         name = "Unpaid"
 
         def reward(self, conversation, completion):
             return 0.0
 
-    model = make_model(tokenizer)
-    engine = Engine(model, tokenizer, max_rows=8)
     mixture = TaskMixture([FirstToken(tokenizer, 12), Unpaid(tokenizer, 6)])
     asked = rl.Questions(mixture, tokenizer, 40).take(0, 18)
-    found = rl.evaluate(engine, model, asked, Sampling(max_tokens=6), num_samples=4, seed="e").numbers
+    found = sample(asked, 6, 4, "e", rl.evaluate).numbers
     assert (found["val_reward_Unpaid"], found["val_reward_Unpaid_se"]) == (0, 0)
     assert found["val_reward_FirstToken"] * 12 == pytest.approx(found["val_reward"] * 18)
     assert found["val_reward_FirstToken_se"] > 0
     alone = [question for question in asked if question.task.name == "FirstToken"]
-    found = rl.evaluate(engine, model, alone, Sampling(max_tokens=6), num_samples=4, seed="e").numbers
-    assert not any("FirstToken" in name for name in found)
+    assert not any("FirstToken" in name for name in sample(alone, 6, 4, "e", rl.evaluate).numbers)
 
 
-# --- learning ------------------------------------------------------------------------------------
-
-
-def test_the_reward_rises(tokenizer):
-    model = make_model(tokenizer)
+# --- learning ---
+def test_the_reward_rises(sample, model, tokenizer):
     optimizer = MuonAdamW(parameter_groups(model), rank=0, world_size=1, muon_dtype=torch.float32)
     for group in optimizer.groups:
         group.lr = group.initial_lr * 0.5
-    engine = Engine(model, tokenizer, max_rows=32)
-    questions = questions_of(tokenizer)
-    means = []
+    questions, means = questions_of(tokenizer), []
     for step in range(12):
-        groups = rl.roll_out(
-            engine, model, questions.take(step * 8, 8), Sampling(max_tokens=2), num_samples=8, seed=f"{step}"
-        )
+        groups = sample(questions.take(step * 8, 8), 2, 8, f"{step}")
         means.append(rl.step_numbers(groups)["reward"])
         batches = rl.make_batches([r for group in rl.differing(groups) for r in group], 16)
         accumulate_gradients(model, iter(batches), len(batches), device=CPU)
