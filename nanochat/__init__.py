@@ -1,4 +1,4 @@
-"""The library. Shared by all: `common.py`, `hardware.py`, `tokenizer.py`, `checkpoint.py`, `report.py`.
+"""The library. Shared by all: `common.py`, `flags.py`, `hardware.py`, `tokenizer.py`, `checkpoint.py`, `report.py`.
 
 The rest stands in rooms, each of which imports only from those before it:
 

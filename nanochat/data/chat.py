@@ -22,6 +22,7 @@ from nanochat.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 PART_TYPES = ("text", "python", "python_output")
+REPLY_FRAC = 0.25  # at most this share of the context is reserved for a reply; older turns are dropped first
 SYSTEM_SEPARATOR = "\n\n"  # between the system message and the first user message, which are one turn of tokens
 _PART_TOKENS = {  # around each part of an assistant's message
     "python": ("<|python_start|>", "<|python_end|>"),
@@ -102,6 +103,11 @@ def render(tokenizer: Tokenizer, conversation: Conversation, *, max_tokens: int 
         if message["role"] == "assistant":
             length, num_kept = len(ids), number
     return Rendered(ids[:length], mask[:length], len(messages) - num_kept)
+
+
+def prompt_limit(context_len: int, reply_tokens: int) -> int:
+    """Tokens a prompt may have, with room behind it for a reply of `reply_tokens` or `REPLY_FRAC` of the context."""
+    return context_len - max(1, min(reply_tokens, int(REPLY_FRAC * context_len)))
 
 
 def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, *, max_tokens: int | None = None) -> Prompt:

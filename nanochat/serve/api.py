@@ -23,7 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from nanochat.common import UserError
-from nanochat.data.chat import Conversation, Prompt, check_conversation, render_for_completion
+from nanochat.data.chat import Conversation, Prompt, check_conversation, prompt_limit, render_for_completion
 from nanochat.serve import schema
 from nanochat.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from nanochat.serve.errors import ApiError, ClientGone, as_api_error
@@ -32,11 +32,8 @@ from nanochat.serve.worker import LOADING_RETRY_SECONDS, Job, Pool
 from nanochat.tokenizer import Tokenizer
 
 PAGE_PATH = Path(__file__).with_name("ui.html")
-REPLY_ROOM_FRAC = 0.25  # of the context: a long conversation is shortened until a reply of that length fits
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-HEALTH_MESSAGES = {
-    "ok": "", "loading": "the model is being loaded", "failed": "the model could not be loaded; see the server's log",
-}  # fmt: skip
+HEALTH_MESSAGES = {"ok": "", "loading": "the model is being loaded", "failed": "see the server's log"}
 
 
 def create_app(pool: Pool, tokenizer: Tokenizer, settings: Settings, *, page_path: Path = PAGE_PATH) -> FastAPI:
@@ -163,12 +160,11 @@ class _Server:
 
     def _render(self, conversation: Conversation, max_tokens: int) -> Prompt:
         """The prompt, with room for the reply. Raises `ApiError` for a conversation that is malformed or too long."""
-        context_len, code = self.settings.context_len, None
-        room = max(1, min(max_tokens, int(context_len * REPLY_ROOM_FRAC)))
+        limit, code = prompt_limit(self.settings.context_len, max_tokens), None
         try:
             check_conversation(conversation)
             code = "context_length_exceeded"
-            return render_for_completion(self.tokenizer, conversation, max_tokens=context_len - room)
+            return render_for_completion(self.tokenizer, conversation, max_tokens=limit)
         except UserError as error:
             raise ApiError(400, str(error), code=code, param="messages") from error
 

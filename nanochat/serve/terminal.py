@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from nanochat.common import UserError, write_atomic
-from nanochat.data.chat import Delta, as_parts, check_conversation, render_for_completion, visible_text
+from nanochat.data.chat import Delta, as_parts, check_conversation, prompt_limit, render_for_completion, visible_text
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampling import Sampling
 from nanochat.tokenizer import Tokenizer
 
 INTERRUPTED = "interrupted"  # how an answer ended, besides the engine's "stop" and "length"
-REPLY_FRAC = 0.25  # at most this share of the context is reserved for the reply; older turns are dropped first
 PROMPT = "> "
 DIM, CYAN, RED, PLAIN = "\x1b[2m", "\x1b[36m", "\x1b[31m", "\x1b[0m"
 
@@ -157,9 +156,8 @@ class TerminalChat:
         """Like `ask`, with `messages` as the conversation: a last answer among them is continued."""
         if not messages:
             raise UserError("there is no answer yet")
-        context = self.engine.context
-        room = max(1, min(self.sampling.max_tokens, int(REPLY_FRAC * context)))
-        prompt = render_for_completion(self.tokenizer, self._with_system(messages), max_tokens=context - room)
+        limit = prompt_limit(self.engine.context, self.sampling.max_tokens)
+        prompt = render_for_completion(self.tokenizer, self._with_system(messages), max_tokens=limit)
         if prompt.num_dropped > self._num_dropped:
             dropped = f"the model no longer sees the first {prompt.num_dropped} messages"
             self.screen.notice(f"the conversation is longer than the context: {dropped}; /clear begins a new one")
@@ -182,7 +180,7 @@ class TerminalChat:
         if self.show_stats:
             first, last = (times[0], times[-1]) if times else (0.0, 0.0)
             rate = f", {(len(times) - 1) / (last - first):.1f} tokens/s" if last > first else ""
-            used = f"{len(prompt.ids) + len(times):,} of {context:,} tokens of context used"
+            used = f"{len(prompt.ids) + len(times):,} of {self.engine.context:,} tokens of context used"
             self.screen.notice(f"{len(times)} tokens{rate}, the first after {first:.2f} s; {used}")
         return reason
 
