@@ -13,7 +13,8 @@
 # move the work folder away or set NANOCHAT_BASE_DIR. These variables may be set beforehand:
 #   NANOCHAT_BASE_DIR  work folder (default: ~/.cache/nanochat)
 #   DATASET            hub repository, local folder, or "local" for the documentation texts found on this machine
-#   DEPTH NPROC        layers of the model; processes, one per GPU (a dry run without GPUs assumes 8)
+#   DEPTH NPROC        layers of the model (default on GPUs: 24, or what fits); processes, one per GPU (a dry run
+#                      without GPUs assumes 8)
 #   GPU                kind of GPU for a dry run (default: this machine's, or H100)
 #   VOCAB_SIZE         tokens of the vocabulary
 #   NUM_STEPS          steps of every training stage, to try it out
@@ -92,7 +93,6 @@ fi
 if [ "$num_gpus" -gt 0 ] || [ "$dry_run" = 1 ]; then
     NPROC="${NPROC:-$((num_gpus > 0 ? num_gpus : 8))}"
     DATASET="${DATASET:-karpathy/climbmix-400b-shuffle}"
-    DEPTH="${DEPTH:-24}"
     VOCAB_SIZE="${VOCAB_SIZE:-32768}"
     size=()
     SAVE_EVERY="${SAVE_EVERY:-1000}"
@@ -100,12 +100,17 @@ if [ "$num_gpus" -gt 0 ] || [ "$dry_run" = 1 ]; then
     core=()
     CHAT_DATA="${CHAT_DATA:-mixture}"
     RL="${RL:-0}"
-    # the shards that the model will read, from the arithmetic that also plans its training
-    plan="$(python -m scripts.base_train --dry-run --depth "$DEPTH" --vocab-size "$VOCAB_SIZE" --num-gpus "$NPROC" \
-        ${GPU:+--gpu "$GPU"} --save-every "$SAVE_EVERY" ${horizon[@]+"${horizon[@]}"} ${pretrain_flags[@]+"${pretrain_flags[@]}"})"
+    # The plan says which shards the model will read, and whether it fits; without DEPTH, the deepest model that does.
+    for DEPTH in ${DEPTH:-24 20 16 12 8}; do
+        plan="$(python -m scripts.base_train --dry-run --depth "$DEPTH" --vocab-size "$VOCAB_SIZE" --num-gpus "$NPROC" \
+            ${GPU:+--gpu "$GPU"} --save-every "$SAVE_EVERY" ${horizon[@]+"${horizon[@]}"} \
+            ${pretrain_flags[@]+"${pretrain_flags[@]}"})"
+        read -r num_shards fits < <(tail -n 1 <<<"$plan" | python -c \
+            'import json, sys; plan = json.load(sys.stdin); print(plan["num_shards"], plan.get("fits"))')
+        if [ "$fits" != False ]; then break; fi
+    done
     echo "${plan%$'\n'*}"
     if [ "$dry_run" = 1 ]; then exit; fi
-    num_shards="$(tail -n 1 <<<"$plan" | python -c 'import json, sys; print(json.load(sys.stdin)["num_shards"])')"
 elif [ -n "${RECIPE:-}" ]; then
     echo "$RECIPE needs GPUs, and this machine has none; --dry-run says what it takes" >&2
     exit 2

@@ -181,6 +181,21 @@ def test_the_run_of_october_2025_is_the_first_releases_and_a_plan_that_does_not_
     assert "but only 22.1 are usable: DOES NOT FIT" in plans["too small"]["memory per GPU"]
 
 
+@pytest.mark.slow
+def test_without_a_depth_the_deepest_model_that_fits_is_planned(checkout):
+    small, fixed = (
+        checkout.run(
+            "speedrun.sh", "--dry-run", GPU="RTX 4090", NPROC="1", PRETRAIN_FLAGS="--device-batch-size 4", **depth
+        )
+        for depth in ({}, {"DEPTH": "24"})
+    )
+    assert "DOES NOT FIT" in fixed.stdout
+    assert "DOES NOT FIT" not in small.stdout
+    assert small.stdout.startswith(
+        ("model                depth 20,", "model                depth 16,", "model                depth 12,")
+    )
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_unknown_arguments_are_refused_in_one_line(checkout, name):
     told = checkout.refusal(name, "--dry-run", "--depth")
