@@ -7,6 +7,7 @@ Not here: which files are wanted, what they mean, locks between processes (`data
 """
 
 import hashlib
+import itertools
 import os
 import random
 import re
@@ -26,6 +27,7 @@ REPO_PATTERN = re.compile(r"(\w[\w.-]*/\w[\w.-]*)((?:/[\w.=-]+)*)")  # owner/nam
 ATTEMPTS = 5  # at a listing or a file; within each, huggingface_hub resumes as long as bytes arrive
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # seconds between attempts; the hub limits requests per five minutes
 GIVE_UP_FAILURES = 8  # files in a row that could not be fetched: the network is gone, the rest need not be tried
+RETRY_STATUSES = (408, 416, 425, 429)  # of the 4xx; asking again does not change the others
 REQUEST_SECONDS = 60  # limit of each network operation where huggingface_hub has none
 STAGING = ".fetching"  # folder, beside the files, of those that are not yet whole
 
@@ -192,23 +194,22 @@ def _persist(request: Callable[[], T], stop: threading.Event) -> T:
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    for attempt in range(1, ATTEMPTS + 1):
-        asked_seconds, is_final = 0.0, False
+    for attempt in itertools.count(1):
         try:
             return request()
         except (httpx.HTTPError, ValueError, OSError, TransferError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # the disk's
                 raise
             cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-            if isinstance(cause, HfHubHTTPError):
-                asked_seconds, is_final = _asked_seconds(cause.response), 400 <= cause.response.status_code < 500
-                is_final = is_final and cause.response.status_code not in (408, 416, 425, 429)
-            if is_final or stop.is_set() or attempt == ATTEMPTS:
+            response = cause.response if isinstance(cause, HfHubHTTPError) else None
+            is_final = response is not None and 400 <= response.status_code < 500
+            is_final = is_final and response.status_code not in RETRY_STATUSES
+            if is_final or stop.is_set() or attempt >= ATTEMPTS:
                 raise TransferError(_reason(cause)) from error
+            asked_seconds = _asked_seconds(response) if response is not None else 0.0
         # Twice as long each time, with jitter so that many clients do not come back at the same moment.
         pause = FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
         stop.wait(min(max(pause, asked_seconds), LONGEST_PAUSE))
-    raise AssertionError("unreachable")
 
 
 def _asked_seconds(response: Any) -> float:
