@@ -187,9 +187,9 @@ def test_a_session_answers_in_turns_and_obeys_its_commands(command, open_termina
     terminal.type(f"/save {saved}\r", "4 messages saved")
     assert json.loads(saved.read_text()) == CONVERSATION
     terminal.type("/clear\r", "new conversation")
-    terminal.type(f"/load {saved}\r", "4 messages loaded", "> Thank you!\n", "Gladly.\n")
+    terminal.type(f"/load {saved}\r", "4 messages loaded", "> Thank you!\n", "Gladly.", "\n>")
 
-    terminal.type("half a line", "half a line")
+    terminal.type("half a line", "half a line")  # at the prompt: before it, Ctrl-C would be a signal and no key
     terminal.type(CTRL_C, "\n>")
     terminal.type(UP + UP + "\r", "new conversation", "\n>")  # before the last line, which was given up: /clear
     terminal.type(CTRL_D)
