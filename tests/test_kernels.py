@@ -26,28 +26,30 @@ print("checked")
 
 
 def check_softcap_loss(num_rows, vocab_size, *, dtype, padding, device):
-    """Losses and gradients, ignored rows and rows of a wider buffer included, against autograd in float64."""
+    """Losses and gradients against autograd in float64, with ignored rows, columns that are no classes, and rows that
+    are part of a wider buffer."""
     from nanochat.model.kernels import softcap_loss_
 
     generator = torch.Generator().manual_seed(num_rows * 1000 + vocab_size)
-    buffer = 20 * torch.randn(num_rows, vocab_size + padding, generator=generator)
+    buffer = 20 * torch.randn(num_rows, vocab_size + 2 * padding, generator=generator)
     buffer = buffer.to(device, dtype)
-    z = buffer[:, :vocab_size]
+    z = buffer[:, : vocab_size + padding]
     targets = torch.randint(vocab_size, (num_rows,), generator=generator).to(device)
     targets[::3] = IGNORE_INDEX if num_rows > 1 else targets[::3]
-    beyond = buffer[:, vocab_size:].clone()
+    beyond = buffer[:, vocab_size + padding :].clone()
 
-    exact = z.double().requires_grad_()
+    exact = z[:, :vocab_size].double().requires_grad_()
     capped = SOFTCAP * torch.tanh(exact / SOFTCAP)
     expected = torch.nn.functional.cross_entropy(capped, targets, ignore_index=IGNORE_INDEX, reduction="none")
     expected.sum().backward()
 
-    losses = softcap_loss_(z, targets, SOFTCAP, IGNORE_INDEX)
+    losses = softcap_loss_(z, targets, vocab_size, SOFTCAP, IGNORE_INDEX)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=2e-4)
     # one unit in the last place: the interpreter rounds towards zero where a GPU rounds to nearest
     precision = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
-    torch.testing.assert_close(z.double(), exact.grad, rtol=precision, atol=1e-5)
-    assert torch.equal(buffer[:, vocab_size:], beyond)
+    torch.testing.assert_close(z[:, :vocab_size].double(), exact.grad, rtol=precision, atol=1e-5)
+    assert not z[:, vocab_size:].any()
+    assert torch.equal(buffer[:, vocab_size + padding :], beyond)
 
 
 def assert_prints(expected: str, program: str, **environment: str) -> None:
@@ -71,12 +73,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton
 from nanochat.model import kernels
-names = ["z_ptr", "targets_ptr", "losses_ptr", "vocab_size", "row_stride", "softcap"]
-signature = dict(zip(names, ["*bf16", "*i64", "*fp32", "i32", "i32", "fp32"]))
+names = ["z_ptr", "targets_ptr", "losses_ptr", "vocab_size", "width", "row_stride", "softcap"]
+signature = dict(zip(names, ["*bf16", "*i64", "*fp32", "i32", "i32", "i32", "fp32"]))
 signature |= {"IGNORE": "constexpr", "BLOCK": "constexpr"}
 source = ASTSource(
     fn=kernels._softcap_loss_kernel, signature=signature, constexprs={"IGNORE": -1, "BLOCK": kernels.BLOCK},
-    attrs={(i,): [["tt.divisibility", 16]] for i in range(5)},
+    attrs={(i,): [["tt.divisibility", 16]] for i in range(6)},
 )
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels.NUM_WARPS})
 wide = re.findall(r"(ld|st)\\.global\\S*\\.v4\\.b32", compiled.asm["ptx"])

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.model import attention
+from nanochat.model.linear import Linear
 from nanochat.model.loss import IGNORE_INDEX, softcap_cross_entropy, softcap_logits
 
 __all__ = ["GPT", "IGNORE_INDEX", "GPTConfig", "build_model"]
@@ -158,23 +159,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
-class Linear(nn.Module):
-    """x @ weight.T, the float32 weight (out_features, in_features) cast to the dtype of x.
-
-    Unlike `nn.Linear` it does not initialise its weight, `GPT.init_weights` does. (On the meta device, PyTorch's
-    initialisation also imports its compiler: 9 seconds on a slow CPU.)
-    """
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
 class Embedding(nn.Module):
-    """Rows of a table (num_rows, channels), looked up by idx; not initialised on construction, see `Linear`."""
+    """Rows of a table (num_rows, channels), looked up by idx; not initialised on construction, as `Linear`."""
 
     def __init__(self, num_rows: int, channels: int):
         super().__init__()
@@ -310,8 +296,15 @@ class GPT(nn.Module):
         hidden = self.hidden(idx)
         if targets is None:
             return self.logits(hidden)
-        head = self.lm_head.weight[: self.config.vocab_size]
-        return softcap_cross_entropy(hidden, head, targets, softcap=self.config.softcap, reduction=reduction)
+        return self.loss(hidden, targets, reduction=reduction)
+
+    def loss(self, hidden: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+        """Cross-entropy in nats of targets (...) given final hidden states (..., C)."""
+        copy, vocab_size = self.lm_head.copy, self.config.vocab_size
+        return softcap_cross_entropy(
+            hidden, self.lm_head.weight, targets, vocab_size=vocab_size, softcap=self.config.softcap,
+            copy=None if copy is None else copy.values, reduction=reduction,
+        )  # fmt: skip
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Soft-capped logits (..., V) float32 of hidden states (..., C); the padded ids are left out."""

@@ -19,7 +19,7 @@ NUM_WARPS = 8
 
 @triton.jit
 def _softcap_loss_kernel(
-    z_ptr, targets_ptr, losses_ptr, vocab_size, row_stride, softcap, IGNORE: tl.constexpr, BLOCK: tl.constexpr
+    z_ptr, targets_ptr, losses_ptr, vocab_size, width, row_stride, softcap, IGNORE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One program a row. With gate = sigmoid(2 z / c), the capped logit is 2 c gate, shifted by a constant that softmax
     does not see. It lies between 0 and 2 c, so that exp needs no maximum subtracted first."""
@@ -43,23 +43,24 @@ def _softcap_loss_kernel(
     tl.store(losses_ptr + row, tl.where(counts, loss, 0.0))
 
     scale = tl.where(counts, 4.0, 0.0)
-    for start in range(0, vocab_size, BLOCK):
+    for start in range(0, width, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        is_logit = index < vocab_size
-        z = tl.load(z_row + index, mask=is_logit, other=0.0).to(tl.float32)
+        is_column = index < width
+        z = tl.load(z_row + index, mask=is_column, other=0.0).to(tl.float32)
         gate = 1.0 / (1.0 + tl.exp(-2.0 / softcap * z))
         probability = tl.exp(2.0 * softcap * gate) / denominator
         difference = probability - tl.where(index == target, 1.0, 0.0)
-        gradient = scale * difference * gate * (1.0 - gate)
-        tl.store(z_row + index, gradient.to(z_ptr.dtype.element_ty), mask=is_logit)
+        gradient = tl.where(index < vocab_size, scale * difference * gate * (1.0 - gate), 0.0)
+        tl.store(z_row + index, gradient.to(z_ptr.dtype.element_ty), mask=is_column)
 
 
 @torch.library.custom_op("nanochat::softcap_loss_", mutates_args=("z",))
-def softcap_loss_(z: Tensor, targets: Tensor, softcap: float, ignore_index: int) -> Tensor:
+def softcap_loss_(z: Tensor, targets: Tensor, vocab_size: int, softcap: float, ignore_index: int) -> Tensor:
     """Cross-entropy, in nats, of each row of `softcap * tanh(z / softcap)`; z becomes the gradient of their sum.
 
-    z (R, V) of any float dtype, contiguous along V, overwritten; targets (R,) int64, `ignore_index` where nothing is to
-    be predicted (loss and gradient 0 there). Returns (R,) float32.
+    z (R, W) of any float dtype, contiguous along W, overwritten; its columns from `vocab_size` on are no classes, and
+    become 0. targets (R,) int64, `ignore_index` where nothing is to be predicted (loss and gradient 0 there). Returns
+    (R,) float32.
     """
     assert z.stride(1) == 1, z.stride()
     assert targets.is_contiguous(), targets.stride()
@@ -67,11 +68,12 @@ def softcap_loss_(z: Tensor, targets: Tensor, softcap: float, ignore_index: int)
     if z.size(0):
         block = min(BLOCK, triton.next_power_of_2(z.size(1)))
         _softcap_loss_kernel[(z.size(0),)](
-            z, targets, losses, z.size(1), z.stride(0), softcap, IGNORE=ignore_index, BLOCK=block, num_warps=NUM_WARPS
-        )
+            z, targets, losses, vocab_size, z.size(1), z.stride(0), softcap,
+            IGNORE=ignore_index, BLOCK=block, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return losses
 
 
 @softcap_loss_.register_fake
-def _(z: Tensor, targets: Tensor, softcap: float, ignore_index: int) -> Tensor:
+def _(z: Tensor, targets: Tensor, vocab_size: int, softcap: float, ignore_index: int) -> Tensor:
     return z.new_empty(z.size(0), dtype=torch.float32)

@@ -9,6 +9,8 @@ kept. This works because the loss is a sum, whose gradient is known up to the fa
 import torch
 from torch import Tensor
 
+from nanochat.model.linear import add_product_
+
 IGNORE_INDEX = -1  # a target with this value counts neither in the loss nor in its mean
 CPU_PIECE_ELEMENTS = 1 << 24  # logits per piece: 64 MB of float32, enough rows for fast matrix products
 GPU_PIECE_ELEMENTS = 1 << 27  # 256 MB of bfloat16
@@ -22,21 +24,25 @@ def softcap_logits(hidden: Tensor, weight: Tensor, softcap: float) -> Tensor:
 
 
 def softcap_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: float, reduction: str = "mean"
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: float, vocab_size: int | None = None,
+    copy: Tensor | None = None, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """Cross-entropy, in nats, of targets under `softcap_logits(hidden, weight, softcap)`.
 
     hidden (..., C) in the compute dtype, weight (V, C), targets (...) int64, `IGNORE_INDEX` where nothing is to be
-    predicted. `reduction`: "mean" over the targets that count (0 if there are none), "sum", or "none" for a float32
-    loss per target, 0 where ignored, without gradients.
+    predicted. Rows of `weight` from `vocab_size` on are padding, no classes; `copy` is the weight in the compute dtype,
+    if there is one already. `reduction`: "mean" over the targets that count (0 if there are none), "sum", or "none" for
+    a float32 loss per target, 0 where ignored, without gradients.
     """
     rows, flat_targets = hidden.flatten(0, -2), targets.flatten()
+    vocab_size = weight.size(0) if vocab_size is None else vocab_size
     if reduction == "none":
         with torch.no_grad():
-            pieces = _pieces(rows, weight.size(0))
-            losses = [_losses(rows[part], weight, flat_targets[part], softcap) for part in pieces]
+            used = _used_rows(rows, weight, vocab_size, copy)
+            pieces = _pieces(rows, used.size(0))
+            losses = [_losses(rows[part], used, flat_targets[part], softcap, vocab_size) for part in pieces]
             return torch.cat(losses).view_as(targets)
-    total = _SoftcapCrossEntropySum.apply(rows, weight, flat_targets, softcap)
+    total = _SoftcapCrossEntropySum.apply(rows, weight, flat_targets, softcap, vocab_size, copy)
     if reduction == "sum":
         return total
     assert reduction == "mean", reduction
@@ -48,8 +54,15 @@ def _pieces(rows: Tensor, vocab_size: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows.size(0), step)]
 
 
-def _losses(rows: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    logits = softcap_logits(rows, weight, softcap)
+def _used_rows(rows: Tensor, weight: Tensor, vocab_size: int, copy: Tensor | None) -> Tensor:
+    """The rows of `weight` that take part in products, in the dtype of `rows`. On a GPU the padding does: rows of
+    logits must begin at multiples of 16 bytes, or matrix kernels are several times slower."""
+    weight = weight if copy is None else copy
+    return (weight if rows.is_cuda else weight[:vocab_size]).to(rows.dtype)
+
+
+def _losses(rows: Tensor, weight: Tensor, targets: Tensor, softcap: float, vocab_size: int) -> Tensor:
+    logits = softcap_logits(rows, weight, softcap)[:, :vocab_size]
     return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
 
 
@@ -57,23 +70,22 @@ class _SoftcapCrossEntropySum(torch.autograd.Function):
     """Sum of the losses. Forward computes the gradients too, piece by piece; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    def forward(
+        ctx, rows: Tensor, weight: Tensor, targets: Tensor, softcap: float, vocab_size: int, copy: Tensor | None
+    ) -> Tensor:
         needs_grad = any(ctx.needs_input_grad)
-        compute_weight = weight.to(rows.dtype)
+        used = _used_rows(rows, weight, vocab_size, copy)
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         grad_rows = torch.empty_like(rows) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         kernel = _gpu_kernel if rows.is_cuda else _blockwise_kernel
-        for part in _pieces(rows, weight.size(0)):
-            z = rows[part] @ compute_weight.T  # (R, V)
-            loss, grad_z = kernel(z, targets[part], softcap)
+        for part in _pieces(rows, used.size(0)):
+            z = rows[part] @ used.T  # (R, V)
+            loss, grad_z = kernel(z, targets[part], softcap, vocab_size)
             total += loss
             if needs_grad:
-                torch.mm(grad_z, compute_weight, out=grad_rows[part])
-                if grad_z.dtype == torch.float32:
-                    grad_weight.addmm_(grad_z.T, rows[part])
-                else:
-                    grad_weight += grad_z.T @ rows[part]
+                torch.mm(grad_z, used, out=grad_rows[part])
+                add_product_(grad_weight[: used.size(0)], grad_z.T, rows[part])
         if needs_grad:
             ctx.save_for_backward(grad_rows, grad_weight)
             ctx.weight_dtype = weight.dtype
@@ -83,7 +95,7 @@ class _SoftcapCrossEntropySum(torch.autograd.Function):
     def backward(ctx, grad_total: Tensor):
         grad_rows, grad_weight = ctx.saved_tensors
         scaled_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
-        return grad_rows.mul_(grad_total.to(grad_rows.dtype)), scaled_weight, None, None
+        return grad_rows.mul_(grad_total.to(grad_rows.dtype)), scaled_weight, None, None, None, None
 
 
 def loss_and_logit_gradient_(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
@@ -104,10 +116,10 @@ def loss_and_logit_gradient_(z: Tensor, targets: Tensor, softcap: float) -> tupl
     return (losses * counts).sum(), slope.mul_(difference).to(z.dtype)
 
 
-def _blockwise_kernel(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+def _blockwise_kernel(z: Tensor, targets: Tensor, softcap: float, vocab_size: int) -> tuple[Tensor, Tensor]:
     """`loss_and_logit_gradient_` a few rows at a time, so that all its passes stay in the cache (2.4x on a CPU)."""
     total = torch.zeros((), device=z.device)
-    step = max(1, CPU_BLOCK_ELEMENTS // z.size(1))
+    step = max(1, CPU_BLOCK_ELEMENTS // vocab_size)
     for start in range(0, z.size(0), step):
         block = z[start : start + step]
         loss, gradient = loss_and_logit_gradient_(block, targets[start : start + step], softcap)
@@ -117,10 +129,12 @@ def _blockwise_kernel(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tenso
     return total, z
 
 
-def _gpu_kernel(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """`loss_and_logit_gradient_` in one pass of a kernel of ours; where Triton is missing, by PyTorch's operations."""
+def _gpu_kernel(z: Tensor, targets: Tensor, softcap: float, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """`loss_and_logit_gradient_` of the first `vocab_size` columns, with 0 for the others, in one kernel of ours; where
+    Triton is missing, by PyTorch's operations."""
     try:
         from nanochat.model.kernels import softcap_loss_
     except ImportError:
-        return loss_and_logit_gradient_(z, targets, softcap)
-    return softcap_loss_(z, targets.contiguous(), softcap, IGNORE_INDEX).sum(), z
+        loss, gradient = loss_and_logit_gradient_(z[:, :vocab_size], targets, softcap)
+        return loss, torch.nn.functional.pad(gradient, (0, z.size(1) - vocab_size))
+    return softcap_loss_(z, targets.contiguous(), vocab_size, softcap, IGNORE_INDEX).sum(), z

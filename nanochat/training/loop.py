@@ -22,7 +22,7 @@ from nanochat.common import Runtime, UserError, gather_ranks, print0
 from nanochat.data.dataloader import Batch
 from nanochat.evals.loss_eval import BpbResult
 from nanochat.model.gpt import GPT
-from nanochat.model.loss import IGNORE_INDEX, softcap_cross_entropy
+from nanochat.model.loss import IGNORE_INDEX
 from nanochat.report import append_record
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import schedule
@@ -50,7 +50,7 @@ def grad_accum_steps(total_tokens: int, device_batch_size: int, sequence_len: in
 
 def accumulate_gradients(
     model: GPT, batches: Iterator[Batch], num_micro_steps: int, *, device: torch.device, world_size: int = 1,
-    loss_scale: float = 1.0,
+    loss_scale: float = 1.0, before_last: Callable[[], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """Forward and backward over the micro-batches of one step, adding to the parameters' gradients. Returns the loss
 
@@ -58,7 +58,8 @@ def accumulate_gradients(
 
     over all micro-batches and ranks, so that it does not depend on how the step is split; the weight is 1 for batches
     without weights. It is a 0-d float32 tensor on the device, not synchronised with the host. The gradients, once
-    summed over ranks, are those of this loss times `loss_scale`.
+    summed over ranks, are those of this loss times `loss_scale`. `before_last` is called before the last backward pass,
+    unless that is several passes, as it is for batches with weights.
     """
     step_batches = list(islice(batches, num_micro_steps))
     count = torch.full((), float(sum(batch.num_targets for batch in step_batches)), device=device)
@@ -66,8 +67,10 @@ def accumulate_gradients(
         dist.all_reduce(count)
     divisor = count.clamp(min=1.0)
     total = torch.zeros((), device=device)
-    for batch in step_batches:
+    for number, batch in enumerate(step_batches, start=1):
         if batch.weights is None:
+            if before_last is not None and number == len(step_batches):
+                before_last()
             loss = model(batch.idx, batch.targets, reduction="sum") / divisor
             (loss * loss_scale).backward()
             total += loss.detach()
@@ -86,15 +89,12 @@ def _backward_weighted(model: GPT, batch: Batch, scale: Tensor) -> Tensor:
     that prompts cost no product with the vocabulary.
     """
     hidden = model.hidden(batch.idx)
-    head = model.lm_head.weight[: model.config.vocab_size]
     total = torch.zeros((), device=hidden.device)
     gradients = []
     for row, targets, weight in zip(hidden.detach(), batch.targets, batch.weights, strict=True):
         row = row.requires_grad_()
         counts = targets != IGNORE_INDEX
-        loss = weight * softcap_cross_entropy(
-            row[counts], head, targets[counts], softcap=model.config.softcap, reduction="sum"
-        )
+        loss = weight * model.loss(row[counts], targets[counts], reduction="sum")
         (loss * scale).backward()
         total += loss.detach()
         gradients.append(row.grad)
@@ -103,10 +103,16 @@ def _backward_weighted(model: GPT, batch: Batch, scale: Tensor) -> Tensor:
 
 
 def make_optimizer(model: GPT, runtime: Runtime) -> MuonAdamW:
-    """The optimizer of every stage, sharded over the ranks."""
-    return MuonAdamW(
-        parameter_groups(model), rank=runtime.rank, world_size=runtime.world_size, muon_dtype=runtime.dtype
-    )
+    """The optimizer of every stage, sharded over the ranks. On a GPU it keeps the weights' copies in the compute dtype,
+    which the model's products then read."""
+    is_narrow = runtime.is_cuda and runtime.dtype != torch.float32
+    optimizer = MuonAdamW(
+        parameter_groups(model), rank=runtime.rank, world_size=runtime.world_size, muon_dtype=runtime.dtype,
+        wire_dtype=runtime.dtype if is_narrow else torch.float32, copy_dtype=runtime.dtype if is_narrow else None,
+    )  # fmt: skip
+    for name, copy in optimizer.copies.items():
+        model.get_submodule(name.removesuffix(".weight")).copy = copy
+    return optimizer
 
 
 def apply_schedule(optimizer: MuonAdamW, *, lr_mult: float, momentum: float, decay_mult: float) -> None:
@@ -341,6 +347,7 @@ class TrainingRun:
         loss_t = accumulate_gradients(
             self.model, batches, num_micro_steps, device=self.runtime.device,
             world_size=self.runtime.world_size, loss_scale=self.scaler.scale,
+            before_last=None if self.scaler.enabled else self.optimizer.expect_last_backward,
         )  # fmt: skip
         if self.scaler.unscale_(self.optimizer):
             self.optimizer.step()
