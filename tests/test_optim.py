@@ -13,6 +13,7 @@ from nanochat.common import UserError
 from nanochat.model.gpt import GPTConfig, build_model
 from nanochat.training import optim
 from nanochat.training.optim import Group, MuonAdamW, parameter_groups
+from nanochat.training.updates import adamw_update, muon_update
 
 ROWS_PER_STEP = 4  # that the ranks share
 MATRICES = {"a": (6, 10), "b": (6, 10), "c": (6, 10), "d": (10, 6), "e": (1, 1), "f": (7, 7)}
@@ -365,6 +366,35 @@ def test_the_state_of_another_model_is_refused_and_nothing_taken_over(change, wo
     with pytest.raises(UserError, match="model"):
         optimizer.load_state_dict(saved)
     assert_equal(optimizer.state_dict(), before)
+
+
+def test_the_updates_are_compiled_once_for_each_shape(monkeypatch):
+    """PyTorch gives up after eight variants of a function, and runs it eagerly without a word."""
+    monkeypatch.setattr(optim, "CPU_CHUNK", 1 << 20)
+    as_tensors = staticmethod(lambda values, **numbers: {key: torch.tensor(value) for key, value in numbers.items()})
+    monkeypatch.setattr(MuonAdamW, "_as_inputs", as_tensors)
+    compiled = {"adamw": 0, "muon": 0}
+
+    def counting(name):
+        def backend(graph, inputs):
+            compiled[name] += 1
+            return graph
+
+        return backend
+
+    torch.compiler.reset()
+    config = GPTConfig.from_depth(12, vocab_size=512, head_dim=16)
+    model = build_model(config, generator=torch.Generator().manual_seed(0))
+    optimizer = MuonAdamW(parameter_groups(model))
+    optimizer._adamw_update = torch.compile(adamw_update, dynamic=False, backend=counting("adamw"))
+    optimizer._muon_update = torch.compile(muon_update, dynamic=False, backend=counting("muon"))
+    for step in range(3):
+        for group in optimizer.groups:
+            group.lr = 0.01 * step
+        model(torch.zeros(1, 8, dtype=torch.int64), torch.ones(1, 8, dtype=torch.int64)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert compiled == {"adamw": 3, "muon": 4}  # three tables, four shapes of matrices
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
