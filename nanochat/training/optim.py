@@ -302,9 +302,13 @@ class MuonAdamW:
 
     def _make_copies(self, values: Tensor, grads: Tensor | None) -> WeightCopy:
         if self.use_fp8 and values.ndim == 3 and not any(size % fp8.MULTIPLE for size in values.shape[1:]):
-            empty = torch.empty_like(values, dtype=fp8.E4M3)
-            return WeightCopy(empty, grads, torch.empty_like(empty.mT, memory_format=torch.contiguous_format),
-                              values.new_empty(values.size(0)))  # fmt: skip
+            number, rows, columns = values.shape
+            copy, transposed = (
+                torch.empty(number, *shape, dtype=fp8.E4M3, device=values.device)
+                for shape in ((rows, columns), (columns, rows))
+            )
+            scale = values.new_empty(number, 4)[:, 0]  # at multiples of 16 bytes, or the compiler avoids wide loads
+            return WeightCopy(copy, grads, transposed, scale)
         return WeightCopy(torch.empty_like(values, dtype=self.copy_dtype), grads)
 
     @torch.no_grad()
