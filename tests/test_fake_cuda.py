@@ -7,7 +7,6 @@ from test_inference import CONFIGS
 
 from nanochat.engine.inference import InferenceModel, Piece, _DecodeGraphs
 from nanochat.engine.sampling import Sampling, plan_draw
-from nanochat.model import attention
 from nanochat.model.gpt import GPT, build_model
 
 
@@ -20,7 +19,7 @@ def config(request):
 def without_driver(monkeypatch):
     """No compiler, and no question to the driver about the kernels it can run."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(attention, "flash_kernels", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
 
 
 @pytest.fixture
