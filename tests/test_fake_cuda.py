@@ -7,6 +7,7 @@ from test_inference import CONFIGS
 
 from nanochat.engine.inference import InferenceModel, Piece, _DecodeGraphs
 from nanochat.engine.sampling import Sampling, plan_draw
+from nanochat.model import attention
 from nanochat.model.gpt import GPT, build_model
 
 
@@ -17,9 +18,9 @@ def config(request):
 
 @pytest.fixture(autouse=True)
 def without_driver(monkeypatch):
-    """No compiler, and no question to the driver about the kernels it can run."""
+    """No compiler, and no question to the driver about the kernels it can run: cuDNN's, in training."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
 
 
 @pytest.fixture
@@ -54,6 +55,12 @@ def test_the_forward_of_training_and_evaluation_stays_on_the_gpu(config, watch, 
     with torch.no_grad():
         assert model(idx).device.type == model(idx, idx, reduction="none").device.type == "cuda"
     assert watch.num_operations > 100
+    assert watch.off_device == []
+
+
+def test_the_mask_of_a_window_is_made_on_the_gpu(watch):
+    mask = attention.window_block_mask.__wrapped__(300, 100, torch.device("cuda"))
+    assert {x.device.type for x in mask.as_tuple() if isinstance(x, torch.Tensor)} == {"cuda"}
     assert watch.off_device == []
 
 
