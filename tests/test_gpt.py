@@ -232,6 +232,18 @@ def test_the_trunk_compiles_to_one_graph_forward_and_backward(derive, backend, m
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_a_backend_asked_for_serves_the_batches_of_training_only(tiny_model, tiny_config, monkeypatch):
+    assert tiny_model.choose_attention() == "attention: sdpa (flash, flex, cudnn: no CUDA GPU)"
+    assert tiny_model.choose_attention("masked") == "attention: masked (--attention masked)"
+    choose = Mock(wraps=attention.choose_backends)
+    monkeypatch.setattr(attention, "choose_backends", choose)
+    tiny_model(draw_idx(tiny_config))
+    with torch.no_grad():
+        tiny_model(draw_idx(tiny_config))
+        tiny_model(draw_idx(tiny_config, length=7))
+    assert [call.kwargs["wanted"] for call in choose.call_args_list] == ["masked", "masked", ""]
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_backout_takes_out_something_else_than_the_end_itself(depth):
     """Else its gradient is zero but for rounding, which AdamW turns into steps of full size."""
