@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nanochat import hardware
 from nanochat.common import add_runtime_flags, init_runtime, matmul_seconds, run_main
 from nanochat.data.dataloader import Batch
-from nanochat.model import attention
+from nanochat.flags import add_flags, shared
 from nanochat.model.gpt import GPTConfig, build_model
 from nanochat.training.loop import accumulate_gradients, fitting_batch, grad_accum_steps
 from nanochat.training.metrics import peak_memory_bytes
@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device-batch-size", type=int, default=8, help="rows per micro-step")
     parser.add_argument("--total-batch-size", type=int, default=16384, help="tokens per optimizer step")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--backend", default="", choices=["", *attention.BACKENDS], help="of attention")
+    add_flags(parser, shared("attention"))
     parser.add_argument("--window-pattern", default="SSSL", help="S for short and L for full attention, per layer")
     parser.add_argument("--no-compile", action="store_true")
     return parser.parse_args()
@@ -58,6 +58,7 @@ def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
     model = build_model(config, device=device, compute_dtype=runtime.dtype, generator=generator)
     if runtime.is_cuda and not args.no_compile:
         model.compile_trunk()
+    print(model.choose_attention(args.attention))
     rows = fitting_batch(model, args.device_batch_size)
     optimizer = MuonAdamW(parameter_groups(model), muon_dtype=runtime.dtype)
     num_micro_steps = grad_accum_steps(args.total_batch_size, rows, T, 1)
@@ -95,8 +96,6 @@ def cpu_rate(runtime) -> float:
 
 def main(args: argparse.Namespace) -> None:
     runtime = init_runtime(args.device_type, args.dtype)
-    if args.backend:
-        attention.default_backend = lambda device_type, dtype: args.backend
     print(f"{runtime.device.type}, {runtime.dtype}, T {args.sequence_len}, {args.total_batch_size} tokens a step")
     print("depth  first step s   tokens/s   GFLOP/s   share of peak   peak memory GiB")
     results = []

@@ -216,25 +216,48 @@ def kill_after_first_checkpoint(command: list[str], run: Path) -> None:
 
 
 def time_attention(tiny: bool) -> None:
-    """Milliseconds of forward, and of forward and backward, of each backend; errors against float32."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Milliseconds and TFLOP/s of forward, and of forward and backward, of each backend; errors against float32."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in every run
     B, T, H, D, short = (1, 64, 2, 16, 16) if tiny else (16, 2048, 12, 128, 512)
     generator = torch.Generator(device).manual_seed(0)
     inputs = [torch.randn(B, T, H, D, device=device, generator=generator).bfloat16().requires_grad_() for _ in "qkv"]
     for window in (None, short):
+        reach = window or T
+        visible = reach * (reach + 1) / 2 + (T - reach) * reach
+        flops = 4 * B * H * D * visible  # of forward; backward has twice as many
         with torch.no_grad():
-            first_row = (x[:1].float() for x in inputs)
-            exact = attention.causal_attention(*first_row, window=window, backend="masked")
+            first_row, reference = (x[:1].float() for x in inputs), attention.Backends("masked", "masked")
+            exact = attention.causal_attention(*first_row, window=window, backends=reference)
         for backend in attention.BACKENDS:
-            attend = partial(attention.causal_attention, *inputs, window=window, backend=backend)
-            figures = {"window": window, "backend": backend}
+            attend, options, figures = attention.causal_attention, {}, {"window": window, "backend": backend}
             try:
-                figures["error"] = (attend()[:1].float() - exact).abs().max().item()
-                figures["forward_ms"] = milliseconds(attend)
-                figures["both_ms"] = milliseconds(lambda attend=attend: attend().sum().backward())
+                choice = {"is_compiled": True, "wanted": backend}
+                options["backends"] = attention.choose_backends(device, torch.bfloat16, D, T, **choice)
+                if backend == ("flex" if window is None else "cudnn"):
+                    continue  # it serves the other kind of layers
+                if backend == "flex":
+                    options["block_mask"] = attention.window_block_mask(T, short, device)
+                if device.type == "cuda" and backend in ("flex", "sdpa"):  # the others gain nothing
+                    attend = torch.compile(attend, dynamic=False)
+                run = partial(attend, *inputs, window=window, **options)
+                figures["error"] = (run()[:1].float() - exact).abs().max().item()
+                for name, share, work in (("forward", 1, run), ("both", 3, lambda run=run: run().sum().backward())):
+                    spent = milliseconds(work)
+                    figures |= {f"{name}_ms": spent, f"{name}_tflops": share * flops / spent / 1e9}
             except Exception as error:  # a backend that does not run here is a finding, not a failure
                 figures["failure"] = f"{type(error).__name__}: {error}"[:200]
             print(json.dumps(figures), flush=True)
+    for is_allowed in (False, True):  # whether SDPA may take cuDNN, which plans for each new length
+        torch.backends.cuda.enable_cudnn_sdp(is_allowed)
+        batches = [torch.randn(4, H, 100 + 37 * n, D, device=device).bfloat16() for n in range(20)]
+        begin = time.perf_counter()
+        for x in batches:
+            torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        spent = 1e3 * (time.perf_counter() - begin)
+        print(json.dumps({"new_lengths": len(batches), "cudnn_allowed": is_allowed, "all_ms": spent}), flush=True)
 
 
 def time_loss(tiny: bool) -> None:

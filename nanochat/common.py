@@ -146,6 +146,7 @@ def init_runtime(device_type: str = "", dtype: str = "") -> Runtime:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # some 50 ms for each new shape; training asks for it by name
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     chosen = from_rank0(dtype or (choose_dtype(device) if rank == 0 else ""))

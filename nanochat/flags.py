@@ -17,6 +17,7 @@ from nanochat.common import UserError
 
 SOURCES = ("base", "mid", "sft", "rl")  # stages that write checkpoints
 RUNTIME_FLAGS = ("device_type", "dtype")  # of `common.add_runtime_flags`
+ATTENTION = ("flash", "flex", "cudnn", "sdpa", "masked")  # the backends of `nanochat/model/attention.py`
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ SHARED = {
         # runtime
         Flag("run", str, "", "name of the run on wandb (default: no wandb)", **FREE),
         Flag("no_compile", bool, False, "run the model eagerly on a GPU too", **FREE),
+        Flag("attention", str, "", "backend of attention in training (default: the fastest that fits)",
+             choices=ATTENTION, **FREE),
         Flag("seed", int, 42, "random seed of the order of the data and of sampling"),
         # checkpoints
         Flag("source", str, "base", "stage of the checkpoint", choices=SOURCES),

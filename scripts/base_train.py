@@ -32,7 +32,7 @@ SAMPLE_TOKENS = 16
 
 FLAGS = (
     # runtime
-    *shared("run", "no_compile"),
+    *shared("run", "no_compile", "attention"),
     Flag("seed", int, 42, "random seed of the initial weights"),
     # model
     Flag("depth", int, 20, "layers; width, heads and all else follow from it"),
@@ -101,6 +101,7 @@ def main(args: argparse.Namespace) -> None:
         model = build_model(config, device=device, compute_dtype=runtime.dtype, generator=generator)
     if runtime.is_cuda and not args.no_compile:
         model.compile_trunk()
+    print0(model.choose_attention(args.attention))
     print0(", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items()), "parameters")
 
     # optimizer, before the batch size is fitted to the memory it leaves

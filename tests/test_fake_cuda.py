@@ -21,9 +21,9 @@ def config(request):
 
 @pytest.fixture(autouse=True)
 def without_driver(monkeypatch):
-    """No compiler, and no question to the driver about the kernels it can run."""
+    """No compiler, and no question to the driver about the kernels it can run: cuDNN's, in training."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(attention, "flash_kernels", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
 
 
 @pytest.fixture
@@ -77,6 +77,12 @@ def test_rows_of_logits_are_aligned_whatever_the_vocabulary(config, watch, monke
     model = on_gpu(replace(config, vocab_size=397))
     model(draw_idx((2, 48)), draw_idx((2, 48)))
     assert [z.stride() for z in seen] == [(448, 1)]
+    assert watch.off_device == []
+
+
+def test_the_mask_of_a_window_is_made_on_the_gpu(watch):
+    mask = attention.window_block_mask.__wrapped__(300, 100, torch.device("cuda"))
+    assert {x.device.type for x in mask.as_tuple() if isinstance(x, torch.Tensor)} == {"cuda"}
     assert watch.off_device == []
 
 

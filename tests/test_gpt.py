@@ -5,9 +5,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import fill_randomly
+from test_flash import played_backward, played_forward
+from torch.nn.attention import flex_attention
 
 from nanochat.common import UserError
-from nanochat.model import gpt
+from nanochat.model import attention, flash
+from nanochat.model.attention import Backends
 from nanochat.model.gpt import GPT, IGNORE_INDEX, GPTConfig, build_model
 
 
@@ -199,21 +202,26 @@ def test_the_compiled_trunk_serves_batches_of_the_training_shape_only(tiny_model
     assert [call.args[0].size(1) for call in compiled.call_args_list] == [32, 32]
 
 
+@pytest.mark.parametrize("backend", ["masked", "sdpa", "cudnn", "flex", "flash"])
 @pytest.mark.parametrize("derive", [GPTConfig.from_depth, GPTConfig.october_2025])
-def test_the_trunk_compiles_to_one_graph_forward_and_backward(derive, monkeypatch):
-    """A break would leave most of the speed behind; so would the choice of a backend within the graph."""
+def test_the_trunk_compiles_to_one_graph_forward_and_backward(derive, backend, monkeypatch):
+    """A break would leave most of the speed behind; so would the choice of a backend within the graph. What needs a GPU
+    is played: FlexAttention by PyTorch's own formulas, the others as in `test_flash.py` and by SDPA."""
     model = tiny(2, derive)
     idx = draw_idx(model.config)
 
     def gradients():
         return torch.autograd.grad(model(idx, idx.roll(-1, 1)), list(model.parameters()))
 
-    def choose(device_type, dtype):
+    def choose(*settings, **more):
         assert not torch.compiler.is_compiling()
-        return "sdpa"
+        return Backends(*{"cudnn": ("cudnn", "sdpa"), "flex": ("sdpa", "flex")}.get(backend, (backend, backend)))
 
     expected = gradients()
-    monkeypatch.setattr(gpt.attention, "default_backend", choose)
+    monkeypatch.setattr(attention, "choose_backends", choose)
+    monkeypatch.setattr(attention, "_cudnn", lambda q, k, v: attention._sdpa(q, k, v, is_causal=True))
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *qkv: None)
+    monkeypatch.setattr(flash, "flash_kernels", lambda: (played_forward, played_backward))
     torch._dynamo.reset()
     compile_, options = torch.compile, {"fullgraph": True, "backend": "aot_eager"}
     monkeypatch.setattr(torch, "compile", lambda function, **given: compile_(function, **given, **options))
@@ -222,6 +230,18 @@ def test_the_trunk_compiles_to_one_graph_forward_and_backward(derive, monkeypatc
         for _ in range(2):
             for ours, theirs in zip(gradients(), expected, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_backend_asked_for_serves_the_batches_of_training_only(tiny_model, tiny_config, monkeypatch):
+    assert tiny_model.choose_attention() == "attention: sdpa (flash, flex, cudnn: no CUDA GPU)"
+    assert tiny_model.choose_attention("masked") == "attention: masked (--attention masked)"
+    choose = Mock(wraps=attention.choose_backends)
+    monkeypatch.setattr(attention, "choose_backends", choose)
+    tiny_model(draw_idx(tiny_config))
+    with torch.no_grad():
+        tiny_model(draw_idx(tiny_config))
+        tiny_model(draw_idx(tiny_config, length=7))
+    assert [call.kwargs["wanted"] for call in choose.call_args_list] == ["masked", "masked", ""]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])

@@ -19,7 +19,10 @@ def test_parts_run_apart_and_are_summed_up_in_a_json_line():
     outcomes = {part["name"]: part for part in summary["parts"]}
     assert outcomes["loss"]["status"] == "passed"
     assert outcomes["loss"]["figures"][0]["both_ms"] > 0
-    assert {figure["backend"] for figure in outcomes["attention"]["figures"]} == set(gpu_check.attention.BACKENDS)
+    *timed, without, allowed = outcomes["attention"]["figures"]
+    assert {figure["backend"] for figure in timed} == set(gpu_check.attention.BACKENDS)
+    assert all(figure["both_tflops"] > 0 for figure in timed if figure["backend"] in ("sdpa", "masked"))
+    assert (without["cudnn_allowed"], allowed["cudnn_allowed"]) == (False, True)
     assert ended.returncode == 0
 
 

@@ -409,7 +409,7 @@ def assert_refused(ended, *words):
         "--eval-every -1", "--eval-tokens -1", "--save-every -1", "--core-every -1",
         "--warmup-steps -1", "--warmdown-frac 1.5", "--warmdown-frac nan",
         "--final-lr-frac -0.1", "--lr-mult -1", "--lr-mult nan", "--weight-decay -1",
-        "--dtype float12", "--device-type tpu", "--device-type cuda", "--model-tag a/b",
+        "--dtype float12", "--device-type tpu", "--device-type cuda", "--attention flex", "--model-tag a/b",
         "--model-tag ..", "--dry-run --minutes 1", "--dry-run --num-gpus 0", "--dry-run --vocab-size -1",
     ],
 )  # fmt: skip

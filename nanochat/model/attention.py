@@ -15,34 +15,116 @@ Backends
 - "masked": PyTorch's SDPA with the mask above written out. The reference, O(T^2) in time and memory.
 - "sdpa":   PyTorch's SDPA; a sequence is cut into blocks as long as the window, so that no (T, T) mask exists and
             the work is O(T * window).
-- "flash":  FlashAttention's windowed kernels (`flash.py`; package `flash-attn-4`, Hopper and newer), where installed.
+- "cudnn":  cuDNN's kernels, for full layers. They plan some 50 ms for each new shape: compiled training only.
+- "flex":   FlexAttention's Triton kernels, for windowed layers: blocks of the mask that hide all are skipped. Compiled
+            training only: outside of `torch.compile` it is slower than the reference.
+- "flash":  FlashAttention's kernels for both kinds of layers (`flash.py`; package `flash-attn-4`).
+
+`choose_backends` takes the fastest that fit. On an H100, forward and backward of 12 heads of 128 and 16 rows of 2,048,
+cuDNN took 1.8 ms without a window, FlexAttention 1.6 and "sdpa" 3.6 with one of 512 (dev/LOG.md).
 """
+
+import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.common import UserError
 from nanochat.model.flash import flash_attention, flash_kernels
 
-BACKENDS = ("masked", "sdpa", "flash")
+BACKENDS = ("flash", "flex", "cudnn", "sdpa", "masked")
+MIN_CAPABILITY = {"flash": (9, 0), "flex": (8, 0), "cudnn": (8, 0)}  # of the GPU
+FLEX_BLOCK = 128  # side of the blocks that are skipped or computed
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, backend: str = "") -> Tensor:
+@dataclass(frozen=True)
+class Backends:
+    """Names of the backends of full and of windowed layers, and why it is these."""
+
+    full: str
+    windowed: str
+    reason: str = ""
+
+    def in_words(self, window: int | None) -> str:
+        """The line in a run's log, for a model with layers of this window (None: all are full)."""
+        is_one = window is None or self.windowed == self.full
+        names = self.full if is_one else f"{self.windowed} for windows of {window}, {self.full} for full layers"
+        return f"attention: {names} ({self.reason})"
+
+
+def choose_backends(
+    device: torch.device, dtype: torch.dtype, head_dim: int, sequence_len: int, *, is_compiled: bool = False,
+    wanted: str = "",
+) -> Backends:  # fmt: skip
+    """The fastest backends that fit, or `wanted` for the layers that it serves (flex: windowed, cudnn: full).
+
+    is_compiled: the call is part of a compiled graph, in which shapes never change. Must not be traced itself, as it
+    looks for packages. Raises `UserError` when `wanted` does not fit.
+    """
+    settings = (device, dtype, head_dim, sequence_len, is_compiled)
+    obstacles = {name: _obstacle(name, *settings) for name in MIN_CAPABILITY}
+    if wanted and obstacles.get(wanted):
+        possible = ", ".join(name for name in BACKENDS if not obstacles.get(name))
+        raise UserError(f"--attention {wanted} cannot run here: {obstacles[wanted]}; possible are {possible}")
+    if not obstacles["flash"]:
+        chosen = Backends("flash", "flash", "the fastest here")
+    else:
+        reasons = {why: ", ".join(n for n in obstacles if obstacles[n] == why) for why in obstacles.values() if why}
+        reason = "; ".join(f"{names}: {why}" for why, names in reasons.items())
+        chosen = Backends("sdpa" if obstacles["cudnn"] else "cudnn", "sdpa" if obstacles["flex"] else "flex", reason)
+    if not wanted:
+        return chosen
+    full, windowed = chosen.full if wanted == "flex" else wanted, chosen.windowed if wanted == "cudnn" else wanted
+    return Backends(full, windowed, f"--attention {wanted}")
+
+
+def _obstacle(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, sequence_len: int, is_compiled: bool
+) -> str:
+    """Why a backend of `MIN_CAPABILITY` cannot run, "" if it can."""
+    if device.type != "cuda":
+        return "no CUDA GPU"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{str(dtype).removeprefix('torch.')} is neither bfloat16 nor float16"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY[backend]:
+        return "compute capability {}.{} is below {}.{}".format(*capability, *MIN_CAPABILITY[backend])
+    if head_dim % 8 or not 16 <= head_dim <= 128:
+        return f"heads of {head_dim} channels are not 16 to 128 and a multiple of 8"
+    if backend == "flash":
+        return "" if flash_kernels() else "package flash-attn-4 is not installed or does not load"
+    if not is_compiled:
+        return "the model is not compiled"
+    if backend == "flex" and sequence_len < FLEX_BLOCK:
+        return f"rows are shorter than {FLEX_BLOCK} tokens"
+    return ""
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, backends: Backends | None = None, block_mask=None
+) -> Tensor:
     """Softmax attention with scale D ** -0.5 over the visible positions; (B, T, H, D) in the dtype of `q`.
 
-    `backend` is one of `BACKENDS`, or "" for `default_backend`; code that is compiled should pass one, because that
-    choice cannot be traced.
+    Without `backends`, the choice of `choose_backends` for code that is not compiled. "flex" needs the `block_mask` of
+    `window_block_mask`.
     """
     assert k.shape == v.shape, (k.shape, v.shape)
     assert q.shape[:2] == k.shape[:2], (q.shape, k.shape)
     assert q.size(2) % k.size(2) == 0, (q.shape, k.shape)
     if window is not None and window >= q.size(1):
         window = None
-    backend = backend or default_backend(q.device.type, q.dtype)
+    backends = backends or choose_backends(q.device, q.dtype, q.size(-1), q.size(1))
+    backend = backends.full if window is None else backends.windowed
     if backend == "flash":
         return flash_attention(q, k, v, window)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), as SDPA wants it
-    if window is None:
+    if backend == "flex":
+        y = _flex(q, k, v, block_mask)
+    elif backend == "cudnn":
+        y = _cudnn(q, k, v)
+    elif window is None:
         y = _sdpa(q, k, v, is_causal=True)
     elif backend == "masked":
         y = _sdpa(q, k, v, attn_mask=band_mask(q.size(2), q.size(2), window, q.device))
@@ -66,11 +148,27 @@ def band_mask(num_queries: int, num_keys: int, window: int | None, device: torch
     return visible if window is None else visible & (key_pos > query_pos - window)
 
 
-def default_backend(device_type: str, dtype: torch.dtype) -> str:
-    """The fastest backend: "flash" for 16-bit floats on a GPU that runs its kernels, else "sdpa"."""
-    if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) and flash_kernels() is not None:
-        return "flash"
-    return "sdpa"
+@functools.cache
+def window_block_mask(sequence_len: int, window: int, device: torch.device):
+    """FlexAttention's description of a window: which blocks are computed, and which positions in them are visible."""
+    from torch.nn.attention.flex_attention import create_block_mask  # imports for 0.4 s
+
+    def visible(row, head, query_pos, key_pos):
+        return (key_pos <= query_pos) & (key_pos > query_pos - window)
+
+    return create_block_mask(visible, None, None, sequence_len, sequence_len, device, BLOCK_SIZE=FLEX_BLOCK)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.size(1) != k.size(1))
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full causal attention. PyTorch's way to ask for cuDNN, `sdpa_kernel`, would put a switch into the graph, and such
+    a graph is not kept in the compile cache: every start would compile again."""
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, is_causal=True)[0]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:

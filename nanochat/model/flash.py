@@ -17,9 +17,7 @@ from torch import Tensor
 
 @functools.cache
 def flash_kernels() -> tuple[Callable, Callable] | None:
-    """The package's forward and backward; None where the GPU is too old, or it is missing or does not load."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
-        return None
+    """The package's forward and backward; None where it is missing or does not load."""
     try:
         interface = importlib.import_module("flash_attn.cute.interface")
         return interface._flash_attn_fwd, interface._flash_attn_bwd

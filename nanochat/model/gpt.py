@@ -245,6 +245,7 @@ class GPT(nn.Module):
         self._rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, as long as the longest input seen
         self._compiled_trunk: Callable[..., Tensor] | None = None
         self._training_shape: torch.Size | None = None
+        self._attention = ""
 
     @property
     def device(self) -> torch.device:
@@ -315,15 +316,31 @@ class GPT(nn.Module):
         if torch.is_grad_enabled():
             self._training_shape = idx.shape
         # evaluation brings batches of many shapes, too many to compile for each
-        is_compiled = self._compiled_trunk is not None and idx.shape == self._training_shape
-        trunk = self._compiled_trunk if is_compiled else self.trunk
-        backend = attention.default_backend(self.device.type, self.compute_dtype)  # looks for packages: not traceable
-        attend = partial(attention.causal_attention, backend=backend)
-        return trunk(idx, *self.rotary(idx.size(1)), attend=attend)
+        is_training_shape = idx.shape == self._training_shape
+        is_compiled = self._compiled_trunk is not None and is_training_shape
+        trunk, T = self._compiled_trunk if is_compiled else self.trunk, idx.size(1)
+        backends = self._backends(T, is_compiled, self._attention if is_training_shape else "")
+        block_mask = None
+        if backends.windowed == "flex":
+            block_mask = attention.window_block_mask(T, self.config.short_window, self.device)
+        attend = partial(attention.causal_attention, backends=backends, block_mask=block_mask)
+        return trunk(idx, *self.rotary(T), attend=attend)
 
     def compile_trunk(self) -> None:
         """Compile `trunk` for the shape of training's batches."""
         self._compiled_trunk = torch.compile(self.trunk, dynamic=False)
+
+    def choose_attention(self, wanted: str = "") -> str:
+        """Use the attention backend `wanted` ("": the fastest that fits) for training's batches; call it after
+        `compile_trunk`. Returns the choice in words. Raises `UserError` when it does not fit."""
+        self._attention, T = wanted, self.config.sequence_len
+        windows = {self.config.window(layer) for layer in range(self.config.n_layer)} - {None}
+        return self._backends(T, self._compiled_trunk is not None, wanted).in_words(max(windows, default=None))
+
+    def _backends(self, length: int, is_compiled: bool, wanted: str) -> attention.Backends:
+        return attention.choose_backends(
+            self.device, self.compute_dtype, self.config.head_dim, length, is_compiled=is_compiled, wanted=wanted
+        )
 
     def trunk(
         self, idx: Tensor, cos: Tensor, sin: Tensor, *, previous: Tensor | None = None,

@@ -58,6 +58,7 @@ def load_start(stage: str, args: argparse.Namespace, free: Collection[str], *, c
     if runtime.is_cuda and compile_trunk:
         model.compile_trunk()
     print0(f"{runtime}, {folder.name} from {origin.relative_to(origin.parents[2])}")
+    print0(model.choose_attention(args.attention))
     return Start(folder, runtime, model, tokenizer, meta, resumed)
 
 
