@@ -316,10 +316,15 @@ class GPT(nn.Module):
             self._training_shape = idx.shape
         # evaluation brings batches of many shapes, too many to compile for each
         is_compiled = self._compiled_trunk is not None and idx.shape == self._training_shape
-        trunk = self._compiled_trunk if is_compiled else self.trunk
         backend = attention.default_backend(self.device.type, self.compute_dtype)  # looks for packages: not traceable
         attend = partial(attention.causal_attention, backend=backend)
-        return trunk(idx, *self.rotary(idx.size(1)), attend=attend)
+        inputs = (idx, *self.rotary(idx.size(1)))
+        if not is_compiled:
+            return self.trunk(*inputs, attend=attend)
+        # also without gradients: a graph of its own would have to be compiled first, for the same operations
+        with torch.enable_grad():
+            hidden = self._compiled_trunk(*inputs, attend=attend)
+        return hidden if torch.is_grad_enabled() else hidden.detach()
 
     def compile_trunk(self) -> None:
         """Compile `trunk` for the shape of training's batches."""
