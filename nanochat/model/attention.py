@@ -168,6 +168,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask) -> Tensor:
 def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Full causal attention. PyTorch's way to ask for cuDNN, `sdpa_kernel`, would put a switch into the graph, and such
     a graph is not kept in the compile cache: every start would compile again."""
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) if x.size(1) < q.size(1) else x for x in (k, v))
     return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, is_causal=True)[0]
 
 
