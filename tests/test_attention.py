@@ -55,9 +55,9 @@ def test_gradients_of_the_blocked_window_equal_the_masked_ones(window):
     assert_all_close(with_gradients("sdpa", *draw(10), window), with_gradients("masked", *draw(10), window))
 
 
-def assert_all_close(actual, expected, **tolerance):
+def assert_all_close(actual, expected):
     for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours.to(theirs.dtype), theirs, **tolerance)
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_the_choice_is_told_with_its_reason(machine):
         "(flash: package flash-attn-4 is not installed or does not load)"
     )
     assert chosen.in_words(None).startswith("attention: cudnn (flash: package")
-    assert choose_backends(CPU, BF16, 128, 2048).in_words(512) == "attention: sdpa (flash, flex, cudnn: no CUDA GPU)"
+    assert choose_backends(CPU, BF16, 128, 2048).in_words(512) == "attention: sdpa (no CUDA GPU)"
     machine((8, 6))
     assert choose_backends(GPU, BF16, 128, 2048).reason == (
         "flash: compute capability 8.6 is below 9.0; flex, cudnn: the model is not compiled"
@@ -219,4 +219,5 @@ def test_every_backend_on_a_gpu_equals_the_reference(backend, window):
         options["block_mask"] = window_block_mask(T, window, device)
     inputs = [x.to(device, BF16) for x in draw(T, D=128)]
     expected = with_gradients("masked", *(x.float() for x in inputs), window)
-    assert_all_close(with_gradients(backend, *inputs, window, **options), expected, rtol=3e-2, atol=3e-2)
+    for ours, exact in zip(with_gradients(backend, *inputs, window, **options), expected, strict=True):
+        assert (ours.float() - exact).norm() < 0.01 * exact.norm()  # a window longer by one is above that

@@ -254,7 +254,7 @@ def test_the_trunk_compiles_to_one_graph_forward_and_backward(derive, backend, m
 
 
 def test_a_backend_asked_for_serves_the_batches_of_training_only(tiny_model, tiny_config, monkeypatch):
-    assert tiny_model.choose_attention() == "attention: sdpa (flash, flex, cudnn: no CUDA GPU)"
+    assert tiny_model.choose_attention() == "attention: sdpa (no CUDA GPU)"
     assert tiny_model.choose_attention("masked") == "attention: masked (--attention masked)"
     choose = Mock(wraps=attention.choose_backends)
     monkeypatch.setattr(attention, "choose_backends", choose)

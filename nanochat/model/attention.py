@@ -36,6 +36,7 @@ from nanochat.model.flash import flash_attention, flash_kernels
 
 BACKENDS = ("flash", "flex", "cudnn", "sdpa", "masked")
 MIN_CAPABILITY = {"flash": (9, 0), "flex": (8, 0), "cudnn": (8, 0)}  # of the GPU
+NO_GPU = "no CUDA GPU"
 FLEX_BLOCK = 128  # side of the blocks that are skipped or computed
 
 
@@ -63,6 +64,8 @@ def choose_backends(
     is_compiled: the call is part of a compiled graph, in which shapes never change. Must not be traced itself, as it
     looks for packages. Raises `UserError` when `wanted` does not fit.
     """
+    if device.type != "cuda" and not wanted:
+        return Backends("sdpa", "sdpa", NO_GPU)
     settings = (device, dtype, head_dim, sequence_len, is_compiled)
     obstacles = {name: _obstacle(name, *settings) for name in MIN_CAPABILITY}
     if wanted and obstacles.get(wanted):
@@ -85,7 +88,7 @@ def _obstacle(
 ) -> str:
     """Why a backend of `MIN_CAPABILITY` cannot run, "" if it can."""
     if device.type != "cuda":
-        return "no CUDA GPU"
+        return NO_GPU
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{str(dtype).removeprefix('torch.')} is neither bfloat16 nor float16"
     capability = torch.cuda.get_device_capability(device)
