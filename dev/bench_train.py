@@ -4,9 +4,9 @@
     python dev/bench_train.py --depth 12 20 24 --total-batch-size 524288                                 # a GPU
 
 For each depth: time until the first optimizer step is done (model, compilation, data), tokens per second (median over
-the later half of the steps, optimizer included), share of peak, loss of a fixed batch, peak memory. On a GPU, peak is
-the data sheet's; on a CPU it is the rate of a 1024^3 matrix product of the same dtype, the faster of one measured
-before and one after.
+the later half of the steps, optimizer included), share of peak, seconds of an optimizer step alone, loss of a fixed
+batch, peak memory beside what the plan expects of a GPU. On a GPU, peak is the data sheet's; on a CPU it is the rate of
+a 1024^3 matrix product of the same dtype, the faster of one measured before and one after.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from nanochat.model.gpt import GPTConfig, build_model
 from nanochat.training.loop import accumulate_gradients, fitting_batch, grad_accum_steps
 from nanochat.training.metrics import peak_memory_bytes
 from nanochat.training.optim import MuonAdamW, parameter_groups
+from nanochat.training.recipe import training_bytes
 
 PRODUCT_SIZE = 1024
 
@@ -50,6 +51,7 @@ def parse_args() -> argparse.Namespace:
 
 def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
     """The numbers for one depth."""
+    torch.compiler.reset()  # else the depths together pass the limit of eight variants, and run eagerly without a word
     device, T = runtime.device, args.sequence_len
     product_rate = cpu_rate(runtime)
     started = time.perf_counter()
@@ -72,6 +74,7 @@ def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
         loss = loss.item()
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
+    optimizer_seconds = seconds_of_optimizer(optimizer, runtime)
     speed = args.total_batch_size / statistics.median(seconds[len(seconds) // 2 :])
     flops = model.flops_per_token()
     if runtime.is_cuda:
@@ -83,8 +86,23 @@ def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
         "first_step_seconds": seconds[0], "tokens_per_second": speed, "fastest_tokens_per_second":
         args.total_batch_size / min(seconds[1:]), "model_gflops": speed * flops / 1e9,
         "peak_gflops": peak / 1e9 if peak else None, "share_of_peak": speed * flops / peak if peak else None,
-        "peak_memory_gib": peak_memory_bytes(runtime) / 2**30, "last_loss": loss,
+        "optimizer_seconds": optimizer_seconds, "peak_memory_gib": peak_memory_bytes(runtime) / 2**30,
+        "estimated_memory_gib": training_bytes(config, num_gpus=1, device_batch_size=rows) / 2**30, "last_loss": loss,
     }  # fmt: skip
+
+
+def seconds_of_optimizer(optimizer: MuonAdamW, runtime) -> float:
+    """Of one step, with gradients of zero: the fastest of three. Several GPUs share this time."""
+    seconds = []
+    for _ in range(3):
+        if runtime.is_cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        optimizer.step()
+        if runtime.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def cpu_rate(runtime) -> float:

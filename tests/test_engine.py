@@ -1,6 +1,8 @@
 """Continuous batching against one sequence at a time through whole forward passes."""
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ def engine(request, model, tokenizer):
     """The last one is what runs on CUDA, here with passes that run as they are instead of recorded ones."""
     engine = Engine(model, tokenizer, max_rows=4, overlap=request.param != "in step")
     if request.param == "as graphs":
-        engine.model._graphs = _DecodeGraphs(engine.model, record=lambda run: run)
+        engine.model._graphs = _DecodeGraphs(record=lambda run: run)
     return engine
 
 
@@ -369,6 +371,26 @@ def test_generate_reports_each_request_when_it_is_done(engine):
     seen = []
     engine.generate([[1], [2], [3]], Sampling(max_tokens=2), num_samples=2, stop_ids=(), progress=seen.append)
     assert len(seen) == len({id(request) for request in seen}) == 3
+
+
+def test_an_engine_that_is_dropped_is_freed_without_the_garbage_collector(model, tokenizer):
+    """Its cache can be gigabytes, and finetuning makes an engine for each evaluation."""
+
+    def record(run):  # as a CUDA graph does, it keeps the result, not what it ran
+        result = run()
+        return lambda: result
+
+    engine = Engine(model, tokenizer, max_rows=2, overlap=True)
+    engine.model._graphs = _DecodeGraphs(record)
+    engine.generate([[1, 2], [3]], Sampling(max_tokens=3, num_logprobs=1), num_samples=2)
+    assert engine.model._graphs._ready
+    cache = weakref.ref(engine.model.cache)
+    gc.disable()
+    try:
+        del engine
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_refreshing_weights_forgets_what_was_cached(model, tokenizer):

@@ -101,7 +101,7 @@ def test_the_backward_of_the_trunk_stays_on_its_device(config, use_fp8):
 @pytest.mark.parametrize("weights", ["", "float32"])
 def test_prefill_and_decode_stay_on_the_gpu(config, watch, weights):
     inference = InferenceModel(on_gpu(config), 4, weights=weights)
-    inference._graphs = _DecodeGraphs(inference, record=lambda run: run)
+    inference._graphs = _DecodeGraphs(record=lambda run: run)
     watch.off_device.clear()  # the rotary table is computed on the host, once
     pieces = [Piece(0, [1] * 20, 0, None), Piece(1, [2], 7, 3), Piece(2, [4] * 30, 9, 5)]
     idx = draw_idx((3,))

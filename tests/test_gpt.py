@@ -230,6 +230,10 @@ def test_the_trunk_compiles_to_one_graph_forward_and_backward(derive, backend, m
         for _ in range(2):
             for ours, theirs in zip(gradients(), expected, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+            with torch.no_grad():  # an evaluation takes the same graph
+                hidden = model.hidden(idx)
+            assert not hidden.requires_grad
+            torch.testing.assert_close(hidden, model.trunk(idx, *model.rotary(idx.size(1))), rtol=1e-5, atol=1e-6)
 
 
 def test_a_backend_asked_for_serves_the_batches_of_training_only(tiny_model, tiny_config, monkeypatch):

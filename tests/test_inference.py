@@ -95,7 +95,7 @@ def test_rows_of_different_lengths_decode_together(model, use_buckets):
     rng = random.Random(0)
     inference = InferenceModel(model, 5)
     if use_buckets:
-        inference._graphs = _DecodeGraphs(inference, record=lambda run: run)
+        inference._graphs = _DecodeGraphs(record=lambda run: run)
     rows = [[rng.randrange(V) for _ in range(length)] for length in (1, WINDOW, 37)]
     for slot, row in enumerate(rows):
         read(inference, slot, row)
@@ -160,7 +160,7 @@ def test_refreshed_weights_are_those_of_the_model(model, ids, as_graphs):
     trained = copy.deepcopy(model)
     inference = InferenceModel(trained, 1)
     if as_graphs:
-        inference._graphs = _DecodeGraphs(inference, record=lambda run: make_fx(run)())
+        inference._graphs = _DecodeGraphs(record=lambda run: make_fx(run)())
     for _ in range(2):
         read(inference, 0, ids[:20])
         close(decode(inference, [ids[:21]])[0], whole(trained, ids[:21])[-1])

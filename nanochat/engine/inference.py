@@ -228,7 +228,7 @@ class InferenceModel:
         self._weights = _Weights(model, self.dtype, int8=self._int8)
         self.cache = Cache(model.config, num_slots, self.dtype, model.device)
         self._cos, self._sin = self._rotary()
-        self._graphs = _DecodeGraphs(self) if self.device.type == "cuda" else None
+        self._graphs = _DecodeGraphs() if self.device.type == "cuda" else None
 
     @torch.no_grad()
     def refresh(self, model: GPT) -> None:
@@ -281,7 +281,7 @@ class InferenceModel:
     def decode_and_draw(self, idx: Tensor, previous: Tensor, positions: Sequence[int], drawing: Drawing) -> LogitsIds:
         """`decode`, and a draw from its logits. A recorded CUDA graph does both; the next one overwrites the logits."""
         if self._graphs is not None:
-            return self._graphs.decode(idx, previous, positions, drawing)
+            return self._graphs.decode(self, idx, previous, positions, drawing)
         logits = self.decode(idx, previous, positions)
         return logits, draw(logits, drawing.columns.to(self.device), drawing.kind)
 
@@ -365,24 +365,26 @@ class _DecodeGraphs:
     """Decode passes with their draws as CUDA graphs: one for each number of rows and of keys, both rounded up to a
     bucket, and each kind of draw.
 
-    Padding rows read whatever the slots beyond hold and write into the cache's last slot; their draws are dropped.
+    Padding rows read whatever the slots beyond hold and write into the cache's last slot; their draws are dropped. The
+    model is passed in, not kept: a cycle of references would leave gigabytes of cache to the garbage collector.
     """
 
-    def __init__(self, model: InferenceModel, record: Callable | None = None):
-        self._model = model
+    def __init__(self, record: Callable | None = None):
         self._record = record or _record_cuda_graph
         self._ready: dict[tuple, tuple[Tensor, Tensor, Callable]] = {}
 
-    def decode(self, idx: Tensor, previous: Tensor, positions: Sequence[int], drawing: Drawing) -> LogitsIds:
+    def decode(
+        self, model: InferenceModel, idx: Tensor, previous: Tensor, positions: Sequence[int], drawing: Drawing
+    ) -> LogitsIds:
         """As `InferenceModel.decode_and_draw`."""
-        model, count = self._model, len(positions)
+        count = len(positions)
         num_rows = next((bucket for bucket in BATCH_BUCKETS if bucket >= count), count)
         num_rows = max(count, min(num_rows, model.cache.num_slots))
         num_keys = min(-(-(max(positions) + 1) // KEY_BUCKET) * KEY_BUCKET, model.config.sequence_len)
         columns = drawing.columns.to(model.device, non_blocking=True)
         key = (num_rows, num_keys, drawing.kind)
         if key not in self._ready:
-            self._ready[key] = self._prepare(num_rows, num_keys, columns[:, :1].repeat(1, num_rows), drawing.kind)
+            self._ready[key] = self._prepare(model, num_keys, columns[:, :1].repeat(1, num_rows), drawing.kind)
         own_inputs, own_columns, replay = self._ready[key]
         padding = num_rows - count
         host = torch.tensor([list(range(count)) + [model.cache.num_slots] * padding, [*positions] + [1] * padding])
@@ -392,11 +394,12 @@ class _DecodeGraphs:
         logits, tokens = replay()
         return logits[:count], tokens[:count].clone()  # these are read while the next pass is running
 
-    def _prepare(self, num_rows: int, num_keys: int, columns: Tensor, kind: tuple) -> tuple[Tensor, Tensor, Callable]:
+    def _prepare(
+        self, model: InferenceModel, num_keys: int, columns: Tensor, kind: tuple
+    ) -> tuple[Tensor, Tensor, Callable]:
         """A buffer (4, num_rows) int64 of ids, previous ids, slots and positions, the one of `Drawing`'s columns
         (6, num_rows), and the function that runs on them."""
-        model = self._model
-        inputs = torch.zeros(4, num_rows, dtype=torch.int64, device=model.device)
+        inputs = torch.zeros(4, columns.size(1), dtype=torch.int64, device=model.device)
         inputs[2] = model.cache.num_slots
 
         def run() -> LogitsIds:

@@ -318,13 +318,19 @@ class GPT(nn.Module):
         # evaluation brings batches of many shapes, too many to compile for each
         is_training_shape = idx.shape == self._training_shape
         is_compiled = self._compiled_trunk is not None and is_training_shape
-        trunk, T = self._compiled_trunk if is_compiled else self.trunk, idx.size(1)
+        T = idx.size(1)
         backends = self._backends(T, is_compiled, self._attention if is_training_shape else "")
         block_mask = None
         if backends.windowed == "flex":
             block_mask = attention.window_block_mask(T, self.config.short_window, self.device)
         attend = partial(attention.causal_attention, backends=backends, block_mask=block_mask)
-        return trunk(idx, *self.rotary(T), attend=attend)
+        inputs = (idx, *self.rotary(T))
+        if not is_compiled:
+            return self.trunk(*inputs, attend=attend)
+        # also without gradients: a graph of its own would have to be compiled first, for the same operations
+        with torch.enable_grad():
+            hidden = self._compiled_trunk(*inputs, attend=attend)
+        return hidden if torch.is_grad_enabled() else hidden.detach()
 
     def compile_trunk(self) -> None:
         """Compile `trunk` for the shape of training's batches."""
