@@ -26,9 +26,9 @@ from nanochat.common import add_runtime_flags, init_runtime, matmul_seconds, run
 from nanochat.data.dataloader import Batch
 from nanochat.flags import add_flags, shared
 from nanochat.model.gpt import GPTConfig, build_model
-from nanochat.training.loop import accumulate_gradients, fitting_batch, grad_accum_steps
+from nanochat.training.loop import accumulate_gradients, fitting_batch, grad_accum_steps, make_optimizer
 from nanochat.training.metrics import peak_memory_bytes
-from nanochat.training.optim import MuonAdamW, parameter_groups
+from nanochat.training.optim import MuonAdamW
 from nanochat.training.recipe import training_bytes
 
 PRODUCT_SIZE = 1024
@@ -52,6 +52,8 @@ def parse_args() -> argparse.Namespace:
 def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
     """The numbers for one depth."""
     torch.compiler.reset()  # else the depths together pass the limit of eight variants, and run eagerly without a word
+    if runtime.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
     device, T = runtime.device, args.sequence_len
     product_rate = cpu_rate(runtime)
     started = time.perf_counter()
@@ -61,8 +63,9 @@ def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
     if runtime.is_cuda and not args.no_compile:
         model.compile_trunk()
     print(model.choose_attention(args.attention))
+    optimizer = make_optimizer(model, runtime)  # first, as it changes what the trunk is compiled to
     rows = fitting_batch(model, args.device_batch_size)
-    optimizer = MuonAdamW(parameter_groups(model), muon_dtype=runtime.dtype)
+    optimizer.zero_grad()
     num_micro_steps = grad_accum_steps(args.total_batch_size, rows, T, 1)
     tokens = torch.randint(args.vocab_size, (rows, T + 1), generator=torch.Generator().manual_seed(1)).to(device)
     batches = repeat(Batch(tokens[:, :-1], tokens[:, 1:], rows * T, 0))

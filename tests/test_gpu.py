@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from nanochat.common import Runtime
 from nanochat.data.dataloader import Batch
 from nanochat.engine.engine import Engine
 from nanochat.engine.inference import InferenceModel, Piece, _DecodeGraphs
 from nanochat.engine.sampling import Sampling, plan_draw
 from nanochat.evals.scoring import hidden_at, plant, token_losses
 from nanochat.model.gpt import GPTConfig, build_model
-from nanochat.training.loop import accumulate_gradients, apply_schedule
-from nanochat.training.optim import MuonAdamW, parameter_groups
+from nanochat.training.loop import accumulate_gradients, apply_schedule, make_optimizer
 from tests.conftest import fill_randomly
 
 B, T, V = 2, 128, 400
@@ -58,6 +58,10 @@ def random_model(config, device, dtype=torch.bfloat16, seed=1):
     return model
 
 
+def optimizer_of(model):
+    return make_optimizer(model, Runtime(0, 0, 1, model.device, model.compute_dtype))
+
+
 def random_ids(*shape, seed=0):
     return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -83,8 +87,7 @@ def no_waiting(device):
 def test_a_training_step_never_waits_for_the_device(device, config):
     model = random_model(config, device)
     model.compile_trunk()
-    optimizer = MuonAdamW(parameter_groups(model), muon_dtype=torch.bfloat16)
-    optimizer.zero_grad()
+    optimizer = optimizer_of(model)
 
     def take_step():
         apply_schedule(optimizer, lr_mult=0.5, momentum=0.9, decay_mult=0.5)
@@ -118,9 +121,8 @@ def test_a_decode_step_never_waits_for_the_device(device, config):
 
 def test_steps_of_the_optimizer_equal_plain_ones_on_the_cpu(device, config):
     expected = random_model(config, "cpu", torch.float32)
-    plain = MuonAdamW(parameter_groups(expected))
     model = random_model(config, device, torch.float32)
-    optimizer = MuonAdamW(parameter_groups(model))
+    plain, optimizer = optimizer_of(expected), optimizer_of(model)
     generator = torch.Generator().manual_seed(2)
     for _ in range(3):
         grads = [torch.randn(p.shape, generator=generator) for p in expected.parameters()]
@@ -139,8 +141,7 @@ def test_losses_of_compiled_steps_equal_eager_ones(device, config):
         model = random_model(config, device)
         if is_compiled:
             model.compile_trunk()
-        optimizer = MuonAdamW(parameter_groups(model))
-        optimizer.zero_grad()
+        optimizer = optimizer_of(model)
         losses.append([])
         for _ in range(8):
             losses[-1].append(accumulate_gradients(model, batches_on(device), 1, device=device).item())

@@ -327,8 +327,11 @@ class GPT(nn.Module):
         inputs = (idx, *self.rotary(T))
         if not is_compiled:
             return self.trunk(*inputs, attend=attend)
-        # also without gradients: a graph of its own would have to be compiled first, for the same operations
-        with torch.enable_grad():
+        # An evaluation takes training's graph too, as one of its own would have to be compiled first. Not in 8 bits: in
+        # these only training computes.
+        copy = self.h[0].mlp.c_fc.copy
+        is_narrow = copy is not None and copy.scale is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() or not is_narrow):
             hidden = self._compiled_trunk(*inputs, attend=attend)
         return hidden if torch.is_grad_enabled() else hidden.detach()
 
