@@ -4,9 +4,11 @@
     python dev/gpu_check.py --parts tests train --seconds 240 # some of them, in four minutes
     python dev/gpu_check.py --tiny                            # toy sizes, also on a CPU: checks this program itself
 
-Each part runs in a process of its own with a time limit, and its output is passed on as it comes. A part that crashes
-or runs out of time is reported with its last lines and stops no other part. A table and one JSON line with the figures
-of all parts end the output. Parts that need something this machine lacks (a GPU, fastapi) are skipped and say so.
+Each part runs in processes of its own with a time limit, and its output is passed on as it comes. A part that crashes
+or runs out of time is reported with its last lines and stops no other part. Parts that time nothing run at once, those
+that do run alone. Tables and one JSON line with the figures of all parts end the output. What this machine or this
+version lacks (a GPU, fastapi, an attention backend, fp8) is skipped and said. Parts that nine minutes have no room for
+come last; `--parts` runs them first thing.
 
 Exit status: 0 when every part that ran passed, else 1.
 """
@@ -24,22 +26,33 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import repeat, takewhile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from nanochat.common import Runtime, gather_ranks, init_runtime
+from nanochat.data.dataloader import Batch
+from nanochat.evals.core_bundle import BUNDLE_VARIABLE
 from nanochat.model import attention
-from nanochat.model.gpt import GPTConfig
-from nanochat.model.loss import softcap_cross_entropy
-from nanochat.training import recipe
+from nanochat.model.gpt import GPT, GPTConfig, build_model
+from nanochat.model.loss import IGNORE_INDEX, softcap_cross_entropy
+from nanochat.tokenizer import Tokenizer, tokenizer_dir
+from nanochat.training.loop import accumulate_gradients, make_optimizer
+from nanochat.training.optim import MuonAdamW, parameter_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL_SECONDS = 540
-LAST_LINES = 15  # shown of a part that failed
+MIN_SECONDS = 10  # a part with less is not begun
+LAST_LINES = 15  # shown of a command that failed
+GRAVITY = ("skipped", "passed", "out of time", "failed")  # of a part's commands, the gravest counts
 PYTHON = sys.executable
 
 
@@ -53,6 +66,8 @@ class Part:
     commands: Callable[[bool], list[list[str]]]  # given whether sizes are tiny
     needs: tuple[str, ...] = ()  # packages
     needs_gpu: bool = False
+    times_nothing: bool = False  # so that it may run beside others
+    may_lack: bool = False  # a command that ends with status 2 lacks a flag, a backend or a precision
 
 
 @dataclass
@@ -70,11 +85,11 @@ def dev(script: str, *flags: object) -> list[str]:
     return [PYTHON, f"dev/{script}.py", *map(str, flags)]
 
 
-def train(tiny: bool, *depths: int, rows: int = 32, flags: tuple[str, ...] = ()) -> list[str]:
+def train(tiny: bool, depth: int, *flags: object, rows: int = 32, tokens: int = 524288, steps: int = 6) -> list[str]:
     size = ("--sequence-len", 64, "--device-batch-size", 2, "--total-batch-size", 128, "--vocab-size", 512)
     if not tiny:
-        size = ("--sequence-len", 2048, "--device-batch-size", rows, "--total-batch-size", 524288, "--steps", 10)
-    return dev("bench_train", "--depth", *((2,) if tiny else depths), *size, *flags)
+        size = ("--sequence-len", 2048, "--device-batch-size", rows, "--total-batch-size", tokens, "--steps", steps)
+    return dev("bench_train", "--depth", 2 if tiny else depth, *size, *flags)
 
 
 def engine(tiny: bool, depth: int, *batches: int) -> list[str]:
@@ -99,23 +114,57 @@ def gpu_tests(tiny: bool) -> list[list[str]]:
     return [[PYTHON, "-m", "pytest", "-q", "-m", "gpu", "tests"]]
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
+def memory(tiny: bool) -> list[list[str]]:
+    """Two steps of two micro-batches each have all that a long run has. Parts before tell of d12 and d24 without the
+    flag."""
+    few = partial(train, tiny, steps=2)
+    deep = [few(depth, "--recompute", rows=16, tokens=2 * 16 * 2048) for depth in (24, 20)]
+    return [*deep, few(20, rows=16, tokens=2 * 16 * 2048), few(12, "--recompute", tokens=2 * 32 * 2048)]
+
+
+def each_backend(tiny: bool) -> list[list[str]]:
+    names = [name for name in attention.BACKENDS if name != "masked"]
+    return [train(tiny, 12, "--attention", name) for name in names] + [train(tiny, 12, "--dtype", "fp8")]
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 PARTS = [
-    Part("tests", "tests marked gpu", 90, gpu_tests, ("pytest",), needs_gpu=True),
     Part(
         "train", "training speed at d12 with windows, with full attention", 120,
-        lambda tiny: [train(tiny, 12), train(tiny, 12, flags=("--window-pattern", "L"))],
+        lambda tiny: [train(tiny, 12), train(tiny, 12, "--window-pattern", "L")],
     ),
-    Part("pipeline", "all stages on generated text, pretraining killed and resumed", 180, inner("pipeline")),
+    # beside one another
+    Part("tests", "tests marked gpu", 180, gpu_tests, ("pytest",), needs_gpu=True, times_nothing=True),
+    Part(
+        "pipeline", "all stages on generated text, pretraining killed and resumed", 200, inner("pipeline"),
+        times_nothing=True,
+    ),
+    Part("nccl", "collectives and a few steps, one rank", 90, inner("ranks", *TORCHRUN, "1"), times_nothing=True),
+    Part("gloo", "the same, two ranks on one device", 120, inner("gloo", *TORCHRUN, "2"), times_nothing=True),
+    Part("losses", "200 steps of the fast path beside the plain one", 150, inner("losses"), times_nothing=True),
+    Part(
+        "memory", "measured beside estimated, with --recompute and without", 200, memory, needs_gpu=True,
+        times_nothing=True, may_lack=True,
+    ),
+    # alone
+    Part("deep", "training speed at d24", 120, lambda tiny: [train(tiny, 24, rows=16, steps=4)]),
+    Part(
+        "fp8", "the same in 8 bits", 120, lambda tiny: [train(tiny, 24, "--dtype", "fp8", rows=16, steps=4)],
+        may_lack=True,
+    ),
+    Part("loss", "the loss alone", 40, inner("loss")),
+    Part("attention", "attention backends alone", 60, inner("attention")),
+    Part("again", "a second start at d12, what is compiled being kept", 60, lambda tiny: [train(tiny, 12, steps=2)]),
+    Part("core", "CORE on made-up questions at d12", 60, inner("core")),
     Part(
         "engine", "decode and prefill at d12 and d20", 90,
-        lambda tiny: [engine(tiny, 12, 1, 32, 128), engine(tiny, 20, 1, 32, 128)],
+        lambda tiny: [engine(tiny, 20, 1, 32, 128), engine(tiny, 12, 1, 32, 128)],
     ),
-    Part("deep", "training speed at d20 and d24", 120, lambda tiny: [train(tiny, 20, 24, rows=16)]),
-    Part("attention", "attention backends alone", 60, inner("attention")),
-    Part("loss", "the loss alone", 40, inner("loss")),
-    Part("memory", "estimated memory beside measured at d12", 60, inner("memory"), needs_gpu=True),
-    Part("nccl", "the optimizer with one rank under torchrun", 60, inner("nccl", *TORCHRUN)),
+    Part("backends", "training at d12 with each attention backend, and in 8 bits", 240, each_backend, may_lack=True),
+    Part(
+        "d20", "training speed at d20, and in 8 bits", 180,
+        lambda tiny: [train(tiny, 20, *flags, rows=16, steps=4) for flags in ((), ("--dtype", "fp8"))], may_lack=True,
+    ),
     Part("serve", "the server under load", 60, lambda tiny: [serve(tiny)], ("fastapi", "uvicorn")),
 ]  # fmt: skip
 
@@ -123,28 +172,38 @@ PARTS = [
 # --- running parts -------------------------------------------------------------------------------
 
 
-def run_part(part: Part, *, tiny: bool, seconds_left: float) -> Outcome:
+def run_part(part: Part, *, tiny: bool, deadline: float) -> Outcome:
+    """Run the commands of a part, each also where one before it failed, until `deadline` (of `time.perf_counter`)."""
+    begin = time.perf_counter()
+    outcome = Outcome(part.name, "skipped")
+    end = min(begin + part.seconds, deadline)
     missing = [name for name in part.needs if importlib.util.find_spec(name) is None]
     if missing or (part.needs_gpu and not torch.cuda.is_available()):
-        return Outcome(part.name, "skipped", reason=f"needs {', '.join(missing) or 'a CUDA device'}")
-    limit = min(part.seconds, seconds_left)
-    if limit < 10:
-        return Outcome(part.name, "skipped", reason="no time left")
-    begin, outcome = time.perf_counter(), Outcome(part.name, "passed")
-    for command in part.commands(tiny):
-        left = limit - (time.perf_counter() - begin)
-        status, lines = run_command(command, left)
-        outcome.figures += [json.loads(line) for line in lines if line.startswith("{")]
-        if status != "passed":
-            outcome.status, outcome.reason = status, "\n".join(list(lines)[-LAST_LINES:])
-            break
-    outcome.seconds = time.perf_counter() - begin
+        outcome.reason = f"needs {', '.join(missing) or 'a CUDA device'}"
+    elif end - begin < MIN_SECONDS:
+        outcome.reason = "no time left"
+    else:
+        print(f"\n== {part.name}: {part.about}", flush=True)
+        for command in part.commands(tiny):
+            status, lines = run_command(command, end - time.perf_counter(), part.name)
+            outcome.figures += [json.loads(line) for line in lines if line.startswith("{")]
+            is_lacking = status == "status 2" and part.may_lack
+            if status != "passed":
+                outcome.reason += "\n".join(list(lines)[-1 if is_lacking else -LAST_LINES :]) + "\n"
+            if is_lacking:
+                continue
+            outcome.status = max(outcome.status, "failed" if status == "status 2" else status, key=GRAVITY.index)
+            if status == "out of time":
+                break
+        outcome.seconds = time.perf_counter() - begin
+    print(f"-- {part.name}: {outcome.status}\n{outcome.reason}".rstrip(), flush=True)
     return outcome
 
 
-def run_command(command: list[str], seconds: float) -> tuple[str, deque[str]]:
-    """Run a command within `seconds`, passing on what it prints; how it ended, and its last lines."""
-    print(f"$ {' '.join(command)}", flush=True)
+def run_command(command: list[str], seconds: float, label: str = "") -> tuple[str, deque[str]]:
+    """Run a command within `seconds`, passing on what it prints behind the `label`; how it ended ("passed", "status 2",
+    "failed" or "out of time"), and its last lines."""
+    print(f"{label} $ {' '.join(command)}", flush=True)
     lines: deque[str] = deque(maxlen=1000)
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
@@ -154,12 +213,12 @@ def run_command(command: list[str], seconds: float) -> tuple[str, deque[str]]:
     def pass_on() -> None:
         for line in process.stdout:
             lines.append(line.rstrip("\n"))
-            print(f"  {line}", end="", flush=True)
+            print(f"{label} | {line}", end="", flush=True)
 
     reader = threading.Thread(target=pass_on, daemon=True)
     reader.start()
     try:
-        status = "passed" if process.wait(max(1.0, seconds)) == 0 else "failed"
+        status = {0: "passed", 2: "status 2"}.get(process.wait(max(1.0, seconds)), "failed")
     except subprocess.TimeoutExpired:
         status = "out of time"
         os.killpg(process.pid, signal.SIGKILL)
@@ -175,11 +234,10 @@ def pipeline(tiny: bool) -> None:
     """Every stage with a few steps, on text and conversations made here; pretraining is killed once and resumed."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NANOCHAT_BASE_DIR"] = f"{folder}/base"
-        texts, rng = Path(folder) / "texts", random.Random(0)
+        texts = Path(folder) / "texts"
         texts.mkdir()
-        words = ["".join(rng.choices("aeioulmnrst", k=rng.randrange(2, 9))) for _ in range(5000)]
         for number in range(40):
-            (texts / f"{number}.txt").write_text(" ".join(rng.choices(words, k=20000)))
+            (texts / f"{number}.txt").write_text(made_up_text(number, 20000))
         data, few = ["--data", str(texts)], ["--eval-every", "4", "--eval-tokens", "8192"]
         size = ["--depth", "2", "--sequence-len", "128", "--head-dim", "64"]
         steps = ["--num-steps", "8", "--total-batch-size", "4096", "--save-every", "2"]
@@ -199,6 +257,13 @@ def pipeline(tiny: bool) -> None:
         stage("scripts.chat_rl", "--tasks", "SmallWorld-spelling", "--num-steps", "3", *few_replies)
         stage("scripts.chat_cli", "--source", "rl", "-p", "How are you?", "--max-tokens", "16")
         stage("nanochat.report", "generate")
+
+
+def made_up_text(seed: int, num_words: int) -> str:
+    """Words of a language that has 5,000 of them."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("aeioulmnrst", k=rng.randrange(2, 9))) for _ in range(5000)]
+    return " ".join(random.Random(seed + 1).choices(words, k=num_words))
 
 
 def stage(module: str, *flags: str) -> None:
@@ -261,53 +326,155 @@ def time_attention(tiny: bool) -> None:
 
 
 def time_loss(tiny: bool) -> None:
-    """Milliseconds and GB/s of the loss with its gradients; the logits are read and written once each."""
+    """The loss with its gradients, in ms and TFLOP/s of its products; its kernel, in ms and GB/s of logits read
+    once and written once."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     N, C, V = (64, 32, 512) if tiny else (32 * 2048, 768, 32768)
     hidden = torch.randn(N, C, device=device, dtype=torch.bfloat16).requires_grad_()
     weight = (0.02 * torch.randn(V, C, device=device)).requires_grad_()
     targets = torch.randint(V, (N,), device=device)
-    spent = milliseconds(lambda: softcap_cross_entropy(hidden, weight, targets, softcap=15.0).backward())
+    loss = partial(softcap_cross_entropy, hidden, weight, targets, softcap=15.0)
+    spent = milliseconds(lambda: loss().backward())
     products = 6 * N * C * V / (spent / 1e3) / 1e12
-    print(json.dumps({"rows": N, "channels": C, "vocab": V, "both_ms": spent, "tflops_of_products": products}))
+    figures = {"rows": N, "channels": C, "vocab": V, "both_ms": spent, "tflops_of_products": products}
+    if device == "cuda":
+        from nanochat.model.kernels import softcap_loss_
+
+        logits = torch.randn(N // 16, V, device=device, dtype=torch.bfloat16)
+        spent = milliseconds(lambda: softcap_loss_(logits, targets[: N // 16], 15.0, IGNORE_INDEX))
+        figures |= {"kernel_ms": spent, "kernel_gb_per_second": 2 * logits.nbytes / (spent / 1e3) / 1e9}
+    print(json.dumps(figures))
 
 
-def compare_memory(tiny: bool) -> None:
-    """Peak memory of a few training steps at depth 12 beside what the plan expects."""
-    rows, T = 32, 2048
-    command = train(False, 12, flags=("--steps", "3"))
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    measured = json.loads(ended.stdout.splitlines()[-1])["results"][0]["peak_memory_gib"]
-    config = GPTConfig.from_depth(12, vocab_size=32768, sequence_len=T)
-    expected = recipe.training_bytes(config, num_gpus=1, device_batch_size=rows) / 2**30
-    print(json.dumps({"measured_gib": measured, "expected_gib": expected, "ratio": expected / measured}))
+def make_model(config: GPTConfig, runtime: Runtime) -> GPT:
+    generator = torch.Generator(runtime.device).manual_seed(0)
+    return build_model(config, device=runtime.device, compute_dtype=runtime.dtype, generator=generator)
 
 
-def check_nccl(tiny: bool) -> None:
-    """Collectives of the optimizer with one rank of a real process group."""
-    import torch.distributed as dist
-
-    from nanochat.common import init_runtime
-    from nanochat.model.gpt import build_model
-    from nanochat.training.optim import MuonAdamW, parameter_groups
-
+def check_ranks(tiny: bool, backend: str = "nccl") -> None:
+    """The optimizer's collectives, then steps whose batch the ranks share, beside steps of one process with all of it.
+    With gloo all ranks have the same device; NCCL refuses that."""
+    dist.init_process_group(backend if torch.cuda.is_available() else "gloo")
+    os.environ["LOCAL_RANK"] = "0"
     runtime = init_runtime()
-    if not dist.is_initialized():  # one rank needs none for training
-        dist.init_process_group("nccl" if runtime.is_cuda else "gloo")
-    config = GPTConfig.from_depth(2, vocab_size=512, sequence_len=64)
-    model = build_model(config, device=runtime.device, generator=torch.Generator(runtime.device).manual_seed(0))
-    optimizer = MuonAdamW(parameter_groups(model))
-    idx = torch.randint(512, (2, 64), device=runtime.device)
-    model(idx, idx).backward()
-    optimizer.step()
-    total = torch.ones((), device=runtime.device)
-    dist.all_reduce(total)
-    print(json.dumps({"backend": dist.get_backend(), "ranks": total.item()}))
+    device, rank, size = runtime.device, runtime.rank, runtime.world_size
+    for dtype in (torch.bfloat16, torch.float32):
+        own = torch.ones(size, 8, device=device, dtype=dtype)
+        exchanged, whole = torch.empty_like(own), own.new_empty(size * size, 8)
+        dist.all_to_all_single(exchanged, own)
+        dist.all_gather_into_tensor(whole, own)
+        dist.all_reduce(own)
+        assert (exchanged == 1).all(), exchanged
+        assert (whole == 1).all(), whole
+        assert (own == size).all(), own
+    config = GPTConfig.from_depth(2, vocab_size=512, sequence_len=64 if tiny else 512)
+    shape, generator = (2 * size, config.sequence_len), torch.Generator().manual_seed(0)
+    idx = torch.randint(config.vocab_size, shape, generator=generator).to(device)
+
+    def losses_of(runtime: Runtime) -> list[float]:
+        model = make_model(config, runtime)
+        optimizer = make_optimizer(model, runtime)
+        rows = idx[runtime.rank :: runtime.world_size]
+        batches, losses = repeat(Batch(rows, rows, rows.numel(), 0)), []
+        for _ in range(5):
+            loss = accumulate_gradients(
+                model, batches, 2, device=device, world_size=runtime.world_size,
+                before_last=optimizer.expect_last_backward,
+            )  # fmt: skip
+            losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        sums = gather_ranks(sum(p.double().sum().item() for p in model.parameters()))
+        assert len(set(sums)) == 1, f"the ranks' parameters differ: {sums}"
+        return losses
+
+    shared, alone = losses_of(runtime), losses_of(replace(runtime, rank=0, world_size=1))
+    largest = max(abs(a - b) for a, b in zip(shared, alone, strict=True))
+    if rank == 0:
+        found = {"backend": dist.get_backend(), "ranks": size, "losses": shared, "largest_difference": largest}
+        print(json.dumps(found), flush=True)
     dist.destroy_process_group()
+    assert largest < 0.02 * alone[0], "the ranks together compute something else than one process"
+
+
+def compare_losses(tiny: bool) -> None:
+    """Losses of the fast path (compiled, the usual attention, our loss) beside those of the plain one (eager, attention
+    with a mask, logits in float32), and beside the plain one in float32: the difference that rounding makes."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    depth, rows, T, steps = (2, 2, 64, 6) if tiny else (4, 16, 256, 200)
+    config = GPTConfig.from_depth(depth, vocab_size=1024, sequence_len=T)
+    generator = torch.Generator().manual_seed(0)
+    successors = torch.randint(1024, (1024, 4), generator=generator)  # of each token; 1.39 nats are the least loss
+    texts = torch.randint(1024, (steps, rows, 1), generator=generator)
+    for choices in torch.randint(4, (T, steps, rows, 1), generator=generator):
+        texts = torch.cat((texts, successors[texts[..., -1]].gather(-1, choices)), dim=-1)
+    texts = texts.to(device)
+
+    def attend(q, k, v, *, window):
+        return attention.masked_attention(q, k, v, attention.band_mask(T, T, window, device).unsqueeze(0))
+
+    def take_plain_gradients(model: GPT, batch: Batch) -> torch.Tensor:
+        logits = model.logits(model.trunk(batch.idx, *model.rotary(T), attend=attend))  # (B, T, V) float32
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        loss.backward()
+        return loss.detach()
+
+    def losses_of(dtype: torch.dtype, *, is_fast: bool) -> torch.Tensor:
+        runtime = Runtime(0, 0, 1, device, dtype)
+        model = make_model(config, runtime)
+        optimizer = make_optimizer(model, runtime) if is_fast else MuonAdamW(parameter_groups(model), muon_dtype=dtype)
+        if is_fast and runtime.is_cuda:
+            model.compile_trunk()
+        losses = []
+        for text in texts:
+            batch = Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), rows * T, 0)
+            if is_fast:
+                losses.append(accumulate_gradients(model, iter([batch]), 1, device=device))
+            else:
+                losses.append(take_plain_gradients(model, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.stack(losses).cpu()
+
+    fast, plain = (losses_of(torch.bfloat16, is_fast=is_fast) for is_fast in (True, False))
+    exact = losses_of(torch.float32, is_fast=False)
+    ends = {name: losses[-max(1, steps // 4) :].mean().item() for name, losses in
+            {"fast": fast, "plain": plain, "plain_float32": exact}.items()}  # fmt: skip
+    found = {"steps": steps, "first_loss": plain[0].item(), "last_quarter": ends}
+    found |= {"largest_difference": (fast - plain).abs().max().item()}
+    found |= {"largest_by_rounding": (plain - exact).abs().max().item()}
+    print(json.dumps(found), flush=True)
+    spread = max(0.01, 2 * abs(ends["plain"] - ends["plain_float32"]))
+    assert abs(ends["fast"] - ends["plain"]) < spread, "the fast path learns something else than the plain one"
+
+
+def bench_core(tiny: bool) -> None:
+    """dev/bench_core.py on a tokenizer and questions made here: ten shots, four choices of three words."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["NANOCHAT_BASE_DIR"] = f"{folder}/base"
+        Tokenizer.train([made_up_text(0, 200_000)], 4096).save(tokenizer_dir())
+        os.environ[BUNDLE_VARIABLE] = folder
+        data = Path(folder) / "eval_data"
+        data.mkdir()
+        task = {"label": "words", "dataset_uri": "words.jsonl", "num_fewshot": [10], "icl_task_type": "multiple_choice"}
+        (Path(folder) / "core.yaml").write_text(json.dumps({"icl_tasks": [task]}))  # JSON is YAML
+        (Path(folder) / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nwords,25\n")
+        words = iter(made_up_text(1, 60_000).split())
+
+        def take(count: int) -> str:
+            return " ".join(next(words) for _ in range(count))
+
+        questions = [{"query": take(60), "choices": [take(3) for _ in range(4)], "gold": 0} for _ in range(800)]
+        (data / "words.jsonl").write_text("\n".join(map(json.dumps, questions)))
+        size = ("--depth", 12, "--sequence-len", 2048, "--max-per-task", 400)
+        if tiny:
+            size = ("--depth", 2, "--max-per-task", 4)
+        subprocess.run(dev("bench_core", "--ways", "fast,loop", *size), cwd=ROOT, check=True)
 
 
 INNER = {
-    "pipeline": pipeline, "attention": time_attention, "loss": time_loss, "memory": compare_memory, "nccl": check_nccl,
+    "pipeline": pipeline, "attention": time_attention, "loss": time_loss, "ranks": check_ranks,
+    "gloo": partial(check_ranks, backend="gloo"), "losses": compare_losses, "core": bench_core,
 }  # fmt: skip
 
 
@@ -347,18 +514,33 @@ def main(args: argparse.Namespace) -> int:
     deadline = time.perf_counter() + args.seconds
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"{device}, torch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
-    outcomes = []
-    for part in PARTS:
-        if part.name not in args.parts:
-            continue
-        print(f"\n== {part.name}: {part.about}", flush=True)
-        outcomes.append(run_part(part, tiny=args.tiny, seconds_left=deadline - time.perf_counter()))
-        print(f"-- {part.name}: {outcomes[-1].status}\n{outcomes[-1].reason}".rstrip(), flush=True)
+    outcomes: list[Outcome] = []
+    waiting = [part for part in PARTS if part.name in args.parts]
+    while waiting:
+        together = list(takewhile(lambda part: part.times_nothing, waiting)) or waiting[:1]
+        waiting = waiting[len(together) :]
+        with ThreadPoolExecutor(len(together)) as pool:
+            outcomes += pool.map(partial(run_part, tiny=args.tiny, deadline=deadline), together)
+    print_tables(outcomes)
+    print(json.dumps({"device": device, "torch": torch.__version__, "parts": [asdict(o) for o in outcomes]}))
+    return int(any(outcome.status in ("failed", "out of time") for outcome in outcomes))
+
+
+def print_tables(outcomes: list[Outcome]) -> None:
+    rows = [(o.name, f["settings"], r) for o in outcomes for f in o.figures for r in f.get("results", ())]
+    print("\npart        depth  flags                 tokens/s   of peak  first step s    GiB  estimated")
+    for name, settings, r in rows:
+        if "first_step_seconds" in r:
+            flags = f"{settings['window_pattern']} {settings['dtype']} {settings.get('attention', '')}"
+            flags += " recompute" if settings.get("recompute") else ""
+            share = f"{r['share_of_peak']:.1%}" if r["share_of_peak"] else "unknown"
+            print(
+                f"{name:<11} {r['depth']:>5}  {flags:<18} {r['tokens_per_second']:>11,.0f} {share:>9}"
+                f" {r['first_step_seconds']:>13.1f} {r['peak_memory_gib']:>6.1f} {r['estimated_memory_gib']:>10.1f}"
+            )
     print("\npart        status        seconds")
     for outcome in outcomes:
         print(f"{outcome.name:<11} {outcome.status:<12} {outcome.seconds:>8.1f}")
-    print(json.dumps({"device": device, "torch": torch.__version__, "parts": [asdict(o) for o in outcomes]}))
-    return int(any(outcome.status in ("failed", "out of time") for outcome in outcomes))
 
 
 if __name__ == "__main__":

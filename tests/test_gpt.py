@@ -202,6 +202,23 @@ def test_the_compiled_trunk_serves_batches_of_the_training_shape_only(tiny_model
     assert [call.args[0].size(1) for call in compiled.call_args_list] == [32, 32]
 
 
+@pytest.mark.parametrize("is_8_bits", [False, True])
+def test_an_evaluation_takes_the_graph_with_gradients_but_not_its_8_bits(tiny_model, monkeypatch, is_8_bits):
+    tiny_config, modes = tiny_model.config, []
+
+    def compiled(idx, *_, **__):
+        modes.append(torch.is_grad_enabled())
+        return torch.zeros(*idx.shape, tiny_config.n_embd)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled)
+    tiny_model.compile_trunk()
+    tiny_model.h[0].mlp.c_fc.copy = Mock(scale=torch.ones(()) if is_8_bits else None)
+    tiny_model.hidden(draw_idx(tiny_config))
+    with torch.no_grad():
+        tiny_model.hidden(draw_idx(tiny_config))
+    assert modes == [True, not is_8_bits]
+
+
 @pytest.mark.parametrize("backend", ["masked", "sdpa", "cudnn", "flex", "flash"])
 @pytest.mark.parametrize("derive", [GPTConfig.from_depth, GPTConfig.october_2025])
 def test_the_trunk_compiles_to_one_graph_forward_and_backward(derive, backend, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_parts_run_apart_and_are_summed_up_in_a_json_line():
-    command = [sys.executable, "dev/gpu_check.py", "--tiny", "--parts", "tests", "attention", "loss"]
+    parts = ["tests", "gloo", "losses", "attention", "loss"]
+    command = [sys.executable, "dev/gpu_check.py", "--tiny", "--parts", *parts]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     summary = json.loads(ended.stdout.splitlines()[-1])
     outcomes = {part["name"]: part for part in summary["parts"]}
-    assert outcomes["loss"]["status"] == "passed"
+    assert [outcomes[name]["status"] for name in parts[1:]] == ["passed"] * 4
+    assert outcomes["gloo"]["figures"][0]["ranks"] == 2
     assert outcomes["loss"]["figures"][0]["both_ms"] > 0
     *timed, without, allowed = outcomes["attention"]["figures"]
     assert {figure["backend"] for figure in timed} == set(gpu_check.attention.BACKENDS)
@@ -38,5 +41,13 @@ def test_a_part_that_hangs_or_crashes_is_ended_with_its_last_lines(program, stat
 
 def test_a_part_whose_needs_are_not_met_is_skipped():
     part = gpu_check.Part("none", "nothing", 60, lambda tiny: [["false"]], needs=("no_such_package",))
-    outcome = gpu_check.run_part(part, tiny=True, seconds_left=100)
+    outcome = gpu_check.run_part(part, tiny=True, deadline=time.perf_counter() + 100)
     assert (outcome.status, outcome.reason) == ("skipped", "needs no_such_package")
+
+
+def test_a_command_that_ends_with_status_2_lacks_something_only_where_that_is_foreseen():
+    commands = [[sys.executable, "-c", f"import sys; print('error: no {word}'); sys.exit(2)"] for word in ("a", "b")]
+    for may_lack, status in ((True, "skipped"), (False, "failed")):
+        part = gpu_check.Part("none", "nothing", 60, lambda tiny: commands, may_lack=may_lack)
+        outcome = gpu_check.run_part(part, tiny=True, deadline=time.perf_counter() + 100)
+        assert (outcome.status, outcome.reason) == (status, "error: no a\nerror: no b\n")
