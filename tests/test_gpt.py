@@ -234,7 +234,7 @@ def test_the_trunk_compiles_to_one_graph_forward_and_backward(derive, backend, m
         assert not torch.compiler.is_compiling()
         return Backends(*{"cudnn": ("cudnn", "sdpa"), "flex": ("sdpa", "flex")}.get(backend, (backend, backend)))
 
-    expected, expected_hidden = gradients(), model.hidden(idx).detach()
+    expected, evaluated = gradients(), model.hidden(idx).detach()
     monkeypatch.setattr(attention, "choose_backends", choose)
     monkeypatch.setattr(attention, "_cudnn", lambda q, k, v: attention._sdpa(q, k, v, is_causal=True))
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *qkv: None)
@@ -250,7 +250,7 @@ def test_the_trunk_compiles_to_one_graph_forward_and_backward(derive, backend, m
             with torch.no_grad():  # an evaluation takes the same graph
                 hidden = model.hidden(idx)
             assert not hidden.requires_grad
-            torch.testing.assert_close(hidden, expected_hidden, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(hidden, evaluated, rtol=1e-5, atol=1e-6)
 
 
 def test_a_backend_asked_for_serves_the_batches_of_training_only(tiny_model, tiny_config, monkeypatch):

@@ -317,7 +317,8 @@ class GPT(nn.Module):
             self._training_shape = idx.shape
         # evaluation brings batches of many shapes, too many to compile for each
         is_training_shape = idx.shape == self._training_shape
-        is_compiled, T = self._compiled_trunk is not None and is_training_shape, idx.size(1)
+        is_compiled = self._compiled_trunk is not None and is_training_shape
+        T = idx.size(1)
         backends = self._backends(T, is_compiled, self._attention if is_training_shape else "")
         block_mask = None
         if backends.windowed == "flex":
