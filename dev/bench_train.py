@@ -45,6 +45,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--backend", default="", choices=["", *attention.BACKENDS], help="of attention")
     parser.add_argument("--window-pattern", default="SSSL", help="S for short and L for full attention, per layer")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--recompute", action="store_true", help="make the MLPs' activations again in backward")
     return parser.parse_args()
 
 
@@ -56,6 +57,8 @@ def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
     config = GPTConfig.from_depth(depth, vocab_size=args.vocab_size, sequence_len=T, window_pattern=args.window_pattern)
     generator = torch.Generator(device).manual_seed(0)
     model = build_model(config, device=device, compute_dtype=runtime.dtype, generator=generator)
+    if args.recompute:
+        model.recompute_mlps()
     if runtime.is_cuda and not args.no_compile:
         model.compile_trunk()
     rows = fitting_batch(model, args.device_batch_size)

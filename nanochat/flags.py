@@ -62,6 +62,8 @@ SHARED = {
         # runtime
         Flag("run", str, "", "name of the run on wandb (default: no wandb)", **FREE),
         Flag("no_compile", bool, False, "run the model eagerly on a GPU too", **FREE),
+        Flag("recompute", bool, False, "make the MLPs' activations again in backward: they take half "
+             "the memory, and a step about a tenth more time", **FREE),
         Flag("seed", int, 42, "random seed of the order of the data and of sampling"),
         # checkpoints
         Flag("source", str, "base", "stage of the checkpoint", choices=SOURCES),

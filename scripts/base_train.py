@@ -32,7 +32,7 @@ SAMPLE_TOKENS = 16
 
 FLAGS = (
     # runtime
-    *shared("run", "no_compile"),
+    *shared("run", "no_compile", "recompute"),
     Flag("seed", int, 42, "random seed of the initial weights"),
     # model
     Flag("depth", int, 20, "layers; width, heads and all else follow from it"),
@@ -99,6 +99,8 @@ def main(args: argparse.Namespace) -> None:
     else:
         generator = torch.Generator(device).manual_seed(args.seed)
         model = build_model(config, device=device, compute_dtype=runtime.dtype, generator=generator)
+    if args.recompute:
+        model.recompute_mlps()
     if runtime.is_cuda and not args.no_compile:
         model.compile_trunk()
     print0(", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items()), "parameters")

@@ -38,7 +38,7 @@ SUMS = ("rollout_tokens", "train_tokens", "rollout_seconds")  # over all steps, 
 TWO_OR_MORE = Range("be at least 2", lambda value: value >= 2)
 
 FLAGS = (
-    *shared("run", "seed", "model_tag", "step", "output_tag", "save_every", "resume", source="sft"),
+    *shared("run", "recompute", "seed", "model_tag", "step", "output_tag", "save_every", "resume", source="sft"),
     # data and horizon
     Flag("tasks", str, "", "tasks with a reward (default: GSM8K, unless --data is given)", metavar="TASK|TASK"),
     Flag("data", str, [], "conversations as JSON lines, see tasks/custom_json.py (default: none)", nargs="+",

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import UserError
 from nanochat.model import attention
@@ -30,6 +31,7 @@ __all__ = ["GPT", "IGNORE_INDEX", "GPTConfig", "build_model"]
 
 NORM_EPS = torch.finfo(torch.float32).eps
 VOCAB_MULTIPLE = 64  # the tables are padded to a multiple of this many rows, which matrix kernels prefer
+FP8_MULTIPLE = 16  # of the sides of matrices that a GPU multiplies in float8
 CHANNELS_PER_LAYER = 64  # width over depth
 MAX_DEPTH = 256
 SHORT_WINDOW_FRAC = 0.25  # of the sequence length
@@ -132,6 +134,15 @@ class GPTConfig:
         return sum(self.has_value_embed(layer) for layer in range(self.n_layer))
 
 
+def check_fp8(config: GPTConfig) -> None:
+    """Raise `UserError` unless the blocks' products can be of float8, where all sides must be multiples of 16."""
+    sides = {"n_embd": config.n_embd, "kv_dim": config.kv_dim, "sequence_len": config.sequence_len}
+    for name, side in sides.items():
+        if side % FP8_MULTIPLE:
+            remedy = "choose another --head-dim or --sequence-len, or --dtype bfloat16"
+            raise UserError(f"--dtype fp8 needs an {name} that is a multiple of {FP8_MULTIPLE}, not {side}; {remedy}")
+
+
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, without a gain (arXiv 1910.07467)."""
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
@@ -220,7 +231,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(activation(self.c_fc(x)))
+        return self.c_proj(activation(self.c_fc(norm(x))))
 
 
 class Block(nn.Module):
@@ -228,11 +239,14 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
+        self.recomputes_mlp = False  # see `GPT.recompute_mlps`
 
     def forward(self, x: Tensor, rotary, value_embed, attend, asking) -> Tensor:
         residual = x if asking is None else x[asking]
         x = residual + self.attn(norm(x), rotary, value_embed, attend, asking)
-        return x + self.mlp(norm(x))
+        if self.recomputes_mlp:
+            return x + checkpoint(self.mlp, x, use_reentrant=False, preserve_rng_state=False)
+        return x + self.mlp(x)
 
 
 class GPT(nn.Module):
@@ -331,6 +345,12 @@ class GPT(nn.Module):
     def compile_trunk(self) -> None:
         """Compile `trunk` for the shape of training's batches."""
         self._compiled_trunk = torch.compile(self.trunk, dynamic=False)
+
+    def recompute_mlps(self) -> None:
+        """From now on, keep of each MLP only its input, and make the rest again in backward: half of what backward needs
+        of a layer, for a ninth more work in its matrix products. Call before `compile_trunk`."""
+        for block in self.h:
+            block.recomputes_mlp = True
 
     def trunk(
         self, idx: Tensor, cos: Tensor, sin: Tensor, *, previous: Tensor | None = None,

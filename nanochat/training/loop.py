@@ -201,7 +201,8 @@ def fitting_batch(model: GPT, wanted: int, try_batch: Callable[[GPT, int], objec
         torch.cuda.empty_cache()
     size = min(gather_ranks(size))
     if size < 1:
-        raise UserError("not even one row fits in the device's memory; choose a smaller --depth or --sequence-len")
+        remedy = "take --recompute, or a smaller --depth or --sequence-len"
+        raise UserError(f"not even one row fits in the device's memory; {remedy}")
     if size < wanted:
         print0(f"{wanted} rows do not fit in the device's memory: micro-batches of at most {size} rows")
     return size
