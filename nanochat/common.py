@@ -112,8 +112,8 @@ def fetch_once(path: Path, fetch: Callable[[Path], None]) -> Path:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Which process this is and what it computes on. `dtype` is that of activations and matrix products; with `fp8`, the
-    blocks multiply in float8."""
+    """Which process this is and what it computes on. `dtype` is that of activations and matrix products; with `fp8`,
+    the blocks multiply in float8."""
 
     rank: int
     local_rank: int

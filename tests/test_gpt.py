@@ -188,6 +188,13 @@ def test_bfloat16_activations_stay_near_float32(tiny_model, tiny_config):
     assert error < 0.05
 
 
+def test_fp8_is_refused_for_matrices_it_cannot_multiply():
+    gpt.check_fp8(GPTConfig.from_depth(12, vocab_size=100, sequence_len=2048))
+    for odd in ({"head_dim": 24}, {"sequence_len": 1000}):
+        with pytest.raises(UserError, match=r"fp8 needs \w+ to be a multiple of 16, not (72|1000)"):
+            gpt.check_fp8(GPTConfig.from_depth(1, vocab_size=100, **odd))
+
+
 def test_the_compiled_trunk_serves_batches_of_the_training_shape_only(tiny_model, tiny_config, monkeypatch):
     compiled = Mock(wraps=tiny_model.trunk)
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled)

@@ -140,7 +140,7 @@ def check_fp8(config: GPTConfig) -> None:
     for name, side in sides.items():
         if side % FP8_MULTIPLE:
             remedy = "choose another --head-dim or --sequence-len, or --dtype bfloat16"
-            raise UserError(f"--dtype fp8 needs an {name} that is a multiple of {FP8_MULTIPLE}, not {side}; {remedy}")
+            raise UserError(f"--dtype fp8 needs {name} to be a multiple of {FP8_MULTIPLE}, not {side}; {remedy}")
 
 
 def norm(x: Tensor) -> Tensor:
@@ -347,8 +347,8 @@ class GPT(nn.Module):
         self._compiled_trunk = torch.compile(self.trunk, dynamic=False)
 
     def recompute_mlps(self) -> None:
-        """From now on, keep of each MLP only its input, and make the rest again in backward: half of what backward needs
-        of a layer, for a ninth more work in its matrix products. Call before `compile_trunk`."""
+        """From now on, keep of each MLP only its input, and make the rest again in backward: half of what backward
+        needs of a layer, for a ninth more work in its matrix products. Call before `compile_trunk`."""
         for block in self.h:
             block.recomputes_mlp = True
 
