@@ -46,6 +46,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, shared("attention"))
     parser.add_argument("--window-pattern", default="SSSL", help="S for short and L for full attention, per layer")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--recompute", action="store_true", help="make the MLPs' activations again in backward")
     return parser.parse_args()
 
 
@@ -60,6 +61,8 @@ def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
     config = GPTConfig.from_depth(depth, vocab_size=args.vocab_size, sequence_len=T, window_pattern=args.window_pattern)
     generator = torch.Generator(device).manual_seed(0)
     model = build_model(config, device=device, compute_dtype=runtime.dtype, generator=generator)
+    if args.recompute:
+        model.recompute_mlps()
     if runtime.is_cuda and not args.no_compile:
         model.compile_trunk()
     print(model.choose_attention(args.attention))
@@ -116,7 +119,7 @@ def cpu_rate(runtime) -> float:
 
 
 def main(args: argparse.Namespace) -> None:
-    runtime = init_runtime(args.device_type, args.dtype)
+    runtime = init_runtime(args.device_type, args.dtype, trains=True)
     print(f"{runtime.device.type}, {runtime.dtype}, T {args.sequence_len}, {args.total_batch_size} tokens a step")
     print("depth  first step s   tokens/s   GFLOP/s   share of peak   peak memory GiB")
     results = []

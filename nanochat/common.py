@@ -5,6 +5,7 @@ Not here: anything only one module needs, and hardware tables (`hardware.py`).
 
 import argparse
 import ctypes
+import hashlib
 import logging
 import os
 import sys
@@ -15,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.compiler.config
 import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FP8 = "fp8"  # a further choice for training: bfloat16, but for the products of the blocks, which are of float8
+FP8_CAPABILITY = (8, 9)  # Ada; Hopper has (9, 0)
 BF16_SPEEDUP_NEEDED = 1.2  # below this, halving the mantissa is not worth it on a CPU
 PROBE_SIZE = 512  # side of the probe's matrices: large enough for the blocked kernels, a few ms in float32
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of the GNU C library
@@ -108,13 +112,15 @@ def fetch_once(path: Path, fetch: Callable[[Path], None]) -> Path:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Which process this is and what it computes on. `dtype` is that of activations and matrix products."""
+    """Which process this is and what it computes on. `dtype` is that of activations and matrix products; with `fp8`,
+    the blocks multiply in float8."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
     dtype: torch.dtype
+    fp8: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -126,31 +132,59 @@ class Runtime:
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return FP8 if self.fp8 else str(self.dtype).removeprefix("torch.")
 
     def __str__(self) -> str:
         return f"{self.world_size} x {self.device.type}, {self.dtype_name}"
 
 
-def init_runtime(device_type: str = "", dtype: str = "") -> Runtime:
+def init_runtime(device_type: str = "", dtype: str = "", *, trains: bool = False) -> Runtime:
     """Set up this process: join the process group under torchrun, choose the device ("cuda", "mps", "cpu", or "" for
-    the best one present) and the compute dtype (a key of `DTYPES`, or "" for what `choose_dtype` finds on rank 0).
-    Raises `UserError` for a device or dtype that is not available."""
+    the best one present) and the compute dtype (a key of `DTYPES`, where it `trains` also `FP8`, or "" for what
+    `choose_dtype` finds on rank 0). Raises `UserError` for a device or dtype that is not available."""
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in defaults.items())
     device = choose_device(device_type, local_rank)
     if device.type == "cpu":
         _tune_cpu()
-    if dtype and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    dtypes = DTYPES | ({FP8: torch.bfloat16} if trains else {})
+    if dtype and dtype not in dtypes:
+        raise UserError(f"--dtype {dtype!r} is unknown; choose one of {', '.join(dtypes)}")
+    if dtype == FP8:
+        _check_fp8(device, emulate=device_type == "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)  # some 50 ms for each new shape; training asks for it by name
+        keep_compiled()
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     chosen = from_rank0(dtype or (choose_dtype(device) if rank == 0 else ""))
-    return Runtime(rank, local_rank, world_size, device, DTYPES[chosen])
+    return Runtime(rank, local_rank, world_size, device, dtypes[chosen], fp8=chosen == FP8)
+
+
+def keep_compiled() -> None:
+    """Have compiled code kept in the base folder, for the next stage and for `--resume`. Folders that the user has set
+    by the variables of PyTorch and Triton stay.
+
+    PyTorch finds compiled code by the operations it was traced from, and knows ours by name only: it would not notice
+    a new formula for their gradients. So the model's source is a part of the key.
+    """
+    for variable, name in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
+        os.environ.setdefault(variable, str(base_dir() / "compiled" / name))
+    source = b"".join(path.read_bytes() for path in sorted((Path(__file__).parent / "model").glob("*.py")))
+    torch.compiler.config.cache_key_tag = hashlib.sha256(source).hexdigest()
+
+
+def _check_fp8(device: torch.device, *, emulate: bool) -> None:
+    """Raise `UserError` if `device` has no unit for float8, unless it is a CPU that shall `emulate` one."""
+    if device.type == "cpu" and emulate:
+        print0("fp8 on a CPU is emulated: it rounds as a GPU does, and is slower than bfloat16")
+        return
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"device type {device.type}"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        remedy = "take --dtype bfloat16, or --device-type cpu, which emulates it slowly"
+        raise UserError(f"--dtype fp8 needs a GPU of the generations Ada, Hopper or newer, not {name}; {remedy}")
 
 
 def _tune_cpu() -> None:
@@ -174,6 +208,8 @@ def choose_device(device_type: str = "", local_rank: int = 0) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device_type not in ("", *available):
         raise UserError(f"--device-type {device_type!r} is unknown; choose one of {', '.join(available)}")
+    if device_type in ("", "cuda") and not available["cuda"]:
+        _check_driver()
     present = [name for name in available if available[name]]
     chosen = device_type or present[0]
     if chosen not in present:
@@ -184,6 +220,28 @@ def choose_device(device_type: str = "", local_rank: int = 0) -> torch.device:
         remedy = "start that many processes at most (torchrun --nproc_per_node)"
         raise UserError(f"process {local_rank} has no GPU: this machine has {num_gpus}; {remedy}")
     return torch.device("cuda", local_rank)
+
+
+def _check_driver() -> None:
+    """Raise `UserError` if there is an NVIDIA driver that is too old for this PyTorch, which then finds no GPU."""
+    driver, needed = cuda_driver_version(), torch.version.cuda
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if driver and needed and driver[0] < int(needed.split(".")[0]) and not is_hidden:
+        raise UserError(
+            f"the NVIDIA driver is too old: it runs CUDA {driver[0]}.{driver[1]}, this PyTorch needs CUDA {needed}; "
+            f"install a newer driver, or a PyTorch built for CUDA {driver[0]}, or take --device-type cpu"
+        )
+
+
+def cuda_driver_version() -> tuple[int, int] | None:
+    """Newest version of CUDA that the NVIDIA driver here runs, such as (12, 4); None without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))  # 12040, and 0 if it does not know
+    return divmod(version.value // 10, 100)
 
 
 def choose_dtype(device: torch.device) -> str:
@@ -233,7 +291,11 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that runs a model: the arguments of `init_runtime`."""
     add = parser.add_argument_group("runtime").add_argument
     add("--device-type", default="", help="cuda, mps or cpu (default: the best one present)")
-    add("--dtype", default="", help=f"compute dtype: {', '.join(DTYPES)} (default: what suits the device)")
+    add(
+        "--dtype",
+        default="",
+        help=f"compute dtype: {', '.join(DTYPES)}, in training also {FP8} (default: what suits the device)",
+    )
 
 
 def run_main(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:

@@ -32,7 +32,7 @@ SAMPLE_TOKENS = 16
 
 FLAGS = (
     # runtime
-    *shared("run", "no_compile", "attention"),
+    *shared("run", "no_compile", "recompute", "attention"),
     Flag("seed", int, 42, "random seed of the initial weights"),
     # model
     Flag("depth", int, 20, "layers; width, heads and all else follow from it"),
@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
         return
     folder = run_dir("base", args.model_tag or f"d{args.depth}")
     resumed = resumable(folder, args, free_on_resume(FLAGS))
-    runtime = init_runtime(args.device_type, args.dtype or resumed.get("dtype", ""))
+    runtime = init_runtime(args.device_type, args.dtype or resumed.get("dtype", ""), trains=True)
     device = runtime.device
     print0(f"{runtime}, {folder.name}")
 
@@ -99,6 +99,8 @@ def main(args: argparse.Namespace) -> None:
     else:
         generator = torch.Generator(device).manual_seed(args.seed)
         model = build_model(config, device=device, compute_dtype=runtime.dtype, generator=generator)
+    if args.recompute:
+        model.recompute_mlps()
     if runtime.is_cuda and not args.no_compile:
         model.compile_trunk()
     print0(model.choose_attention(args.attention))

@@ -38,7 +38,7 @@ SUMS = ("rollout_tokens", "train_tokens", "rollout_seconds")  # over all steps, 
 TWO_OR_MORE = Range("be at least 2", lambda value: value >= 2)
 
 FLAGS = (
-    *shared("run", "attention", "seed"),
+    *shared("run", "recompute", "attention", "seed"),
     *shared("model_tag", "step", "output_tag", "save_every", "resume", source="sft"),
     # data and horizon
     Flag("tasks", str, "", "tasks with a reward (default: GSM8K, unless --data is given)", metavar="TASK|TASK"),

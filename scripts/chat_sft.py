@@ -30,7 +30,7 @@ ENGINE_ROWS = {"cuda": 128}  # answers generated at a time, by device
 SMALL_ENGINE_ROWS = 16
 
 FLAGS = (
-    *shared("run", "no_compile", "attention", "seed"),
+    *shared("run", "no_compile", "recompute", "attention", "seed"),
     *shared("model_tag", "step", "output_tag", "save_every", "resume", source="mid"),
     *shared("data", "max_conversations", "epochs", "num_steps"),
     Flag("total_batch_size", int, 0, f"tokens per step (default: {BATCH_TOKENS}, less for few conversations)",

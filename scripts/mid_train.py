@@ -17,7 +17,7 @@ from nanochat.training.finetuning import start_run, validate_if_due
 from tasks.mixtures import MID_MIXTURES, load_corpus
 
 FLAGS = (
-    *shared("run", "no_compile", "attention", "seed"),
+    *shared("run", "no_compile", "recompute", "attention", "seed"),
     *shared("model_tag", "step", "output_tag", "save_every", "resume", source="base"),
     *shared("data", "max_conversations", "epochs", "num_steps"),
     Flag("total_batch_size", int, 0, "tokens per step (default: the source's, less for few conversations)",

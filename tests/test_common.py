@@ -5,6 +5,7 @@ import errno
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +136,58 @@ def test_devices_that_are_absent_or_too_few_are_refused(monkeypatch):
     assert common.choose_device("", 1) == torch.device("cuda", 1)
     with pytest.raises(UserError, match="process 2 has no GPU: this machine has 2"):
         common.choose_device("", 2)
+
+
+@pytest.mark.parametrize(
+    ("driver", "words"),
+    [
+        (None, ""),
+        ((13, 0), ""),
+        ((14, 1), ""),
+        ((12, 4), r"driver is too old: it runs CUDA 12\.4, this PyTorch needs CUDA 13\.2; install a newer driver, or a "
+         r"PyTorch built for CUDA 12, or take --device-type cpu"),
+    ],
+)  # fmt: skip
+def test_a_driver_too_old_for_this_pytorch_is_named_instead_of_training_on_the_cpu(driver, words, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    monkeypatch.setattr(common, "cuda_driver_version", lambda: driver)
+    for asked in ("", "cuda") if words else ():
+        with pytest.raises(UserError, match=words):
+            common.choose_device(asked)
+    assert common.choose_device("" if not words else "cpu") == CPU
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # GPUs hidden on purpose
+    assert common.choose_device() == CPU
+
+
+def test_the_drivers_version_is_read_from_its_library(monkeypatch):
+    def tell(pointer) -> None:
+        pointer._obj.value = 12040
+
+    monkeypatch.setattr(common.ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=tell))
+    assert common.cuda_driver_version() == (12, 4)
+
+
+def test_fp8_is_for_training_on_a_gpu_that_has_it_and_emulated_on_a_cpu_only_when_asked_for(monkeypatch, capsys):
+    with pytest.raises(UserError, match="--dtype 'fp8' is unknown; choose one of float32, bfloat16, float16"):
+        common.init_runtime("cpu", "fp8")
+    runtime = common.init_runtime("cpu", "fp8", trains=True)
+    assert runtime == Runtime(0, 0, 1, CPU, torch.bfloat16, fp8=True)
+    assert runtime.dtype_name == "fp8"
+    assert "emulated" in capsys.readouterr().out
+    monkeypatch.setattr(common, "choose_device", lambda *_: CPU)  # as the best one present
+    with pytest.raises(UserError, match=r"needs a GPU of .* not device type cpu; take --dtype bfloat16"):
+        common.init_runtime("", "fp8", trains=True)
+    monkeypatch.setattr(common, "choose_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(UserError, match="not NVIDIA A100"):
+        common.init_runtime("cuda", "fp8", trains=True)
+    for capability in ((8, 9), (9, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        common._check_fp8(torch.device("cuda", 0), emulate=False)
 
 
 @pytest.mark.parametrize(("narrow", "chosen"), [(0.5, "bfloat16"), (0.9, "float32"), (160.0, "float32")])

@@ -6,9 +6,12 @@ from fake_cuda import fake_cuda
 from test_linear import CONFIGS, draw_idx, gradients_after, make_model
 from torch import nn
 
+from nanochat.common import Runtime, UserError
 from nanochat.model.fp8 import E4M3, E5M2, quantise, scaled_product
+from nanochat.model.gpt import GPTConfig, build_model
 from nanochat.model.linear import Linear
-from nanochat.training.optim import Group, MuonAdamW, parameter_groups
+from nanochat.training import loop
+from nanochat.training.optim import Group, MuonAdamW
 
 
 def draw(*shape, seed=0):
@@ -17,10 +20,7 @@ def draw(*shape, seed=0):
 
 def in_8_bits(config):
     model = make_model(config)
-    optimizer = MuonAdamW(parameter_groups(model), copy_dtype=torch.bfloat16, use_fp8=True)
-    for name, copy in optimizer.copies.items():
-        model.get_submodule(name.removesuffix(".weight")).copy = copy
-    return model, optimizer
+    return model, loop.make_optimizer(model, Runtime(0, 0, 1, torch.device("cpu"), torch.bfloat16, fp8=True))
 
 
 @pytest.mark.parametrize(("dtype", "mantissa_bits"), [(E4M3, 3), (E5M2, 2)])
@@ -94,6 +94,13 @@ def test_a_model_trains_in_8_bits_in_one_compiled_graph_and_near_its_16_bits(con
         assert torch.equal(layer.copy.values.float(), rounded.float())
         assert torch.equal(layer.copy.transposed.float(), rounded.T.float())
         assert layer.copy.scale == scale
+
+
+def test_heads_of_a_size_that_does_not_fit_are_refused():
+    runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.bfloat16, fp8=True)
+    odd = GPTConfig.from_depth(1, vocab_size=100, head_dim=24)
+    with pytest.raises(UserError, match=r"fp8 needs n_embd to be a multiple of 16, not 72; choose .*--head-dim"):
+        loop.make_optimizer(build_model(odd, device="meta"), runtime)
 
 
 def test_a_gpu_takes_the_operands_as_they_are_laid_out():

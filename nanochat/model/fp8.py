@@ -12,9 +12,19 @@ Not here: layers and gradients (`linear.py`), and when weights are rounded (`tra
 import torch
 from torch import Tensor
 
+from nanochat.common import UserError
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # GPUs want dimensions of 8-bit products to be multiples of this
 TINY = 1e-12  # instead of the largest magnitude of a tensor of zeros
+
+
+def check_fp8(**sides: int) -> None:
+    """Raise `UserError` unless all of these sides of the blocks' matrices allow products in 8 bits."""
+    for name, side in sides.items():
+        if side % MULTIPLE:
+            remedy = "choose another --head-dim, or --dtype bfloat16"
+            raise UserError(f"--dtype fp8 needs {name} to be a multiple of {MULTIPLE}, not {side}; {remedy}")
 
 
 def quantise(x: Tensor, dtype: torch.dtype, dims: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:

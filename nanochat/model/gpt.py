@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import UserError
 from nanochat.model import attention
@@ -206,7 +207,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(activation(self.c_fc(x)))
+        return self.c_proj(activation(self.c_fc(norm(x))))
 
 
 class Block(nn.Module):
@@ -214,11 +215,14 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
+        self.recomputes_mlp = False  # see `GPT.recompute_mlps`
 
     def forward(self, x: Tensor, rotary, value_embed, attend, asking) -> Tensor:
         residual = x if asking is None else x[asking]
         x = residual + self.attn(norm(x), rotary, value_embed, attend, asking)
-        return x + self.mlp(norm(x))
+        if self.recomputes_mlp:
+            return x + checkpoint(self.mlp, x, use_reentrant=False, preserve_rng_state=False)
+        return x + self.mlp(x)
 
 
 class GPT(nn.Module):
@@ -338,6 +342,12 @@ class GPT(nn.Module):
     def compile_trunk(self) -> None:
         """Compile `trunk` for the shape of training's batches."""
         self._compiled_trunk = torch.compile(self.trunk, dynamic=False)
+
+    def recompute_mlps(self) -> None:
+        """From now on, keep of each MLP only its input, and make the rest again in backward: half of what backward
+        needs of a layer, for a ninth more work in its matrix products. Call before `compile_trunk`."""
+        for block in self.h:
+            block.recomputes_mlp = True
 
     def choose_attention(self, wanted: str = "") -> str:
         """Use the attention backend `wanted` ("": the fastest that fits) for training's batches; call it after

@@ -47,7 +47,7 @@ def load_start(stage: str, args: argparse.Namespace, free: Collection[str], *, c
     source = None if args.output_tag or args.model_tag else find_checkpoint(args.source, step=args.step)
     folder = run_dir(stage, args.output_tag or args.model_tag or source.parent.name)
     resumed = resumable(folder, args, free)
-    runtime = init_runtime(args.device_type, args.dtype or resumed.get("dtype", ""))
+    runtime = init_runtime(args.device_type, args.dtype or resumed.get("dtype", ""), trains=True)
     if resumed:
         origin = step_dir(folder, resumed["step"])
     else:
@@ -55,6 +55,8 @@ def load_start(stage: str, args: argparse.Namespace, free: Collection[str], *, c
         origin = from_rank0(origin)  # a new one may appear meanwhile
     meta = resumed or read_meta(origin)
     model, tokenizer = load_weights(origin, meta, runtime), load_tokenizer(origin, meta)
+    if args.recompute:
+        model.recompute_mlps()
     if runtime.is_cuda and compile_trunk:
         model.compile_trunk()
     print0(f"{runtime}, {folder.name} from {origin.relative_to(origin.parents[2])}")

@@ -21,6 +21,7 @@ from nanochat.checkpoint import load_rank_states, save_checkpoint, step_dir
 from nanochat.common import Runtime, UserError, gather_ranks, print0
 from nanochat.data.dataloader import Batch
 from nanochat.evals.loss_eval import BpbResult
+from nanochat.model.fp8 import check_fp8
 from nanochat.model.gpt import GPT
 from nanochat.model.loss import IGNORE_INDEX
 from nanochat.report import append_record
@@ -103,12 +104,16 @@ def _backward_weighted(model: GPT, batch: Batch, scale: Tensor) -> Tensor:
 
 
 def make_optimizer(model: GPT, runtime: Runtime) -> MuonAdamW:
-    """The optimizer of every stage, sharded over the ranks. On a GPU it keeps the weights' copies in the compute dtype,
-    which the model's products then read."""
+    """The optimizer of every stage, sharded over the ranks. On a GPU, and in 8 bits everywhere, it keeps copies of the
+    weights in the compute dtype, which the model's products then read. Raises `UserError` for a shape that 8 bits do
+    not fit."""
+    if runtime.fp8:
+        check_fp8(n_embd=model.config.n_embd, kv_dim=model.config.kv_dim)
     is_narrow = runtime.is_cuda and runtime.dtype != torch.float32
     optimizer = MuonAdamW(
         parameter_groups(model), rank=runtime.rank, world_size=runtime.world_size, muon_dtype=runtime.dtype,
-        wire_dtype=runtime.dtype if is_narrow else torch.float32, copy_dtype=runtime.dtype if is_narrow else None,
+        wire_dtype=runtime.dtype if is_narrow else torch.float32,
+        copy_dtype=runtime.dtype if is_narrow or runtime.fp8 else None, use_fp8=runtime.fp8,
     )  # fmt: skip
     for name, copy in optimizer.copies.items():
         model.get_submodule(name.removesuffix(".weight")).copy = copy
@@ -207,7 +212,8 @@ def fitting_batch(model: GPT, wanted: int, try_batch: Callable[[GPT, int], objec
         torch.cuda.empty_cache()
     size = min(gather_ranks(size))
     if size < 1:
-        raise UserError("not even one row fits in the device's memory; choose a smaller --depth or --sequence-len")
+        remedy = "take --recompute, or a smaller --depth or --sequence-len"
+        raise UserError(f"not even one row fits in the device's memory; {remedy}")
     if size < wanted:
         print0(f"{wanted} rows do not fit in the device's memory: micro-batches of at most {size} rows")
     return size

@@ -66,12 +66,13 @@ def dry_run(args: argparse.Namespace) -> None:
     T = config.sequence_len
     plan = make_plan(args, config, num_gpus)
     wanted, is_fixed = args.device_batch_size or DEVICE_BATCH_SIZE["cuda"], bool(args.device_batch_size)
-    fitting = recipe.fitting_rows(config, num_gpus=num_gpus, memory_bytes=memory, wanted=wanted) if memory else wanted
+    shape = {"num_gpus": num_gpus, "recompute": args.recompute}
+    fitting = recipe.fitting_rows(config, **shape, memory_bytes=memory, wanted=wanted) if memory else wanted
     num_rows, num_micro_steps = choose_device_batch(
         plan.total_batch_tokens, wanted if is_fixed else max(1, fitting), T, num_gpus, is_fixed=is_fixed
     )
     estimate = recipe.estimate(
-        config, plan, num_gpus=num_gpus, device_batch_size=num_rows, peak_flops=peak_flops, gpu_hour_dollars=price,
+        config, plan, **shape, device_batch_size=num_rows, peak_flops=peak_flops, gpu_hour_dollars=price,
         save_every=args.save_every,
     )  # fmt: skip
     fits = None if memory is None else estimate.gpu_bytes <= recipe.usable_bytes(memory)
@@ -89,7 +90,7 @@ def dry_run(args: argparse.Namespace) -> None:
         f"{num_gpus} (micro-steps, rows, length, GPUs)",
         "text": f"{estimate.num_shards} shards of {recipe.SHARD_BYTES / 1e6:.0f} MB",
         "disk": f"{estimate.disk_bytes / 1e9:.0f} GB with {estimate.num_checkpoints} checkpoints",
-        "memory per GPU": _memory_in_words(estimate.gpu_bytes, memory, fitting),
+        "memory per GPU": _memory_in_words(estimate.gpu_bytes, memory, fitting, args.recompute),
         f"{num_gpus} x {gpu}": f"assumed: {recipe.EXPECTED_MFU:.0%} of peak, {dollars}",
     }
     if estimate.total_hours is None:
@@ -106,12 +107,13 @@ def dry_run(args: argparse.Namespace) -> None:
     print0(json.dumps({**asdict(plan), **asdict(estimate), **facts, "fits": fits, "parameters": counts["total"]}))
 
 
-def _memory_in_words(needed: int, memory: int | None, fitting: int) -> str:
+def _memory_in_words(needed: int, memory: int | None, fitting: int, recompute: bool) -> str:
     """What training takes of a GPU's memory, and what to do when that is too much; `fitting` is in rows, 0 for none."""
     if memory is None:
         return f"{needed / 2**30:.1f} GiB, of a GPU whose memory is not known"
     usable = recipe.usable_bytes(memory)
     if needed <= usable:
         return f"{needed / 2**30:.1f} GiB of {usable / 2**30:.1f} usable"
-    remedy = f"--device-batch-size {fitting} should" if fitting else "take a larger one, more of them, or less --depth"
+    other = "a larger GPU, more of them, or less --depth" if recompute else "--recompute, a larger GPU, or less --depth"
+    remedy = f"--device-batch-size {fitting} should" if fitting else f"take {other}"
     return f"{needed / 2**30:.1f} GiB, but only {usable / 2**30:.1f} are usable: DOES NOT FIT; {remedy}"

@@ -28,12 +28,13 @@ OTHER_H100_HOURS = 6.8
 H100_PEAK_FLOPS = 989e12  # bfloat16, dense
 STAGES_AFTER = 2  # mid-training and finetuning, each of which leaves a checkpoint of the same size
 
-# Bytes per token and channel that autograd keeps of the compiled trunk (dev/LOG.md, memory of a training step)
+# Bytes per token and channel that a compiled trunk holds at its peak (dev/LOG.md, memory of a training step)
 LAYER_BYTES = 36.2  # per layer: 18 values of bfloat16, and norms
-WINDOW_BYTES = 11.3  # more per layer with a window: blocks of keys and values, which FlashAttention does not copy
-VALUE_EMBED_BYTES = 4  # more per layer with a value embedding: itself and its gradient
-TRUNK_BYTES = 4.1 + 20.0  # once: before and after the layers, and the temporaries of backward in one layer
-LOGIT_BYTES = 1 << 30  # the chunks of logits in flight in the head
+RECOMPUTED_LAYER_BYTES = 18.2  # the same when the MLP is made again in backward
+VALUE_EMBED_BYTES = 2  # more per layer with a value embedding
+TRUNK_BYTES = 10.1  # once: before and after the layers, and what backward makes first
+RECOMPUTE_BYTES = 30.1  # once: an MLP made again, and its gradients
+LOGIT_BYTES = 1 << 28  # the piece of the logits in flight in the head
 USABLE_MEMORY_FRAC = 0.92  # of the data sheet's memory, for tensors: drivers, kernels and fragmentation take the rest
 
 
@@ -148,27 +149,29 @@ def shards_for(train_tokens: float) -> int:
     return math.ceil(exact / unit) * unit
 
 
-def training_bytes(config: GPTConfig, *, num_gpus: int, device_batch_size: int) -> int:
+def training_bytes(config: GPTConfig, *, num_gpus: int, device_batch_size: int, recompute: bool = False) -> int:
     """Memory of one GPU while it trains in bfloat16: float32 matrices, head and states, bfloat16 tables, activations.
 
-    The optimizer's state is sharded over the GPUs (`optim.py`), weights and gradients are not. Forward makes a bfloat16
-    copy of the matrices and the head and keeps it for backward. Assumes that FlashAttention is not installed.
+    The optimizer's state is sharded over the GPUs (`optim.py`), weights and gradients are not; of matrices and head
+    there is a bfloat16 copy. `recompute` as the flag. Assumes that no window is computed in blocks (`attention.py`).
     """
     counts = count_model(config).parameter_counts()
     tables, matrices, head = counts["wte"] + counts["value_embeds"], counts["matrices"], counts["head"]
     weights = 2 * tables + 4 * (matrices + head)
     copies = 2 * (matrices + head)
     states = (8 * (tables + head) + 4 * matrices) / num_gpus  # two AdamW moments, one of Muon
-    num_windows = sum(config.window(layer) not in (None, config.sequence_len) for layer in range(config.n_layer))
-    channel_bytes = LAYER_BYTES * config.n_layer + WINDOW_BYTES * num_windows + TRUNK_BYTES
-    channel_bytes += VALUE_EMBED_BYTES * config.num_value_embeds
+    channel_bytes = TRUNK_BYTES + config.n_layer * (RECOMPUTED_LAYER_BYTES if recompute else LAYER_BYTES)
+    channel_bytes += VALUE_EMBED_BYTES * config.num_value_embeds + RECOMPUTE_BYTES * recompute
     activations = device_batch_size * config.sequence_len * config.n_embd * channel_bytes
     return int(2 * weights + copies + states + activations + LOGIT_BYTES)
 
 
-def fitting_rows(config: GPTConfig, *, num_gpus: int, memory_bytes: int, wanted: int) -> int:
+def fitting_rows(
+    config: GPTConfig, *, num_gpus: int, memory_bytes: int, wanted: int, recompute: bool = False
+) -> int:  # fmt: skip
     """The first of `wanted`, half of it, ... rows that fit in a GPU's usable memory; 0 if not even one does."""
-    while wanted and training_bytes(config, num_gpus=num_gpus, device_batch_size=wanted) > usable_bytes(memory_bytes):
+    shape = {"num_gpus": num_gpus, "recompute": recompute}
+    while wanted and training_bytes(config, device_batch_size=wanted, **shape) > usable_bytes(memory_bytes):
         wanted //= 2
     return wanted
 
@@ -180,9 +183,9 @@ def usable_bytes(memory_bytes: int) -> int:
 
 def estimate(
     config: GPTConfig, plan: Plan, *, num_gpus: int, device_batch_size: int, peak_flops: float | None,
-    gpu_hour_dollars: float | None, save_every: int = 0,
+    gpu_hour_dollars: float | None, save_every: int = 0, recompute: bool = False,
 ) -> Estimate:  # fmt: skip
-    """What `plan` needs, from counts and the constants above; `save_every` as the flag."""
+    """What `plan` needs, from counts and the constants above; `save_every` and `recompute` as the flags."""
     model = count_model(config)
     counts = model.parameter_counts()
     num_shards = shards_for(plan.train_tokens)
@@ -196,5 +199,5 @@ def estimate(
         total_hours = hours + mid_hours + OTHER_H100_HOURS * H100_PEAK_FLOPS / peak_flops / num_gpus
         dollars = total_hours * num_gpus * gpu_hour_dollars if gpu_hour_dollars else None
     disk_bytes = (num_shards + 1) * SHARD_BYTES + num_checkpoints * checkpoint
-    gpu_bytes = training_bytes(config, num_gpus=num_gpus, device_batch_size=device_batch_size)
+    gpu_bytes = training_bytes(config, num_gpus=num_gpus, device_batch_size=device_batch_size, recompute=recompute)
     return Estimate(num_shards, num_checkpoints, disk_bytes, gpu_bytes, hours, mid_hours, total_hours, dollars)
