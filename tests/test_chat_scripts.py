@@ -103,7 +103,8 @@ def test_a_resumed_run_is_bit_equal_to_never_having_stopped(workplace, stage, so
         del meta["args"]["chat_max_tokens"]
         meta["args"]["a_flag_of_then"] = 1
         path.write_text(json.dumps(meta))
-    out = workplace.run_well(f"scripts.{stage}", *TINY, *OWN, *more, "--resume", base=base, before=ROWS)
+    again = ["--resume", "--recompute"]  # the latter changes no number
+    out = workplace.run_well(f"scripts.{stage}", *TINY, *OWN, *more, *again, base=base, before=ROWS)
     assert "resumed at step 3" in out
     assert metrics(base, source) == metrics(workplace.base, source)
     assert hashes(base, LAST, source) == hashes(workplace.base, LAST, source)

@@ -114,6 +114,6 @@ def _memory_in_words(needed: int, memory: int | None, fitting: int, recompute: b
     usable = recipe.usable_bytes(memory)
     if needed <= usable:
         return f"{needed / 2**30:.1f} GiB of {usable / 2**30:.1f} usable"
-    other = "a larger GPU, more of them, or less --depth" if recompute else "--recompute, a larger GPU, or less --depth"
-    remedy = f"--device-batch-size {fitting} should" if fitting else f"take {other}"
+    other = f"take {'' if recompute else '--recompute, '}a larger GPU, more of them, or less --depth"
+    remedy = f"--device-batch-size {fitting} should" if fitting else other
     return f"{needed / 2**30:.1f} GiB, but only {usable / 2**30:.1f} are usable: DOES NOT FIT; {remedy}"
