@@ -171,4 +171,3 @@ def test_a_second_process_finds_what_the_first_has_compiled(base_folder):
     assert (first["autograd_cache_miss"], first["fxgraph_cache_miss"]) == (1, 2)  # forward and backward
     assert (second["autograd_cache_hit"], second["fxgraph_cache_hit"]) == (1, 2)
     assert not [name for name in first | second if "bypass" in name]
-    assert second["seconds"] < first["seconds"] / 2

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from nanochat.common import Runtime
-from nanochat.model import linear
+from nanochat.model import linear, products
 from nanochat.model.gpt import GPTConfig, build_model
-from nanochat.model.linear import Linear, WeightCopy, add_product_
+from nanochat.model.linear import Linear
+from nanochat.model.products import WeightCopy, add_product_
 from nanochat.training import loop
 
 SHAPE = {"vocab_size": 300, "sequence_len": 32, "head_dim": 16}
@@ -98,7 +99,7 @@ def test_a_listener_hears_of_every_addition_also_from_a_compiled_backward():
     layers, heard = [Linear(8, 8) for _ in weights], []
     for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         layer.copy = WeightCopy(weight.bfloat16(), torch.zeros(8, 8))
-        linear.on_gradient(layer.copy, lambda number=number: heard.append(number))
+        products.on_gradient(layer.copy.grad, lambda number=number: heard.append(number))
     chain = nn.Sequential(*layers)
     for run in (chain, torch.compile(chain, fullgraph=True)):  # the compiler must let it add in place
         heard.clear()
@@ -112,7 +113,7 @@ def test_the_operations_are_what_they_are_registered_as():
     torch.library.opcheck(linear._linear, (x, values, torch.zeros(4, 8)), test_utils=kinds)
     with torch.no_grad():
         arguments = (torch.zeros(4, 8), torch.randn(3, 5, 4), torch.randn(3, 5, 8))
-        torch.library.opcheck(linear.add_gradient_, arguments, test_utils=kinds)
+        torch.library.opcheck(products.add_gradient_, arguments, test_utils=kinds)
 
 
 @pytest.mark.gpu

@@ -6,13 +6,14 @@ scaled so that its largest magnitude becomes the largest value of its type. The 
 16 bits: 8-bit products want both operands with the summed dimension contiguous, which here is that of the tokens, and
 the transposed copies would cost about half of what the product saves (dev/LOG.md).
 
-Not here: layers and gradients (`linear.py`), and when weights are rounded (`training/optim.py`).
+Not here: the layer (`linear.py`), and when its weights are rounded (`training/optim.py`).
 """
 
 import torch
 from torch import Tensor
 
 from nanochat.common import UserError
+from nanochat.model.products import add_gradient_
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # GPUs want dimensions of 8-bit products to be multiples of this
@@ -48,3 +49,33 @@ def scaled_product(
     if a.is_cuda:
         return torch._scaled_mm(a, b, a_scale, b_scale, out_dtype=dtype, use_fast_accum=is_forward)
     return ((a.float() @ b.float()) * (a_scale * b_scale)).to(dtype)
+
+
+@torch.library.custom_op("nanochat::linear8", mutates_args=())
+def linear8(
+    x: Tensor, x8: Tensor, x_scale: Tensor, values: Tensor, transposed: Tensor, scale: Tensor, grad: Tensor
+) -> Tensor:
+    """x (..., in) @ values.T by way of 8 bits: `x8` is x rounded, with its scale; the rest as in `WeightCopy`."""
+    rows = x8.flatten(0, -2)
+    return scaled_product(rows, values.T, x_scale, scale, dtype=x.dtype, is_forward=True).view(*x.shape[:-1], -1)
+
+
+@linear8.register_fake
+def _(x, x8, x_scale, values, transposed, scale, grad) -> Tensor:
+    return x.new_empty(*x.shape[:-1], values.size(0))
+
+
+def _keep(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    x, _, _, _, transposed, scale, ctx.grad = inputs
+    ctx.save_for_backward(x, transposed, scale)
+
+
+def _gradients(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, transposed, scale = ctx.saved_tensors
+    add_gradient_(ctx.grad, grad_y, x)
+    rows, row_scale = quantise(grad_y.flatten(0, -2), E5M2)
+    grad_x = scaled_product(rows, transposed.T, row_scale, scale, dtype=x.dtype, is_forward=False)
+    return grad_x.view(x.shape), *[None] * 6
+
+
+linear8.register_autograd(_gradients, setup_context=_keep)

@@ -9,7 +9,7 @@ kept. This works because the loss is a sum, whose gradient is known up to the fa
 import torch
 from torch import Tensor
 
-from nanochat.model.linear import add_product_
+from nanochat.model.products import add_product_
 
 IGNORE_INDEX = -1  # a target with this value counts neither in the loss nor in its mean
 CPU_PIECE_ELEMENTS = 1 << 24  # logits per piece: 64 MB of float32, enough rows for fast matrix products

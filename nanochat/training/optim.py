@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from nanochat.common import UserError
 from nanochat.model import fp8
 from nanochat.model.gpt import GPT
-from nanochat.model.linear import WeightCopy, on_gradient
+from nanochat.model.products import WeightCopy, on_gradient
 from nanochat.training.updates import adamw_update, muon_update
 
 # Learning rates and weight decay of the public nanochat's d12, where they were tuned
@@ -346,7 +346,7 @@ class MuonAdamW:
             for i, (name, p) in enumerate(zip(bucket.names, bucket.params, strict=True)):
                 note = partial(self._note_gradient, bucket, self._piece_of(bucket, i))
                 if name in self.copies and bucket.is_muon:
-                    on_gradient(self.copies[name], note)
+                    on_gradient(self.copies[name].grad, note)
                 else:
                     p.register_post_accumulate_grad_hook(note)
 
