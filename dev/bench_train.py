@@ -65,7 +65,8 @@ def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
         model.recompute_mlps()
     if runtime.is_cuda and not args.no_compile:
         model.compile_trunk()
-    print(model.choose_attention(args.attention))
+    attention = model.choose_attention(args.attention)
+    print(attention)
     optimizer = make_optimizer(model, runtime)  # first, as it changes what the trunk is compiled to
     rows = fitting_batch(model, args.device_batch_size)
     optimizer.zero_grad()
@@ -88,9 +89,9 @@ def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
     else:
         peak = max(product_rate, cpu_rate(runtime))
     return {
-        "depth": depth, "parameters": model.parameter_counts()["total"], "device_batch_size": rows,
-        "first_step_seconds": seconds[0], "tokens_per_second": speed, "fastest_tokens_per_second":
-        args.total_batch_size / min(seconds[1:]), "model_gflops": speed * flops / 1e9,
+        "depth": depth, "parameters": model.parameter_counts()["total"], "attention": attention,
+        "device_batch_size": rows, "first_step_seconds": seconds[0], "tokens_per_second": speed,
+        "fastest_tokens_per_second": args.total_batch_size / min(seconds[1:]), "model_gflops": speed * flops / 1e9,
         "peak_gflops": peak / 1e9 if peak else None, "share_of_peak": speed * flops / peak if peak else None,
         "optimizer_seconds": optimizer_seconds, "peak_memory_gib": peak_memory_bytes(runtime) / 2**30,
         "estimated_memory_gib": training_bytes(config, num_gpus=1, device_batch_size=rows) / 2**30, "last_loss": loss,

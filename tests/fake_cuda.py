@@ -17,11 +17,14 @@ CREATIONS = ("aten.lift_fresh.default", "aten.detach.default", "aten.detach_.def
 
 
 class _Watch(TorchDispatchMode):
-    """Notes every operation that takes or gives a CPU tensor, but for making one and sending it to the GPU."""
+    """Notes every operation that takes or gives a CPU tensor, but for making one and sending it to the GPU, and in
+    `waits` every sending that holds up the host. (To read a value, or a size that values decide, would as well; that a
+    fake tensor refuses.)"""
 
     def __init__(self):
         super().__init__()
         self.off_device: list[str] = []
+        self.waits: list[str] = []
         self.num_operations = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -35,6 +38,8 @@ class _Watch(TorchDispatchMode):
         )
         name = str(function)
         is_transfer = name in TRANSFERS and given == {"cuda"}
+        if is_transfer and "cpu" in taken and not any(x is True for x in (*args, *(kwargs or {}).values())):
+            self.waits.append(name)
         is_creation = name in CREATIONS and taken <= {"cpu"}
         if "cpu" in taken | given and not is_transfer and not is_creation:
             self.off_device.append(f"{name}: {sorted(taken)} -> {sorted(given)}")

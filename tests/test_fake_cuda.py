@@ -67,7 +67,7 @@ def test_the_forward_of_training_and_evaluation_stays_on_the_gpu(config, watch, 
     with torch.no_grad():
         assert model(idx).device.type == model(idx, idx, reduction="none").device.type == "cuda"
     assert watch.num_operations > 100
-    assert watch.off_device == []
+    assert watch.off_device == watch.waits == []
 
 
 def test_rows_of_logits_are_aligned_whatever_the_vocabulary(config, watch, monkeypatch):
@@ -110,9 +110,10 @@ def test_prefill_and_decode_stay_on_the_gpu(config, watch, weights):
     for rows in ([Sampling(temperature=0.0)], [Sampling()], [Sampling(top_k=5)], [Sampling(top_p=0.9)] * 3):
         drawing = plan_draw(rows, [0.5] * len(rows), 400, barred=(3, 4))
         watch.off_device.clear()  # a drawing is made on the host
+        watch.waits.clear()
         logits, ids = inference.decode_and_draw(idx[: len(rows)], idx[: len(rows)], [20, 8, 39][: len(rows)], drawing)
         assert (logits.device.type, ids.device.type) == ("cuda", "cuda")
-        assert watch.off_device == []
+        assert watch.off_device == watch.waits == []
     inference.cache.copy_slot(0, 2, 20)
     inference.cache.swap_slots(0, 1, 20)
     inference.refresh(on_gpu(config))

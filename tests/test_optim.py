@@ -414,6 +414,6 @@ def test_every_operation_of_an_update_stays_on_the_gpu(monkeypatch, rank, world_
         for bucket in optimizer._buckets:
             optimizer._update(bucket, torch.empty_like(bucket.values[bucket.own]))
         assert watch.num_operations > 100
-        assert watch.off_device == []
+        assert watch.off_device == watch.waits == []
         torch.empty(4, device="cuda").mul_(1 - torch.tensor(0.5))  # which the watch finds
     assert watch.off_device == ["aten.rsub.Scalar: ['cpu'] -> ['cpu']", "aten.mul_.Tensor: ['cpu', 'cuda'] -> ['cuda']"]
