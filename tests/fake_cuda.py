@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 TRANSFERS = ("aten._to_copy.default", "aten.copy_.default", "aten.to.dtype_layout")  # the last in inference mode
+NUMBERS = ("aten.fill_.Tensor",)  # how some releases write a number into a slice: it is an argument of the kernel
 CREATIONS = ("aten.lift_fresh.default", "aten.detach.default", "aten.detach_.default", "aten._to_copy.default",
              "aten.empty.memory_format")  # fmt: skip
 
@@ -29,7 +30,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if function.namespace == "prim":  # questions about a tensor, such as its device
+        if function.namespace == "prim" or str(function) in NUMBERS:  # prim: questions about a tensor, as its device
             return out
         self.num_operations += 1
         taken, given = (

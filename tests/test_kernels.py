@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from nanochat.model.loss import IGNORE_INDEX
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
 SOFTCAP = 15.0
@@ -60,6 +61,7 @@ def assert_prints(expected: str, program: str, **environment: str) -> None:
     assert ended.stdout == f"{expected}\n", ended.stderr[-2000:]
 
 
+@pytest.mark.skipif(triton.__version__ < "3.7" and np.__version__ >= "2.4", reason="Triton's interpreter is too old")
 def test_the_softcap_loss_equals_float64_in_the_interpreter():
     program = PROGRAM.format(cases=CASES, device="cpu")
     assert_prints("checked", program, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")

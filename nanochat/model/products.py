@@ -69,6 +69,6 @@ def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
     a, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
     try:
         torch.ops.aten.addmm.dtype_out(total, a, a, torch.float32, out=total)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         return False
     return True
