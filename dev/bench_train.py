@@ -84,6 +84,7 @@ def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
     optimizer_seconds = seconds_of_optimizer(optimizer, runtime)
     speed = args.total_batch_size / statistics.median(seconds[len(seconds) // 2 :])
     flops = model.flops_per_token()
+    estimated = training_bytes(config, num_gpus=1, device_batch_size=rows, recompute=args.recompute)
     if runtime.is_cuda:
         peak = hardware.peak_flops(torch.cuda.get_device_name(device), runtime.dtype)
     else:
@@ -94,7 +95,7 @@ def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
         "fastest_tokens_per_second": args.total_batch_size / min(seconds[1:]), "model_gflops": speed * flops / 1e9,
         "peak_gflops": peak / 1e9 if peak else None, "share_of_peak": speed * flops / peak if peak else None,
         "optimizer_seconds": optimizer_seconds, "peak_memory_gib": peak_memory_bytes(runtime) / 2**30,
-        "estimated_memory_gib": training_bytes(config, num_gpus=1, device_batch_size=rows) / 2**30, "last_loss": loss,
+        "estimated_memory_gib": estimated / 2**30, "last_loss": loss,
     }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def scaled_product(
     In forward, a GPU may sum in the fewer bits of its tensor cores. Other devices emulate the product in float32.
     """
     if a.is_cuda:
-        return torch._scaled_mm(a, b, a_scale, b_scale, out_dtype=dtype, use_fast_accum=is_forward)
+        return torch._scaled_mm(a.contiguous(), b, a_scale, b_scale, out_dtype=dtype, use_fast_accum=is_forward)
     return ((a.float() @ b.float()) * (a_scale * b_scale)).to(dtype)
 
 
