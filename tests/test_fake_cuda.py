@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from fake_cuda import _Watch, fake_cuda
@@ -9,6 +10,7 @@ from test_inference import CONFIGS
 
 from nanochat.engine.inference import InferenceModel, Piece, _DecodeGraphs
 from nanochat.engine.sampling import Sampling, plan_draw
+from nanochat.evals.scoring import hidden_at, plant
 from nanochat.model import attention
 from nanochat.model.gpt import GPT, build_model
 from nanochat.training.optim import MuonAdamW, parameter_groups
@@ -96,6 +98,17 @@ def test_the_backward_of_the_trunk_stays_on_its_device(config, use_fp8):
         model.hidden(idx).sum().backward()
     assert watch.num_operations > 200
     assert watch.off_device == []
+
+
+def test_scoring_stays_on_the_gpu(config, watch):
+    """Texts with a common stem, and one alone."""
+    stem = np.arange(20)
+    trees, _ = plant([np.append(stem, ending) for ending in (1, 2)] + [np.arange(30, 43)])
+    model = on_gpu(config)
+    with torch.no_grad():
+        hidden = hidden_at(model, trees, np.array([0, 0, 1]), np.array([20, 21, 12]))
+    assert (hidden.device.type, hidden.shape) == ("cuda", (3, config.n_embd))
+    assert [line for line in watch.off_device if "cuda" in line] == []  # the batch is laid out on the host, then sent
 
 
 @pytest.mark.parametrize("weights", ["", "float32"])
