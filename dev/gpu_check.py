@@ -341,7 +341,7 @@ def time_loss(tiny: bool) -> None:
         from nanochat.model.kernels import softcap_loss_
 
         logits = torch.randn(N // 16, V, device=device, dtype=torch.bfloat16)
-        spent = milliseconds(lambda: softcap_loss_(logits, targets[: N // 16], 15.0, IGNORE_INDEX))
+        spent = milliseconds(lambda: softcap_loss_(logits, targets[: N // 16], V, 15.0, IGNORE_INDEX))
         figures |= {"kernel_ms": spent, "kernel_gb_per_second": 2 * logits.nbytes / (spent / 1e3) / 1e9}
     print(json.dumps(figures))
 
@@ -410,8 +410,7 @@ def compare_losses(tiny: bool) -> None:
         texts = torch.cat((texts, successors[texts[..., -1]].gather(-1, choices)), dim=-1)
     texts = texts.to(device)
 
-    def attend(q, k, v, *, window):
-        return attention.masked_attention(q, k, v, attention.band_mask(T, T, window, device).unsqueeze(0))
+    attend = partial(attention.causal_attention, backends=attention.Backends("masked", "masked"))
 
     def take_plain_gradients(model: GPT, batch: Batch) -> torch.Tensor:
         logits = model.logits(model.trunk(batch.idx, *model.rotary(T), attend=attend))  # (B, T, V) float32

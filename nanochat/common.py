@@ -291,11 +291,8 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that runs a model: the arguments of `init_runtime`."""
     add = parser.add_argument_group("runtime").add_argument
     add("--device-type", default="", help="cuda, mps or cpu (default: the best one present)")
-    add(
-        "--dtype",
-        default="",
-        help=f"compute dtype: {', '.join(DTYPES)}, in training also {FP8} (default: what suits the device)",
-    )
+    choices = f"{', '.join(DTYPES)}, in training also {FP8}"
+    add("--dtype", default="", help=f"compute dtype: {choices} (default: what suits the device)")
 
 
 def run_main(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:

@@ -8,12 +8,13 @@ import torch
 from fake_cuda import _Watch, fake_cuda
 from test_inference import CONFIGS
 
+from nanochat.common import Runtime
 from nanochat.engine.inference import InferenceModel, Piece, _DecodeGraphs
 from nanochat.engine.sampling import Sampling, plan_draw
 from nanochat.evals.scoring import hidden_at, plant
 from nanochat.model import attention
 from nanochat.model.gpt import GPT, build_model
-from nanochat.training.optim import MuonAdamW, parameter_groups
+from nanochat.training.loop import make_optimizer
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
@@ -43,11 +44,8 @@ def on_gpu(config):
     return model
 
 
-def attach_copies(model, **options):
-    """As `loop.make_optimizer` does on a GPU."""
-    optimizer = MuonAdamW(parameter_groups(model), copy_dtype=torch.bfloat16, **options)
-    for name, copy in optimizer.copies.items():
-        model.get_submodule(name.removesuffix(".weight")).copy = copy
+def attach_copies(model, use_fp8):
+    make_optimizer(model, Runtime(0, 0, 1, torch.device("cuda"), torch.bfloat16, fp8=use_fp8))
 
 
 def draw_idx(shape):
@@ -58,7 +56,7 @@ def draw_idx(shape):
 @pytest.mark.parametrize("use_fp8", [False, True])
 def test_the_forward_of_training_and_evaluation_stays_on_the_gpu(config, watch, reduction, use_fp8):
     model = on_gpu(config)
-    attach_copies(model, use_fp8=use_fp8)
+    attach_copies(model, use_fp8)
     model.compile_trunk()
     idx = draw_idx((2, 48))
     loss = model(idx, idx, reduction=reduction)
@@ -92,7 +90,7 @@ def test_the_mask_of_a_window_is_made_on_the_gpu(watch):
 def test_the_backward_of_the_trunk_stays_on_its_device(config, use_fp8):
     """On the meta device: autograd asks CUDA's driver for its streams, also for a fake tensor."""
     model = build_model(config, device="meta", compute_dtype=torch.bfloat16)
-    attach_copies(model, use_fp8=use_fp8)
+    attach_copies(model, use_fp8)
     idx = torch.zeros(2, 48, dtype=torch.int64, device="meta")
     with _Watch() as watch:
         model.hidden(idx).sum().backward()

@@ -9,9 +9,10 @@ from fake_cuda import fake_cuda
 from ranks import run_ranks
 from torch import nn
 
-from nanochat.common import UserError
+from nanochat.common import Runtime, UserError
 from nanochat.model.gpt import GPTConfig, build_model
 from nanochat.training import optim
+from nanochat.training.loop import make_optimizer
 from nanochat.training.optim import Group, MuonAdamW, parameter_groups
 from nanochat.training.updates import adamw_update, muon_update
 
@@ -273,14 +274,12 @@ def test_no_rank_holds_more_than_its_share_of_the_state(depth, world_size):
     assert max(shares) <= (1 / world_size + 0.05) * whole
 
 
-def train_overlapping(rank, world_size, overlaps, copy_dtype):
+def train_overlapping(rank, world_size, overlaps, device, dtype):
     """Parameters after two steps of a small model, and in which order pieces were sent and backward came to its end."""
     shape = {"vocab_size": 64, "sequence_len": 16, "head_dim": 16}
     model = build_model(GPTConfig.from_depth(3, **shape), generator=torch.Generator().manual_seed(0))
-    model.compute_dtype = copy_dtype or torch.float32
-    optimizer = MuonAdamW(parameter_groups(model), rank=rank, world_size=world_size, copy_dtype=copy_dtype)
-    for name, copy in optimizer.copies.items():
-        model.get_submodule(name.removesuffix(".weight")).copy = copy
+    model.compute_dtype = dtype
+    optimizer = make_optimizer(model, Runtime(rank, rank, world_size, torch.device(device), dtype))
     order, send = [], optimizer._send
     optimizer._send = lambda bucket, piece: (order.append(f"{bucket.names[0]} {piece}"), send(bucket, piece))
     model.wte.weight.register_post_accumulate_grad_hook(lambda p: order.append("the end of backward"))
@@ -294,10 +293,11 @@ def train_overlapping(rank, world_size, overlaps, copy_dtype):
     return {name: p.detach().clone() for name, p in model.named_parameters()}, order
 
 
-@pytest.mark.parametrize("copy_dtype", [None, torch.bfloat16])
-def test_gradients_travel_while_backward_still_runs_and_no_sum_changes(copy_dtype, tmp_path):
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+def test_gradients_travel_while_backward_still_runs_and_no_sum_changes(device, dtype, tmp_path):
+    """With the optimizer as made for a CPU, and as for a GPU: with copies of the weights, and 16 bits on the wire."""
     early, late = (
-        run_ranks(train_overlapping, 2, tmp_path / str(overlaps), overlaps, copy_dtype) for overlaps in (True, False)
+        run_ranks(train_overlapping, 2, tmp_path / str(overlaps), overlaps, device, dtype) for overlaps in (True, False)
     )
     for (params, order), (wanted, late_order) in zip(early, late, strict=True):
         assert_equal(params, wanted)
