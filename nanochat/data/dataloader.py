@@ -54,7 +54,7 @@ class Place(NamedTuple):
 class Batch:
     """idx, targets: (B, T) int64 on the device, `IGNORE_INDEX` where a row is padded; `num_targets` is the number of
     targets that count; `epoch` is the pass over the documents that its last row was read in, from 0. `weights`, (B,)
-    float32, multiply the loss of each row's targets; None is 1 everywhere."""
+    float32, multiply the loss of each row's targets, which are on the host then; None is 1 everywhere."""
 
     idx: Tensor
     targets: Tensor

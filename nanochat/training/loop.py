@@ -87,15 +87,17 @@ def _backward_weighted(model: GPT, batch: Batch, scale: Tensor) -> Tensor:
     0-d float32.
 
     Rows go through the head one at a time, to hold the logits of one row only, and only at positions with targets, so
-    that prompts cost no product with the vocabulary.
+    that prompts cost no product with the vocabulary. The targets are on the host.
     """
     hidden = model.hidden(batch.idx)
     total = torch.zeros((), device=hidden.device)
     gradients = []
     for row, targets, weight in zip(hidden.detach(), batch.targets, batch.weights, strict=True):
         row = row.requires_grad_()
-        counts = targets != IGNORE_INDEX
-        loss = weight * model.loss(row[counts], targets[counts], reduction="sum")
+        places = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # found on the host: the device is not waited for
+        its_rows = row[places.to(row.device, non_blocking=True)]
+        its_targets = targets[places].to(row.device, non_blocking=True)
+        loss = weight * model.loss(its_rows, its_targets, reduction="sum")
         (loss * scale).backward()
         total += loss.detach()
         gradients.append(row.grad)

@@ -169,7 +169,7 @@ def _batch(rollouts: Sequence[Rollout], device: torch.device | str) -> Batch:
         idx[b, :end], weights[b] = tokens[:-1], r.advantage
         targets[b, begin:end] = torch.tensor(r.reply).masked_fill(~torch.tensor(r.is_sampled), IGNORE_INDEX)
     num_sampled = sum(sum(r.is_sampled) for r in rollouts)
-    return Batch(idx.to(device), targets.to(device), num_sampled, 0, weights.to(device))
+    return Batch(idx.to(device), targets, num_sampled, 0, weights.to(device))
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
