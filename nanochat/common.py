@@ -165,7 +165,7 @@ def init_runtime(device_type: str = "", dtype: str = "", *, trains: bool = False
 
 def keep_compiled() -> None:
     """Have compiled code kept in the base folder, for the next stage and for `--resume`. Folders that the user has set
-    by the variables of PyTorch and Triton stay.
+    by the variables of PyTorch and Triton stay. To be called before PyTorch's compiler is imported: that sets them too.
 
     PyTorch finds compiled code by the operations it was traced from, and knows ours by name only: it would not notice
     a new formula for their gradients. So the model's source is a part of the key.

@@ -116,9 +116,10 @@ def test_code_compiled_from_another_source_of_the_model_is_not_used(tmp_path, mo
 
 def report_compilation() -> None:
     """Compile a trunk with operations of our own, and print as JSON what the caches did."""
+    common.keep_compiled()  # before anything imports the compiler, which sets the folder's variable itself
+
     from torch._dynamo.utils import counters
 
-    common.keep_compiled()
     model = make_model(layers=1, recompute=True, backend="inductor")
     add_to_buffers(model)
     train(model)
