@@ -139,19 +139,9 @@ def main(args: argparse.Namespace) -> None:
 
     # schedules, and the state of a resumed run
     run = loop.TrainingRun(
-        folder,
-        args,
-        runtime,
-        model,
-        tokenizer,
-        optimizer,
-        loader,
-        plan,
-        device_batch_size,
-        num_micro_steps,
-        resumed,
+        folder, args, runtime, model, tokenizer, optimizer, loader, plan, device_batch_size, num_micro_steps, resumed,
         shards=shards,
-    )
+    )  # fmt: skip
 
     # the loop
     for step in run.steps():
