@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import rustbpe
-from nanochat.common import UserError, base_dir, write_atomic
+from nanochat.common import UserError, base_dir, print0, write_atomic
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # starts every document and every conversation
@@ -74,9 +74,11 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Learn a vocabulary of `vocab_size` tokens, including the special ones, from strings or Arrow string arrays.
 
-        It ends up smaller if the documents have too few pairs to merge. `progress(stage, done, total)` is called about
-        ten times a second, in bytes for the stage "count" and in merges for "merge". Raises `UserError` if `vocab_size`
-        has no room for all bytes and special tokens, or for invalid Unicode; errors raised by `documents` pass through.
+        It ends up smaller if the documents have too few pairs to merge. Training takes about 2 GB at most: where the
+        text has more distinct chunks than fit, as Chinese soon has, the rare ones are sampled, and a line says so.
+        `progress(stage, done, total)` is called about ten times a second, in bytes for the stage "count" and in merges
+        for "merge". Raises `UserError` if `vocab_size` has no room for all bytes and special tokens, or for invalid
+        Unicode; errors raised by `documents` pass through.
         """
         if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(
@@ -85,7 +87,10 @@ class Tokenizer:
             )
         bpe = rustbpe.Tokenizer()
         with _valid_unicode():
-            bpe.train_from_iterator(documents, vocab_size - len(SPECIAL_TOKENS), pattern=pattern, progress=progress)
+            size = vocab_size - len(SPECIAL_TOKENS)
+            dropped = bpe.train_from_iterator(documents, size, pattern=pattern, progress=progress)
+        if dropped:
+            print0(f"to stay within memory, {dropped:,} rare chunks of the text were dropped; a sample stands for them")
         return cls([token for token, _ in bpe.get_mergeable_ranks()], pattern)
 
     # --- files ---

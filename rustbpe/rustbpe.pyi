@@ -46,15 +46,19 @@ class Tokenizer:
         *,
         progress: Progress | None = None,
         num_threads: int = 0,
-    ) -> None:
+        max_memory: int = 2_000_000_000,
+    ) -> int:
         """Learn a vocabulary of `vocab_size` tokens: the 256 bytes, and one token for each merge.
 
         `iterator` yields documents (str), or Arrow string arrays of documents; at most `buffer_size` str are read
         ahead at a time. `pattern` is `split_pattern()` when None. `num_threads` count chunks besides the thread that
         iterates (0: as many as there are cores), all without the GIL.
 
-        Merges are exact. Of pairs that occur equally often the one with the smaller left id is merged first, then the
-        one with the smaller right id. Training ends early when no pair is left.
+        Counting and learning take about `max_memory` bytes at most, whatever the text. Where its distinct chunks would
+        take more, a sample of the rare ones stands for all of them, the same whatever the number of threads; returned
+        is how many chunks were dropped for that. When that is 0, merges are exact. Of pairs that occur equally often
+        the one with the smaller left id is merged first, then the one with the smaller right id. Training ends early
+        when no pair is left.
 
         `progress(stage, done, total)` is called some ten times a second and at the end of each stage: "count" in bytes
         of text (total None), then "merge" in merges.

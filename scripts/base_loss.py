@@ -15,7 +15,7 @@ import torch
 
 from nanochat.checkpoint import add_checkpoint_flags
 from nanochat.common import UserError, add_runtime_flags, init_runtime, print0, run_main
-from nanochat.data.dataset import shard_paths
+from nanochat.data.run_shards import run_shards
 from nanochat.evals.loss_eval import SAMPLE_PROMPTS, evaluate_split, sample_completions
 from nanochat.model.load import load_model
 from nanochat.report import append_record
@@ -62,9 +62,9 @@ def main(args: argparse.Namespace) -> None:
         print0(f"--split-tokens {split_tokens:,}")
 
     # bits per byte; with --split-tokens 0 as many training tokens as the whole validation split has
-    paths = {split: shard_paths(data, split) for split in ("val", "train")}
+    paths, _ = run_shards(data, None if args.data else loaded.meta.get("shards"))
     num_tokens, results = split_tokens, {}
-    for split in paths:
+    for split in ("val", "train"):
         result = evaluate_split(model, tokenizer, paths[split], runtime, args.device_batch_size, num_tokens)
         size = f"{result.tokens:,} tokens, {result.bytes:,} bytes"
         print0(f"{split:<5} {result.bpb:.4f} +- {result.se:.4f} bits per byte over {size}")

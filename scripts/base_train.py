@@ -15,7 +15,8 @@ import torch
 from nanochat.checkpoint import check_tokenizer, resumable, run_dir, step_dir
 from nanochat.common import add_runtime_flags, from_rank0, init_runtime, print0, run_main
 from nanochat.data.dataloader import TextLoader
-from nanochat.data.dataset import DEFAULT_DATA, shard_paths
+from nanochat.data.dataset import DEFAULT_DATA
+from nanochat.data.run_shards import run_shards
 from nanochat.evals.core_bundle import fetch_bundle
 from nanochat.evals.core_eval import evaluate_core
 from nanochat.evals.loss_eval import SAMPLE_PROMPTS, evaluate_split, sample_completions
@@ -90,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer.load(tokenizer_dir())
     if resumed:
         check_tokenizer(tokenizer, resumed, step_dir(folder, resumed["step"]))
-    train_paths, val_paths = shard_paths(args.data, "train"), shard_paths(args.data, "val")
+    paths, shards = run_shards(args.data, resumed.get("shards"))
 
     # model
     config = pretraining.model_config(args, tokenizer.vocab_size)
@@ -131,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
 
     # data
     loader = TextLoader(
-        tokenizer, train_paths, device_batch_size, config.sequence_len, rank=runtime.rank,
+        tokenizer, paths["train"], device_batch_size, config.sequence_len, rank=runtime.rank,
         world_size=runtime.world_size, device=device,
     )  # fmt: skip
     eval_tokens = args.eval_tokens
@@ -140,14 +141,15 @@ def main(args: argparse.Namespace) -> None:
 
     # schedules, and the state of a resumed run
     run = loop.TrainingRun(
-        folder, args, runtime, model, tokenizer, optimizer, loader, plan, device_batch_size, num_micro_steps, resumed
-    )
+        folder, args, runtime, model, tokenizer, optimizer, loader, plan, device_batch_size, num_micro_steps, resumed,
+        shards=shards,
+    )  # fmt: skip
 
     # the loop
     for step in run.steps():
         # evaluate
         if run.is_due(step, args.eval_every):
-            run.note_bpb(step, evaluate_split(model, tokenizer, val_paths, runtime, device_batch_size, eval_tokens))
+            run.note_bpb(step, evaluate_split(model, tokenizer, paths["val"], runtime, device_batch_size, eval_tokens))
         if run.is_due(step, args.core_every):
             core = evaluate_core(model, tokenizer, fetch_bundle(args.bundle), max_per_task=args.core_max_per_task).core
             run.note(step, core=core)

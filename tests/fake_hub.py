@@ -32,6 +32,7 @@ class FakeHub:
 
     "503", "404"    any status                       "wrong"       other bytes, as many
     "429"           that status, wait 2 seconds      "disguised"   HTML said to be a file
+    "limit"         429 as the hub limits rates: 1 s
     "truncate"      half of the body                 "no-range"    the whole body, whatever was asked
     "reset"         half, then a reset connection
     "stall"         half, silence until the end      "silence"     no answer until the end
@@ -107,6 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "silence":
             self.hub.closing.wait(30)
             self.close_connection = True
+        elif fault == "limit":
+            self.answer(name, 429, b"{}", "application/json", RateLimit='"resolvers";r=0;t=1')
         elif fault.isdigit():
             self.answer(name, int(fault), b"{}", "application/json", **{"Retry-After": "2" if fault == "429" else "0"})
         elif fault == "html":

@@ -4,6 +4,8 @@ import errno
 import hashlib
 import random
 import threading
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from pathlib import Path
 
 import httpx
@@ -38,7 +40,7 @@ def fetch(folder: Path, check=lambda path, file: None) -> str:
 
 
 def test_listing_gives_commit_sizes_and_checksums_of_all_pages_and_survives_faults_on_each(server, monkeypatch):
-    revision, files = hub.list_files(REPO)
+    revision, files, _ = hub.list_files(REPO)
     assert revision == REVISION
     assert [(file.name, file.size, len(file.sha256)) for file in files] == [(NAME, len(CONTENT), 64), ("b.bin", 10, 64)]
     assert files[0] == FILE
@@ -46,6 +48,9 @@ def test_listing_gives_commit_sizes_and_checksums_of_all_pages_and_survives_faul
     server.page_size = 1
     server.faults["listing"] = ["503", "html", "", "503", "", "503"]
     assert [file.name for file in hub.list_files(REPO)[1]] == [NAME, "b.bin"]
+    assert hub.list_files(REPO)[2] == ""
+    server.files[hub.CARD] = b"# Texts"
+    assert hub.list_files(REPO)[2] == "# Texts"
     server.files = {"../evil.bin": b"1", "/etc/evil": b"2", "good.bin": b"3"}
     assert [file.name for file in hub.list_files(REPO)[1]] == ["good.bin"]
 
@@ -130,28 +135,74 @@ def test_check_of_the_caller_has_the_last_word_and_its_error_ends_the_other_tran
     assert not (tmp_path / "b" / NAME).exists()
 
 
-@pytest.mark.parametrize(
-    ("headers", "shortest"),
-    [({}, 0), ({"Retry-After": "7"}, 7), ({"RateLimit": '"api";r=0;t=7'}, 7), ({"Retry-After": "999"}, 20)],
-)
-def test_pauses_double_with_jitter_up_to_a_limit_and_heed_the_server(monkeypatch, headers, shortest):
-    class Stop(threading.Event):
-        def wait(self, seconds: float) -> None:
-            pauses.append(seconds)
+class Pauses(threading.Event):
+    """Never set, and never waits: notes the seconds instead."""
 
-    def request() -> None:
-        raise HfHubHTTPError(
-            "busy", response=httpx.Response(429, headers=headers, request=httpx.Request("GET", "http://hub"))
-        )
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
 
-    pauses: list[float] = []
-    monkeypatch.setattr(hub, "ATTEMPTS", 8)
-    monkeypatch.setattr(hub, "LONGEST_PAUSE", 20.0)
+    def wait(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+
+
+def answers(*headers: dict[str, str], status: int = 429):
+    """A request that is refused with each of `headers` in turn and then answered."""
+    left = list(headers)
+
+    def request() -> str:
+        if not left:
+            return "answer"
+        response = httpx.Response(status, headers=left.pop(0), request=httpx.Request("GET", "http://hub"))
+        raise HfHubHTTPError("busy", response=response)
+
+    return request
+
+
+def test_pauses_of_a_hub_that_says_nothing_double_with_jitter_and_attempts_end():
+    pauses = Pauses()
     with pytest.raises(TransferError, match="HTTP status 429"):
-        hub._persist(request, Stop())
-    assert len(pauses) == 7
-    for failures, seconds in enumerate(pauses):
-        assert max(min(2**failures / 2, 20), shortest) <= seconds <= max(min(2**failures, 20), shortest)
+        hub._persist(answers(*[{"RateLimit": '"api";r=3;t=99'}] * 9), pauses)  # not used up: not the reason
+    assert len(pauses.seconds) == hub.ATTEMPTS - 1
+    for failures, seconds in enumerate(pauses.seconds):
+        assert 2**failures / 2 <= seconds <= 2**failures
+
+
+NOW = 1_800_000_000
+IN_TWO_MINUTES = format_datetime(datetime.fromtimestamp(NOW + 120, UTC), usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [({"RateLimit": '"resolvers";r=0;t=40'}, 40), ({"Retry-After": "300"}, 300),
+     ({"Retry-After": IN_TWO_MINUTES}, 120), ({"Retry-After": "7", "RateLimit": '"api";r=0;t=40'}, 40)],
+)  # fmt: skip
+def test_a_busy_hub_is_given_the_time_it_asks_for_which_is_said_and_is_no_attempt(
+    monkeypatch, headers, seconds, capsys
+):
+    monkeypatch.setattr(hub.time, "time", lambda: NOW)
+    pauses, num_waits = Pauses(), hub.ATTEMPTS + 3
+    assert hub._persist(answers(*[headers] * num_waits), pauses) == "answer"
+    assert len(pauses.seconds) == num_waits
+    assert all(seconds <= pause <= seconds + 1 for pause in pauses.seconds)
+    assert f"is busy and asks to wait {seconds} s" in capsys.readouterr().err
+
+
+def test_a_hub_that_asks_for_more_than_an_hour_is_given_up():
+    pauses = Pauses()
+    with pytest.raises(TransferError, match="429"):
+        hub._persist(answers({"Retry-After": "86400"}), pauses)
+    with pytest.raises(TransferError, match="429"):
+        hub._persist(answers(*[{"Retry-After": "300"}] * 99), pauses)
+    assert len(pauses.seconds) == 12
+
+
+def test_listing_and_files_go_on_after_a_rate_limit_without_using_up_an_attempt(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "ATTEMPTS", 1)
+    server.faults.update({"listing": ["limit"], NAME: ["limit"]})
+    assert hub.list_files(REPO)[0] == REVISION
+    assert fetch(tmp_path) == ""
+    assert "asks to wait 1 s" in capsys.readouterr().err
 
 
 def test_token_is_sent_when_there_is_one(server, tmp_path, monkeypatch):

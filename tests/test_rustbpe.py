@@ -164,6 +164,47 @@ def test_threads_buffer_and_kind_of_input_change_nothing(documents):
         assert merges(tokenizer) == expected, name
 
 
+@pytest.fixture(scope="module")
+def chinese():
+    """Documents of clauses hardly two of which are alike, made of words that recur."""
+    rng = random.Random(2)
+    words = ["".join(chr(0x4E00 + rng.randrange(600)) for _ in range(rng.randint(1, 3))) for _ in range(400)]
+    weights = [1 / (1 + rank) for rank in range(len(words))]
+    clauses = ("".join(rng.choices(words, weights, k=rng.randint(2, 8))) + rng.choice("，。？") for _ in range(40_000))
+    return ["".join(clause for clause, _ in zip(clauses, range(20), strict=False)) for _ in range(2000)]
+
+
+def test_where_memory_is_short_a_sample_of_rare_chunks_gives_nearly_the_same_merges(chinese):
+    tokenizer, exact = rustbpe.Tokenizer(), set(learnt(chinese, 600))
+    assert tokenizer.train_from_iterator(chinese, 600, pattern=PATTERN) == 0
+    assert set(merges(tokenizer)) == exact
+    dropped = tokenizer.train_from_iterator(chinese, 600, pattern=PATTERN, max_memory=8_000_000, num_threads=1)
+    assert dropped > 15_000
+    sampled = merges(tokenizer)
+    assert len(exact & set(sampled)) > 0.9 * len(exact)
+    assert tokenizer.train_from_iterator(chinese, 600, pattern=PATTERN, max_memory=8_000_000, num_threads=5) == dropped
+    assert merges(tokenizer) == sampled
+
+
+def test_training_stays_within_its_memory_when_every_clause_is_new():
+    program = textwrap.dedent("""
+        import random, rustbpe
+        from pathlib import Path
+        rng = random.Random(3)
+        def peak():
+            return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in l)
+        def documents():
+            for _ in range(600):
+                yield "，".join("".join(map(chr, rng.choices(range(0x4E00, 0x5000), k=8))) for _ in range(800))
+        before = peak()
+        dropped = rustbpe.Tokenizer().train_from_iterator(documents(), 300, max_memory=50_000_000)
+        print(dropped, (peak() - before) * 1024)
+    """)
+    dropped, grown = map(int, subprocess.check_output([sys.executable, "-c", program], text=True).split())
+    assert dropped > 100_000
+    assert grown < 80_000_000  # of which 30 million are batches under way and the allocator's own
+
+
 def test_no_text_and_empty_texts_teach_nothing():
     for documents in ([], [""], ["", "a"], [pa.array([], pa.string()), pa.array(["", ""])]):
         assert learnt(documents, 300) == []

@@ -356,6 +356,21 @@ def test_a_run_killed_again_and_again_ends_as_one_never_interrupted(workplace):
     assert not list(run_folder(base).glob(".*"))
 
 
+def test_a_shard_added_before_resuming_is_named_and_changes_nothing_and_one_taken_away_is_refused(workplace):
+    base, data = workplace.copy_part("grown", "tokenizer"), workplace.folder / "grown_data"
+    shutil.copytree(workplace.data, data)
+    died = workplace.train("--data", data, base=base, before=DIE_AFTER_LOGGING.format(step=5))
+    assert died.status == -9
+    last = sorted(data.glob("*.parquet"))[-1]
+    write_shard(data / "z.parquet", ["a new document"])
+    out = workplace.train_well("--data", data, "--resume", base=base)
+    assert "z.parquet is new" in out
+    assert losses(base) == losses(workplace.base)
+    assert hashes(base, LAST) == hashes(workplace.base, LAST)
+    last.rename(data / "elsewhere")
+    assert_refused(workplace.train("--data", data, "--resume", base=base), f"{last.name} is gone")
+
+
 def test_two_processes_under_torchrun_have_the_losses_of_one_which_can_take_over(workplace):
     expected, base = losses(workplace.base), workplace.copy_part("both", "tokenizer")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts.base_train", "--"]

@@ -5,8 +5,10 @@
     python -m nanochat.data.dataset --data ./my_texts                       # folder or file: parquet, jsonl, txt, md
     python -m nanochat.data.dataset --data local                            # documentation found on this machine
 
-Whatever the source, the rest of the code sees shards in a fixed order, the last of which is the validation set.
-Not here: transfers (`hub.py`), making shards of other files (`localtext.py`), tokenizing, batching.
+Whatever the source, the rest of the code sees shards in a fixed order, split into train and validation; where nothing
+says which are which, the last shard is for validation.
+Not here: transfers (`hub.py`), the conventions of splits (`splits.py`), making shards of other files (`localtext.py`),
+tokenizing, batching.
 """
 
 import argparse
@@ -29,7 +31,8 @@ import pyarrow.parquet as pq
 
 from nanochat.common import UserError, base_dir, disk_errors, only_one_process, print0, run_main, write_atomic
 from nanochat.data import hub, localtext
-from nanochat.data.hub import HubFile, TransferError
+from nanochat.data.hub import CARD, HubFile, TransferError
+from nanochat.data.splits import Splits, split_files
 
 DEFAULT_DATA = "karpathy/climbmix-400b-shuffle"
 DEFAULT_TRAIN_SHARDS = 8  # of that data set: the two billion characters the tokenizer is trained on
@@ -42,14 +45,14 @@ DISK_MARGIN_BYTES = 64 << 20  # on top of 5 %: room for the logs and the file sy
 
 
 def data_dir(data: str) -> Path:
-    """Folder of the shards of `data`: a local folder with at least two parquet files itself, otherwise a folder
+    """Folder of the shards of `data`: a local folder with parquet files for both splits itself, otherwise a folder
     below the base folder. Raises `UserError` when `data` is neither a local path, nor `local`, nor looks like a
     repository."""
     if data == LOCAL_TEXT:
         return base_dir() / "data" / LOCAL_TEXT
     path = Path(data).expanduser()
     if data and path.exists():
-        if path.is_dir() and len(_files_of(path, ".parquet")) >= 2:
+        if path.is_dir() and _split_folder(path, ".parquet").suffices:
             return path
         digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
         return base_dir() / "data" / f"{path.resolve().stem}-{digest}"
@@ -58,26 +61,33 @@ def data_dir(data: str) -> Path:
 
 
 def shard_paths(data: str, split: str) -> list[Path]:
-    """The shards of `split`: "val" is the last shard of the data set, "train" those before it that are here. Of a
-    partly downloaded data set, train is the unbroken run from the first shard on, so that the order does not change
-    while the rest arrives. Raises `UserError` when there are none, or one that was here is gone."""
+    """The shards of `split`, "train" or "val". Of a partly downloaded data set, train is the unbroken run of its shards
+    from the first on that are here, so that the order does not change while the rest arrives; val is always whole.
+    Raises `UserError` when there are none, or one that was here is gone."""
     assert split in ("train", "val"), split
     folder, command = data_dir(data), f"run: {FETCH} --data {data}"
     manifest = Manifest.load(folder)
     if manifest is None:
-        shards = _files_of(folder, ".parquet")
-        if len(shards) < 2:
+        local = _split_folder(folder, ".parquet")
+        if not local.suffices:
             raise UserError(f"the data set {data} is not in {folder}; {command}")
-        return shards[:-1] if split == "train" else shards[-1:]
+        return [folder / name for name in (local.train_names if split == "train" else local.val_names)]
     for file in manifest.files:
         if file.name in manifest.verified and not file.is_whole(folder):
             path = folder / file.name
             raise UserError(f"the shard {path} is gone or no longer has its {file.size:,} bytes; {command}")
-    wanted = manifest.files[:-1] if split == "train" else manifest.files[-1:]
+    wanted = manifest.train if split == "train" else manifest.val
     chosen = list(takewhile(lambda file: file.is_whole(folder), wanted))
-    if not chosen:
+    if not chosen or (split == "val" and len(chosen) < len(wanted)):
         raise UserError(f"no {split} shard of {data} is in {folder} yet; {command}")
     return [folder / file.name for file in chosen]
+
+
+def _split_folder(folder: Path, suffixes: str | tuple[str, ...]) -> Splits:
+    """The files below a local folder that have one of the `suffixes`, by split."""
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return split_files([file.relative_to(folder).as_posix() for file in _files_of(folder, suffixes)], text)
 
 
 def document_batches(
@@ -137,14 +147,30 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 @dataclass
 class Manifest:
-    """What a data folder should hold (`files`, all of the source in order) and which of it was found whole. `verified`
-    has the modification time in ns of each verified file, so that nothing is hashed a second time; `version` pins the
-    source: the commit of a repository, the fingerprint of converted files."""
+    """What a data folder should hold (`files`, all of the source in order, the last `num_val` for validation: 0 where
+    the source does not say, and it is the last one) and which of it was found whole. `verified` has the modification
+    time in ns of each verified file, so that nothing is hashed a second time; `version` pins the source: the commit of
+    a repository, the fingerprint of converted files."""
 
     source: str
     version: str
     files: list[HubFile]
     verified: dict[str, int] = field(default_factory=dict)
+    num_val: int = 0
+
+    @property
+    def train(self) -> list[HubFile]:
+        return self.files[: -max(1, self.num_val)]
+
+    @property
+    def val(self) -> list[HubFile]:
+        return self.files[-max(1, self.num_val) :]
+
+    @classmethod
+    def of_splits(cls, source: str, version: str, files: Sequence[HubFile], splits: Splits, verified=()) -> "Manifest":
+        by_name = {file.name: file for file in files}
+        ordered = [by_name[name] for name in splits.train + splits.val]
+        return cls(source, version, ordered, dict(verified), num_val=len(splits.val))
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest | None":
@@ -152,11 +178,15 @@ class Manifest:
         path = folder / MANIFEST
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{**values, "files": [HubFile(**file) for file in values["files"]]})
+            manifest = cls(**{**values, "files": [HubFile(**file) for file in values["files"]]})
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} cannot be read ({error}); delete it and run the download again") from error
+        if "num_val" not in values:  # written before splits were told apart
+            splits = split_files([file.name for file in manifest.files])
+            return cls.of_splits(manifest.source, manifest.version, manifest.files, splits, manifest.verified)
+        return manifest
 
     def save(self, folder: Path) -> None:
         write_atomic(folder / MANIFEST, json.dumps(asdict(self)))
@@ -182,8 +212,8 @@ class Manifest:
 
 def prepare(data: str, num_train: int, *, workers: int = 8) -> Path:
     """Make the shards of `data` ready and return their folder: download a hub repository (the first `num_train` train
-    shards, -1 for all, and always the last), or convert local text, or check a local folder of shards. Of many
-    processes that ask for the same, one does the work and the others wait. Doing it again only checks. Raises
+    shards, -1 for all, and always those for validation), or convert local text, or check a local folder of shards. Of
+    many processes that ask for the same, one does the work and the others wait. Doing it again only checks. Raises
     `UserError` when it cannot be had whole; what was fetched by then is kept."""
     if num_train < 1 and num_train != -1:
         raise UserError(f"-n {num_train} is out of range; give the number of train shards, or -1 for all")
@@ -191,19 +221,23 @@ def prepare(data: str, num_train: int, *, workers: int = 8) -> Path:
         raise UserError(f"--workers {workers} is out of range; give at least 1")
     folder, path = data_dir(data), Path(data).expanduser()
     if folder == path:
-        for shard in _files_of(folder, ".parquet"):
+        for shard in shard_paths(data, "train") + shard_paths(data, "val"):
             with _open_shard(shard):
                 pass
         return folder
     with only_one_process(folder):
         if data == LOCAL_TEXT:
-            _convert(data, f"machine {localtext.VERSION}", localtext.machine_sources, folder)
+            _convert(data, f"machine {localtext.VERSION}", localtext.machine_sources, folder, [])
         elif not path.exists():
             _download(data, num_train, folder, workers)
-        elif files := sorted(_files_of(path, SUFFIXES)):
-            _convert_files(data, files, path if path.is_dir() else path.parent, folder)
+        elif path.is_file() and path.name.endswith(SUFFIXES):
+            _convert_files(data, Splits(train=[path.name]), path.parent, folder)
+        elif path.is_dir() and (splits := _split_folder(path, SUFFIXES)).train:
+            _convert_files(data, splits, path, folder)
         else:
-            raise UserError(f"{path} has no {', '.join(SUFFIXES)} file; give --data another folder or a hub repository")
+            raise UserError(
+                f"{path} has no {', '.join(SUFFIXES)} file to train on; give --data another folder or a hub repository"
+            )
     return folder
 
 
@@ -212,26 +246,31 @@ def _download(data: str, num_train: int, folder: Path, workers: int) -> None:
     it, if there are no parquet shards. The hub is not asked when nothing is missing."""
     raw_folder = folder.with_name(f"{folder.name}.raw")
     manifest = Manifest.load(raw_folder) or Manifest.load(folder) or _list_usable(data)
-    files = manifest.files
-    is_raw = len(files) < 2 or not all(file.name.endswith(".parquet") for file in files)
-    if num_train >= len(files):
-        print0(f"{data} has only {len(files):,} files: taking all of them")
-    wanted = files[-1:] + (files[:-1] if num_train < 0 else files[:-1][:num_train])
-    _fetch_missing(manifest, raw_folder if is_raw else folder, wanted, workers)
+    is_raw = len(manifest.files) < 2 or not all(file.name.endswith(".parquet") for file in manifest.files)
+    if num_train > len(manifest.train):
+        print0(f"{data} has only {len(manifest.files):,} files: taking all of them")
+    train = manifest.train if num_train < 0 else manifest.train[:num_train]
+    _fetch_missing(manifest, raw_folder if is_raw else folder, manifest.val + train, workers)
     if is_raw:
-        _convert_files(data, [raw_folder / file.name for file in wanted], raw_folder, folder)
+        names = [[file.name for file in files] for files in (train, manifest.val)]
+        splits = Splits(*names) if manifest.num_val else Splits(train=names[1] + names[0])
+        _convert_files(data, splits, raw_folder, folder)
 
 
 def _list_usable(data: str) -> Manifest:
-    """What there is to fetch: the parquet shards in natural order if there are two or more, else every file that
-    can be made into shards, the description of the repository left out."""
-    revision, files = hub.list_files(data)
-    files = sorted(files, key=lambda file: natural_key(file.name))
-    shards = [file for file in files if file.name.endswith(".parquet")]
-    usable = [file for file in files if file.name.endswith(SUFFIXES) and file.name != "README.md"]
-    if not usable:
-        raise UserError(f"the hub repository {data} has no {', '.join(SUFFIXES)} file; choose another with --data")
-    return Manifest(data, revision, shards if len(shards) >= 2 else usable)
+    """What there is to fetch: the parquet shards in natural order if there are some for both splits, else every file
+    that can be made into shards, the description of the repository left out; nothing of a test split in either case."""
+    revision, files, card = hub.list_files(data)
+    names = sorted((file.name for file in files if file.name.endswith(SUFFIXES) and file.name != CARD), key=natural_key)
+    splits = split_files([name for name in names if name.endswith(".parquet")], card)
+    if not splits.suffices:
+        splits = split_files(names, card)
+    if not splits.train:
+        fault = f"the hub repository {data} has no {', '.join(SUFFIXES)} file to train on"
+        raise UserError(f"{fault}; choose another with --data")
+    if splits.test:
+        print0(f"{data}: {len(splits.test):,} test files are left out")
+    return Manifest.of_splits(data, revision, files, splits)
 
 
 def _fetch_missing(manifest: Manifest, folder: Path, wanted: list[HubFile], workers: int) -> None:
@@ -270,15 +309,16 @@ def check_disk(folder: Path, num_bytes: int) -> None:
         raise UserError(f"{fault}; {remedy}")
 
 
-def _convert_files(data: str, files: Sequence[Path], root: Path, folder: Path) -> None:
-    """Make shards of `files` below `root`, unless `folder` has those of the very same files."""
+def _convert_files(data: str, splits: Splits, root: Path, folder: Path) -> None:
+    """Make shards of the files of `splits` below `root`, unless `folder` has those of the very same files."""
     digest = hashlib.sha256(localtext.VERSION.encode())
     sources = []
-    for file in files:
-        name, status = file.relative_to(root).as_posix(), file.stat()
-        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    for name in sorted(splits.train + splits.val, key=lambda name: root / name):
+        file, mark = root / name, "val\0" if name in splits.val else ""
+        status = file.stat()
+        digest.update(f"{mark}{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         sources.append(localtext.Source(name, status.st_size, partial(_read_documents, file)))
-    _convert(data, digest.hexdigest(), lambda: sources, folder)
+    _convert(data, digest.hexdigest(), lambda: sources, folder, splits.val)
 
 
 def _read_documents(path: Path) -> Iterator[str]:
@@ -287,8 +327,11 @@ def _read_documents(path: Path) -> Iterator[str]:
     return localtext.read_texts(path)
 
 
-def _convert(data: str, version: str, get_sources: Callable[[], list[localtext.Source]], folder: Path) -> None:
-    """Write the shards of `get_sources()` to `folder`, all or nothing, unless those of `version` are there."""
+def _convert(
+    data: str, version: str, get_sources: Callable[[], list[localtext.Source]], folder: Path, val_names: list[str]
+) -> None:
+    """Write the shards of `get_sources()` to `folder`, all or nothing, unless those of `version` are there. The sources
+    in `val_names` are for validation; where there are none, a part of all is."""
     present = Manifest.load(folder)
     if present and present.version == version and all(file.is_whole(folder) for file in present.files):
         return
@@ -300,7 +343,7 @@ def _convert(data: str, version: str, get_sources: Callable[[], list[localtext.S
     try:
         with disk_errors("shards", folder.parent):
             shutil.rmtree(partial_folder, ignore_errors=True)
-            shards = localtext.write_shards(sources, partial_folder)
+            shards = localtext.write_shards(sources, partial_folder, val_names=val_names)
             files = [HubFile(shard.name, shard.stat().st_size) for shard in shards]
             verified = {shard.name: shard.stat().st_mtime_ns for shard in shards}
             Manifest(data, version, files, verified).save(partial_folder)
@@ -311,11 +354,13 @@ def _convert(data: str, version: str, get_sources: Callable[[], list[localtext.S
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Fetch or convert pretraining text; the last shard is for validation.")
+    parser = argparse.ArgumentParser(
+        description="Fetch or convert pretraining text: shards for training and for validation."
+    )
     add = parser.add_argument
     add("-n", "--num-train", type=int, default=DEFAULT_TRAIN_SHARDS, metavar="N",
         help="train shards to fetch from a hub repository, -1 for all (default: %(default)s); the "
-        "validation shard always comes with them, local text is always taken whole")  # fmt: skip
+        "validation shards always come with them, local text is always taken whole")  # fmt: skip
     add("--data", default=DEFAULT_DATA,
         help="hub repository owner/name or owner/name/folder, a local folder or file of parquet, jsonl "
         "or text, or 'local' for documentation found on this machine (default: %(default)s)")  # fmt: skip
@@ -325,9 +370,10 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     folder = prepare(args.data, args.num_train, workers=args.workers)
-    train, (val,) = shard_paths(args.data, "train"), shard_paths(args.data, "val")
-    train_mb, val_mb = sum(path.stat().st_size for path in train) / 1e6, val.stat().st_size / 1e6
-    found = f"{len(train):,} train shards ({train_mb:,.1f} MB) and validation shard {val.name} ({val_mb:,.1f} MB)"
+    train, val = shard_paths(args.data, "train"), shard_paths(args.data, "val")
+    train_mb, val_mb = (sum(path.stat().st_size for path in paths) / 1e6 for paths in (train, val))
+    held_out = f"validation shard {val[0].name}" if len(val) == 1 else f"{len(val):,} validation shards"
+    found = f"{len(train):,} train shards ({train_mb:,.1f} MB) and {held_out} ({val_mb:,.1f} MB)"
     print0(f"{args.data}: {found} in {folder}")
 
 

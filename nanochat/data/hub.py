@@ -7,16 +7,19 @@ Not here: which files are wanted, what they mean, locks between processes (`data
 """
 
 import hashlib
-import itertools
 import os
 import random
 import re
 import shutil
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -25,10 +28,14 @@ from nanochat.common import UserError, disk_errors
 DEFAULT_ENDPOINT = "https://huggingface.co"
 REPO_PATTERN = re.compile(r"(\w[\w.-]*/\w[\w.-]*)((?:/[\w.=-]+)*)")  # owner/name, then folders of the repository
 ATTEMPTS = 5  # at a listing or a file; within each, huggingface_hub resumes as long as bytes arrive
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # seconds between attempts; the hub limits requests per five minutes
+FIRST_PAUSE = 1.0  # seconds after the first failed attempt, then twice as long each time
+LONGEST_WAIT = (
+    3600.0  # seconds in all that a request waits because the hub says so; it limits requests per five minutes
+)
 GIVE_UP_FAILURES = 8  # files in a row that could not be fetched: the network is gone, the rest need not be tried
 RETRY_STATUSES = (408, 416, 425, 429)  # of the 4xx; asking again does not change the others
 REQUEST_SECONDS = 60  # limit of each network operation where huggingface_hub has none
+CARD = "README.md"
 STAGING = ".fetching"  # folder, beside the files, of those that are not yet whole
 
 T = TypeVar("T")
@@ -78,26 +85,34 @@ def _limit_requests() -> None:
     set_client_factory(lambda: httpx.Client(follow_redirects=True, event_hooks={"request": [limit]}))
 
 
-def list_files(data: str) -> tuple[str, list[HubFile]]:
-    """Newest commit of a data set repository (or of a folder of it), and its files as the hub lists them.
+def list_files(data: str) -> tuple[str, list[HubFile], str]:
+    """Newest commit of a data set repository (or of a folder of it), its files as the hub lists them, and the text of
+    the repository's card ("" if it has none).
 
     Raises `UserError` when the hub cannot be reached or does not have it.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RemoteEntryNotFoundError
     from huggingface_hub.hf_api import RepoFile
 
     repo, folder = split_repository(data)
     _limit_requests()
     api = HfApi(endpoint=endpoint(), library_name="nanochat")
 
-    def listing() -> tuple[str, list[HubFile]]:
+    def listing() -> tuple[str, list[HubFile], str]:
         revision = api.dataset_info(repo).sha
         entries = api.list_repo_tree(repo, folder or None, recursive=True, revision=revision, repo_type="dataset")
         files = [entry for entry in entries if isinstance(entry, RepoFile)]
-        return revision, [HubFile(file.path, file.size, file.lfs.sha256 if file.lfs else "") for file in files]
+        listed = [HubFile(file.path, file.size, file.lfs.sha256 if file.lfs else "") for file in files]
+        card = ""
+        if folder or any(file.name == CARD for file in listed):
+            with tempfile.TemporaryDirectory() as scratch, suppress(RemoteEntryNotFoundError):
+                path = api.hf_hub_download(repo, CARD, revision=revision, repo_type="dataset", local_dir=scratch)
+                card = Path(path).read_text(encoding="utf-8", errors="replace")
+        return revision, listed, card
 
     try:
-        revision, files = _persist(listing, threading.Event())
+        revision, files, card = _persist(listing, threading.Event())
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{endpoint()} does not answer like a hub ({error!r}); check HF_ENDPOINT") from error
     except TransferError as error:
@@ -106,7 +121,8 @@ def list_files(data: str) -> tuple[str, list[HubFile]]:
             f"HF_ENDPOINT to a mirror, or give --data a local folder, or 'local' for text found on this machine"
         ) from error
     # A name from outside must not lead out of the folder it is written to.
-    return revision, [f for f in files if not f.name.startswith("/") and ".." not in PurePosixPath(f.name).parts]
+    safe = [f for f in files if not f.name.startswith("/") and ".." not in PurePosixPath(f.name).parts]
+    return revision, safe, card
 
 
 def fetch_files(
@@ -190,11 +206,13 @@ def verify_or_discard(path: Path, file: HubFile, check: Check) -> None:
 
 
 def _persist(request: Callable[[], T], stop: threading.Event) -> T:
-    """The result of `request()`, tried up to `ATTEMPTS` times after faults of the network. Raises `TransferError`."""
+    """The result of `request()`, tried up to `ATTEMPTS` times after faults of the network, and again whenever a busy
+    hub has been given the time it asked for. Raises `TransferError`."""
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    for attempt in itertools.count(1):
+    attempt, waited_seconds = 1, 0.0
+    while True:
         try:
             return request()
         except (httpx.HTTPError, ValueError, OSError, TransferError) as error:
@@ -204,18 +222,29 @@ def _persist(request: Callable[[], T], stop: threading.Event) -> T:
             response = cause.response if isinstance(cause, HfHubHTTPError) else None
             is_final = response is not None and 400 <= response.status_code < 500
             is_final = is_final and response.status_code not in RETRY_STATUSES
-            if is_final or stop.is_set() or attempt >= ATTEMPTS:
+            told_seconds = _told_seconds(response.headers) if response is not None else 0.0
+            may_wait = told_seconds > 0 and waited_seconds + told_seconds <= LONGEST_WAIT
+            if is_final or stop.is_set() or (not may_wait and (told_seconds or attempt >= ATTEMPTS)):
                 raise TransferError(_reason(cause)) from error
-            asked_seconds = _asked_seconds(response) if response is not None else 0.0
-        # Twice as long each time, with jitter so that many clients do not come back at the same moment.
-        pause = FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
-        stop.wait(min(max(pause, asked_seconds), LONGEST_PAUSE))
+        if may_wait:  # a busy hub is no broken one: this is not counted as an attempt
+            print(f"{endpoint()} is busy and asks to wait {told_seconds:,.0f} s; going on then", file=sys.stderr)
+            waited_seconds += told_seconds
+            stop.wait(told_seconds + random.random())
+        else:  # twice as long each time, with jitter so that many clients do not come back at the same moment
+            stop.wait(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+            attempt += 1
 
 
-def _asked_seconds(response: Any) -> float:
-    """How long a busy hub asks to wait, by either of its headers."""
-    asked = [response.headers.get("Retry-After", ""), *re.findall(r"\bt=(\d+)", response.headers.get("RateLimit", ""))]
-    return max((float(seconds) for seconds in asked if seconds.isdigit()), default=0.0)
+def _told_seconds(headers: Mapping[str, str]) -> float:
+    """How long a busy hub says to wait: `Retry-After` in seconds or as a date, or the `RateLimit` that is used up."""
+    retry_after = headers.get("Retry-After", "").strip()
+    told = re.findall(r"\br=0\s*;\s*t=(\d+)", headers.get("RateLimit", ""))
+    if retry_after.isdecimal():
+        told.append(retry_after)
+    elif retry_after:
+        with suppress(ValueError):
+            told.append(parsedate_to_datetime(retry_after).timestamp() - time.time())
+    return max(map(float, told), default=0.0)
 
 
 def _reason(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import re
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -115,12 +115,15 @@ def cut_text(text: str, max_chars: int = DOCUMENT_CHARS) -> Iterator[str]:
 # --- writing shards ------------------------------------------------------------------------------
 
 
-def write_shards(sources: Sequence[Source], folder: Path, *, seed: int = SEED) -> list[Path]:
+def write_shards(
+    sources: Sequence[Source], folder: Path, *, val_names: Collection[str] = (), seed: int = SEED
+) -> list[Path]:
     """Write the documents of `sources` to `folder` as shuffled parquet shards; the last one is for validation.
 
     Blank documents and those that repeat an earlier one (white space aside) are left out. Validation gets about 5 % of
-    the text: whole sources where those are small enough, otherwise evenly spread documents. The result depends on the
-    sources alone, and memory holds one shard at a time. Raises `UserError` when there are not two different documents.
+    the text: whole sources where those are small enough, otherwise evenly spread documents; or the sources in
+    `val_names` where there are any. The result depends on the arguments alone, and memory holds one shard at a time.
+    Raises `UserError` when there are not two different documents.
     """
     sources = sorted(sources, key=lambda source: source.name)
     total = sum(source.num_bytes for source in sources)
@@ -129,7 +132,8 @@ def write_shards(sources: Sequence[Source], folder: Path, *, seed: int = SEED) -
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         spools = [stack.enter_context(TemporaryFile(dir=folder)) for _ in range(num_train + 1)]
-        for val_names in (_choose_val_sources(sources, val_bytes, seed), set()):
+        choices = [set(val_names)] if val_names else [_choose_val_sources(sources, val_bytes, seed), set()]
+        for val_names in choices:
             num_documents = _deal(sources, val_names, max(2, round(total / val_bytes)), spools, seed)
             filled = [spool for spool in spools if spool.tell()]
             if len(filled) >= 2 and filled[-1] is spools[-1]:

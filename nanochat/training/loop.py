@@ -265,6 +265,7 @@ class TrainingRun:
     resumed: Mapping
     results: dict = field(default_factory=dict)
     first_step: int = 0
+    shards: dict | None = None  # the note of `run_shards`, for the checkpoints; None where there are no shards
 
     def __post_init__(self):
         args, plan, runtime = self.args, self.plan, self.runtime
@@ -332,7 +333,7 @@ class TrainingRun:
         meta = {
             "args": vars(self.args), "plan": asdict(self.plan), "dtype": self.runtime.dtype_name,
             "results": self.results, "device_batch_size": self.device_batch_size, "stats": self.stats.state(),
-            "scaler": self.scaler.state(),
+            "scaler": self.scaler.state(), "shards": self.shards,
         }  # fmt: skip
         folder = save_checkpoint(
             self.folder, step, runtime=self.runtime, model=self.model, tokenizer=self.tokenizer, meta=meta,

@@ -28,7 +28,6 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 use crate::count::ChunkCounts;
 use crate::error::{Error, Result};
-use crate::key::key_len;
 
 /// Number of tokens that stand for one byte each, with the byte as id.
 pub const NUM_BYTES: usize = 256;
@@ -83,28 +82,17 @@ struct Words {
 
 impl Words {
     fn new(counts: ChunkCounts) -> Result<Words> {
-        let distinct_bytes = counts.distinct_bytes();
-        let mut short: Vec<(u64, u128)> =
-            counts.short().filter(|&(key, _)| key_len(key) > 1).map(|(key, count)| (count, key)).collect();
-        let mut long: Vec<(u64, &[u8])> = counts.long().map(|(chunk, count)| (count, chunk)).collect();
-        let num_slots = distinct_bytes + short.len() + long.len() + 1;
+        let num_slots = counts.distinct_bytes() + counts.len() + 1;
         if num_slots > MAX_SYMBOLS {
-            return Err(Error::TooMuchText(distinct_bytes));
+            return Err(Error::TooMuchText(counts.distinct_bytes()));
         }
-        short.sort_unstable();
-        long.sort_unstable();
         let mut words = Words { slots: Vec::with_capacity(num_slots), runs: Vec::new(), run_of_block: Vec::new() };
         words.slots.push(BOUNDARY);
-        let mut long = long.into_iter().peekable();
-        for (count, key) in short {
-            while let Some((count, chunk)) = long.next_if(|&(other, _)| other <= count) {
+        counts.visit_ascending(|chunk, count| {
+            if chunk.len() > 1 {
                 words.push(count, chunk);
             }
-            words.push(count, &key.to_le_bytes()[..key_len(key)]);
-        }
-        for (count, chunk) in long {
-            words.push(count, chunk);
-        }
+        });
         words.index_runs();
         Ok(words)
     }
@@ -404,10 +392,8 @@ mod tests {
     /// The definition: count all pairs of all chunks afresh before each merge.
     fn reference(text: &str, num_merges: usize) -> Vec<(u32, u32)> {
         let counts = count(text);
-        let short = counts.short().map(|(key, count)| (key.to_le_bytes()[..key_len(key)].to_vec(), count));
-        let long = counts.long().map(|(chunk, count)| (chunk.to_vec(), count));
-        let widen = |chunk: Vec<u8>| chunk.into_iter().map(u32::from).collect::<Vec<u32>>();
-        let mut words: Vec<(Vec<u32>, u64)> = short.chain(long).map(|(chunk, count)| (widen(chunk), count)).collect();
+        let mut words: Vec<(Vec<u32>, u64)> = Vec::new();
+        counts.visit_ascending(|chunk, count| words.push((chunk.iter().map(|&byte| byte as u32).collect(), count)));
         let mut merges = Vec::new();
         while merges.len() < num_merges {
             let mut pairs: HashMap<(u32, u32), u64> = HashMap::new();

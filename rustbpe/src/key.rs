@@ -48,6 +48,15 @@ pub fn hash_key(key: u128) -> u64 {
     product as u64 ^ (product >> 64) as u64
 }
 
+/// Well-mixed 64 bits of a chunk too long for a key.
+pub fn hash_long(chunk: &[u8]) -> u64 {
+    chunk.chunks(8).fold(chunk.len() as u64, |hash, part| {
+        let mut word = [0; 8];
+        word[..part.len()].copy_from_slice(part);
+        hash_key((hash as u128) << 64 | u64::from_le_bytes(word) as u128)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

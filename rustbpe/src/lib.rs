@@ -23,6 +23,7 @@ use crate::splitter::Splitter;
 use crate::texts::{Source, Texts};
 
 const DEFAULT_MAX_DIGITS: usize = 3; // GPT-4's, and that of earlier versions of this package
+const DEFAULT_MAX_MEMORY: usize = 2_000_000_000; // enough for some nine million English chunks
 const BETWEEN_CALLBACKS: Duration = Duration::from_millis(100);
 
 impl From<Error> for PyErr {
@@ -75,8 +76,8 @@ impl Tokenizer {
     }
 
     /// Learn a vocabulary of `vocab_size` tokens from an iterator of str or Arrow string arrays.
-    #[pyo3(signature = (iterator, vocab_size, buffer_size = 8192, pattern = None, *, progress = None, num_threads = 0))]
-    #[allow(clippy::too_many_arguments)] // the interface of earlier versions of this package, and two options
+    #[pyo3(signature = (iterator, vocab_size, buffer_size = 8192, pattern = None, *, progress = None, num_threads = 0, max_memory = DEFAULT_MAX_MEMORY))]
+    #[allow(clippy::too_many_arguments)] // the interface of earlier versions of this package, and three options
     fn train_from_iterator(
         &mut self,
         py: Python<'_>,
@@ -86,7 +87,8 @@ impl Tokenizer {
         pattern: Option<String>,
         progress: Option<Py<PyAny>>,
         num_threads: usize,
-    ) -> PyResult<()> {
+        max_memory: usize,
+    ) -> PyResult<u64> {
         if !(bpe::NUM_BYTES..=bpe::MAX_VOCAB).contains(&vocab_size) {
             return Err(Error::VocabSize(vocab_size).into());
         }
@@ -95,13 +97,14 @@ impl Tokenizer {
         let mut source = Source::new(iterator, buffer_size)?;
         let num_merges = vocab_size - bpe::NUM_BYTES;
         let progress = Progress::new(progress);
-        *self = py.detach(|| {
+        let (trained, dropped) = py.detach(|| {
             let mut counted = progress.stage("count", None);
-            let counts = count::count_chunks(&splitter, thread_count(num_threads), || {
+            let counts = count::count_chunks(&splitter, thread_count(num_threads), max_memory, || {
                 let batch = Python::attach(|py| source.next_batch(py))?;
                 counted.report(source.bytes_read(), batch.is_none())?;
                 Ok::<_, PyErr>(batch)
             })?;
+            let dropped = counts.dropped();
             let mut merged = progress.stage("merge", Some(num_merges));
             let mut failure = None;
             let merges = bpe::learn_merges(counts, num_merges, |done| {
@@ -114,9 +117,10 @@ impl Tokenizer {
             let merges = merges?;
             merged.report(merges.len(), true)?;
             let ranks = bpe::token_bytes(&merges).into_iter().zip(0..).collect();
-            Ok(Tokenizer::with_ranks(ranks, pattern)?)
+            Ok::<_, PyErr>((Tokenizer::with_ranks(ranks, pattern)?, dropped))
         })?;
-        Ok(())
+        *self = trained;
+        Ok(dropped)
     }
 
     /// The vocabulary as a list of (bytes, rank), in order of rank.
