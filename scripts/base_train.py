@@ -24,6 +24,7 @@ from nanochat.model.gpt import build_model
 from nanochat.model.load import load_weights
 from nanochat.tokenizer import Tokenizer, tokenizer_dir
 from nanochat.training import loop, pretraining, recipe
+from nanochat.training.run import TrainingRun
 
 EVAL_TOKENS = {"cuda": 20 * 2**19}
 SMALL_EVAL_TOKENS = 2**17
@@ -137,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
         eval_tokens = EVAL_TOKENS.get(device.type, SMALL_EVAL_TOKENS)
 
     # schedules, and the state of a resumed run
-    run = loop.TrainingRun(
+    run = TrainingRun(
         folder, args, runtime, model, tokenizer, optimizer, loader, plan, device_batch_size, num_micro_steps, resumed
     )
 

@@ -23,9 +23,10 @@ from nanochat.evals.chat_eval import prompt_budget
 from nanochat.flags import COUNT, FREE, POSITIVE, ZERO_OR_MORE, Flag, Range, free_on_resume, parse, shared
 from nanochat.training import rl, schedule
 from nanochat.training.finetuning import load_start
-from nanochat.training.loop import TrainingRun, make_optimizer
+from nanochat.training.loop import make_optimizer
 from nanochat.training.metrics import check_loss
 from nanochat.training.recipe import Plan
+from nanochat.training.run import TrainingRun
 from tasks.common import TaskMixture, TaskSlice
 from tasks.custom_json import CustomJSON
 from tasks.registry import ALL_NAMES, get_task, task_names

@@ -18,7 +18,7 @@ from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task
 from nanochat.evals.chat_results import chat_core
 from nanochat.flags import COUNT, FREE, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
 from nanochat.training.finetuning import start_run, validate_if_due
-from nanochat.training.loop import TrainingRun
+from nanochat.training.run import TrainingRun
 from tasks.common import Task
 from tasks.mixtures import MIXTURE, SFT_MIXTURES, load_corpus
 from tasks.registry import get_task, task_names

@@ -356,6 +356,38 @@ def test_a_run_killed_again_and_again_ends_as_one_never_interrupted(workplace):
     assert not list(run_folder(base).glob(".*"))
 
 
+SIGNAL_AFTER_LOGGING = """
+import signal
+from nanochat.training.run import TrainingRun
+take_step = TrainingRun.take_step
+def take_step_and_signal(self, step):
+    take_step(self, step)
+    if step + 1 == {step} and self.runtime.rank == {rank}:
+        os.kill(os.getpid(), signal.{name})
+TrainingRun.take_step = take_step_and_signal
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "num_processes"), [("SIGTERM", 143, 1), ("SIGINT", 130, 1), ("SIGTERM", 143, 2)]
+)
+def test_a_signal_saves_at_the_next_step_on_all_ranks_and_the_run_goes_on_from_there(
+    workplace, name, status, num_processes
+):
+    base = workplace.copy_part(f"{name}_{num_processes}", "tokenizer")
+    before = SIGNAL_AFTER_LOGGING.format(step=5, rank=num_processes - 1, name=name)
+    ended = workplace.train("--sample-every", LAST, base=base, before=before, num_processes=num_processes)
+    assert ended.status == status, ended
+    assert f"stopped by {name} at step 5: the same command with --resume goes on from here" in ended.stdout
+    assert sorted(path.name for path in run_folder(base).glob("*step_*")) == ["step_000003", "step_000005"]
+    workplace.train_well("--resume", "--sample-every", LAST, base=base)
+    if num_processes == 1:
+        assert losses(base) == losses(workplace.base)
+        assert hashes(base, LAST) == hashes(workplace.base, LAST)
+    else:
+        assert losses(base) == pytest.approx(losses(workplace.base), rel=1e-5)
+
+
 def test_two_processes_under_torchrun_have_the_losses_of_one_which_can_take_over(workplace):
     expected, base = losses(workplace.base), workplace.copy_part("both", "tokenizer")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts.base_train", "--"]
