@@ -19,7 +19,7 @@ from nanochat.data.dataset import DEFAULT_DATA, shard_paths
 from nanochat.evals.core_bundle import fetch_bundle
 from nanochat.evals.core_eval import evaluate_core
 from nanochat.evals.loss_eval import SAMPLE_PROMPTS, evaluate_split, sample_completions
-from nanochat.flags import COUNT, FREE, POSITIVE, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
+from nanochat.flags import COUNT, FREE, POSITIVE, RUN_FLAGS, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
 from nanochat.model.gpt import build_model
 from nanochat.model.load import load_weights
 from nanochat.tokenizer import Tokenizer, tokenizer_dir
@@ -62,7 +62,7 @@ FLAGS = (
     Flag("sample_every", int, 0, "period of sample texts", **COUNT),
     # output
     Flag("model_tag", str, "", "name of the checkpoint folder (default: d<depth>)"),
-    *shared("save_every", "resume"),
+    *shared(*RUN_FLAGS),
     # planning
     Flag("dry_run", bool, False, "print what the run would take, and stop", **FREE),
     Flag("gpu", str, "", "kind of GPU the dry run assumes (default: this machine's, else H100)", **FREE),

@@ -20,7 +20,7 @@ from nanochat.engine.engine import Engine
 from nanochat.engine.inference import add_weights_flag
 from nanochat.engine.sampling import Sampling
 from nanochat.evals.chat_eval import prompt_budget
-from nanochat.flags import COUNT, FREE, POSITIVE, ZERO_OR_MORE, Flag, Range, free_on_resume, parse, shared
+from nanochat.flags import COUNT, FREE, POSITIVE, RUN_FLAGS, ZERO_OR_MORE, Flag, Range, free_on_resume, parse, shared
 from nanochat.training import rl, schedule
 from nanochat.training.finetuning import load_start
 from nanochat.training.loop import make_optimizer
@@ -40,7 +40,7 @@ TWO_OR_MORE = Range("be at least 2", lambda value: value >= 2)
 
 FLAGS = (
     *shared("run", "attention", "seed"),
-    *shared("model_tag", "step", "output_tag", "save_every", "resume", source="sft"),
+    *shared("model_tag", "step", "output_tag", *RUN_FLAGS, source="sft"),
     # data and horizon
     Flag("tasks", str, "", "tasks with a reward (default: GSM8K, unless --data is given)", metavar="TASK|TASK"),
     Flag("data", str, [], "conversations as JSON lines, see tasks/custom_json.py (default: none)", nargs="+",

@@ -342,10 +342,9 @@ def test_a_run_killed_again_and_again_ends_as_one_never_interrupted(workplace):
     ]
     for before, newest in kills:
         assert workplace.train("--resume", "--sample-every", LAST, base=base, before=before).status == -9
-        complete = sorted(path.name for path in run_folder(base).glob("step_*"))
-        assert complete == [f"step_{step:06d}" for step in (3, 6) if step <= newest]
-    out = workplace.train_well("--resume", "--sample-every", LAST, base=base)
-    assert "resumed at step 6" in out
+        complete = {int(path.name.removeprefix("step_")) for path in run_folder(base).glob("step_*")}
+        assert complete <= {step for step in (3, 6) if step <= newest}  # the last one may have been on its way
+    workplace.train_well("--resume", "--sample-every", LAST, base=base)
     logged = metrics(base)
     workplace.train_well("--resume", base=base)  # a finished run does nothing more
     assert metrics(base) == logged
@@ -523,18 +522,44 @@ def test_a_flag_changed_on_resuming_is_refused_with_both_values(workplace, flags
     assert_refused(workplace.train("--resume", flag, value), flag, value, before)
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(workplace):
+def test_a_damaged_checkpoint_is_passed_over_and_kept(workplace):
     base = workplace.copy_base("damaged", first_steps=6)
-    folder = run_folder(base) / "step_000006"
-    for name in ("loader_rank0.safetensors", "optimizer_rank0.safetensors", "model.safetensors", "meta.json"):
-        whole = (folder / name).read_bytes()
-        (folder / name).write_bytes(whole[: len(whole) // 2])
-        assert_refused(workplace.train("--resume", base=base), "step_000006")
-        (folder / name).unlink()
-        if name != "meta.json":  # without it, the folder is no checkpoint
-            assert_refused(workplace.train("--resume", base=base), name)
-    shutil.rmtree(folder)
-    assert "resumed at step 3" in workplace.train_well("--resume", base=base)
+    path = run_folder(base) / "step_000006" / "optimizer_rank0.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    out = workplace.train_well("--resume", base=base)
+    assert "passed over step_000006, which is damaged: optimizer_rank0.safetensors has changed" in out
+    assert "resumed at step 3" in out
+    assert losses(base) == losses(workplace.base)
+    assert hashes(base, 6) == hashes(workplace.base, 6)
+    assert (run_folder(base) / "step_000006.damaged1").is_dir()
+
+
+def test_checkpoints_are_kept_as_asked_and_saved_by_the_clock_too(workplace):
+    for flags, kept in (
+        ("--save-every 1 --keep-last 2 --keep-every 4", [4, 8, 9]),
+        ("--save-every 0 --save-minutes 1e-9", [*range(1, LAST + 1)]),
+    ):
+        base = workplace.copy_part(f"kept_{len(kept)}", "tokenizer")
+        workplace.train_well(*flags.split(), base=base)
+        assert sorted(path.name for path in run_folder(base).glob("*step_*")) == [f"step_{step:06d}" for step in kept]
+        assert hashes(base, LAST) == hashes(workplace.base, LAST)
+
+
+SMALL_DISK = """
+import collections, shutil
+Usage = collections.namedtuple("Usage", "total used free")
+shutil.disk_usage = lambda path: Usage(1, 1, {free})
+"""
+
+
+def test_a_disk_that_is_too_small_for_the_run_is_refused_before_its_first_step(workplace):
+    base = workplace.copy_part("small_disk", "tokenizer")
+    one = sum(path.stat().st_size for path in (run_folder(workplace.base) / "step_000009").glob("[mo]*.safetensors"))
+    for flags, num_needed in (("", 3), ("--save-every 1", 9), ("--save-every 1 --keep-last 1 --keep-every 5", 3)):
+        ended = workplace.train(*flags.split(), base=base, before=SMALL_DISK.format(free=int((num_needed - 0.5) * one)))
+        assert_refused(ended, f"{num_needed} more checkpoints of", "free; make room", "--keep-last")
+    assert not list(run_folder(base).iterdir())
 
 
 @pytest.mark.parametrize("module", ["scripts.base_train", "scripts.tok_train", "scripts.base_loss", "nanochat.report"])

@@ -6,6 +6,7 @@ Not here: the loops (in the scripts), and what one optimizer step does (`loop.py
 import gc
 import math
 import signal
+import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint import load_rank_states, save_checkpoint, step_dir
+from nanochat.checkpoint import load_rank_states, step_dir
 from nanochat.common import Runtime, print0
 from nanochat.data.dataloader import Batch
 from nanochat.evals.loss_eval import BpbResult
@@ -27,6 +28,7 @@ from nanochat.training.loop import LossScaler, accumulate_gradients, apply_sched
 from nanochat.training.metrics import MetricsLog, RunStats, StepLog, peak_memory_bytes
 from nanochat.training.optim import MuonAdamW
 from nanochat.training.recipe import Plan
+from nanochat.training.saving import Saver
 
 
 @dataclass
@@ -69,6 +71,8 @@ class TrainingRun:
             self._restore(step_dir(self.folder, self.resumed["step"]), self.resumed)
         self.metrics.rewind(self.first_step)
         self.log = StepLog(self.stats, self.metrics, plan.num_steps)
+        self.saver = Saver(self.folder, runtime, keep_last=args.keep_last, keep_every=args.keep_every)
+        self._check_disk()
         self.stop_signals, self.agreement = StopSignals(is_main=runtime.is_main), Agreement(runtime)
 
     def _restore(self, folder: Path, meta: Mapping) -> None:
@@ -114,36 +118,52 @@ class TrainingRun:
         print0(f"step {step:>5} | validation {bpb:.4f} +- {se:.4f} bits per byte")
 
     def save_if_due(self, step: int) -> None:
-        """Save every `--save-every` steps and at the last one. After a signal on any rank, save and end the run, unless
-        it is at its end."""
-        (stop,) = self.agreement.largest(self.stop_signals.number)
-        if self.is_due(step, self.args.save_every or self.plan.num_steps):
-            self.save(step)
-        elif stop and step > self.first_step:
+        """Save every `--save-every` steps and `--save-minutes`, and at the last step. After a signal on any rank, save
+        and end the run, unless it is at its end."""
+        minutes = self.args.save_minutes
+        is_time = minutes and self.runtime.is_main and time.monotonic() > self.saver.started + 60 * minutes
+        stop, is_time, is_writing = self.agreement.largest(self.stop_signals.number, is_time, self.saver.is_writing)
+        if not is_writing:
+            self.saver.finish()
+        is_due = self.is_due(step, self._save_every)
+        if is_due or ((stop or is_time) and step > self.first_step):
             self.log.flush()
             self.save(step)
-        if stop and step < self.plan.num_steps:
+        if step == self.plan.num_steps:
+            self.saver.finish()
+        elif stop:
             self._stop(step, stop)
+
+    @property
+    def _save_every(self) -> int:
+        return self.args.save_every or self.plan.num_steps
+
+    def _check_disk(self) -> None:
+        states = [self.optimizer.state_dict(), self.model.state_dict() if self.runtime.is_main else {}]
+        num_bytes = sum(tensor.nbytes for state in states for tensor in state.values())
+        last = self.plan.num_steps
+        multiples = range(self.first_step - self.first_step % self._save_every, last, self._save_every)
+        self.saver.check_disk(num_bytes, [step for step in (*multiples, last) if step > self.first_step])
 
     def _stop(self, step: int, number: int) -> None:
         """End the process with the exit status of signal `number`."""
+        self.saver.finish()
         self.metrics.finish()
         how = "the same command with --resume goes on from here" if step else "before its first step"
         print0(f"stopped by {signal.Signals(number).name} at step {step:,}: {how}")
         raise SystemExit(128 + number)
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of everything the run needs to continue."""
+        """Begin to write a checkpoint of everything the run needs to continue."""
         meta = {
             "args": vars(self.args), "plan": asdict(self.plan), "dtype": self.runtime.dtype_name,
             "results": self.results, "device_batch_size": self.device_batch_size, "stats": self.stats.state(),
             "scaler": self.scaler.state(),
         }  # fmt: skip
-        folder = save_checkpoint(
-            self.folder, step, runtime=self.runtime, model=self.model, tokenizer=self.tokenizer, meta=meta,
+        self.saver.start(
+            step, model=self.model, tokenizer=self.tokenizer, meta=meta,
             optimizer_state=self.optimizer.state_dict(), loader_state=self.loader.state_dict(),
         )  # fmt: skip
-        print0(f"step {step:>5} | saved {folder.name}")
 
     def take_step(self, step: int) -> None:
         """One optimizer step on the next batches of the loader, timed and logged."""
