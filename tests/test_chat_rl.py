@@ -54,7 +54,11 @@ def test_the_stage_says_what_it_asks_and_leaves_checkpoints_metrics_and_a_record
         assert words in workplace.out
     assert workplace.out.count("<|assistant_start|>") == 2  # replies of the first evaluation only
     run = run_folder(workplace.base, "rl")
-    assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", *(f"step_{i:06d}" for i in range(1, 5))]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "metrics.jsonl",
+        "status.json",
+        *(f"step_{i:06d}" for i in range(1, 5)),
+    ]
     assert sorted(path.name for path in (run / "step_000004").iterdir()) == CHECKPOINT
     found = metrics(workplace.base, "rl")
     logged = "reward groups_frac reply_tokens cut_frac rollout_tokens train_tokens".split()

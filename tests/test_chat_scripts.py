@@ -76,7 +76,7 @@ def changed(path, text):
 @pytest.mark.parametrize("source", ["mid", "sft"])
 def test_a_stage_leaves_checkpoints_metrics_and_a_record(workplace, source):
     run = run_folder(workplace.base, source)
-    assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", "step_000003", "step_000006"]
+    assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", "status.json", "step_000003", "step_000006"]
     assert sorted(path.name for path in (run / "step_000006").iterdir()) == CHECKPOINT
     found = metrics(workplace.base, source)
     assert all((step, "train_loss") in found for step in range(1, LAST + 1))

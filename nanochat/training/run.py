@@ -27,6 +27,7 @@ from nanochat.training.interrupts import Agreement, StopSignals
 from nanochat.training.loop import LossScaler, accumulate_gradients, apply_schedule, is_due
 from nanochat.training.metrics import MetricsLog, RunStats, StepLog, peak_memory_bytes
 from nanochat.training.optim import MuonAdamW
+from nanochat.training.progress import Status
 from nanochat.training.recipe import Plan
 from nanochat.training.saving import Saver
 
@@ -67,18 +68,20 @@ class TrainingRun:
         self.scaler = LossScaler(enabled=runtime.dtype == torch.float16)
         self.stats = RunStats.for_runtime(runtime, plan.total_batch_tokens, self.model.flops_per_token())
         self.metrics = MetricsLog(self.folder / "metrics.jsonl", runtime, run_name=args.run, settings=vars(args))
+        self.saver = Saver(self.folder, runtime, keep_last=args.keep_last, keep_every=args.keep_every)
         if self.resumed:
             self._restore(step_dir(self.folder, self.resumed["step"]), self.resumed)
         self.metrics.rewind(self.first_step)
         self.log = StepLog(self.stats, self.metrics, plan.num_steps)
-        self.saver = Saver(self.folder, runtime, keep_last=args.keep_last, keep_every=args.keep_every)
         self._check_disk()
+        self.status = Status(self.folder, runtime, plan.num_steps)
         self.stop_signals, self.agreement = StopSignals(is_main=runtime.is_main), Agreement(runtime)
 
     def _restore(self, folder: Path, meta: Mapping) -> None:
         self.optimizer.load_state_dict(load_rank_states(folder, meta, "optimizer"))
         self.loader.load_state_dict(load_rank_states(folder, meta, "loader"))
         self.first_step, self.results = meta["step"], meta["results"]
+        self.saver.last_saved = self.first_step
         self.scaler.restore(meta["scaler"])
         self.stats.restore(meta["stats"])
         print0(f"resumed at step {self.first_step:,}")
@@ -125,6 +128,7 @@ class TrainingRun:
         stop, is_time, is_writing = self.agreement.largest(self.stop_signals.number, is_time, self.saver.is_writing)
         if not is_writing:
             self.saver.finish()
+        self._tell("training", step)
         is_due = self.is_due(step, self._save_every)
         if is_due or ((stop or is_time) and step > self.first_step):
             self.log.flush()
@@ -133,6 +137,15 @@ class TrainingRun:
             self.saver.finish()
         elif stop:
             self._stop(step, stop)
+
+    def _tell(self, state: str, step: int, *, is_news: bool = False) -> None:
+        """Write what there is to know from outside to status.json, if it is time or `is_news`."""
+        stats, saved = self.stats, self.saver.last_saved
+        self.status.write(
+            state, is_news=is_news, step=step, tokens_per_second=stats.tokens_per_second, mfu=stats.mfu,
+            seconds_left=stats.seconds_left(self.plan.num_steps - step),
+            last_checkpoint=None if saved is None else step_dir(self.folder, saved).name,
+        )  # fmt: skip
 
     @property
     def _save_every(self) -> int:
@@ -149,6 +162,7 @@ class TrainingRun:
         """End the process with the exit status of signal `number`."""
         self.saver.finish()
         self.metrics.finish()
+        self._tell("stopped", step, is_news=True)
         how = "the same command with --resume goes on from here" if step else "before its first step"
         print0(f"stopped by {signal.Signals(number).name} at step {step:,}: {how}")
         raise SystemExit(128 + number)
@@ -190,6 +204,7 @@ class TrainingRun:
     def finish(self, stage: str, **own: float | None) -> None:
         """Close the metrics and add the stage's record to the report; `own` results replace the usual ones."""
         self.metrics.finish()
+        self._tell("done", self.plan.num_steps, is_news=True)
         plan, stats, runtime = self.plan, self.stats, self.runtime
         results = self.results | {
             "train_loss": stats.smooth_loss, "num_parameters": self.model.parameter_counts()["total"],
