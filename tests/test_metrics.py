@@ -126,10 +126,11 @@ class FakeWandb:
     def __init__(self):
         self.logged, self.settings, self.is_finished = [], None, False
 
-    def init(self, *, project, name, config):
+    def init(self, *, project, name, config, dir, id, resume):
         if name == "offline":
             raise self.errors.Error("no network")
-        self.settings = (project, name, config)
+        assert resume == "allow"
+        self.settings, self.dir, self.id = (project, name, config), dir, id or "new"
         return self
 
     def log(self, numbers, step):
@@ -139,7 +140,7 @@ class FakeWandb:
         self.is_finished = True
 
 
-def test_a_named_run_goes_to_wandb_as_well_which_if_it_cannot_start_says_what_to_do(tmp_path, monkeypatch):
+def test_a_named_run_goes_to_wandb_as_well_which_if_it_cannot_start_says_what_to_do(tmp_path, base_folder, monkeypatch):
     wandb, path = FakeWandb(), tmp_path / "metrics.jsonl"
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
@@ -147,6 +148,9 @@ def test_a_named_run_goes_to_wandb_as_well_which_if_it_cannot_start_says_what_to
     metrics.log(step=3, train_loss=1.5, mfu=None)
     metrics.finish()
     assert wandb.settings == ("nanochat", "d4", {"depth": 4})
+    assert (wandb.dir, metrics.wandb_id) == (base_folder, "new")
+    assert MetricsLog(path, RUNTIME, run_name="d4", wandb_id="before").wandb_id == wandb.id == "before"
+    assert MetricsLog(path, RUNTIME, wandb_id="before").wandb_id == "before"  # resumed without --run, and then with it
     assert (wandb.logged, wandb.is_finished) == ([(3, {"train_loss": 1.5})], True)
     assert read_lines(path) == [{"step": 3, "train_loss": 1.5}]
     with pytest.raises(UserError, match=r"wandb did not start \(no network\).*WANDB_MODE=offline"):

@@ -355,6 +355,29 @@ def test_a_run_killed_again_and_again_ends_as_one_never_interrupted(workplace):
     assert not list(run_folder(base).glob(".*"))
 
 
+STUB_OF_WANDB = """
+import sys, types
+class Stub(types.ModuleType):
+    class errors:
+        Error = ConnectionError
+    def init(self, *, id, name, dir, **other):
+        self.id = id or "a-new-one"
+        print("wandb", id, name, dir)
+        return self
+    def log(self, numbers, step): pass
+    def finish(self): pass
+sys.modules["wandb"] = Stub("wandb")
+"""
+
+
+def test_a_resumed_run_is_the_same_run_on_wandb(workplace):
+    base = workplace.copy_part("wandb", "tokenizer")
+    assert f"wandb None d2 {base}" in workplace.train_well("--run", "d2", base=base, before=STUB_OF_WANDB)
+    shutil.rmtree(run_folder(base) / f"step_{LAST:06d}")
+    out = workplace.train_well("--run", "d2", "--resume", base=base, before=STUB_OF_WANDB)
+    assert f"wandb a-new-one d2 {base}" in out
+
+
 SIGNAL_AFTER_LOGGING = """
 import signal
 from nanochat.training.run import TrainingRun

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanochat import hardware
-from nanochat.common import Runtime, UserError, disk_errors, print0, write_atomic
+from nanochat.common import Runtime, UserError, base_dir, disk_errors, print0, write_atomic
 
 LOSS_EMA_DECAY = 0.9  # of the smoothed training loss that is printed
 WARMUP_STEPS_UNTIMED = 3  # of each process, as they include compilation and first allocations
@@ -81,11 +81,16 @@ class RunStats:
 
 
 class MetricsLog:
-    """Writes every number of a run to a file of JSON lines, and to wandb if the run has a name there. Rank 0 only."""
+    """Writes every number of a run to a file of JSON lines, and to wandb if the run has a name there. Rank 0 only.
+    `wandb_id` is the run's id on wandb, None without one; given that of a run before, it goes on there."""
 
-    def __init__(self, path: Path, runtime: Runtime, *, run_name: str = "", settings: Mapping | None = None):
+    def __init__(
+        self, path: Path, runtime: Runtime, *, run_name: str = "", settings: Mapping | None = None,
+        wandb_id: str | None = None,
+    ):  # fmt: skip
         self.path, self._is_main = path, runtime.is_main
-        self._wandb = _start_wandb(run_name, settings or {}) if run_name and runtime.is_main else None
+        self._wandb = _start_wandb(run_name, settings or {}, wandb_id) if run_name and runtime.is_main else None
+        self.wandb_id = wandb_id if self._wandb is None else self._wandb.id
 
     def rewind(self, step: int) -> None:
         """Drop the lines of steps after `step`, that of the checkpoint being resumed; 0 drops all."""
@@ -117,13 +122,16 @@ def _step_of(line: str) -> float:
         return math.inf  # a line cut off by a crash
 
 
-def _start_wandb(run_name: str, settings: Mapping):
+def _start_wandb(run_name: str, settings: Mapping, run_id: str | None):
     try:
         import wandb
     except ImportError as error:
         raise UserError(f"--run {run_name} needs the package wandb; install it, or leave --run out") from error
     try:
-        return wandb.init(project=os.environ.get("WANDB_PROJECT", "nanochat"), name=run_name, config=dict(settings))
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "nanochat"), name=run_name, config=dict(settings), dir=base_dir(),
+            id=run_id, resume="allow",
+        )  # fmt: skip
     except wandb.errors.Error as error:
         raise UserError(f"wandb did not start ({error}); log in, set WANDB_MODE=offline, or leave --run out") from error
 

@@ -67,7 +67,10 @@ class TrainingRun:
         self.rates = schedule.LRSchedule(plan.num_steps, **shape, final_frac=args.final_lr_frac)
         self.scaler = LossScaler(enabled=runtime.dtype == torch.float16)
         self.stats = RunStats.for_runtime(runtime, plan.total_batch_tokens, self.model.flops_per_token())
-        self.metrics = MetricsLog(self.folder / "metrics.jsonl", runtime, run_name=args.run, settings=vars(args))
+        self.metrics = MetricsLog(
+            self.folder / "metrics.jsonl", runtime, run_name=args.run, settings=vars(args),
+            wandb_id=self.resumed.get("wandb_id"),
+        )  # fmt: skip
         self.saver = Saver(self.folder, runtime, keep_last=args.keep_last, keep_every=args.keep_every)
         if self.resumed:
             self._restore(step_dir(self.folder, self.resumed["step"]), self.resumed)
@@ -172,7 +175,7 @@ class TrainingRun:
         meta = {
             "args": vars(self.args), "plan": asdict(self.plan), "dtype": self.runtime.dtype_name,
             "results": self.results, "device_batch_size": self.device_batch_size, "stats": self.stats.state(),
-            "scaler": self.scaler.state(),
+            "scaler": self.scaler.state(), "wandb_id": self.metrics.wandb_id,
         }  # fmt: skip
         self.saver.start(
             step, model=self.model, tokenizer=self.tokenizer, meta=meta,
