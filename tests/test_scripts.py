@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_text, write_shard
+from conftest import WORDS, make_text, write_shard
 
 from nanochat.checkpoint import run_dir, save_checkpoint
 from nanochat.common import Runtime
@@ -615,7 +616,67 @@ def test_a_loss_that_is_no_number_ends_the_run_and_its_process(workplace):
     """In an interpreter of its own, to see it go down in good order while a thread reads ahead."""
     flags = ["--data", str(workplace.data), "--lr-mult", "1e30", "--model-tag", "diverging"]
     command = ["-m", "scripts.base_train", *TINY, *SCHEDULE, *flags]
-    assert_refused(run_apart(command, workplace.folder, workplace.base), "the loss at step", "--lr-mult")
+    ended = run_apart(command, workplace.folder, workplace.base)
+    assert ended.status == 1
+    assert re.fullmatch(r"error: the loss at step \d+ is nan .*--lr-mult\n", ended.stderr)
+
+
+BAD_NUMBERS = """
+import torch
+from nanochat.training import run
+accumulate = run.accumulate_gradients
+calls = 0
+def accumulate_badly(model, batches, *args, **options):
+    global calls
+    calls += 1
+    loss = accumulate(model, batches, *args, **options)
+    if calls in {steps} and os.environ.get("RANK", "1") == "1":
+        model.lm_head.weight.grad[3] = float("inf")
+    return loss
+run.accumulate_gradients = accumulate_badly
+"""
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_gradient_that_is_not_finite_on_one_rank_ends_the_run_before_anything_is_saved(workplace, num_processes):
+    base = workplace.copy_part(f"bad_{num_processes}", "tokenizer")
+    ended = workplace.train(base=base, before=BAD_NUMBERS.format(steps=[6]), num_processes=num_processes)
+    assert ended.status == 1
+    assert ended.stderr.startswith("error: the gradient at step 6 is not finite")
+    assert ended.stderr.count("\n") == 1
+    assert [path.name for path in run_folder(base).glob("*step_*")] == ["step_000003"]
+    assert max(step for step, _ in metrics(base)) == 5
+    paths = sorted((run_folder(base) / "bad_steps").iterdir())
+    assert [path.name for path in paths] == [f"step_000006_rank{rank}.jsonl" for rank in range(num_processes)]
+    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    assert len(lines) == 256 // 32
+    assert all(any(word in line["documents"][0] for word in WORDS) for line in lines)
+    assert json.loads((run_folder(base) / "status.json").read_text())["state"] == "failed"
+    workplace.train_well("--resume", base=base)
+    assert losses(base) == pytest.approx(losses(workplace.base), rel=1e-5)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_bad_steps_are_left_out_as_often_as_allowed(workplace, num_processes):
+    base = workplace.copy_part(f"skipped_{num_processes}", "tokenizer")
+    flags, options = ["--save-every", "1"], {"base": base, "num_processes": num_processes}
+    bad = BAD_NUMBERS.format(steps=[4, 6])
+    ended = workplace.train(*flags, "--skip-bad-steps", "1", before=bad, **options)
+    assert (ended.status, "the gradient at step 6" in ended.stderr) == (1, True)
+    assert "the gradient at step 4 is not finite" in ended.stdout
+    assert "left out, 1 of at most 1" in ended.stdout
+    names = ("model.safetensors", "optimizer_rank0.safetensors")
+    three, four, five = (hashes(base, step) for step in (3, 4, 5))
+    assert [three[name] == four[name] for name in names] == [True, True]
+    assert [four[name] == five[name] for name in names] == [False, False]
+    assert sorted(path.name for path in run_folder(base).glob("*step_*"))[-1] == "step_000005"
+    ended = workplace.train(
+        *flags, "--resume", "--skip-bad-steps", "2", before=BAD_NUMBERS.format(steps=[1]), **options
+    )
+    assert (ended.status, ended.stderr) == (0, "")
+    assert "the gradient at step 6 is not finite" in ended.stdout
+    assert "left out, 2 of at most 2" in ended.stdout
+    assert hashes(base, 5)["model.safetensors"] == hashes(base, 6)["model.safetensors"]
 
 
 # --- help and imports ---

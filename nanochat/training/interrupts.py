@@ -1,18 +1,23 @@
-"""What interrupts a run, and how all ranks come to act on it at the same step.
+"""What interrupts a run: signals and numbers that go wrong, and how all ranks come to act on them at the same step.
 
 Not here: what is then saved (`run.py`).
 """
 
+import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-from nanochat.common import Runtime
+from nanochat.common import Runtime, write_atomic
+from nanochat.data.dataloader import Batch
+from nanochat.tokenizer import Tokenizer
 
 SAME_SIGNAL_SECONDS = 0.5  # torchrun passes on what a scheduler has sent to its workers as well
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -60,3 +65,13 @@ class Agreement:
         shared = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._group)
         return tuple(shared.tolist())
+
+
+def write_batches(path: Path, batches: Sequence[Batch], tokenizer: Tokenizer) -> None:
+    """Write the documents in the rows of a step's batches to a file of JSON lines, for someone to look at."""
+    lines = []
+    for micro_step, batch in enumerate(batches):
+        for row, ids in enumerate(batch.idx.tolist()):
+            documents = [text for text in tokenizer.decode(ids).split("<|bos|>") if text]
+            lines.append({"micro_step": micro_step, "row": row, "epoch": batch.epoch, "documents": documents})
+    write_atomic(path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))

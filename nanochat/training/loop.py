@@ -91,6 +91,17 @@ def _backward_weighted(model: GPT, batch: Batch, scale: Tensor) -> Tensor:
     return total
 
 
+@torch.no_grad()
+def squared_gradients(optimizer: MuonAdamW) -> Tensor:
+    """Sum of the squares of all gradients of all ranks, before they are added up: not finite if one of them is not. 0-d
+    float32 on the device, not synchronised with the host."""
+    grads = [p.grad for group in optimizer.groups for p in group.params.values() if p.grad is not None]
+    total = torch.stack(torch._foreach_norm(grads, dtype=torch.float32)).square().sum()
+    if optimizer.world_size > 1:
+        dist.all_reduce(total)
+    return total
+
+
 def make_optimizer(model: GPT, runtime: Runtime) -> MuonAdamW:
     """The optimizer of every stage, sharded over the ranks. On a GPU it keeps the weights' copies in the compute dtype,
     which the model's products then read."""

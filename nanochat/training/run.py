@@ -6,10 +6,12 @@ Not here: the loops (in the scripts), and what one optimizer step does (`loop.py
 import gc
 import math
 import signal
+import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,11 +25,11 @@ from nanochat.model.gpt import GPT
 from nanochat.report import append_record
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import schedule
-from nanochat.training.interrupts import Agreement, StopSignals
-from nanochat.training.loop import LossScaler, accumulate_gradients, apply_schedule, is_due
+from nanochat.training.interrupts import Agreement, StopSignals, write_batches
+from nanochat.training.loop import LossScaler, accumulate_gradients, apply_schedule, is_due, squared_gradients
 from nanochat.training.metrics import MetricsLog, RunStats, StepLog, peak_memory_bytes
 from nanochat.training.optim import MuonAdamW
-from nanochat.training.progress import Status
+from nanochat.training.progress import Progress, Status
 from nanochat.training.recipe import Plan
 from nanochat.training.saving import Saver
 
@@ -75,7 +77,9 @@ class TrainingRun:
         if self.resumed:
             self._restore(step_dir(self.folder, self.resumed["step"]), self.resumed)
         self.metrics.rewind(self.first_step)
-        self.log = StepLog(self.stats, self.metrics, plan.num_steps)
+        self.progress = Progress(runtime, plan.num_steps)
+        self.log = StepLog(self.stats, self.metrics, self.progress, self.examine)
+        self.log.val_bpb = self.results.get("val_bpb")
         self._check_disk()
         self.status = Status(self.folder, runtime, plan.num_steps)
         self.stop_signals, self.agreement = StopSignals(is_main=runtime.is_main), Agreement(runtime)
@@ -119,6 +123,7 @@ class TrainingRun:
         """Log and print the validation loss at `step`; keep it and the lowest so far for the report."""
         bpb, se = found.bpb, found.se
         self.metrics.log(step=step, val_bpb=bpb, val_bpb_se=se, tokens=step * self.plan.total_batch_tokens)
+        self.log.val_bpb = bpb
         lowest = min(bpb, self.results.get("min_val_bpb", math.inf))
         self.results = {**self.results, "val_bpb": bpb, "val_bpb_se": se, "min_val_bpb": lowest}
         print0(f"step {step:>5} | validation {bpb:.4f} +- {se:.4f} bits per byte")
@@ -164,6 +169,7 @@ class TrainingRun:
     def _stop(self, step: int, number: int) -> None:
         """End the process with the exit status of signal `number`."""
         self.saver.finish()
+        self.progress.close()
         self.metrics.finish()
         self._tell("stopped", step, is_news=True)
         how = "the same command with --resume goes on from here" if step else "before its first step"
@@ -185,27 +191,59 @@ class TrainingRun:
     def take_step(self, step: int) -> None:
         """One optimizer step on the next batches of the loader, timed and logged."""
         self.log.start()
-        loss_t = self.update(step, self.loader, self.num_micro_steps)
-        self.log.end(step + 1, loss_t, lr_mult=self.rates(step))
+        batches = list(islice(self.loader, self.num_micro_steps))
+        self.log.end(step + 1, self.update(step, batches), batches, lr_mult=self.rates(step))
 
-    def update(self, step: int, batches: Iterator[Batch], num_micro_steps: int) -> Tensor:
-        """One optimizer step on `num_micro_steps` of `batches`; returns its loss, 0-d on the device."""
+    def update(self, step: int, batches: Sequence[Batch]) -> Tensor:
+        """One optimizer step on `batches`. Returns its loss and the sum of the squared gradients, (2,) float32 on the
+        device, for `examine`. With `--skip-bad-steps`, a step where one of these is not finite changes nothing: the
+        host then waits for the numbers before the update, where otherwise they are read one step later."""
         apply_schedule(
             self.optimizer, lr_mult=self.rates(step), momentum=schedule.muon_momentum(step, self.rates),
             decay_mult=schedule.decay_mult(step, self.plan.num_steps),
         )  # fmt: skip
+        can_skip = self.args.skip_bad_steps > 0
         loss_t = accumulate_gradients(
-            self.model, batches, num_micro_steps, device=self.runtime.device,
+            self.model, iter(batches), len(batches), device=self.runtime.device,
             world_size=self.runtime.world_size, loss_scale=self.scaler.scale,
-            before_last=None if self.scaler.enabled else self.optimizer.expect_last_backward,
+            before_last=None if self.scaler.enabled or can_skip else self.optimizer.expect_last_backward,
         )  # fmt: skip
-        if self.scaler.unscale_(self.optimizer):
+        found = torch.stack((loss_t, squared_gradients(self.optimizer)))
+        is_good = self.scaler.unscale_(self.optimizer)
+        if can_skip and not self.scaler.enabled:
+            is_good = bool(torch.isfinite(found).all())
+        if is_good:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss_t
+        return found
+
+    def examine(self, step: int, loss: float, squares: float, batches: Sequence[Batch]) -> None:
+        """Unless the numbers of step `step`, counted from 1, are finite: write down the documents of its batches, and
+        end the run with exit status 1 if more than `--skip-bad-steps` have been skipped. In float16 such steps are no
+        news, and have been skipped already. Every rank calls this with the same numbers."""
+        if self.scaler.enabled or (math.isfinite(loss) and math.isfinite(squares)):
+            return
+        folder = self.folder / "bad_steps"
+        write_batches(folder / f"step_{step:06d}_rank{self.runtime.rank}.jsonl", batches, self.tokenizer)
+        fault = f"the loss at step {step} is {loss}"
+        if math.isfinite(loss):
+            fault = f"the gradient at step {step} is not finite"
+        fault += f" (documents of its batch: {folder})"
+        self.stats.num_skipped += 1
+        if self.stats.num_skipped <= self.args.skip_bad_steps:
+            print0(f"{fault}: left out, {self.stats.num_skipped} of at most {self.args.skip_bad_steps}")
+            return
+        self.saver.finish()
+        self.progress.close()
+        self.metrics.finish()
+        self._tell("failed", step, is_news=True)
+        remedy = "go on with --resume and a higher --skip-bad-steps, or start anew with a lower --lr-mult"
+        print0(f"error: {fault}; {remedy}", file=sys.stderr)
+        raise SystemExit(1)
 
     def finish(self, stage: str, **own: float | None) -> None:
         """Close the metrics and add the stage's record to the report; `own` results replace the usual ones."""
+        self.progress.close()
         self.metrics.finish()
         self._tell("done", self.plan.num_steps, is_news=True)
         plan, stats, runtime = self.plan, self.stats, self.runtime
