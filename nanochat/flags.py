@@ -97,14 +97,7 @@ SHARED = {
         Flag("eval_tokens", int, None, "validation tokens, 0 for all (default: what suits the device)", **COUNT),
     )
 }  # fmt: skip
-RUN_FLAGS = (
-    "save_every",
-    "save_minutes",
-    "keep_last",
-    "keep_every",
-    "skip_bad_steps",
-    "resume",
-)  # of every training stage
+RUN_FLAGS = ("save_every", "save_minutes", "keep_last", "keep_every", "skip_bad_steps", "resume")  # of every stage
 
 
 def shared(*names: str, **defaults: Any) -> tuple[Flag, ...]:

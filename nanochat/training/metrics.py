@@ -216,14 +216,14 @@ class StepLog:
     def _parts(self, step: int, loss: float) -> list[str]:
         stats = self.stats
         parts = [f"loss {loss:.4f} (average {stats.smooth_loss:.4f})"]
-        if self.val_bpb is not None:
-            parts.append(f"validation {self.val_bpb:.4f} bits per byte")
+        left = stats.seconds_left(self.progress.num_steps - step)
+        parts.append(_clock(stats.seconds) + (f", {_clock(left)} left" if left is not None else ""))
         if stats.tokens_per_second is not None:
             parts.append(f"{stats.tokens_per_second:,.0f} tokens/s")
         if stats.mfu is not None:
             parts.append(f"{stats.mfu:.1%} of peak")
-        left = stats.seconds_left(self.progress.num_steps - step)
-        parts.append(_clock(stats.seconds) + (f", {_clock(left)} left" if left is not None else ""))
+        if self.val_bpb is not None:
+            parts.append(f"validation {self.val_bpb:.4f} bits per byte")
         return parts
 
 

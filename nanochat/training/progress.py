@@ -74,8 +74,8 @@ class Progress:
         self._bar.refresh()
 
     def _start(self) -> None:
-        text = bars.TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
-        self._bar = bars.Progress(bars.BarColumn(20), text, auto_refresh=False)
+        text = bars.TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+        self._bar = bars.Progress(bars.BarColumn(10), text, auto_refresh=False, expand=True)
         self._task = self._bar.add_task("", total=self.num_steps)
         self._bar.start()
         self._bar.console.show_cursor()  # which a run that is killed would leave hidden
