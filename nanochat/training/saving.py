@@ -34,11 +34,8 @@ class Saver:
         """Copy `parts`, the arguments of `Draft`, to the host and write them while training goes on; the checkpoint
         before it is completed first. Every rank calls this."""
         self.finish()
-        self._draft, self._step, self.started = (
-            Draft(self.run, step, runtime=self.runtime, **parts),
-            step,
-            time.monotonic(),
-        )
+        self._step, self.started = step, time.monotonic()
+        self._draft = Draft(self.run, step, runtime=self.runtime, **parts)
         self._thread = Thread(target=self._draft.write, name="checkpoint writer")
         self._thread.start()
 
