@@ -7,19 +7,22 @@
             model.safetensors
             tokenizer/                 the tokenizer the model was trained with
             optimizer_rank0.safetensors, loader_rank0.safetensors     one of each per rank
+            checksums_rank0.json       of the files that this rank wrote
 
 A checkpoint is written under a hidden name and renamed once the files of every rank are on the disk, so a folder with
-the name of a step is complete. Nothing here deletes or replaces a complete checkpoint.
+the name of a step is complete. Nothing here replaces a complete checkpoint, and only `delete_steps` deletes one.
 """
 
 import json
 import os
 import re
 import shutil
+import zlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -27,13 +30,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nanochat.common import Runtime, UserError, base_dir, disk_errors, gather_ranks, write_atomic
+from nanochat.common import Runtime, UserError, base_dir, disk_errors, gather_ranks, print0, write_atomic
 from nanochat.flags import SOURCES, add_flags, shared
 from nanochat.tokenizer import Tokenizer
 
 SCHEMA = 1
 _STEP_NAME = re.compile(r"step_([0-9]+)")
 _MAX_TAG_BYTES = 255  # the usual limit of file systems for a name
+_READ_BYTES = 2**24  # read at a time for a checksum
 
 
 def source_dir(source: str) -> Path:
@@ -69,43 +73,97 @@ def save_checkpoint(
     run: Path, step: int, *, runtime: Runtime, model: nn.Module, tokenizer: Tokenizer, meta: Mapping,
     optimizer_state: Mapping[str, Tensor] | None = None, loader_state: Mapping[str, Tensor] | None = None,
 ) -> Path:  # fmt: skip
-    """Write one checkpoint; every rank calls this. Returns its folder.
+    """Write one checkpoint, with the arguments of `Draft`; every rank calls this. Returns its folder."""
+    draft = Draft(
+        run, step, runtime=runtime, model=model, tokenizer=tokenizer, meta=meta, optimizer_state=optimizer_state,
+        loader_state=loader_state,
+    )  # fmt: skip
+    draft.write()
+    return draft.publish()
 
-    `model.config` is a dataclass; `meta` is the stage's own record, of values that JSON can hold, to which config,
-    tokenizer fingerprint and schema are added. Raises `UserError`, on every rank alike, when it cannot be written or
-    the step has a checkpoint already. Earlier checkpoints are never touched.
+
+class Draft:
+    """A checkpoint that is being written: a copy in the host's memory, then files under a hidden name, then published.
+
+    Every rank makes one and publishes it. `write` waits for no other rank, so a thread may run it while training goes
+    on. `model.config` is a dataclass; `meta` is the stage's own record, of values that JSON can hold, to which config,
+    tokenizer fingerprint and schema are added. Raises `UserError`, on every rank alike, when the step has a whole
+    checkpoint already; a damaged one is set aside.
     """
-    final = step_dir(run, step)
-    partial = run / f".{final.name}.partial"
-    try:
+
+    def __init__(
+        self, run: Path, step: int, *, runtime: Runtime, model: nn.Module, tokenizer: Tokenizer, meta: Mapping,
+        optimizer_state: Mapping[str, Tensor] | None = None, loader_state: Mapping[str, Tensor] | None = None,
+    ):  # fmt: skip
+        self.run, self.folder, self.runtime = run, step_dir(run, step), runtime
+        self._partial = run / f".{self.folder.name}.partial"
+        self._error: BaseException | None = None
         with _on_all_ranks(run):
             if runtime.is_main:
-                if final.exists():
-                    raise UserError(f"{final} is there already; move it away, or choose another --model-tag")
-                for abandoned in run.glob(".step_*.partial"):  # by a run that was killed while writing
-                    shutil.rmtree(abandoned)
-                partial.mkdir(parents=True)
-        with _on_all_ranks(run):
-            for name, state in (("optimizer", optimizer_state), ("loader", loader_state)):
-                if state is not None:
-                    _save_tensors(partial / f"{name}_rank{runtime.rank}.safetensors", state)
-            if runtime.is_main:
-                _save_tensors(partial / "model.safetensors", model.state_dict())
-                tokenizer.save(partial / "tokenizer")
-                own = {"schema": SCHEMA, "step": step, "world_size": runtime.world_size}
-                own |= {"config": asdict(model.config), "tokenizer_fingerprint": tokenizer.fingerprint}
-                write_atomic(partial / "meta.json", json.dumps({**meta, **own}, indent=1))
-        with _on_all_ranks(run):
-            if runtime.is_main:
-                _sync(partial / "tokenizer")
-                _sync(partial)
-                partial.rename(final)
-                _sync(run)
-    except BaseException:
+                self._make_room()
+        states = {f"optimizer_rank{runtime.rank}": optimizer_state, f"loader_rank{runtime.rank}": loader_state}
         if runtime.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return final
+            states["model"] = model.state_dict()
+            own = {"schema": SCHEMA, "step": step, "world_size": runtime.world_size}
+            own |= {"config": asdict(model.config), "tokenizer_fingerprint": tokenizer.fingerprint}
+            self._meta, self._tokenizer = json.dumps({**meta, **own}, indent=1), tokenizer
+        self._tensors = {name: _on_host(state) for name, state in states.items() if state is not None}
+
+    def _make_room(self) -> None:
+        if self.folder.exists():
+            fault = fault_in(self.folder)
+            if fault is None:
+                raise UserError(f"{self.folder} is there already; move it away, or choose another --model-tag")
+            names = (f"{self.folder.name}.damaged{number}" for number in count(1))
+            self.folder.rename(next(self.run / name for name in names if not (self.run / name).exists()))
+        for abandoned in self.run.glob(".step_*.partial"):  # by a run that was killed while writing or deleting
+            shutil.rmtree(abandoned)
+        self._partial.mkdir(parents=True)
+
+    def write(self) -> None:
+        """Write the files of this rank. What goes wrong is kept for `publish` to raise."""
+        partial = self._partial
+        try:
+            for name, tensors in self._tensors.items():
+                _save_tensors(partial / f"{name}.safetensors", tensors)
+            names = [f"{name}.safetensors" for name in self._tensors]
+            self._tensors = {}
+            if self.runtime.is_main:
+                self._tokenizer.save(partial / "tokenizer")
+                write_atomic(partial / "meta.json", self._meta)
+                names += ["meta.json", *(f"tokenizer/{path.name}" for path in (partial / "tokenizer").iterdir())]
+            sums = {name: _checksum(partial / name) for name in sorted(names)}
+            write_atomic(partial / f"checksums_rank{self.runtime.rank}.json", json.dumps(sums, indent=1))
+        except BaseException as error:
+            self._error = error
+
+    def publish(self) -> Path:
+        """Once `write` is done on this rank, give the checkpoint its name. Returns its folder. Raises `UserError`, on
+        every rank alike, when it could not be written on one of them."""
+        try:
+            with _on_all_ranks(self.run):
+                if self._error is not None:
+                    raise self._error
+            with _on_all_ranks(self.run):
+                if self.runtime.is_main:
+                    _sync(self._partial / "tokenizer")
+                    _sync(self._partial)
+                    self._partial.rename(self.folder)
+                    _sync(self.run)
+        except BaseException:
+            if self.runtime.is_main:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise
+        return self.folder
+
+
+def delete_steps(run: Path, steps: Collection[int]) -> None:
+    """Delete checkpoints. One whose deletion is interrupted is not listed any more, and the next `Draft` clears it."""
+    with disk_errors("a checkpoint's deletion", run):
+        for step in steps:
+            hidden = run / f".{step_dir(run, step).name}.partial"
+            step_dir(run, step).rename(hidden)
+            shutil.rmtree(hidden)
 
 
 @contextmanager
@@ -126,14 +184,27 @@ def _on_all_ranks(run: Path) -> Iterator[None]:
             raise UserError(f"process {rank}: {message}")
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # parameters are views into shared storage, which safetensors refuses, so each tensor is copied
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that training does not change. They also have storage of their own, as safetensors demands."""
     as_own = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
+    return {name: tensor.detach().to(**as_own) for name, tensor in tensors.items()}
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
-        save_file({name: tensor.detach().to(**as_own) for name, tensor in tensors.items()}, path)
+        save_file(tensors, path)
     except SafetensorError as error:
         raise UserError(f"cannot write {path.name} to {path.parent.parent}: {error}") from error
     _sync(path)
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while data := file.read(_READ_BYTES):
+            crc = zlib.crc32(data, crc)
+    return crc
 
 
 def _sync(path: Path) -> None:
@@ -159,6 +230,27 @@ def read_meta(folder: Path) -> dict:
         known = f"this version reads schema {SCHEMA}; choose another step or tag"
         raise UserError(f"checkpoint {folder} has schema {schema!r}, but {known}")
     return meta
+
+
+def fault_in(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint: one is missing, unreadable or not as it was written. None if they
+    are whole; one from before November 2026 has no checksums, and passes. Raises `UserError` for another schema."""
+    sums = sorted(folder.glob("checksums_rank*.json"))
+    for path in sums:
+        try:
+            for name, crc in json.loads(path.read_text()).items():
+                if _checksum(folder / name) != crc:
+                    return f"{name} has changed since it was written"
+        except OSError as error:
+            return f"cannot read {error.filename}: {error.strerror}"
+        except (ValueError, AttributeError):
+            return f"{path.name} cannot be read"
+    if not (folder / "meta.json").is_file():
+        return "it has no meta.json"
+    world_size = read_meta(folder)["world_size"]
+    return (
+        f"it has checksums of {len(sums)} processes, not of {world_size}" if sums and len(sums) != world_size else None
+    )
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -192,11 +284,11 @@ def check_tokenizer(tokenizer: Tokenizer, meta: Mapping, folder: Path) -> None:
 
 
 def resumable(run: Path, args: Namespace, free: Collection[str]) -> dict:
-    """The meta.json of the newest checkpoint of a run, from which a stage with the flags `args` continues; empty if
-    there is none yet.
+    """The meta.json of the newest whole checkpoint of a run, from which a stage with the flags `args` continues; empty
+    if there is none yet. Prints which ones are passed over as damaged.
 
-    Raises `UserError` if there is one but `args.resume` is not set, or if a flag not in `free` differs from that of the
-    run, naming both values.
+    Raises `UserError` if there is one but `args.resume` is not set, if all are damaged, or if a flag not in `free`
+    differs from that of the run, naming both values.
     """
     steps = list_steps(run)
     if not steps:
@@ -206,7 +298,17 @@ def resumable(run: Path, args: Namespace, free: Collection[str]) -> dict:
             f"{run} holds checkpoints of an earlier run; continue it with --resume, choose another --model-tag, or "
             f"move the folder away"
         )
-    folder = step_dir(run, steps[-1])
+    faults = {}
+    for step in reversed(steps):
+        fault = fault_in(step_dir(run, step))
+        if fault is None:
+            break
+        faults[step] = fault
+    else:
+        raise UserError(f"every checkpoint in {run} is damaged, the newest because {faults[steps[-1]]}; move it away")
+    folder = step_dir(run, step)
+    for damaged, fault in faults.items():
+        print0(f"passed over {step_dir(run, damaged).name}, which is damaged: {fault}")
     meta = read_meta(folder)
     for name, value in vars(args).items():
         before = meta["args"].get(name)

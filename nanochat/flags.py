@@ -74,7 +74,12 @@ SHARED = {
         Flag("step", int, None, "step of the checkpoint (default: the last)"),
         Flag("output_tag", str, "", "name of the new checkpoint folder (default: that of the source)"),
         Flag("save_every", int, 0, "checkpoint period in steps, 0 for the last step only", **COUNT),
-        Flag("resume", bool, False, "continue from the newest checkpoint of this tag, if there is one", **FREE),
+        Flag("save_minutes", float, 0.0, "checkpoint period in minutes, in addition, 0 for none", **COUNT),
+        Flag("keep_last", int, 0, "checkpoints of the run to keep, 0 for all; older ones are deleted", **COUNT),
+        Flag("keep_every", int, 0, "period in steps of those to keep in addition to --keep-last", **COUNT),
+        Flag("skip_bad_steps", int, 0, "steps to leave out at most whose loss or gradient is not finite; with more "
+             "than 0 the host waits for every step", **COUNT),
+        Flag("resume", bool, False, "continue from the newest whole checkpoint of this tag, if there is one", **FREE),
         # data and horizon
         Flag("data", str, ["mixture"], "conversations as JSON lines; the word 'mixture' stands for the stage's own "
              "(default: only that)", nargs="+", metavar="FILE"),
@@ -94,6 +99,7 @@ SHARED = {
         Flag("eval_tokens", int, None, "validation tokens, 0 for all (default: what suits the device)", **COUNT),
     )
 }  # fmt: skip
+RUN_FLAGS = ("save_every", "save_minutes", "keep_last", "keep_every", "skip_bad_steps", "resume")  # of every stage
 
 
 def shared(*names: str, **defaults: Any) -> tuple[Flag, ...]:

@@ -20,11 +20,12 @@ from nanochat.data.run_shards import run_shards
 from nanochat.evals.core_bundle import fetch_bundle
 from nanochat.evals.core_eval import evaluate_core
 from nanochat.evals.loss_eval import SAMPLE_PROMPTS, evaluate_split, sample_completions
-from nanochat.flags import COUNT, FREE, POSITIVE, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
+from nanochat.flags import COUNT, FREE, POSITIVE, RUN_FLAGS, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
 from nanochat.model.gpt import build_model
 from nanochat.model.load import load_weights
 from nanochat.tokenizer import Tokenizer, tokenizer_dir
 from nanochat.training import loop, pretraining, recipe
+from nanochat.training.run import TrainingRun
 
 EVAL_TOKENS = {"cuda": 20 * 2**19}
 SMALL_EVAL_TOKENS = 2**17
@@ -62,7 +63,7 @@ FLAGS = (
     Flag("sample_every", int, 0, "period of sample texts", **COUNT),
     # output
     Flag("model_tag", str, "", "name of the checkpoint folder (default: d<depth>)"),
-    *shared("save_every", "resume"),
+    *shared(*RUN_FLAGS),
     # planning
     Flag("dry_run", bool, False, "print what the run would take, and stop", **FREE),
     Flag("gpu", str, "", "kind of GPU the dry run assumes (default: this machine's, else H100)", **FREE),
@@ -140,7 +141,7 @@ def main(args: argparse.Namespace) -> None:
         eval_tokens = EVAL_TOKENS.get(device.type, SMALL_EVAL_TOKENS)
 
     # schedules, and the state of a resumed run
-    run = loop.TrainingRun(
+    run = TrainingRun(
         folder, args, runtime, model, tokenizer, optimizer, loader, plan, device_batch_size, num_micro_steps, resumed,
         shards=shards,
     )  # fmt: skip

@@ -20,12 +20,12 @@ from nanochat.engine.engine import Engine
 from nanochat.engine.inference import add_weights_flag
 from nanochat.engine.sampling import Sampling
 from nanochat.evals.chat_eval import prompt_budget
-from nanochat.flags import COUNT, FREE, POSITIVE, ZERO_OR_MORE, Flag, Range, free_on_resume, parse, shared
+from nanochat.flags import COUNT, FREE, POSITIVE, RUN_FLAGS, ZERO_OR_MORE, Flag, Range, free_on_resume, parse, shared
 from nanochat.training import rl, schedule
 from nanochat.training.finetuning import load_start
-from nanochat.training.loop import TrainingRun, make_optimizer
-from nanochat.training.metrics import check_loss
+from nanochat.training.loop import make_optimizer
 from nanochat.training.recipe import Plan
+from nanochat.training.run import TrainingRun
 from tasks.common import TaskMixture, TaskSlice
 from tasks.custom_json import CustomJSON
 from tasks.registry import ALL_NAMES, get_task, task_names
@@ -39,7 +39,7 @@ TWO_OR_MORE = Range("be at least 2", lambda value: value >= 2)
 
 FLAGS = (
     *shared("run", "recompute", "attention", "seed"),
-    *shared("model_tag", "step", "output_tag", "save_every", "resume", source="sft"),
+    *shared("model_tag", "step", "output_tag", *RUN_FLAGS, source="sft"),
     # data and horizon
     Flag("tasks", str, "", "tasks with a reward (default: GSM8K, unless --data is given)", metavar="TASK|TASK"),
     Flag("data", str, [], "conversations as JSON lines, see tasks/custom_json.py (default: none)", nargs="+",
@@ -131,11 +131,12 @@ def log(run: TrainingRun, step: int, loss: float, numbers: dict[str, float], sec
         rollout_seconds=rollout_seconds, update_seconds=update_seconds, rollout_tokens_per_second=speed,
         elapsed_seconds=run.stats.seconds,
     )  # fmt: skip
-    print0(
-        f"step {step:>5}/{run.plan.num_steps} | reward {numbers['reward']:.4f}, {numbers['groups_frac']:.0%} of groups "
-        f"differ | {numbers['reply_tokens']:.1f} tokens a reply, {numbers['cut_frac']:.1%} cut | replies "
-        f"{rollout_seconds:.1f} s ({speed:,.0f} tokens/s), update {update_seconds:.1f} s"
-    )
+    parts = [
+        f"reward {numbers['reward']:.4f}, {numbers['groups_frac']:.0%} of groups differ",
+        f"{numbers['reply_tokens']:.1f} tokens a reply, {numbers['cut_frac']:.1%} cut",
+        f"replies {rollout_seconds:.1f} s ({speed:,.0f} tokens/s), update {update_seconds:.1f} s",
+    ]
+    run.progress.show(step, parts)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -198,8 +199,8 @@ def main(args: argparse.Namespace) -> None:
         if numbers["groups_frac"] > 0:
             chosen = [rollout for group in rl.differing(groups) for rollout in group]
             batches = rl.make_batches(chosen, args.device_batch_size, runtime.device)
-            loss = run.update(step, iter(batches), len(batches)).item()
-            check_loss(step + 1, loss, runtime.dtype)
+            loss, squares = run.update(step, batches).tolist()
+            run.examine(step + 1, loss, squares, batches)
 
         # log
         log(run, step + 1, loss, numbers, (middle - begin, time.perf_counter() - middle))

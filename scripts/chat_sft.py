@@ -16,9 +16,9 @@ from nanochat.common import add_runtime_flags, print0, run_main
 from nanochat.engine.engine import Engine
 from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task
 from nanochat.evals.chat_results import chat_core
-from nanochat.flags import COUNT, FREE, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
+from nanochat.flags import COUNT, FREE, RUN_FLAGS, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
 from nanochat.training.finetuning import start_run, validate_if_due
-from nanochat.training.loop import TrainingRun
+from nanochat.training.run import TrainingRun
 from tasks.common import Task
 from tasks.mixtures import MIXTURE, SFT_MIXTURES, load_corpus
 from tasks.registry import get_task, task_names
@@ -31,7 +31,7 @@ SMALL_ENGINE_ROWS = 16
 
 FLAGS = (
     *shared("run", "no_compile", "recompute", "attention", "seed"),
-    *shared("model_tag", "step", "output_tag", "save_every", "resume", source="mid"),
+    *shared("model_tag", "step", "output_tag", *RUN_FLAGS, source="mid"),
     *shared("data", "max_conversations", "epochs", "num_steps"),
     Flag("total_batch_size", int, 0, f"tokens per step (default: {BATCH_TOKENS}, less for few conversations)",
          ZERO_OR_MORE),

@@ -12,13 +12,13 @@ assistant's text enters the loss; questions and tool results are context.
 import argparse
 
 from nanochat.common import add_runtime_flags, run_main
-from nanochat.flags import ZERO_OR_MORE, Flag, free_on_resume, parse, shared
+from nanochat.flags import RUN_FLAGS, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
 from nanochat.training.finetuning import start_run, validate_if_due
 from tasks.mixtures import MID_MIXTURES, load_corpus
 
 FLAGS = (
     *shared("run", "no_compile", "recompute", "attention", "seed"),
-    *shared("model_tag", "step", "output_tag", "save_every", "resume", source="base"),
+    *shared("model_tag", "step", "output_tag", *RUN_FLAGS, source="base"),
     *shared("data", "max_conversations", "epochs", "num_steps"),
     Flag("total_batch_size", int, 0, "tokens per step (default: the source's, less for few conversations)",
          ZERO_OR_MORE),

@@ -22,6 +22,17 @@ tasks.custom_json.CustomJSON.reward = lambda self, conversation, completion: flo
 )
 """
 
+SIGNAL_AFTER_UPDATE = """
+import signal
+from nanochat.training.metrics import MetricsLog
+log = MetricsLog.log
+def log_and_signal(self, **numbers):
+    log(self, **numbers)
+    if numbers["step"] == {step} and "reward" in numbers:
+        os.kill(os.getpid(), signal.SIGTERM)
+MetricsLog.log = log_and_signal
+"""
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
@@ -43,7 +54,11 @@ def test_the_stage_says_what_it_asks_and_leaves_checkpoints_metrics_and_a_record
         assert words in workplace.out
     assert workplace.out.count("<|assistant_start|>") == 2  # replies of the first evaluation only
     run = run_folder(workplace.base, "rl")
-    assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", *(f"step_{i:06d}" for i in range(1, 5))]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "metrics.jsonl",
+        "status.json",
+        *(f"step_{i:06d}" for i in range(1, 5)),
+    ]
     assert sorted(path.name for path in (run / "step_000004").iterdir()) == CHECKPOINT
     found = metrics(workplace.base, "rl")
     logged = "reward groups_frac reply_tokens cut_frac rollout_tokens train_tokens".split()
@@ -72,6 +87,19 @@ def test_a_resumed_run_is_bit_equal_to_never_having_stopped(workplace, step):
     assert hashes(base, LAST, "rl") == hashes(workplace.base, LAST, "rl")
     first, *_, last = records(base)
     assert last["results"]["train_tokens"] == first["results"]["train_tokens"]
+
+
+def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_from_there(workplace):
+    base = workplace.copy_part("stopped", "sft_checkpoints")
+    signal = SIGNAL_AFTER_UPDATE.format(step=3)
+    seldom = [*TINY, "--save-every", "0"]
+    ended = workplace.run("scripts.chat_rl", *seldom, base=base, before=ODD + signal)
+    assert ended.status == 143
+    assert "stopped by SIGTERM at step 3" in ended.stdout
+    assert [path.name for path in run_folder(base, "rl").glob("step_*")] == ["step_000003"]
+    workplace.run_well("scripts.chat_rl", *seldom, "--resume", base=base, before=ODD)
+    assert metrics(base, "rl") == metrics(workplace.base, "rl")
+    assert hashes(base, LAST, "rl") == hashes(workplace.base, LAST, "rl")
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])  # with 4 there are ranks without a question

@@ -16,7 +16,9 @@ TINY = (
 LAST = 6
 OWN = ["--data", "own.jsonl"]
 WATCHED = "--chat-every 3 --chat-tasks ARC-Easy|SpellingBee --chat-max-problems 4 --chat-max-tokens 4".split()
-CHECKPOINT = ["loader_rank0.safetensors", "meta.json", "model.safetensors", "optimizer_rank0.safetensors", "tokenizer"]
+CHECKPOINT = (
+    "checksums_rank0.json loader_rank0.safetensors meta.json model.safetensors optimizer_rank0.safetensors tokenizer"
+).split()
 
 # in the child: ARC's rows without a hub, in each split others, and no test split
 ROWS = f"""
@@ -74,7 +76,7 @@ def changed(path, text):
 @pytest.mark.parametrize("source", ["mid", "sft"])
 def test_a_stage_leaves_checkpoints_metrics_and_a_record(workplace, source):
     run = run_folder(workplace.base, source)
-    assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", "step_000003", "step_000006"]
+    assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", "status.json", "step_000003", "step_000006"]
     assert sorted(path.name for path in (run / "step_000006").iterdir()) == CHECKPOINT
     found = metrics(workplace.base, source)
     assert all((step, "train_loss") in found for step in range(1, LAST + 1))
@@ -103,6 +105,7 @@ def test_a_resumed_run_is_bit_equal_to_never_having_stopped(workplace, stage, so
         del meta["args"]["chat_max_tokens"]
         meta["args"]["a_flag_of_then"] = 1
         path.write_text(json.dumps(meta))
+        (path.parent / "checksums_rank0.json").unlink()  # of before there were any
     again = ["--resume", "--recompute"]  # the latter changes no number
     out = workplace.run_well(f"scripts.{stage}", *TINY, *OWN, *more, *again, base=base, before=ROWS)
     assert "resumed at step 3" in out

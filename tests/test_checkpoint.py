@@ -85,7 +85,7 @@ def test_a_checkpoint_without_training_state_is_a_model_into_whose_dtype_narrow_
 ):
     tiny_model.wte.to(torch.bfloat16)
     folder = save(run, 1, tiny_model, tokenizer, optimizer_state=None, loader_state=None)
-    assert names_in(folder) == ["meta.json", "model.safetensors", "tokenizer"]
+    assert names_in(folder) == ["checksums_rank0.json", "meta.json", "model.safetensors", "tokenizer"]
     assert_loads(folder, tiny_model)
     assert checkpoint.load_tensors(folder / "model.safetensors")["wte.weight"].dtype == torch.bfloat16
     assert load_weights(folder, read_meta(folder), RUNTIME).wte.weight.dtype == torch.float32
@@ -245,6 +245,29 @@ def test_a_truncated_file_never_loads_and_a_missing_one_is_named(name, kept, fol
         load_rank_states(folder, meta, "optimizer")
 
 
+def test_a_flipped_bit_or_a_missing_file_is_a_fault_wherever_it_is(folder):
+    assert checkpoint.fault_in(folder) is None
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(paths) >= 7
+    for path in paths:
+        whole = path.read_bytes()
+        for place in (0, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+            fault = checkpoint.fault_in(folder)
+            assert fault is not None
+            assert "checksums" in path.name or path.name in fault
+        path.unlink()
+        assert "checksums" in path.name or path.name in checkpoint.fault_in(folder)
+        path.write_bytes(whole)
+    assert checkpoint.fault_in(folder) is None
+    meta = read_meta(folder)
+    (folder / "checksums_rank0.json").unlink()  # as before there were any
+    assert checkpoint.fault_in(folder) is None
+    (folder / "meta.json").write_text(json.dumps(meta | {"schema": 2}))
+    with pytest.raises(UserError, match="schema 2"):
+        checkpoint.fault_in(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"schema": schema}, f"has schema {schema!r}, but this version reads schema 1") for schema in (0, 2, "1", None)]
@@ -290,6 +313,29 @@ def test_resuming_goes_on_from_the_newest_step_if_no_flag_contradicts(run, tiny_
         flag = f"--{name.replace('_', '-')}"
         with pytest.raises(UserError, match=f"{flag} is {value} here but {args[name]} in the run"):
             checkpoint.resumable(run, Namespace(**{**args, "resume": True, name: value}), free)
+
+
+def test_resuming_passes_over_damaged_checkpoints_with_a_word_and_sets_them_aside_when_in_the_way(
+    run, tiny_model, tokenizer, capsys
+):
+    for step in (5, 10, 15):
+        folder = save(run, step, tiny_model, tokenizer)
+    args = Namespace(resume=True)
+    for step, name in ((15, "loader_rank0.safetensors"), (10, "meta.json")):
+        os.truncate(checkpoint.step_dir(run, step) / name, 100)
+    assert checkpoint.resumable(run, args, {"resume"})["step"] == 5
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "passed over step_000015, which is damaged: loader_rank0.safetensors has changed since it was written",
+        "passed over step_000010, which is damaged: meta.json has changed since it was written",
+    ]
+    save(run, 15, tiny_model, tokenizer)
+    assert names_in(run) == ["step_000005", "step_000010", "step_000015", "step_000015.damaged1"]
+    assert_loads(folder, tiny_model)
+    shutil.rmtree(folder)
+    os.truncate(checkpoint.step_dir(run, 5) / "model.safetensors", 100)
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged, the newest because meta.json has changed"):
+        checkpoint.resumable(run, args, {"resume"})
 
 
 # --- several ranks ---

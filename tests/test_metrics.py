@@ -12,6 +12,7 @@ import torch
 from nanochat import hardware
 from nanochat.common import Runtime, UserError
 from nanochat.training.metrics import WARMUP_STEPS_UNTIMED, MetricsLog, RunStats, StepLog, _clock, peak_memory_bytes
+from nanochat.training.progress import Progress
 
 RUNTIME = Runtime(0, 0, 1, torch.device("cpu"), torch.float32)
 
@@ -126,10 +127,11 @@ class FakeWandb:
     def __init__(self):
         self.logged, self.settings, self.is_finished = [], None, False
 
-    def init(self, *, project, name, config):
+    def init(self, *, project, name, config, dir, id, resume):
         if name == "offline":
             raise self.errors.Error("no network")
-        self.settings = (project, name, config)
+        assert resume == "allow"
+        self.settings, self.dir, self.id = (project, name, config), dir, id or "new"
         return self
 
     def log(self, numbers, step):
@@ -139,7 +141,7 @@ class FakeWandb:
         self.is_finished = True
 
 
-def test_a_named_run_goes_to_wandb_as_well_which_if_it_cannot_start_says_what_to_do(tmp_path, monkeypatch):
+def test_a_named_run_goes_to_wandb_as_well_which_if_it_cannot_start_says_what_to_do(tmp_path, base_folder, monkeypatch):
     wandb, path = FakeWandb(), tmp_path / "metrics.jsonl"
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
@@ -147,6 +149,9 @@ def test_a_named_run_goes_to_wandb_as_well_which_if_it_cannot_start_says_what_to
     metrics.log(step=3, train_loss=1.5, mfu=None)
     metrics.finish()
     assert wandb.settings == ("nanochat", "d4", {"depth": 4})
+    assert (wandb.dir, metrics.wandb_id) == (base_folder, "new")
+    assert MetricsLog(path, RUNTIME, run_name="d4", wandb_id="before").wandb_id == wandb.id == "before"
+    assert MetricsLog(path, RUNTIME, wandb_id="before").wandb_id == "before"  # resumed without --run, and then with it
     assert (wandb.logged, wandb.is_finished) == ([(3, {"train_loss": 1.5})], True)
     assert read_lines(path) == [{"step": 3, "train_loss": 1.5}]
     with pytest.raises(UserError, match=r"wandb did not start \(no network\).*WANDB_MODE=offline"):
@@ -157,18 +162,18 @@ def test_a_named_run_goes_to_wandb_as_well_which_if_it_cannot_start_says_what_to
 
 
 # --- the log of steps ---
-def run_steps(metrics, losses, stats=None, num_steps=10) -> StepLog:
-    log = StepLog(stats or make_stats(), metrics, num_steps)
+def run_steps(metrics, losses, stats=None, num_steps=10, examine=lambda *numbers: None) -> StepLog:
+    log = StepLog(stats or make_stats(), metrics, Progress(RUNTIME, num_steps), examine)
     for step, loss in enumerate(losses, start=1):
         log.start()
-        log.end(step, torch.tensor(loss), lr_mult=0.5)
+        log.end(step, torch.tensor([loss, 1.0]), [f"batch {step}"], lr_mult=0.5)
     log.flush()
     return log
 
 
 def test_every_step_is_logged_once_in_order(metrics, capsys):
     losses = [3.0, 2.5, 2.25, 2.0, 1.75]
-    log = run_steps(metrics, losses)
+    log = run_steps(metrics, losses, num_steps=5)
     lines = read_lines(metrics.path)
     known = [(line["step"], line["train_loss"], line["tokens"], line["lr_mult"]) for line in lines]
     assert known == [(step, loss, 4096 * step, 0.5) for step, loss in enumerate(losses, start=1)]
@@ -178,10 +183,11 @@ def test_every_step_is_logged_once_in_order(metrics, capsys):
     assert times == sorted(times)
     assert times[-1] == log.stats.seconds > 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 5
-    assert printed[0].startswith("step     1/10 (10.0%) | loss 3.0000 | 0:00")
-    assert "tokens/s" in printed[4]
-    assert "of peak" not in printed[4]
+    assert len(printed) == 2
+    assert printed[0].startswith("step     1/5 (20.0%) | loss 3.0000 (average 3.0000) | 0:00")
+    assert printed[1].startswith(f"step     5/5 (100.0%) | loss 1.7500 (average {log.stats.smooth_loss:.4f}) | ")
+    assert "tokens/s" in printed[1]
+    assert "of peak" not in printed[1]
 
 
 def test_time_between_steps_does_not_count(metrics, monkeypatch):
@@ -190,14 +196,39 @@ def test_time_between_steps_does_not_count(metrics, monkeypatch):
     assert run_steps(metrics, [1.0, 1.0]).stats.seconds == 4.0
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved_but_not_in_float16(bad, metrics):
-    with pytest.raises(UserError, match=f"the loss at step 2 is {bad}; resume from a checkpoint before it"):
-        run_steps(metrics, [1.0, bad, 1.0])
-    assert [line["step"] for line in read_lines(metrics.path)] == [1]
-    log = run_steps(metrics, [1.0, bad, 1.0], make_stats(dtype=torch.float16))
-    assert [line["step"] for line in read_lines(metrics.path)] == [1, 1, 2, 3]
+def test_every_step_is_examined_with_its_own_batches_before_it_is_logged(metrics):
+    examined = []
+
+    def examine(*numbers):
+        examined.append(numbers)
+        if numbers[0] == 3:
+            raise SystemExit(1)
+
+    with pytest.raises(SystemExit):
+        run_steps(metrics, [2.5, 1.5, 1.0, 3.0], examine=examine)
+    assert examined == [(1, 2.5, 1.0, ["batch 1"]), (2, 1.5, 1.0, ["batch 2"]), (3, 1.0, 1.0, ["batch 3"])]
+    assert [line["step"] for line in read_lines(metrics.path)] == [1, 2]
+
+
+def test_a_loss_that_is_not_finite_is_in_no_average_and_no_line(metrics):
+    log = run_steps(metrics, [1.0, math.inf, math.nan, 1.0])
+    assert [line.get("train_loss") for line in read_lines(metrics.path)] == [1.0, None, None, 1.0]
     assert log.stats.smooth_loss == pytest.approx(1.0)
+
+
+def test_a_loss_spike_is_reported_and_neither_a_slope_nor_noise_is(metrics, capsys):
+    generator = torch.Generator().manual_seed(0)
+    noise = (0.05 * torch.randn(400, generator=generator)).tolist()
+    losses = [4.0 - 0.004 * step + value for step, value in enumerate(noise)]
+    losses[200] += 2.0
+    log = run_steps(metrics, losses, num_steps=400)
+    reported = [(line["step"], line["loss_spike"]) for line in read_lines(metrics.path) if "loss_spike" in line]
+    assert [step for step, _ in reported] == [201]
+    assert reported[0][1] > 10
+    assert f"step   201 | loss spike: {losses[200]:.4f}, {reported[0][1]:.1f} robust" in capsys.readouterr().out
+    resumed = make_stats()
+    resumed.restore(json.loads(json.dumps(log.stats.state())))
+    assert resumed.spike_score(9.0) == log.stats.spike_score(9.0) > 10
 
 
 def test_times_read_as_clocks_and_peak_memory_is_that_of_this_process():

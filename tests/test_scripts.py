@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_text, write_shard
+from conftest import WORDS, make_text, write_shard
 
 from nanochat.checkpoint import run_dir, save_checkpoint
 from nanochat.common import Runtime
@@ -342,10 +343,9 @@ def test_a_run_killed_again_and_again_ends_as_one_never_interrupted(workplace):
     ]
     for before, newest in kills:
         assert workplace.train("--resume", "--sample-every", LAST, base=base, before=before).status == -9
-        complete = sorted(path.name for path in run_folder(base).glob("step_*"))
-        assert complete == [f"step_{step:06d}" for step in (3, 6) if step <= newest]
-    out = workplace.train_well("--resume", "--sample-every", LAST, "--recompute", base=base)  # which changes no number
-    assert "resumed at step 6" in out
+        complete = {int(path.name.removeprefix("step_")) for path in run_folder(base).glob("step_*")}
+        assert complete <= {step for step in (3, 6) if step <= newest}  # the last one may have been on its way
+    workplace.train_well("--resume", "--sample-every", LAST, "--recompute", base=base)  # which changes no number
     logged = metrics(base)
     workplace.train_well("--resume", base=base)  # a finished run does nothing more
     assert metrics(base) == logged
@@ -369,6 +369,61 @@ def test_a_shard_added_before_resuming_is_named_and_changes_nothing_and_one_take
     assert hashes(base, LAST) == hashes(workplace.base, LAST)
     last.rename(data / "elsewhere")
     assert_refused(workplace.train("--data", data, "--resume", base=base), f"{last.name} is gone")
+
+
+STUB_OF_WANDB = """
+import sys, types
+class Stub(types.ModuleType):
+    class errors:
+        Error = ConnectionError
+    def init(self, *, id, name, dir, **other):
+        self.id = id or "a-new-one"
+        print("wandb", id, name, dir)
+        return self
+    def log(self, numbers, step): pass
+    def finish(self): pass
+sys.modules["wandb"] = Stub("wandb")
+"""
+
+
+def test_a_resumed_run_is_the_same_run_on_wandb(workplace):
+    base = workplace.copy_part("wandb", "tokenizer")
+    assert f"wandb None d2 {base}" in workplace.train_well("--run", "d2", base=base, before=STUB_OF_WANDB)
+    shutil.rmtree(run_folder(base) / f"step_{LAST:06d}")
+    out = workplace.train_well("--run", "d2", "--resume", base=base, before=STUB_OF_WANDB)
+    assert f"wandb a-new-one d2 {base}" in out
+
+
+SIGNAL_AFTER_LOGGING = """
+import signal
+from nanochat.training.run import TrainingRun
+take_step = TrainingRun.take_step
+def take_step_and_signal(self, step):
+    take_step(self, step)
+    if step + 1 == {step} and self.runtime.rank == {rank}:
+        os.kill(os.getpid(), signal.{name})
+TrainingRun.take_step = take_step_and_signal
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "num_processes"), [("SIGTERM", 143, 1), ("SIGINT", 130, 1), ("SIGTERM", 143, 2)]
+)
+def test_a_signal_saves_at_the_next_step_on_all_ranks_and_the_run_goes_on_from_there(
+    workplace, name, status, num_processes
+):
+    base = workplace.copy_part(f"{name}_{num_processes}", "tokenizer")
+    before = SIGNAL_AFTER_LOGGING.format(step=5, rank=num_processes - 1, name=name)
+    ended = workplace.train("--sample-every", LAST, base=base, before=before, num_processes=num_processes)
+    assert ended.status == status, ended
+    assert f"stopped by {name} at step 5: the same command with --resume goes on from here" in ended.stdout
+    assert sorted(path.name for path in run_folder(base).glob("*step_*")) == ["step_000003", "step_000005"]
+    workplace.train_well("--resume", "--sample-every", LAST, base=base)
+    if num_processes == 1:
+        assert losses(base) == losses(workplace.base)
+        assert hashes(base, LAST) == hashes(workplace.base, LAST)
+    else:
+        assert losses(base) == pytest.approx(losses(workplace.base), rel=1e-5)
 
 
 def test_two_processes_under_torchrun_have_the_losses_of_one_which_can_take_over(workplace):
@@ -506,18 +561,44 @@ def test_a_flag_changed_on_resuming_is_refused_with_both_values(workplace, flags
     assert_refused(workplace.train("--resume", flag, value), flag, value, before)
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(workplace):
+def test_a_damaged_checkpoint_is_passed_over_and_kept(workplace):
     base = workplace.copy_base("damaged", first_steps=6)
-    folder = run_folder(base) / "step_000006"
-    for name in ("loader_rank0.safetensors", "optimizer_rank0.safetensors", "model.safetensors", "meta.json"):
-        whole = (folder / name).read_bytes()
-        (folder / name).write_bytes(whole[: len(whole) // 2])
-        assert_refused(workplace.train("--resume", base=base), "step_000006")
-        (folder / name).unlink()
-        if name != "meta.json":  # without it, the folder is no checkpoint
-            assert_refused(workplace.train("--resume", base=base), name)
-    shutil.rmtree(folder)
-    assert "resumed at step 3" in workplace.train_well("--resume", base=base)
+    path = run_folder(base) / "step_000006" / "optimizer_rank0.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    out = workplace.train_well("--resume", base=base)
+    assert "passed over step_000006, which is damaged: optimizer_rank0.safetensors has changed" in out
+    assert "resumed at step 3" in out
+    assert losses(base) == losses(workplace.base)
+    assert hashes(base, 6) == hashes(workplace.base, 6)
+    assert (run_folder(base) / "step_000006.damaged1").is_dir()
+
+
+def test_checkpoints_are_kept_as_asked_and_saved_by_the_clock_too(workplace):
+    for flags, kept in (
+        ("--save-every 1 --keep-last 2 --keep-every 4", [4, 8, 9]),
+        ("--save-every 0 --save-minutes 1e-9", [*range(1, LAST + 1)]),
+    ):
+        base = workplace.copy_part(f"kept_{len(kept)}", "tokenizer")
+        workplace.train_well(*flags.split(), base=base)
+        assert sorted(path.name for path in run_folder(base).glob("*step_*")) == [f"step_{step:06d}" for step in kept]
+        assert hashes(base, LAST) == hashes(workplace.base, LAST)
+
+
+SMALL_DISK = """
+import collections, shutil
+Usage = collections.namedtuple("Usage", "total used free")
+shutil.disk_usage = lambda path: Usage(1, 1, {free})
+"""
+
+
+def test_a_disk_that_is_too_small_for_the_run_is_refused_before_its_first_step(workplace):
+    base = workplace.copy_part("small_disk", "tokenizer")
+    one = sum(path.stat().st_size for path in (run_folder(workplace.base) / "step_000009").glob("[mo]*.safetensors"))
+    for flags, num_needed in (("", 3), ("--save-every 1", 9), ("--save-every 1 --keep-last 1 --keep-every 5", 3)):
+        ended = workplace.train(*flags.split(), base=base, before=SMALL_DISK.format(free=int((num_needed - 0.5) * one)))
+        assert_refused(ended, f"{num_needed} more checkpoints of", "free; make room", "--keep-last")
+    assert not list(run_folder(base).iterdir())
 
 
 @pytest.mark.parametrize("module", ["scripts.base_train", "scripts.tok_train", "scripts.base_loss", "nanochat.report"])
@@ -550,7 +631,67 @@ def test_a_loss_that_is_no_number_ends_the_run_and_its_process(workplace):
     """In an interpreter of its own, to see it go down in good order while a thread reads ahead."""
     flags = ["--data", str(workplace.data), "--lr-mult", "1e30", "--model-tag", "diverging"]
     command = ["-m", "scripts.base_train", *TINY, *SCHEDULE, *flags]
-    assert_refused(run_apart(command, workplace.folder, workplace.base), "the loss at step", "--lr-mult")
+    ended = run_apart(command, workplace.folder, workplace.base)
+    assert ended.status == 1
+    assert re.fullmatch(r"error: the loss at step \d+ is nan .*--lr-mult\n", ended.stderr)
+
+
+BAD_NUMBERS = """
+import torch
+from nanochat.training import run
+accumulate = run.accumulate_gradients
+calls = 0
+def accumulate_badly(model, batches, *args, **options):
+    global calls
+    calls += 1
+    loss = accumulate(model, batches, *args, **options)
+    if calls in {steps} and os.environ.get("RANK", "1") == "1":
+        model.lm_head.weight.grad[3] = float("inf")
+    return loss
+run.accumulate_gradients = accumulate_badly
+"""
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_gradient_that_is_not_finite_on_one_rank_ends_the_run_before_anything_is_saved(workplace, num_processes):
+    base = workplace.copy_part(f"bad_{num_processes}", "tokenizer")
+    ended = workplace.train(base=base, before=BAD_NUMBERS.format(steps=[6]), num_processes=num_processes)
+    assert ended.status == 1
+    assert ended.stderr.startswith("error: the gradient at step 6 is not finite")
+    assert ended.stderr.count("\n") == 1
+    assert [path.name for path in run_folder(base).glob("*step_*")] == ["step_000003"]
+    assert max(step for step, _ in metrics(base)) == 5
+    paths = sorted((run_folder(base) / "bad_steps").iterdir())
+    assert [path.name for path in paths] == [f"step_000006_rank{rank}.jsonl" for rank in range(num_processes)]
+    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    assert len(lines) == 256 // 32
+    assert all(any(word in line["documents"][0] for word in WORDS) for line in lines)
+    assert json.loads((run_folder(base) / "status.json").read_text())["state"] == "failed"
+    workplace.train_well("--resume", base=base)
+    assert losses(base) == pytest.approx(losses(workplace.base), rel=1e-5)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_bad_steps_are_left_out_as_often_as_allowed(workplace, num_processes):
+    base = workplace.copy_part(f"skipped_{num_processes}", "tokenizer")
+    flags, options = ["--save-every", "1"], {"base": base, "num_processes": num_processes}
+    bad = BAD_NUMBERS.format(steps=[4, 6])
+    ended = workplace.train(*flags, "--skip-bad-steps", "1", before=bad, **options)
+    assert (ended.status, "the gradient at step 6" in ended.stderr) == (1, True)
+    assert "the gradient at step 4 is not finite" in ended.stdout
+    assert "left out, 1 of at most 1" in ended.stdout
+    names = ("model.safetensors", "optimizer_rank0.safetensors")
+    three, four, five = (hashes(base, step) for step in (3, 4, 5))
+    assert [three[name] == four[name] for name in names] == [True, True]
+    assert [four[name] == five[name] for name in names] == [False, False]
+    assert sorted(path.name for path in run_folder(base).glob("*step_*"))[-1] == "step_000005"
+    ended = workplace.train(
+        *flags, "--resume", "--skip-bad-steps", "2", before=BAD_NUMBERS.format(steps=[1]), **options
+    )
+    assert (ended.status, ended.stderr) == (0, "")
+    assert "the gradient at step 6 is not finite" in ended.stdout
+    assert "left out, 2 of at most 2" in ended.stdout
+    assert hashes(base, 5)["model.safetensors"] == hashes(base, 6)["model.safetensors"]
 
 
 # --- help and imports ---

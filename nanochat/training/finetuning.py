@@ -1,7 +1,7 @@
 """How the chat stages begin: the model they continue from, and the run of mid-training and finetuning.
 
 These two differ in data, defaults and evaluation; everything else before their first step is here. Not here: the loops
-(in the scripts), and what they share with pretraining (`loop.py`).
+(in the scripts), and what they share with pretraining (`loop.py`, `run.py`).
 """
 
 import argparse
@@ -18,6 +18,7 @@ from nanochat.model.load import load_weights
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import loop, schedule
 from nanochat.training.recipe import Plan
+from nanochat.training.run import TrainingRun
 
 MIN_STEPS = 100  # a short run takes a smaller batch rather than fewer steps than this
 EVAL_TOKENS = {"cuda": 2**21}  # by device
@@ -67,7 +68,7 @@ def load_start(stage: str, args: argparse.Namespace, free: Collection[str], *, c
 def start_run(
     stage: str, args: argparse.Namespace, free: Collection[str], train: Conversations, val: Conversations,
     *, total_batch_tokens: int = 0,
-) -> tuple[loop.TrainingRun, Rows | None]:  # fmt: skip
+) -> tuple[TrainingRun, Rows | None]:  # fmt: skip
     """The run of a stage, "mid" or "sft", from the weights of its source or from its own last checkpoint, and the
     packed validation conversations (None: there are none).
 
@@ -114,14 +115,14 @@ def start_run(
         train_rows, device_batch_size, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
         epochs=None if args.num_steps else args.epochs, step_rows=plan.total_batch_tokens // T, seed=args.seed,
     )  # fmt: skip
-    run = loop.TrainingRun(
+    run = TrainingRun(
         start.folder, args, runtime, model, tokenizer, optimizer, loader, plan, device_batch_size, num_micro_steps,
         start.resumed,
     )  # fmt: skip
     return run, val_rows if val_rows and val_rows.rows else None
 
 
-def validate_if_due(run: loop.TrainingRun, val: Rows | None, step: int) -> None:
+def validate_if_due(run: TrainingRun, val: Rows | None, step: int) -> None:
     """Every `--eval-every` steps, and at step 0 to see what the stage adds, log, print and keep the bits per byte of
     the assistant's text in the validation conversations."""
     if val is None or not (step == 0 or run.is_due(step, run.args.eval_every)):

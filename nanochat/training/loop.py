@@ -1,35 +1,24 @@
-"""Passive parts of a training loop; the loops themselves are in the stage scripts.
+"""What one optimizer step does; the loops themselves are in the stage scripts.
 
 Here is what must not differ between stages: how the loss is normalised over micro-batches and ranks, how a device batch
-is chosen, when something is due, what a checkpoint stores. Not here: speed, logs and wandb (`metrics.py`).
+is chosen, when something is due. Not here: the state of a whole run and what its checkpoints store (`run.py`).
 """
 
-import gc
-import math
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.checkpoint import load_rank_states, save_checkpoint, step_dir
 from nanochat.common import Runtime, UserError, gather_ranks, print0
 from nanochat.data.dataloader import Batch
-from nanochat.evals.loss_eval import BpbResult
 from nanochat.model.fp8 import check_fp8
 from nanochat.model.gpt import GPT
 from nanochat.model.loss import IGNORE_INDEX
-from nanochat.report import append_record
-from nanochat.tokenizer import Tokenizer
-from nanochat.training import schedule
-from nanochat.training.metrics import MetricsLog, RunStats, StepLog, peak_memory_bytes
 from nanochat.training.optim import MuonAdamW, parameter_groups
-from nanochat.training.recipe import Plan
 
 DEVICE_BATCH_SIZE = {"cuda": 32}  # rows, by device; fewer when that does not fit
 SMALL_DEVICE_BATCH_SIZE = 8  # on other devices: activations that stay in or near the cache
@@ -102,6 +91,17 @@ def _backward_weighted(model: GPT, batch: Batch, scale: Tensor) -> Tensor:
         total += loss.detach()
         gradients.append(row.grad)
     hidden.backward(torch.stack(gradients))
+    return total
+
+
+@torch.no_grad()
+def squared_gradients(optimizer: MuonAdamW) -> Tensor:
+    """Sum of the squares of all gradients of all ranks, before they are added up: not finite if one of them is not. 0-d
+    float32 on the device, not synchronised with the host."""
+    grads = [p.grad for group in optimizer.groups for p in group.params.values() if p.grad is not None]
+    total = torch.stack(torch._foreach_norm(grads, dtype=torch.float32)).square().sum()
+    if optimizer.world_size > 1:
+        dist.all_reduce(total)
     return total
 
 
@@ -240,143 +240,3 @@ def _forward_backward(model: GPT, num_rows: int) -> float:
     seconds = time.perf_counter() - started
     model.zero_grad(set_to_none=True)
     return seconds
-
-
-@dataclass
-class TrainingRun:
-    """The state of a training run: what a stage's loop works with at every step, and what a checkpoint stores.
-
-    A step is `num_micro_steps` batches of `loader`, each of `device_batch_size` rows, on every rank. `args` are the
-    stage's flags, among them `run`, `save_every` and those of the learning rate. Model and tokenizer are already loaded
-    by the caller; all other state is restored from the checkpoint of which `resumed` is the meta.json, empty for a new
-    run. `results` are the numbers for the report.
-    """
-
-    folder: Path
-    args: Namespace
-    runtime: Runtime
-    model: GPT
-    tokenizer: Tokenizer
-    optimizer: MuonAdamW
-    loader: Iterator[Batch]
-    plan: Plan
-    device_batch_size: int
-    num_micro_steps: int
-    resumed: Mapping
-    results: dict = field(default_factory=dict)
-    first_step: int = 0
-    shards: dict | None = None  # the note of `run_shards`, for the checkpoints; None where there are no shards
-
-    def __post_init__(self):
-        args, plan, runtime = self.args, self.plan, self.runtime
-        for group in self.optimizer.groups:
-            group.initial_lr *= plan.lr_scale
-            if group.kind == "muon":
-                group.initial_weight_decay = plan.matrix_weight_decay
-        self.optimizer.zero_grad()  # fitting the batch to the memory has removed the gradients' storage
-        shape = {"warmup_steps": args.warmup_steps, "warmdown_frac": args.warmdown_frac}
-        self.rates = schedule.LRSchedule(plan.num_steps, **shape, final_frac=args.final_lr_frac)
-        self.scaler = LossScaler(enabled=runtime.dtype == torch.float16)
-        self.stats = RunStats.for_runtime(runtime, plan.total_batch_tokens, self.model.flops_per_token())
-        self.metrics = MetricsLog(self.folder / "metrics.jsonl", runtime, run_name=args.run, settings=vars(args))
-        if self.resumed:
-            self._restore(step_dir(self.folder, self.resumed["step"]), self.resumed)
-        self.metrics.rewind(self.first_step)
-        self.log = StepLog(self.stats, self.metrics, plan.num_steps)
-
-    def _restore(self, folder: Path, meta: Mapping) -> None:
-        self.optimizer.load_state_dict(load_rank_states(folder, meta, "optimizer"))
-        self.loader.load_state_dict(load_rank_states(folder, meta, "loader"))
-        self.first_step, self.results = meta["step"], meta["results"]
-        self.scaler.restore(meta["scaler"])
-        self.stats.restore(meta["stats"])
-        print0(f"resumed at step {self.first_step:,}")
-
-    def steps(self) -> Iterator[int]:
-        """The step numbers of the loop, up to and including the one after the last optimizer step."""
-        gc.collect()
-        gc.freeze()  # exempts what lives until the end from collections, which paused training for 0.5 s
-        try:
-            yield from range(self.first_step, self.plan.num_steps + 1)
-        finally:
-            gc.unfreeze()
-
-    def is_due(self, step: int, every: int) -> bool:
-        """Whether something done `every` steps is due; at the step of a resumed checkpoint it has been done already.
-        If due, waits for the step in flight, so that its time does not include what comes next."""
-        is_new = step > self.first_step or not self.resumed
-        due = is_new and is_due(step, every, self.plan.num_steps)
-        if due:
-            self.log.flush()
-        return due
-
-    def note(self, step: int, **numbers: float) -> None:
-        """Log `numbers` found by an evaluation at `step`, and keep them for the report."""
-        self.results = {**self.results, **numbers}
-        self.metrics.log(step=step, **numbers)
-
-    def note_bpb(self, step: int, found: BpbResult) -> None:
-        """Log and print the validation loss at `step`; keep it and the lowest so far for the report."""
-        bpb, se = found.bpb, found.se
-        self.metrics.log(step=step, val_bpb=bpb, val_bpb_se=se, tokens=step * self.plan.total_batch_tokens)
-        lowest = min(bpb, self.results.get("min_val_bpb", math.inf))
-        self.results = {**self.results, "val_bpb": bpb, "val_bpb_se": se, "min_val_bpb": lowest}
-        print0(f"step {step:>5} | validation {bpb:.4f} +- {se:.4f} bits per byte")
-
-    def save_if_due(self, step: int) -> None:
-        """Save every `--save-every` steps and at the last one."""
-        if self.is_due(step, self.args.save_every or self.plan.num_steps):
-            self.save(step)
-
-    def save(self, step: int) -> None:
-        """Write a checkpoint of everything the run needs to continue."""
-        meta = {
-            "args": vars(self.args), "plan": asdict(self.plan), "dtype": self.runtime.dtype_name,
-            "results": self.results, "device_batch_size": self.device_batch_size, "stats": self.stats.state(),
-            "scaler": self.scaler.state(), "shards": self.shards,
-        }  # fmt: skip
-        folder = save_checkpoint(
-            self.folder, step, runtime=self.runtime, model=self.model, tokenizer=self.tokenizer, meta=meta,
-            optimizer_state=self.optimizer.state_dict(), loader_state=self.loader.state_dict(),
-        )  # fmt: skip
-        print0(f"step {step:>5} | saved {folder.name}")
-
-    def take_step(self, step: int) -> None:
-        """One optimizer step on the next batches of the loader, timed and logged."""
-        self.log.start()
-        loss_t = self.update(step, self.loader, self.num_micro_steps)
-        self.log.end(step + 1, loss_t, lr_mult=self.rates(step))
-
-    def update(self, step: int, batches: Iterator[Batch], num_micro_steps: int) -> Tensor:
-        """One optimizer step on `num_micro_steps` of `batches`; returns its loss, 0-d on the device."""
-        apply_schedule(
-            self.optimizer, lr_mult=self.rates(step), momentum=schedule.muon_momentum(step, self.rates),
-            decay_mult=schedule.decay_mult(step, self.plan.num_steps),
-        )  # fmt: skip
-        loss_t = accumulate_gradients(
-            self.model, batches, num_micro_steps, device=self.runtime.device,
-            world_size=self.runtime.world_size, loss_scale=self.scaler.scale,
-            before_last=None if self.scaler.enabled else self.optimizer.expect_last_backward,
-        )  # fmt: skip
-        if self.scaler.unscale_(self.optimizer):
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss_t
-
-    def finish(self, stage: str, **own: float | None) -> None:
-        """Close the metrics and add the stage's record to the report; `own` results replace the usual ones."""
-        self.metrics.finish()
-        plan, stats, runtime = self.plan, self.stats, self.runtime
-        results = self.results | {
-            "train_loss": stats.smooth_loss, "num_parameters": self.model.parameter_counts()["total"],
-            "num_steps": plan.num_steps, "train_tokens": plan.train_tokens,
-            "train_flops": plan.train_tokens * self.model.flops_per_token(),
-            "tokens_per_second": stats.tokens_per_second, "mfu": stats.mfu, "train_seconds": stats.seconds,
-            "peak_memory_bytes": peak_memory_bytes(runtime), **own,
-        }  # fmt: skip
-        samples = results.pop("samples", None)
-        if runtime.is_main:
-            settings = {**vars(self.args), **asdict(plan), "dtype": runtime.dtype_name}
-            settings["config"] = asdict(self.model.config)
-            append_record(stage, settings=settings, results=results, samples=samples, metrics_path=self.metrics.path)
-        print0(f"done: {self.folder.name}, {plan.num_steps:,} steps in {stats.seconds / 60:.1f} minutes of training")

@@ -1,22 +1,27 @@
-"""How a training run is measured and logged: speed, smoothed loss, `metrics.jsonl`, wandb, one printed line a step."""
+"""How a training run is measured and logged: speed, average and spikes of the loss, `metrics.jsonl`, wandb."""
 
 import json
 import math
 import os
 import resource
+import statistics
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanochat import hardware
-from nanochat.common import Runtime, UserError, disk_errors, print0, write_atomic
+from nanochat.common import Runtime, UserError, base_dir, disk_errors, print0, write_atomic
+from nanochat.data.dataloader import Batch
+from nanochat.training.progress import Progress
 
-LOSS_EMA_DECAY = 0.9  # of the smoothed training loss that is printed
+LOSS_EMA_DECAY = 0.9  # of the training loss's average
+SPIKE_WINDOW, SPIKE_SCORE = 64, 6.0  # recent losses compared with, and from which distance to them one is reported
 WARMUP_STEPS_UNTIMED = 3  # of each process, as they include compilation and first allocations
 
 
@@ -33,6 +38,8 @@ class RunStats:
     loss_ema: float = 0.0
     ema_weight: float = 0.0
     seconds: float = 0.0
+    num_skipped: int = 0  # steps left out as their numbers were not finite
+    recent: list[float] = field(default_factory=list)  # the last losses
     num_seen: int = 0  # steps of this process
     timed_seconds: float = 0.0  # of these, without the warm-up
 
@@ -44,12 +51,22 @@ class RunStats:
     def update(self, loss: float, seconds: float) -> None:
         """Add one step with its loss in nats."""
         if math.isfinite(loss):  # an overflow in float16 would make the average infinite for good
+            self.recent = [*self.recent[1 - SPIKE_WINDOW :], loss]
             self.loss_ema = LOSS_EMA_DECAY * self.loss_ema + (1 - LOSS_EMA_DECAY) * loss
             self.ema_weight = LOSS_EMA_DECAY * self.ema_weight + (1 - LOSS_EMA_DECAY)
         self.seconds += seconds
         self.num_seen += 1
         if self.num_seen > WARMUP_STEPS_UNTIMED:
             self.timed_seconds += seconds
+
+    def spike_score(self, loss: float) -> float | None:
+        """How far `loss` is above the median of the losses before it, in robust standard deviations (1.4826 times the
+        median absolute deviation, but at least 0.1 % of the median); None while these are less than half a window."""
+        if len(self.recent) < SPIKE_WINDOW // 2:
+            return None
+        middle = statistics.median(self.recent)
+        deviation = 1.4826 * statistics.median(abs(value - middle) for value in self.recent)
+        return (loss - middle) / max(deviation, 1e-3 * abs(middle))
 
     @property
     def smooth_loss(self) -> float:
@@ -72,20 +89,28 @@ class RunStats:
         speed = self.tokens_per_second
         return speed and num_steps * self.tokens_per_step / speed
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint stores for `restore`."""
-        return {"loss_ema": self.loss_ema, "ema_weight": self.ema_weight, "seconds": self.seconds}
+        names = ("loss_ema", "ema_weight", "seconds", "num_skipped", "recent")
+        return {name: getattr(self, name) for name in names}
 
-    def restore(self, state: Mapping[str, float]) -> None:
-        self.loss_ema, self.ema_weight, self.seconds = (state[k] for k in ("loss_ema", "ema_weight", "seconds"))
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave, which had fewer names until November 2026."""
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 class MetricsLog:
-    """Writes every number of a run to a file of JSON lines, and to wandb if the run has a name there. Rank 0 only."""
+    """Writes every number of a run to a file of JSON lines, and to wandb if the run has a name there. Rank 0 only.
+    `wandb_id` is the run's id on wandb, None without one; given that of a run before, it goes on there."""
 
-    def __init__(self, path: Path, runtime: Runtime, *, run_name: str = "", settings: Mapping | None = None):
+    def __init__(
+        self, path: Path, runtime: Runtime, *, run_name: str = "", settings: Mapping | None = None,
+        wandb_id: str | None = None,
+    ):  # fmt: skip
         self.path, self._is_main = path, runtime.is_main
-        self._wandb = _start_wandb(run_name, settings or {}) if run_name and runtime.is_main else None
+        self._wandb = _start_wandb(run_name, settings or {}, wandb_id) if run_name and runtime.is_main else None
+        self.wandb_id = wandb_id if self._wandb is None else self._wandb.id
 
     def rewind(self, step: int) -> None:
         """Drop the lines of steps after `step`, that of the checkpoint being resumed; 0 drops all."""
@@ -117,24 +142,32 @@ def _step_of(line: str) -> float:
         return math.inf  # a line cut off by a crash
 
 
-def _start_wandb(run_name: str, settings: Mapping):
+def _start_wandb(run_name: str, settings: Mapping, run_id: str | None):
     try:
         import wandb
     except ImportError as error:
         raise UserError(f"--run {run_name} needs the package wandb; install it, or leave --run out") from error
     try:
-        return wandb.init(project=os.environ.get("WANDB_PROJECT", "nanochat"), name=run_name, config=dict(settings))
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "nanochat"), name=run_name, config=dict(settings), dir=base_dir(),
+            id=run_id, resume="allow",
+        )  # fmt: skip
     except wandb.errors.Error as error:
         raise UserError(f"wandb did not start ({error}); log in, set WANDB_MODE=offline, or leave --run out") from error
 
 
 class StepLog:
-    """Times, logs and prints each training step. On a GPU the loss of a step is read only once the next step is queued,
-    so that the GPU is never idle meanwhile."""
+    """Times, logs and prints each training step. On a GPU the numbers of a step are read only once the next step is
+    queued, so that the GPU is never idle meanwhile. `examine(step, loss, squares, batches)` is called with each step's,
+    before they are logged, and may raise."""
 
-    def __init__(self, stats: RunStats, metrics: MetricsLog, num_steps: int):
-        self.stats, self.metrics, self.num_steps = stats, metrics, num_steps
-        self._pending: tuple[int, Tensor, torch.cuda.Event | None, dict] | None = None
+    def __init__(
+        self, stats: RunStats, metrics: MetricsLog, progress: Progress,
+        examine: Callable[[int, float, float, Sequence[Batch]], None],
+    ):  # fmt: skip
+        self.stats, self.metrics, self.progress, self.examine = stats, metrics, progress, examine
+        self.val_bpb: float | None = None  # the last known, to show
+        self._pending: tuple[int, Tensor, torch.cuda.Event | None, Sequence[Batch], dict] | None = None
         self._mark = 0.0
 
     def start(self) -> None:
@@ -142,54 +175,56 @@ class StepLog:
         if self._pending is None:
             self._mark = time.perf_counter()
 
-    def end(self, step: int, loss: Tensor, **numbers) -> None:
-        """Call this when step `step`, counted from 1, is queued, with its loss (0-d) and further numbers to log."""
+    def end(self, step: int, found: Tensor, batches: Sequence[Batch], **numbers) -> None:
+        """Call this when step `step`, counted from 1, is queued, with what `TrainingRun.update` gave for its batches,
+        and further numbers to log."""
         event = None
-        if loss.is_cuda:
-            host = torch.empty_like(loss, device="cpu", pin_memory=True)
-            host.copy_(loss, non_blocking=True)
+        if found.is_cuda:
+            host = torch.empty_like(found, device="cpu", pin_memory=True)
+            host.copy_(found, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            loss = host
+            found = host
         self.flush()  # the step before this one
-        self._pending = (step, loss, event, numbers)
+        self._pending = (step, found, event, batches, numbers)
         if event is None:
             self.flush()
 
     def flush(self) -> None:
-        """Wait for the last step and log it. Raises `UserError` when its loss is not finite."""
+        """Wait for the last step, examine and log it."""
         if self._pending is None:
             return
-        (step, loss_t, event, numbers), self._pending = self._pending, None
+        (step, found, event, batches, numbers), self._pending = self._pending, None
         if event is not None:
             event.synchronize()
-        now, loss, stats = time.perf_counter(), loss_t.item(), self.stats
+        now, (loss, squares), stats = time.perf_counter(), found.tolist(), self.stats
+        self.examine(step, loss, squares, batches)
+        score = stats.spike_score(loss)
+        is_spike = score is not None and score > SPIKE_SCORE
+        if is_spike:
+            where = f"{score:.1f} robust standard deviations above the median of the last {len(stats.recent)} steps"
+            print0(f"step {step:>5} | loss spike: {loss:.4f}, {where}")
         stats.update(loss, now - self._mark)
         self._mark = now
-        check_loss(step, loss, stats.dtype)
         self.metrics.log(
-            step=step, train_loss=loss, **numbers, tokens=step * stats.tokens_per_step,
+            step=step, train_loss=loss if math.isfinite(loss) else None, **numbers, tokens=step * stats.tokens_per_step,
             tokens_per_second=stats.tokens_per_second, mfu=stats.mfu, elapsed_seconds=stats.seconds,
+            loss_spike=score if is_spike else None,
         )  # fmt: skip
-        print0(self._line(step))
+        self.progress.show(step, self._parts(step, loss))
 
-    def _line(self, step: int) -> str:
-        stats, total = self.stats, self.num_steps
-        parts = [f"step {step:>5}/{total} ({step / total:.1%})", f"loss {stats.smooth_loss:.4f}"]
+    def _parts(self, step: int, loss: float) -> list[str]:
+        stats = self.stats
+        parts = [f"loss {loss:.4f} (average {stats.smooth_loss:.4f})"]
+        left = stats.seconds_left(self.progress.num_steps - step)
+        parts.append(_clock(stats.seconds) + (f", {_clock(left)} left" if left is not None else ""))
         if stats.tokens_per_second is not None:
             parts.append(f"{stats.tokens_per_second:,.0f} tokens/s")
         if stats.mfu is not None:
             parts.append(f"{stats.mfu:.1%} of peak")
-        left = stats.seconds_left(total - step)
-        parts.append(_clock(stats.seconds) + (f", {_clock(left)} left" if left is not None else ""))
-        return " | ".join(parts)
-
-
-def check_loss(step: int, loss: float, dtype: torch.dtype) -> None:
-    """Raise `UserError` when the loss of a step is not finite, except in float16, where such steps are skipped."""
-    if not math.isfinite(loss) and dtype != torch.float16:
-        remedy = "resume from a checkpoint before it with a lower --lr-mult, or another --dtype"
-        raise UserError(f"the loss at step {step} is {loss}; {remedy}")
+        if self.val_bpb is not None:
+            parts.append(f"validation {self.val_bpb:.4f} bits per byte")
+        return parts
 
 
 def peak_memory_bytes(runtime: Runtime) -> int:
