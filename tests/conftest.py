@@ -10,6 +10,7 @@ import torch
 
 from nanochat.model.gpt import GPT, GPTConfig, build_model
 from nanochat.tokenizer import Tokenizer
+from tests.plain_kernels import plain_gpu_model  # noqa: F401
 
 torch.set_num_threads(1)  # the tests' tensors are tiny: more threads only wait for each other
 

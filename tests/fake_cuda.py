@@ -28,6 +28,11 @@ class _Watch(TorchDispatchMode):
         self.waits: list[str] = []
         self.num_operations = 0
 
+    @property
+    def mixed(self) -> list[str]:
+        """Those of `off_device` that take or give tensors of both devices."""
+        return [line for line in self.off_device if "cuda" in line]
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if function.namespace == "prim" or str(function) in NUMBERS:  # prim: questions about a tensor, as its device

@@ -9,7 +9,7 @@ from fake_cuda import _Watch, fake_cuda
 from test_inference import CONFIGS
 
 from nanochat.common import Runtime
-from nanochat.engine.inference import InferenceModel, Piece, _DecodeGraphs
+from nanochat.engine.inference import Piece
 from nanochat.engine.sampling import Sampling, plan_draw
 from nanochat.evals.scoring import hidden_at, plant
 from nanochat.model import attention
@@ -50,6 +50,15 @@ def attach_copies(model, use_fp8):
 
 def draw_idx(shape):
     return torch.zeros(shape, dtype=torch.int64, device="cuda")
+
+
+def serving_on_gpu(config, weights=""):
+    pytest.importorskip("triton")
+    from nanochat.engine.gpu import GpuModel
+
+    inference = GpuModel(on_gpu(config), 4, weights=weights)
+    inference._graphs._record = lambda run: run
+    return inference
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -106,26 +115,23 @@ def test_scoring_stays_on_the_gpu(config, watch):
     with torch.no_grad():
         hidden = hidden_at(model, trees, np.array([0, 0, 1]), np.array([20, 21, 12]))
     assert (hidden.device.type, hidden.shape) == ("cuda", (3, config.n_embd))
-    assert [line for line in watch.off_device if "cuda" in line] == []  # the batch is laid out on the host, then sent
+    assert watch.mixed == []  # the batch is laid out on the host, then sent
 
 
-@pytest.mark.parametrize("weights", ["", "float32"])
+@pytest.mark.parametrize("weights", ["", "float32", "int8"])
 def test_prefill_and_decode_stay_on_the_gpu(config, watch, weights):
-    inference = InferenceModel(on_gpu(config), 4, weights=weights)
-    inference._graphs = _DecodeGraphs(record=lambda run: run)
-    watch.off_device.clear()  # the rotary table is computed on the host, once
+    inference = serving_on_gpu(config, weights)
     pieces = [Piece(0, [1] * 20, 0, None), Piece(1, [2], 7, 3), Piece(2, [4] * 30, 9, 5)]
     idx = draw_idx((3,))
     assert inference.prefill(pieces).device.type == "cuda"
     assert inference.decode(idx, idx, [20, 8, 39]).device.type == "cuda"
     for rows in ([Sampling(temperature=0.0)], [Sampling()], [Sampling(top_k=5)], [Sampling(top_p=0.9)] * 3):
         drawing = plan_draw(rows, [0.5] * len(rows), 400, barred=(3, 4))
-        watch.off_device.clear()  # a drawing is made on the host
         watch.waits.clear()
         logits, ids = inference.decode_and_draw(idx[: len(rows)], idx[: len(rows)], [20, 8, 39][: len(rows)], drawing)
         assert (logits.device.type, ids.device.type) == ("cuda", "cuda")
-        assert watch.off_device == watch.waits == []
+        assert watch.mixed == watch.waits == []  # the pass is laid out on the host, then sent
     inference.cache.copy_slot(0, 2, 20)
     inference.cache.swap_slots(0, 1, 20)
     inference.refresh(on_gpu(config))
-    assert watch.off_device == []
+    assert watch.mixed == []

@@ -1,4 +1,5 @@
-"""Prefill and decode with a cache against the whole forward pass."""
+"""Prefill and decode with a cache against the whole forward pass; those of a GPU, too, with its kernels in PyTorch's
+operations (`plain_kernels.py`)."""
 
 import copy
 import random
@@ -8,8 +9,9 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from nanochat.common import UserError
-from nanochat.engine.inference import InferenceModel, Piece, Product, _DecodeGraphs
+from nanochat.engine.inference import InferenceModel, Piece
 from nanochat.engine.sampling import Sampling, plan_draw
+from nanochat.engine.weights import Product
 from nanochat.model.gpt import GPTConfig, build_model
 from tests.conftest import fill_randomly
 
@@ -30,6 +32,12 @@ def model(request):
     if model.smear_lambda is not None:
         model.smear_lambda.fill_(0.5)
     return model
+
+
+@pytest.fixture(scope="module", params=["cpu", "gpu"])
+def serve(request):
+    """Makes a serving model of a GPT."""
+    return InferenceModel if request.param == "cpu" else request.getfixturevalue("plain_gpu_model")
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +74,13 @@ def close(a, b, tolerance=1e-4):
 
 @pytest.mark.parametrize("piece", [1, 5, WINDOW, T])
 @pytest.mark.parametrize("length", [1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 40, T])
-def test_prefill_equals_the_whole_forward_pass(model, ids, length, piece):
-    inference = InferenceModel(model, 2)
+def test_prefill_equals_the_whole_forward_pass(serve, model, ids, length, piece):
+    inference = serve(model, 2)
     close(read(inference, 1, ids[:length], piece=piece), whole(model, ids)[length - 1])
 
 
-def test_pieces_of_several_sequences_are_read_in_one_pass(model, ids):
-    inference = InferenceModel(model, 3)
+def test_pieces_of_several_sequences_are_read_in_one_pass(serve, model, ids):
+    inference = serve(model, 3)
     rows, starts, ends = [ids, ids[::-1], ids[7:] + ids[:7]], [0, 5, 30], [40, 6, T]
     for slot in (1, 2):
         read(inference, slot, rows[slot][: starts[slot]])
@@ -82,20 +90,16 @@ def test_pieces_of_several_sequences_are_read_in_one_pass(model, ids):
 
 
 @pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, T - 1])
-def test_decoding_equals_the_whole_forward_pass_up_to_the_context(model, ids, length):
-    inference, logits = InferenceModel(model, 1), whole(model, ids)
+def test_decoding_equals_the_whole_forward_pass_up_to_the_context(serve, model, ids, length):
+    inference, logits = serve(model, 1), whole(model, ids)
     read(inference, 0, ids[:length])
     for end in range(length + 1, T + 1):
         close(decode(inference, [ids[:end]])[0], logits[end - 1])
 
 
-@pytest.mark.parametrize("use_buckets", [False, True])
-def test_rows_of_different_lengths_decode_together(model, use_buckets):
-    """Also as CUDA graphs see it: padded rows and keys, here run as they are instead of recorded."""
+def test_rows_of_different_lengths_decode_together(serve, model):
     rng = random.Random(0)
-    inference = InferenceModel(model, 5)
-    if use_buckets:
-        inference._graphs = _DecodeGraphs(record=lambda run: run)
+    inference = serve(model, 5)
     rows = [[rng.randrange(V) for _ in range(length)] for length in (1, WINDOW, 37)]
     for slot, row in enumerate(rows):
         read(inference, slot, row)
@@ -111,8 +115,8 @@ def test_rows_of_different_lengths_decode_together(model, use_buckets):
     close(decode(inference, [[*spare, 7]])[0], whole(model, [*spare, 7])[-1])  # nobody wrote to the spare slot
 
 
-def test_a_copied_slot_goes_on_like_the_one_it_came_from(model, ids):
-    inference = InferenceModel(model, 3)
+def test_a_copied_slot_goes_on_like_the_one_it_came_from(serve, model, ids):
+    inference = serve(model, 3)
     for length in (3, WINDOW, 30):
         read(inference, 0, ids[:length])
         inference.cache.copy_slot(0, 1, length)
@@ -124,8 +128,8 @@ def test_a_copied_slot_goes_on_like_the_one_it_came_from(model, ids):
 
 
 @pytest.mark.parametrize("length", [10, WINDOW, WINDOW + 1, 40])
-def test_a_slot_can_go_back_exactly_where_it_says_so(model, ids, length):
-    inference = InferenceModel(model, 1)
+def test_a_slot_can_go_back_exactly_where_it_says_so(serve, model, ids, length):
+    inference = serve(model, 1)
     for position in range(1, length + 1):
         read(inference, 0, ids[:length])
         other = [*ids[:position], 5, 6]
@@ -134,8 +138,8 @@ def test_a_slot_can_go_back_exactly_where_it_says_so(model, ids, length):
 
 
 @pytest.mark.parametrize(("weights", "tolerance"), [("bfloat16", 0.1), ("int8", 0.05)])
-def test_narrow_weights_change_little_and_not_with_the_number_of_rows(model, ids, weights, tolerance):
-    inference = InferenceModel(model, 8, weights=weights)
+def test_narrow_weights_change_little_and_not_with_the_number_of_rows(serve, model, ids, weights, tolerance):
+    inference = serve(model, 8, weights=weights)
     logits, exact = [read(inference, slot, ids[:20]) for slot in range(8)][-1], whole(model, ids[:20])[-1]
     assert 0 < (logits - exact).abs().max() < tolerance * exact.abs().max()
     alone = decode(inference, [ids[:21]])[0]
@@ -154,19 +158,19 @@ def test_eight_bit_products_are_within_half_a_step_of_each_weight():
         close(product(x[:rows]), exact[:rows], 0.02 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize("as_graphs", [False, True])
-def test_refreshed_weights_are_those_of_the_model(model, ids, as_graphs):
+def test_refreshed_weights_are_those_of_the_model(serve, model, ids, monkeypatch):
     """Also in decode passes recorded before, here as a CUDA graph records them: numbers keep the value they had."""
     trained = copy.deepcopy(model)
-    inference = InferenceModel(trained, 1)
-    if as_graphs:
-        inference._graphs = _DecodeGraphs(record=lambda run: make_fx(run)())
+    inference = serve(trained, 1)
+    recorded = []
+    if serve is not InferenceModel:
+        monkeypatch.setattr(inference._graphs, "_record", lambda run: recorded.append(run) or make_fx(run)())
     for _ in range(2):
         read(inference, 0, ids[:20])
         close(decode(inference, [ids[:21]])[0], whole(trained, ids[:21])[-1])
         fill_randomly(trained, seed=7)
         inference.refresh(trained)
-    assert not as_graphs or len(inference._graphs._ready) == 1
+    assert len(recorded) == (serve is not InferenceModel)
 
 
 def test_unknown_weights_are_refused_and_refreshing_leaves_the_model_it_was_made_of_alone():

@@ -7,10 +7,11 @@ A tool call is answered by forced tokens, which the model reads like a prompt. O
 step while the next one is already running (`overlap`); a sample that ended meanwhile has one token too many in flight,
 which is dropped.
 
-Not here: passes over the model (`inference.py`), slots of the cache and shared prefixes (`slots.py`), draws
+Not here: passes over the model (`inference.py`, `gpu.py`), slots of the cache and shared prefixes (`slots.py`), draws
 (`sampling.py`), the calculator (`calculator.py`).
 """
 
+import logging
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -25,12 +26,16 @@ from nanochat.engine.generation import Completion, Event, Request, Sample, Token
 from nanochat.engine.inference import InferenceModel, Piece
 from nanochat.engine.sampling import Drawing, Sampling, draw, penalize_, plan_draw
 from nanochat.engine.slots import Slots, share_prefix
+from nanochat.engine.transfer import Arriving, to_device
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 SPARE_SLOTS = 4  # beyond the rows that decode: for prefixes that later prompts may share
-PREFILL_TOKENS = {"cuda": 2048}  # of one step, by device
+PREFILL_TOKENS = {"cuda": 2048}  # of one step, by device: those that decode wait for so many
 OTHER_PREFILL_TOKENS = 256
+IDLE_PREFILL = {"cuda": 4}  # times as many while none decodes
 TOOL_ERROR = "error"  # the tool's answer to an expression that it refuses
 MAX_TOOL_TOKENS = 64  # of one answer
 
@@ -49,11 +54,25 @@ class Stats:
 @dataclass(frozen=True)
 class _Drawn:
     """Tokens the host has not read yet: the samples by row (None where the draw is dropped), `ids` (N,) int64 on the
-    device, and where asked for log probabilities (V,) with the likeliest of them."""
+    device, and in `arriving` first these, then for each row whose log probabilities were asked for that of its token,
+    and the likeliest ones with their ids."""
 
     samples: list[Sample | None]
     ids: Tensor
-    logprobs: list[tuple[Tensor, Tensor, Tensor] | None]
+    arriving: Arriving
+    has_logprobs: list[bool]
+
+    def read(self) -> list[tuple[Sample, Token]]:
+        """The samples with their tokens; waits for them."""
+        ids, *numbers = self.arriving.read()
+        tokens, found = [], iter(numbers)
+        for id_, has_logprobs in zip(ids, self.has_logprobs, strict=True):
+            if has_logprobs:
+                (logprob,), values, likeliest = next(found), next(found), next(found)
+                tokens.append(Token(id_, False, logprob, tuple(zip(likeliest, values, strict=True))))
+            else:
+                tokens.append(Token(id_))
+        return [(sample, token) for sample, token in zip(self.samples, tokens, strict=True) if sample is not None]
 
 
 class Engine:
@@ -71,7 +90,7 @@ class Engine:
         if max_rows < 1:
             raise UserError(f"the engine needs at least 1 row, not {max_rows}")
         self.tokenizer, self.tool, self.max_rows = tokenizer, tool, max_rows
-        self.model = InferenceModel(model, max_rows + SPARE_SLOTS, weights=weights)
+        self.model = _serving(model, max_rows + SPARE_SLOTS, weights)
         self.stats = Stats()
         self.context = model.config.sequence_len
         self._slots = Slots(self.model.cache, self.context)
@@ -183,6 +202,8 @@ class Engine:
     def _prefill(self, events: list[Event]) -> None:
         """Read waiting prompts, up to the step's budget of tokens."""
         budget = self._prefill_tokens
+        if not self._slots.num_decoding:
+            budget *= IDLE_PREFILL.get(self.model.device.type, 1)
         while budget > 0 and (pieces := self._next_pieces(budget, events)):
             budget -= sum(end - sample.num_cached for sample, end in pieces)
             logits, begun = self._read(pieces), {}
@@ -272,7 +293,7 @@ class Engine:
         source = [rows.get(id(sample), -1) for sample in samples]
         newest = [0 if row >= 0 else s.tokens[s.num_cached] for s, row in zip(samples, source, strict=True)]
         previous = [sample.tokens[sample.num_cached - 1] for sample in samples]
-        inputs = torch.tensor([newest, previous, source]).to(self.model.device, non_blocking=True)
+        inputs = to_device(torch.tensor([newest, previous, source]), self.model.device)
         idx = inputs[0]
         if before is not None:
             idx = torch.where(inputs[2] >= 0, before.ids[inputs[2].clamp(min=0)], idx)
@@ -296,7 +317,7 @@ class Engine:
                 if sample.seen is not None:
                     penalize_(row, sample.seen, sample.sampling.repetition_penalty)
         drawing = self._drawing(samples)
-        return self._drawn(samples, logits, draw(weighed, drawing.columns.to(logits.device), drawing.kind))
+        return self._drawn(samples, logits, draw(weighed, to_device(drawing.columns, logits.device), drawing.kind))
 
     def _drawing(self, samples: list[Sample]) -> Drawing:
         """How the next token of each sample is drawn; only the tool writes the tool's answers."""
@@ -306,17 +327,19 @@ class Engine:
 
     def _drawn(self, samples: list[Sample], logits: Tensor, ids: Tensor) -> _Drawn:
         """Tokens `ids` (N,) drawn from the model's logits (N, V)."""
-        counts = [sample.sampling.num_logprobs for sample in samples]
-        logprobs = [None if count is None else _logprobs(logits[row], count) for row, count in enumerate(counts)]
-        return _Drawn(list(samples), ids, logprobs)
+        numbers = [ids]
+        for row, sample in enumerate(samples):
+            if (count := sample.sampling.num_logprobs) is not None:
+                logprobs = torch.log_softmax(logits[row], dim=-1)
+                numbers += [logprobs.gather(0, ids[row : row + 1]), *logprobs.topk(min(count, logprobs.numel()))]
+        has_logprobs = [sample.sampling.num_logprobs is not None for sample in samples]
+        return _Drawn(list(samples), ids, Arriving(numbers), has_logprobs)
 
     def _land(self, drawn: _Drawn | None, events: list[Event]) -> None:
         """Read what was drawn, if anything; samples that ended are freed."""
         if drawn is None:
             return
-        for sample, id_, logprobs in zip(drawn.samples, drawn.ids.tolist(), drawn.logprobs, strict=True):
-            if sample is not None and not sample.is_done:
-                events.append(self._accept(sample, _token(id_, logprobs)))
+        events += [self._accept(sample, token) for sample, token in drawn.read() if not sample.is_done]
         self._slots.free_done()
 
     def _accept(self, sample: Sample, token: Token) -> Event:
@@ -367,14 +390,13 @@ class Engine:
         return Event(sample.request, sample.index, tuple(added), tuple(deltas), completion.finish_reason)
 
 
-def _logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log probabilities (V,) of logits (V,), and the `count` largest of them with their ids."""
-    logprobs = torch.log_softmax(logits, dim=-1)
-    return logprobs, *logprobs.topk(min(count, logprobs.numel()))
-
-
-def _token(id_: int, logprobs: tuple[Tensor, Tensor, Tensor] | None) -> Token:
-    if logprobs is None:
-        return Token(id_)
-    of_all, values, ids = logprobs
-    return Token(id_, False, of_all[id_].item(), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+def _serving(model: GPT, num_slots: int, weights: str) -> InferenceModel:
+    """The model with the passes that suit its device; those of `gpu.py` need Triton."""
+    if model.device.type == "cuda":
+        try:
+            from nanochat.engine.gpu import GpuModel
+        except ImportError:
+            logger.warning("Triton is not installed: the engine runs without its GPU kernels, many times slower")
+        else:
+            return GpuModel(model, num_slots, weights=weights)
+    return InferenceModel(model, num_slots, weights=weights)

@@ -25,6 +25,7 @@ cuDNN took 1.8 ms without a window, FlexAttention 1.6 and "sdpa" 3.6 with one of
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,6 +135,41 @@ def causal_attention(
     else:
         y = _blocked_sdpa(q, k, v, window)
     return y.transpose(1, 2)
+
+
+def ragged_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[tuple[int, int]], ends: Tensor, *, window: int | None
+) -> Tensor:
+    """Causal attention within sequences that lie one after another without padding: q (N, H, D) has the last positions
+    of each, k and v (K, H_kv, D) all that these see. Returns (N, H, D). Not for training.
+
+    lengths: queries and keys of each sequence; ends (2, number + 1) int32, on the device: where each of its queries and
+    keys begin, 0 first, the sums last. window as for `causal_attention`.
+    """
+    if _takes_ragged(q):
+        from torch.nn.attention.varlen import varlen_attn  # imports for 0.3 s
+
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) if x.size(1) < q.size(1) else x for x in (k, v))
+        num_queries, num_keys = (max(column) for column in zip(*lengths, strict=True))
+        reach = (-1 if window is None else window - 1, 0)
+        return varlen_attn(q, k, v, ends[0], ends[1], num_queries, num_keys, window_size=reach)
+    split = ([own for own, _ in lengths], [seen for _, seen in lengths])
+    parts = []
+    for one_q, one_k, one_v in zip(q.split(split[0]), k.split(split[1]), v.split(split[1]), strict=True):
+        if one_q.size(0) == one_k.size(0):
+            parts.append(causal_attention(one_q[None], one_k[None], one_v[None], window=window)[0])
+            continue
+        mask = band_mask(one_q.size(0), one_k.size(0), window, q.device)
+        one_q, one_k, one_v = (x.transpose(0, 1)[None] for x in (one_q, one_k, one_v))
+        parts.append(_sdpa(one_q, one_k, one_v, attn_mask=mask)[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def _takes_ragged(q: Tensor) -> bool:
+    """Whether PyTorch's FlashAttention for packed sequences takes such queries."""
+    is_half = q.dtype in (torch.bfloat16, torch.float16)
+    fits = q.is_cuda and is_half and q.size(-1) % 8 == 0 and q.size(-1) <= 256
+    return fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
