@@ -88,12 +88,13 @@ KERNELS = (mix_and_norm, place_heads, attend_to_pages, join_splits, relu_squared
 def plain_gpu_model():
     """`GpuModel`, computing with these, with small pages, and running its decode passes instead of recording them."""
     pytest.importorskip("triton")
-    from nanochat.engine import gpu, pages
+    from nanochat.engine import gpu, gpu_blocks, pages
 
     with pytest.MonkeyPatch.context() as patch:
         for kernel in KERNELS:
-            patch.setattr(gpu, kernel.__name__, kernel)
-        patch.setattr(gpu, "choose_splits", lambda M, K: 2)
+            module = gpu_blocks if hasattr(gpu_blocks, kernel.__name__) else gpu
+            patch.setattr(module, kernel.__name__, kernel)
+        patch.setattr(gpu_blocks, "choose_splits", lambda M, K: 2)
         patch.setattr(gpu._DecodeGraphs, "_record_cuda_graph", lambda self, run: run)
         patch.setattr(pages, "PAGE", PAGE)
         yield gpu.GpuModel

@@ -1,14 +1,12 @@
-"""The model as it serves on a GPU: few kernels a block, a cache in pages, decode passes recorded as CUDA graphs.
+"""The model as it serves on a GPU: a cache in pages, ragged prefill, decode passes recorded as CUDA graphs.
 
 The same questions are asked of a `GpuModel` as of an `InferenceModel`, and the same answers come, up to rounding:
 
     prefill           all tokens of all pieces in one pass without padding; each piece sees its own positions only
     decode            one token for each row; a graph for each number of rows (rounded up) and kind of draw
 
-Between the products of a block run the kernels of `kernels.py`. Products of few rows are ours (`product_kernel.py`): a
-decode step is then bound by reading the weights, once; those of more rows are the library's.
-
-Not here: which page holds what (`pages.py`), the weights (`weights.py`), when to run what (`engine.py`).
+Not here: what a pass does in the blocks (`gpu_blocks.py`), which page holds what (`pages.py`), when to run what
+(`engine.py`).
 """
 
 from collections import OrderedDict
@@ -17,26 +15,24 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.engine.draw_kernel import cap_and_draw
+from nanochat.engine.gpu_blocks import GpuBlocks
 from nanochat.engine.inference import InferenceModel, LogitsIds, Piece
-from nanochat.engine.kernels import KEY_BLOCK, attend_to_pages, join_splits, mix_and_norm, place_heads, relu_squared_
+from nanochat.engine.kernels import KEY_BLOCK, attend_to_pages, join_splits
 from nanochat.engine.pages import PagedCache
-from nanochat.engine.product_kernel import FEW_ROWS, choose_splits, few_rows_product
+from nanochat.engine.product_kernel import FEW_ROWS
 from nanochat.engine.sampling import Drawing
 from nanochat.engine.transfer import to_device
-from nanochat.engine.weights import Product, Weights, tensors_of
+from nanochat.engine.weights import Weights, tensors_of
 from nanochat.model.attention import ragged_attention
-from nanochat.model.gpt import GPT, rotary_angles
+from nanochat.model.gpt import GPT
 
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows of a recorded CUDA graph
 MAX_GRAPHS = 24  # beyond, the one that was used longest ago is dropped
 NUM_PROGRAMS = 256  # that attention of few rows is split into: about two for each multiprocessor
 MAX_SPLITS = 16
-
-Attend = Callable[[int, Tensor], Tensor]  # layer, joined q, k, v and gates (N, M) -> (N, H, D)
 
 
 class GpuModel(InferenceModel):
@@ -46,8 +42,7 @@ class GpuModel(InferenceModel):
 
     def _allocate(self, num_slots: int) -> None:
         self.cache = PagedCache(self.config, num_slots, self.dtype, self.device)
-        angles = rotary_angles(self.config, self.config.sequence_len, self.device)
-        self._angles = torch.cat((angles.cos(), angles.sin()), dim=1)  # (T, D) float32
+        self.blocks = GpuBlocks(self.config, self._weights, self.device)
         self._graphs = _DecodeGraphs()
 
     @torch.no_grad()
@@ -81,13 +76,13 @@ class GpuModel(InferenceModel):
             own = self.cache.layers[layer]
             span = spans[own.table]
             k, v = (span.with_past(tensor) for tensor in (own.keys, own.values))
-            q = self._place_heads(layer, joined, idx, at, span.new_at, k, v)
+            q = self.blocks.place_heads(layer, joined, idx, at, span.new_at, k, v)
             attended = ragged_attention(q, k, v, span.lengths, span.ends, window=self.config.window(layer))
             span.keep(own.keys, k)  # not before: it may overwrite what this pass has read
             span.keep(own.values, v)
             return attended
 
-        hidden = self._blocks(self._embed(idx, previous, at), attend)
+        hidden = self.blocks.hidden(self._weights.embedded(idx, previous, at), attend)
         last = to_device(np.array(list(accumulate(lengths))) - 1, self.device)
         return self._logits(hidden[last])
 
@@ -133,13 +128,13 @@ class GpuModel(InferenceModel):
 
         def attend(layer: int, joined: Tensor) -> Tensor:
             own = self.cache.layers[layer]
-            q = self._place_heads(layer, joined, idx, at, new[own.table], own.keys, own.values)
+            q = self.blocks.place_heads(layer, joined, idx, at, new[own.table], own.keys, own.values)
             reach = self.cache.tables[own.table].reach
             num_splits = self._num_splits(N, reach)
             found = attend_to_pages(q, own.keys, own.values, rows[own.table], at, reach, num_splits)
             return found[0] if num_splits == 1 else join_splits(*found, self.dtype)
 
-        return self._blocks(self._embed(idx, previous, None), attend)
+        return self.blocks.hidden(self._weights.embedded(idx, previous, None), attend)
 
     def _num_splits(self, num_rows: int, reach: int) -> int:
         """Programs that share the keys of a row: enough to occupy the GPU, for few rows."""
@@ -148,60 +143,9 @@ class GpuModel(InferenceModel):
         wanted = min(NUM_PROGRAMS // (num_rows * self.config.n_kv_head), -(-reach // KEY_BLOCK), MAX_SPLITS)
         return 1 << max(1, wanted).bit_length() - 1
 
-    # --- blocks ---
-
-    def _blocks(self, x: Tensor, attend: Attend) -> Tensor:
-        """Final normed hidden states (N, C) of embedded tokens x (N, C)."""
-        config, weights = self.config, self._weights
-        x0 = middle = x
-        added = None
-        for i, layer in enumerate(weights.layers):
-            other, scales = (x0, layer.mix) if config.residual_scalars else (None, None)
-            x, normed = mix_and_norm(x, added, other, scales)
-            if i == config.n_layer // 2:
-                middle = x
-            attended = attend(i, _product(layer.attend, normed))
-            x, normed = mix_and_norm(x, _addend(layer.attend_out, attended.flatten(1)), None, None)
-            added = _addend(layer.contract, _product(layer.expand, normed, relu_squared=True))
-        other, scales = (middle, weights.backout) if config.backout else (None, None)
-        return mix_and_norm(x, added, other, scales)[1]
-
-    def _place_heads(
-        self, layer: int, joined: Tensor, idx: Tensor, at: Tensor, places: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        columns, table = self._weights.layers[layer].value_embed, self._weights.value_embeds
-        value_embeds = None if columns is None else table[:, columns]
-        scale, H = self.config.qk_scale**2, self.config.n_head
-        return place_heads(joined, at, places, keys, values, self._angles, H, scale, idx, value_embeds)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """The head's outputs (N, V) in the compute dtype, before the soft cap."""
-        return _product(self._weights.head, hidden)
-
     def _logits(self, hidden: Tensor) -> Tensor:
         softcap = self.config.softcap
-        return softcap * torch.tanh(self.head(hidden).float() / softcap)
-
-
-def _product(product: Product, x: Tensor, *, relu_squared: bool = False) -> Tensor:
-    """x @ weight.T, (N, M), or relu of it squared."""
-    if x.size(0) <= FEW_ROWS:
-        return few_rows_product(x, *_few_rows_form(product), relu_squared=relu_squared)
-    y = F.linear(x, product.weight)
-    if relu_squared:
-        relu_squared_(y)
-    return y
-
-
-def _addend(product: Product, x: Tensor) -> Tensor:
-    """x @ weight.T in a form that `mix_and_norm` adds: (N, M), or parts of it (S, N, M) float32."""
-    if x.size(0) <= FEW_ROWS:
-        return few_rows_product(x, *_few_rows_form(product), num_splits=choose_splits(*product.weight.shape))
-    return F.linear(x, product.weight)
-
-
-def _few_rows_form(product: Product) -> tuple[Tensor, Tensor | None]:
-    return (product.weight, None) if product.int8 is None else product.int8
+        return softcap * torch.tanh(self.blocks.head(hidden).float() / softcap)
 
 
 class _Spans:
@@ -287,7 +231,7 @@ class _DecodeGraphs:
         columns = to_device(drawing.columns[:, :1].repeat(1, num_rows), model.device)
 
         def run() -> LogitsIds:
-            z = model.head(model.decode_pass(*ids, places))
+            z = model.blocks.head(model.decode_pass(*ids, places))
             return cap_and_draw(z, columns, drawing.kind, model.config.softcap, model.config.vocab_size)
 
         return ids, places, columns, (self._record or self._record_cuda_graph)(run)

@@ -168,7 +168,7 @@ class InferenceModel:
             parts = [self._attend_to_piece(layer, piece, *(x[first:end] for x in qkv)) for piece, first, end in spanned]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        x = self._blocks(self._embed(idx, previous, at), idx, self._cos[at], self._sin[at], attend)
+        x = self._blocks(self._weights.embedded(idx, previous, at), idx, self._cos[at], self._sin[at], attend)
         return self._logits(x[torch.tensor(spans[1:]).to(self.device) - 1])
 
     def _attend_to_piece(self, layer: int, piece: Piece, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -206,20 +206,8 @@ class InferenceModel:
             values[rows, :, where] = v
             return _sdpa(q.unsqueeze(2), keys[:N, :, :K], values[:N, :, :K], mask).squeeze(2)  # (N, H, D)
 
-        x = self._embed(idx, previous, None)
+        x = self._weights.embedded(idx, previous, None)
         return self._logits(self._blocks(x, idx, self._cos[at], self._sin[at], attend))
-
-    def _embed(self, idx: Tensor, previous: Tensor, at: Tensor | None) -> Tensor:
-        """x (N, C) of idx (N,), each with a share of the token before it, except at position 0; `at` (N,) are the
-        positions, None where none of them is 0."""
-        weights = self._weights
-        x = F.embedding(idx, weights.embed)
-        if weights.smear is None:
-            return x
-        share = F.embedding(idx, weights.smear)
-        if at is not None:
-            share = share * (at > 0).unsqueeze(-1)
-        return torch.addcmul(x, share, F.embedding(previous, weights.embed))
 
     def _blocks(self, x: Tensor, idx: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """Final normed hidden states (N, C). `attend(layer, q, k, v)` stores k, v (N, H_kv, D), returns (N, H, D)."""

@@ -75,6 +75,17 @@ class Weights:
         if config.backout:
             self.backout = torch.cat((torch.ones_like(model.backout_lambda), -model.backout_lambda)).to(dtype)
 
+    def embedded(self, idx: Tensor, previous: Tensor, at: Tensor | None) -> Tensor:
+        """x (N, C) of idx (N,), each with a share of the token before it, except at position 0; `at` (N,) are the
+        positions, None where none of them is 0."""
+        x = F.embedding(idx, self.embed)
+        if self.smear is None:
+            return x
+        share = F.embedding(idx, self.smear)
+        if at is not None:
+            share = share * (at > 0).unsqueeze(-1)
+        return torch.addcmul(x, share, F.embedding(previous, self.embed))
+
 
 class LayerWeights:
     """Weights of a block; `attend` makes q, k, v and the gate of the value embeddings."""
