@@ -105,7 +105,8 @@ MODELS = {
 @pytest.mark.parametrize("shape", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("shared", [True, False])
 @torch.no_grad()
-def test_hidden_states_in_trees_equal_those_of_each_text_alone(shape, shared):
+def test_hidden_states_in_trees_equal_those_of_each_text_alone(shape, shared, plain_gpu_model):
+    """Also by the passes of a GPU, with its kernels in PyTorch's operations."""
     model, rng = small_gpt(**shape), random.Random(0)
     groups = [random_texts(rng) for _ in range(6)] + [[np.array([7])]]
     trees, wanted, rows, places = [], [], [], []
@@ -120,6 +121,9 @@ def test_hidden_states_in_trees_equal_those_of_each_text_alone(shape, shared):
     torch.testing.assert_close(hidden_at(model, trees, rows, places), wanted, atol=2e-5, rtol=0)
     some = np.random.default_rng(0).permutation(len(rows))[: len(rows) // 5]  # in any order, as few as wanted
     torch.testing.assert_close(hidden_at(model, trees, rows[some], places[some]), wanted[some], atol=2e-5, rtol=0)
+    ragged = scoring._ragged_hidden(scoring._gpu_blocks(model), trees)
+    starts = np.cumsum([0, *map(len, trees)])
+    torch.testing.assert_close(ragged[starts[rows] + places], wanted, atol=2e-5, rtol=0)
 
 
 def test_a_place_never_sees_another_branch():

@@ -25,7 +25,7 @@ class GpuBlocks:
     """The blocks of `weights`, whose tensors are read anew at each pass."""
 
     def __init__(self, config: GPTConfig, weights: Weights, device: torch.device):
-        self.config, self.weights = config, weights
+        self.config, self.weights, self.device = config, weights, device
         angles = rotary_angles(config, config.sequence_len, device)
         self._angles = torch.cat((angles.cos(), angles.sin()), dim=1)  # (T, D) float32
 

@@ -15,7 +15,7 @@ Not here: which texts and tokens are scored (`core_eval.py`, `chat_eval.py`).
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,8 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from nanochat.model.attention import causal_attention, masked_attention
+from nanochat.engine.transfer import to_device
+from nanochat.engine.weights import Weights
+from nanochat.model.attention import causal_attention, masked_attention, ragged_attention
 from nanochat.model.gpt import GPT
+
+if TYPE_CHECKING:
+    from nanochat.engine.gpu_blocks import GpuBlocks
 
 GPU_BATCH_TOKENS = 65536
 CPU_BATCH_TOKENS = 4096  # activations of this many tokens stay near the cores
@@ -116,6 +121,9 @@ def hidden_at(model, trees: Sequence[Tree], rows: np.ndarray, places: np.ndarray
     """Final hidden states (N, C) at `places` (N,) of `trees[rows]` (N,), run as one batch padded on the right. Only a
     `GPT` can run trees with branches."""
     idx = _padded([tree.tokens for tree in trees]).to(model.device)  # (B, T)
+    if model.device.type == "cuda" and isinstance(model, GPT) and (blocks := _gpu_blocks(model)) is not None:
+        starts = np.cumsum([0, *map(len, trees)])[rows]
+        return _ragged_hidden(blocks, trees)[to_device(starts + places, model.device)]
     if not isinstance(model, GPT):
         assert not any(tree.branches.any() for tree in trees), "this model cannot share stems"
         return model.hidden(idx)[tuple(torch.from_numpy(np.stack([rows, places])).to(model.device))]
@@ -127,6 +135,47 @@ def hidden_at(model, trees: Sequence[Tree], rows: np.ndarray, places: np.ndarray
     rows_of_asked = torch.arange(len(trees), device=model.device).unsqueeze(1)  # (B, 1)
     hidden = model.trunk(idx, **_forest(model, trees, (rows_of_asked, asked.to(model.device))))  # (B, Q, C)
     return hidden.flatten(0, 1)[torch.from_numpy((wanted_rows * asked.shape[1] + slots)[inverse]).to(model.device)]
+
+
+def _gpu_blocks(model: GPT) -> "GpuBlocks | None":
+    """The model's present weights as the engine serves them on a GPU; None without Triton."""
+    try:
+        from nanochat.engine.gpu_blocks import GpuBlocks
+    except ImportError:
+        return None
+    return GpuBlocks(model.config, Weights(model, model.compute_dtype, int8=False), model.device)
+
+
+def _ragged_hidden(blocks: "GpuBlocks", trees: Sequence[Tree]) -> Tensor:
+    """Final hidden states (N, C) of all tokens of trees, one after another without padding.
+
+    A stem is a sequence, and so is each branch, which sees the keys of its stem before its own.
+    """
+    tokens = [tree.tokens for tree in trees]
+    firsts = np.cumsum([0, *map(len, trees)])
+    before = [np.maximum(np.arange(len(tree)) - 1, 0) for tree in trees]
+    seen, lengths = [], []  # of each sequence: the places of its keys, how many queries and keys
+    for tree, first, own in zip(trees, firsts, before, strict=False):
+        own[np.diff(tree.branches, prepend=0) > 0] = tree.stem - 1  # where a branch begins
+        stem = np.arange(tree.stem)
+        for number in range(tree.branches[-1] + 1):
+            branch = np.flatnonzero(tree.branches == number)
+            keys = branch if number == 0 else np.concatenate((stem, branch))
+            seen.append(first + keys)
+            lengths.append((len(branch), len(keys)))
+    idx, positions = np.concatenate(tokens), np.concatenate([tree.positions for tree in trees])
+    previous = np.concatenate([own[at] for own, at in zip(tokens, before, strict=True)])
+    idx, previous, at, own_places = to_device(np.stack((idx, previous, positions, np.arange(len(idx)))), blocks.device)
+    seen = to_device(np.concatenate(seen), blocks.device)
+    ends = to_device(np.cumsum([(0, 0), *lengths], axis=0, dtype=np.int32).T.copy(), blocks.device)
+    config = blocks.config
+
+    def attend(layer: int, joined: Tensor) -> Tensor:
+        k, v = joined.new_empty(2, len(idx), config.n_kv_head, config.head_dim)
+        q = blocks.place_heads(layer, joined, idx, at, own_places, k, v)
+        return ragged_attention(q, k[seen], v[seen], lengths, ends, window=config.window(layer))
+
+    return blocks.hidden(blocks.weights.embedded(idx, previous, at), attend)
 
 
 def _padded(arrays: Sequence[np.ndarray], filler: int = 0) -> Tensor:
