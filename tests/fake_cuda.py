@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 TRANSFERS = ("aten._to_copy.default", "aten.copy_.default", "aten.to.dtype_layout")  # the last in inference mode
 NUMBERS = ("aten.fill_.Tensor",)  # how some releases write a number into a slice: it is an argument of the kernel
+ALLOCATIONS = ("aten.empty", "aten.new_empty")
 CREATIONS = ("aten.lift_fresh.default", "aten.detach.default", "aten.detach_.default", "aten._to_copy.default",
              "aten.empty.memory_format")  # fmt: skip
 
@@ -26,6 +27,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.off_device: list[str] = []
         self.waits: list[str] = []
+        self.launches: list[str] = []  # operations on the device but views and allocations
         self.num_operations = 0
 
     @property
@@ -43,6 +45,11 @@ class _Watch(TorchDispatchMode):
             for tree in ((args, kwargs), out)
         )
         name = str(function)
+        is_view = (
+            any(alias.alias_info is not None for alias in function._schema.returns) and not function._schema.is_mutable
+        )
+        if "cuda" in taken and not is_view and not name.startswith(ALLOCATIONS):
+            self.launches.append(name)
         is_transfer = name in TRANSFERS and given == {"cuda"}
         if is_transfer and "cpu" in taken and not any(x is True for x in (*args, *(kwargs or {}).values())):
             self.waits.append(name)

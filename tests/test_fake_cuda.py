@@ -52,11 +52,11 @@ def draw_idx(shape):
     return torch.zeros(shape, dtype=torch.int64, device="cuda")
 
 
-def serving_on_gpu(config, weights=""):
+def serving_on_gpu(config, weights="", num_slots=4):
     pytest.importorskip("triton")
     from nanochat.engine.gpu import GpuModel
 
-    inference = GpuModel(on_gpu(config), 4, weights=weights)
+    inference = GpuModel(on_gpu(config), num_slots, weights=weights)
     inference._graphs._record = lambda run: run
     return inference
 
@@ -135,3 +135,19 @@ def test_prefill_and_decode_stay_on_the_gpu(config, watch, weights):
     inference.cache.swap_slots(0, 1, 20)
     inference.refresh(on_gpu(config))
     assert watch.mixed == []
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 16, 32, 128])
+def test_a_decode_step_launches_at_most_nine_kernels_a_layer(config, watch, num_rows):
+    """Each operation that is not a view is one, as those of our own are; `cap_and_draw` is two."""
+    names = []
+    for num_layers in (2, 3):
+        inference = serving_on_gpu(replace(config, n_layer=num_layers, window_pattern="L"), num_slots=num_rows)
+        places = torch.zeros(
+            num_rows * (1 + 1 + inference.cache.tables[0].num_entries), dtype=torch.int32, device="cuda"
+        )
+        watch.launches.clear()
+        inference.decode_pass(draw_idx((num_rows,)), draw_idx((num_rows,)), places)
+        names.append(list(watch.launches))
+    assert len(names[1]) - len(names[0]) <= 9, names[1]
+    assert len(names[0]) < 2 * 9 + 6, names[0]

@@ -1,5 +1,5 @@
 """The kernels of the engine's passes against PyTorch's operations, and the pages of the cache. Without a GPU the
-kernels run in a process of their own, by Triton's interpreter, which knows no matrix products of bfloat16."""
+kernels run in a process of their own, by Triton's interpreter."""
 
 import random
 
@@ -15,10 +15,13 @@ from nanochat.engine.inference import Piece
 from nanochat.model.gpt import GPTConfig, build_model
 from tests import plain_kernels
 from tests.conftest import fill_randomly
+from tests.test_engine_kernels import in_the_interpreter, mend_interpreter  # noqa: F401
 from tests.test_kernels import assert_prints
 
 PROGRAM = """
 from tests import test_gpu_passes as tests
+if {device!r} == "cpu":
+    tests.mend_interpreter()
 for name in {names}:
     getattr(tests, "check_" + name)({device!r}, tests.torch.{dtype})
 print("checked")
@@ -114,13 +117,15 @@ def run_checks(device, dtype, *names):
     assert_prints("checked", PROGRAM.format(names=names, device=device, dtype=dtype), **interpret)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@in_the_interpreter
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernels_equal_pytorchs_operations_in_the_interpreter(dtype):
     run_checks("cpu", dtype, "mix_and_norm", "place_heads", "attention", "relu_squared")
 
 
+@in_the_interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_prefill_and_decode_equal_the_whole_forward_pass_in_the_interpreter(dtype):
     run_checks("cpu", dtype, "model")
 
@@ -142,23 +147,20 @@ def compile_for_an_h100():
             {"D": 128, "HALF": 64, "HAS_EMBED": True, "GATE_SCALE": 3.0},
         ),
         "_attend_kernel": (
-            [bf16, bf16, bf16, ints, ints, bf16, floats, floats, "i32", "i32", "i32", "i32", "fp32", "i32"],
-            {"G": 1, "D": 128, "PAGE": 64, "NUM_SPLITS": 1, "BLOCK_G": 16, "BLOCK_D": 128, "BLOCK_K": 64},
+            [bf16, bf16, bf16, ints, ints, floats, floats, floats, "i32", "i32", "i32", "i32", "fp32", "i32"],
+            {"G": 1, "D": 128, "PAGE": 64, "IS_SPLIT": True, "BLOCK_G": 16, "BLOCK_D": 128, "BLOCK_K": 64},
         ),
         "_join_kernel": (
-            [floats, floats, floats, bf16, "i32"], {"D": 128, "NUM_SPLITS": 8, "BLOCK_S": 8, "BLOCK_D": 128},
+            [floats, floats, floats, bf16, "i32", "i32"],
+            {"D": 128, "BLOCK_S": 16, "BLOCK_D": 128},
         ),
         "_relu_squared_kernel": ([bf16, "i32"], {"BLOCK": 2048}),
     }  # fmt: skip
     for name, (types, constants) in signatures.items():
-        for num_splits in (1, 8) if "NUM_SPLITS" in constants else (0,):
-            kernel = getattr(kernels, name)
-            constants = constants | ({"NUM_SPLITS": num_splits} if num_splits else {})
-            signature = dict(zip(kernel.arg_names, [*types, *["constexpr"] * len(constants)], strict=True))
-            if num_splits > 1 and "out_ptr" in signature and name == "_attend_kernel":
-                signature["out_ptr"] = floats
-            source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-            triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+        kernel = getattr(kernels, name)
+        signature = dict(zip(kernel.arg_names, [*types, *["constexpr"] * len(constants)], strict=True))
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     print("checked")
 
 

@@ -9,7 +9,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ["", "model", "data", "engine", "evals", "training", "serve"]  # "": the files at the top of nanochat/
 MAX_LINES = 450
 MIN_LINES = 60
-SHORT_FILES = {"load.py": "joins model and checkpoint, neither of which may know the other"}  # with the reason
+SHORT_FILES = {  # with the reason
+    "load.py": "joins model and checkpoint, neither of which may know the other",
+    "transfer.py": "serves the engine and scoring",
+}
 LIBRARY = sorted((ROOT / "nanochat").rglob("*.py"))
 
 

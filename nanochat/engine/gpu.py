@@ -20,7 +20,7 @@ from torch import Tensor
 from nanochat.engine.draw_kernel import cap_and_draw
 from nanochat.engine.gpu_blocks import GpuBlocks
 from nanochat.engine.inference import InferenceModel, LogitsIds, Piece
-from nanochat.engine.kernels import KEY_BLOCK, attend_to_pages, join_splits
+from nanochat.engine.kernels import KEY_BLOCK, MAX_SPLITS, attend_to_pages, join_splits
 from nanochat.engine.pages import PagedCache
 from nanochat.engine.product_kernel import FEW_ROWS
 from nanochat.engine.sampling import Drawing
@@ -32,7 +32,6 @@ from nanochat.model.gpt import GPT
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows of a recorded CUDA graph
 MAX_GRAPHS = 24  # beyond, the one that was used longest ago is dropped
 NUM_PROGRAMS = 256  # that attention of few rows is split into: about two for each multiprocessor
-MAX_SPLITS = 16
 
 
 class GpuModel(InferenceModel):

@@ -26,6 +26,7 @@ from nanochat.model.gpt import NORM_EPS, VALUE_GATE_SCALE
 PAGE = 64  # positions of a page
 KEY_BLOCK = 64  # keys that one step of attention's loop takes
 ELEMENT_BLOCK = 2048  # elements of a program of `relu_squared_`
+MAX_SPLITS = 16  # programs that share the keys of one row
 MIN_DOT = 16  # the smallest matrix that tensor cores take
 
 
@@ -157,7 +158,7 @@ def _(joined, at, places, keys, values, angles, num_heads, qk_scale, idx, value_
 def _attend_kernel(
     q_ptr, keys_ptr, values_ptr, table_ptr, at_ptr, out_ptr, peaks_ptr, sums_ptr,
     table_stride, num_pages, H_kv, window, scale, num_rows,
-    G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, IS_SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program for each row, key head and split: the G heads that share the key head, over a part of the keys."""
@@ -171,7 +172,7 @@ def _attend_kernel(
 
     last = tl.load(at_ptr + row)
     visible = tl.minimum(last + 1, window)
-    share = tl.cdiv(tl.cdiv(visible, BLOCK_K), NUM_SPLITS) * BLOCK_K  # keys of a split
+    share = tl.cdiv(tl.cdiv(visible, BLOCK_K), tl.num_programs(2)) * BLOCK_K  # keys of a split
     first = last + 1 - visible + split * share
     end = tl.minimum(first + share, last + 1)
     peak = tl.full([BLOCK_G], float("-inf"), dtype=tl.float32)
@@ -195,7 +196,7 @@ def _attend_kernel(
         total = total * shrink + tl.sum(weights, axis=1)
         peak = higher
 
-    if NUM_SPLITS == 1:
+    if not IS_SPLIT:
         tl.store(out_ptr + query, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_query)
     else:  # unnormalised; a split without keys has the peak -inf and zeros
         offset = split * num_rows * H_kv * G
@@ -221,7 +222,7 @@ def attend_to_pages(
     out, peaks, sums = _attention_results(q, num_splits)
     _attend_kernel[(N, H_kv, num_splits)](
         q, keys, values, table, at, out, peaks, sums, table.stride(0), table.size(1), H_kv, window, D**-0.5, N,
-        G=H // H_kv, D=D, PAGE=PAGE, NUM_SPLITS=num_splits, BLOCK_G=max(MIN_DOT, triton.next_power_of_2(H // H_kv)),
+        G=H // H_kv, D=D, PAGE=PAGE, IS_SPLIT=num_splits > 1, BLOCK_G=max(MIN_DOT, triton.next_power_of_2(H // H_kv)),
         BLOCK_D=max(MIN_DOT, triton.next_power_of_2(D)), BLOCK_K=KEY_BLOCK, num_warps=4,
     )  # fmt: skip
     return out, peaks, sums
@@ -242,17 +243,17 @@ def _(q, keys, values, table, at, window, num_splits):
 
 @triton.jit
 def _join_kernel(
-    parts_ptr, peaks_ptr, sums_ptr, out_ptr, num_heads, D: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    parts_ptr, peaks_ptr, sums_ptr, out_ptr, num_heads, num_splits,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program for each row and head; `num_heads` counts those of all rows."""
     head = tl.program_id(0).to(tl.int64)
     split, channel = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     at = split * num_heads + head
-    peaks = tl.load(peaks_ptr + at, mask=split < NUM_SPLITS, other=float("-inf"))
+    peaks = tl.load(peaks_ptr + at, mask=split < num_splits, other=float("-inf"))
     weights = tl.exp(peaks - tl.max(peaks, axis=0))
-    total = tl.sum(weights * tl.load(sums_ptr + at, mask=split < NUM_SPLITS, other=0.0), axis=0)
-    is_part = (split < NUM_SPLITS)[:, None] & (channel < D)[None, :]
+    total = tl.sum(weights * tl.load(sums_ptr + at, mask=split < num_splits, other=0.0), axis=0)
+    is_part = (split < num_splits)[:, None] & (channel < D)[None, :]
     parts = tl.load(parts_ptr + at[:, None] * D + channel[None, :], mask=is_part, other=0.0)
     joined = tl.sum(parts * weights[:, None], axis=0) / total
     tl.store(out_ptr + head * D + channel, joined.to(out_ptr.dtype.element_ty), mask=channel < D)
@@ -264,8 +265,7 @@ def join_splits(parts: Tensor, peaks: Tensor, sums: Tensor, dtype: torch.dtype) 
     S, N, H, D = parts.shape
     out = torch.empty(N, H, D, dtype=dtype, device=parts.device)
     _join_kernel[(N * H,)](
-        parts, peaks, sums, out, N * H, D=D, NUM_SPLITS=S, BLOCK_S=triton.next_power_of_2(S),
-        BLOCK_D=triton.next_power_of_2(D), num_warps=1,
+        parts, peaks, sums, out, N * H, S, D=D, BLOCK_S=MAX_SPLITS, BLOCK_D=triton.next_power_of_2(D), num_warps=1,
     )  # fmt: skip
     return out
 

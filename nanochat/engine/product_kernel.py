@@ -67,7 +67,7 @@ def few_rows_product(
     """x @ weight.T, summed in float32: (N, M) in x's dtype, or with relu(.)^2 of that.
 
     x (N, K) float32, bfloat16 or float16 with at most `FEW_ROWS` rows; weight (M, K) in x's dtype, or int8 with `step`
-    (M,) float32, an output's weights being multiples of its step. All contiguous.
+    (M,) of any float dtype, an output's weights being multiples of its step. All contiguous.
 
     With `num_splits` above 1, the partial sums over as many parts of K instead, for the caller to add up:
     (num_splits, N, M) float32.

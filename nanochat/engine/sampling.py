@@ -122,11 +122,11 @@ def draw(logits: Tensor, columns: Tensor, kind: tuple) -> Tensor:
     drawn = _inverse(torch.softmax(scaled, dim=-1), uniform)
     if num_ordered:
         is_filtered = ((top_k < logits.size(-1)) | (top_p < 1) | (min_p > 0)).squeeze(-1)
-        drawn = torch.where(is_filtered, _draw_filtered(scaled, num_ordered, top_k, top_p, min_p, uniform), drawn)
+        drawn = torch.where(is_filtered, draw_filtered(scaled, num_ordered, top_k, top_p, min_p, uniform), drawn)
     return torch.where(temperature.squeeze(-1) > 0, drawn, greedy)
 
 
-def _draw_filtered(logits: Tensor, num_ordered: int, top_k, top_p, min_p, uniform) -> Tensor:
+def draw_filtered(logits: Tensor, num_ordered: int, top_k, top_p, min_p, uniform) -> Tensor:
     """Draws among the tokens that top-k, top-p and min-p, (N, 1) each, keep, in the order of their likelihood."""
     order_all = num_ordered == logits.size(-1)
     ordered, ids = logits.sort(dim=-1, descending=True) if order_all else logits.topk(num_ordered, dim=-1)
