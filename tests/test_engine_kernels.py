@@ -82,17 +82,19 @@ def check_draws(vocab_size, *, dtype, device):
 
     generator = torch.Generator().manual_seed(vocab_size)
     settings = [{"temperature": 0.0}, {}, {"temperature": 1e-4}, {"temperature": 100.0}, {"temperature": 0.8}]
-    filtered = [{"top_k": 3}, {"top_p": 0.9, "temperature": 1.3}, {"min_p": 0.1}]
+    filtered = [{"temperature": 0.0, "top_k": 3}, {"top_k": 3}, {"top_p": 0.9, "temperature": 1.3}, {"min_p": 0.1}]
     barred = (0, vocab_size - 1) if vocab_size > 1 else ()
     for own in (settings[:1], settings, settings + filtered):
         rows = [Sampling(**fields, use_tool=use_tool) for fields in own for use_tool in (True, False)] * 3
         rows = rows if vocab_size == 397 else rows[::7]  # the interpreter is slow
-        for peak in (0.0, 80.0):
+        for is_peaked in (False, True):
             uniforms = torch.rand(len(rows), generator=generator)
             uniforms[: len(rows) // 3], uniforms[len(rows) // 3 : 2 * len(rows) // 3] = 0.0, 0.999999
             z = torch.full((len(rows), vocab_size + 7), 200.0)  # the last columns are no tokens
-            z[:, :vocab_size] = 3 * torch.randn(len(rows), vocab_size, generator=generator) - peak / 2
-            z[:, vocab_size // 2] += peak
+            z[:, :vocab_size] = 3 * torch.randn(len(rows), vocab_size, generator=generator)
+            if is_peaked:
+                z[:, :vocab_size] -= 40
+                z[:, [0, vocab_size // 2 - 1, vocab_size // 2, vocab_size - 1]] = 40  # of equals greedy takes the first
             z = z.to(device, dtype)
             drawing = plan_draw(rows, uniforms.tolist(), vocab_size, barred)
             columns = drawing.columns.to(device)
@@ -100,7 +102,7 @@ def check_draws(vocab_size, *, dtype, device):
             exact = SOFTCAP * torch.tanh(z[:, :vocab_size].double() / SOFTCAP)
             torch.testing.assert_close(logits.double(), exact, rtol=0, atol=1e-5)
             assert logits.dtype == torch.float32
-            assert torch.equal(ids, draw(logits, columns, drawing.kind)), (vocab_size, own, peak)
+            assert torch.equal(ids, draw(logits, columns, drawing.kind)), (vocab_size, own, is_peaked)
 
 
 def check_unlikely_tokens(vocab_size, *, device):
@@ -132,6 +134,37 @@ def test_products_of_few_rows_equal_float64_in_the_interpreter():
 @on_a_gpu
 def test_products_of_few_rows_equal_float64_on_a_gpu():
     assert_prints("checked", PRODUCT_PROGRAM.format(device="cuda").replace("mend_interpreter()\n", ""))
+
+
+def test_k_is_divided_where_outputs_alone_would_leave_the_memory_idle():
+    from nanochat.engine.product_kernel import choose_splits
+
+    C = 1280
+    shapes = [(3 * C + 16, C), (C, C), (4 * C, C), (C, 4 * C), (32768, C), (64, 64), (64, 8192)]
+    assert [choose_splits(*shape) for shape in shapes] == [1, 2, 1, 4, 1, 1, 8]
+
+
+def test_products_compile_for_an_h100_with_all_loads_asynchronous_and_two_programs_a_multiprocessor():
+    """Triton needs no GPU to compile for one: the stages' loads are copies of 16 bytes from memory to shared memory."""
+    program = """
+import re
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import triton
+from nanochat.engine import product_kernel as kernel
+pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "step_ptr": "constexpr", "out_ptr": "*bf16"}
+numbers = dict.fromkeys(("num_rows", "M", "K", "split_K"), "i32")
+constants = {"RELU_SQUARED": False, "ROWS": kernel.FEW_ROWS, "BLOCK_M": kernel.BLOCK_M, "BLOCK_K": 256}
+source = ASTSource(
+    fn=kernel._few_rows_kernel, signature=pointers | numbers | dict.fromkeys(constants, "constexpr"),
+    constexprs={"step_ptr": None} | constants, attrs={(i,): [["tt.divisibility", 16]] for i in (0, 1, 3, 5, 6, 7)},
+)
+options = {"num_warps": kernel.NUM_WARPS, "num_stages": 5}
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+copies = re.findall(r"cp\\.async\\.c[ag]\\.shared\\.global.*, (\\w+), ", compiled.asm["ptx"])
+print(set(copies), compiled.asm["ptx"].count("ld.global"), compiled.metadata.shared <= 113 * 1024)
+"""
+    assert_prints("{'0x10'} 0 True", program, TRITON_INTERPRET="0")
 
 
 @in_the_interpreter

@@ -52,7 +52,7 @@ def _few_rows_kernel(
         total = tl.dot(x, weight.to(x.dtype), total, input_precision="ieee")
 
     if step_ptr is not None:
-        total *= tl.load(step_ptr + outputs, mask=is_output, other=0.0)[None, :]
+        total *= tl.load(step_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)[None, :]
     if RELU_SQUARED:
         rounded = total.to(x_ptr.dtype.element_ty).to(tl.float32)  # as the product alone would be
         total = tl.where(rounded > 0, rounded * rounded, 0.0)
