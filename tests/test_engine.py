@@ -1,5 +1,6 @@
 """Continuous batching against one sequence at a time through whole forward passes."""
 
+import copy
 import gc
 import random
 import weakref
@@ -31,10 +32,18 @@ def model(tokenizer):
     return random_model(config, seed=0)
 
 
-@pytest.fixture(params=["in step", "overlapped", "on a GPU"])
+ON_CUDA = pytest.param(
+    "on CUDA",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+
+
+@pytest.fixture(params=["in step", "overlapped", "as on a GPU", ON_CUDA])
 def engine(request, model, tokenizer):
-    """The last one has the passes and the cache of a GPU, with its kernels in PyTorch's operations."""
-    if request.param == "on a GPU":
+    """The third one has the passes and the cache of a GPU, with its kernels in PyTorch's operations."""
+    if request.param == "on CUDA":
+        return Engine(copy.deepcopy(model).to("cuda"), tokenizer, max_rows=4)
+    if request.param == "as on a GPU":
         gpu_model = request.getfixturevalue("plain_gpu_model")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("nanochat.engine.engine.InferenceModel", gpu_model)
