@@ -106,8 +106,7 @@ class GpuModel(InferenceModel):
         count = len(positions)
         at = np.zeros(num_rows, dtype=np.int32)
         at[:count] = positions
-        for slot, position in enumerate(positions):
-            self.cache.make_writable(slot, position, position + 1)
+        self.cache.make_next_writable(at[:count])
         parts = [at]
         for table in self.cache.tables:
             rows = np.zeros((num_rows, table.num_entries), dtype=np.int32)

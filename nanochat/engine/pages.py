@@ -71,6 +71,11 @@ class PagedTable:
                     copies.append((int(page), own))
         return copies
 
+    def not_writable(self, positions: np.ndarray) -> np.ndarray:
+        """Of the first slots, those that do not have the page of their one of `positions` (N,) for themselves."""
+        pages = self.rows[np.arange(len(positions)), positions // PAGE % self.num_entries]
+        return np.flatnonzero((pages == 0) | (self._users[pages] != 1))
+
     def share(self, source: int, target: int) -> None:
         """Let `target` have the pages of `source` instead of its own."""
         for page in self.rows[target][self.rows[target] > 0]:
@@ -120,6 +125,11 @@ class PagedCache:
         for table, pool in zip(self.tables, self._pools, strict=True):
             for source, target in table.make_writable(slot, table.first_kept(start, end), end):
                 pool[:, :, target] = pool[:, :, source]
+
+    def make_next_writable(self, positions: np.ndarray) -> None:
+        """Let each of the first slots alone have the place of its one of `positions` (N,)."""
+        for slot in sorted({slot for table in self.tables for slot in table.not_writable(positions).tolist()}):
+            self.make_writable(slot, int(positions[slot]), int(positions[slot]) + 1)
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
         """Make `target` hold what `source` holds. No key or value is moved."""
