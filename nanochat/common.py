@@ -346,8 +346,8 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_main(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
-    """Run a script. A `UserError` ends it with one line on stderr and exit status 2, Ctrl-C with status 130, the loss of
-    a host with a line and status 1; in every other case the process group is closed."""
+    """Run a script. A `UserError` ends it with one line on stderr and exit status 2, Ctrl-C with status 130, the loss
+    of a host with a line and status 1; in every other case the process group is closed."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         main(parse_args())

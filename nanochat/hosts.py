@@ -45,7 +45,7 @@ def check_hosts_agree(what: str, own: Mapping[str, Any], remedy: str) -> None:
         wrong += [f"{key} is another" for key in facts if key in first and facts[key] != first[key]]
         if wrong:
             more = f" and {len(wrong) - MOST_NAMED:,} more" if len(wrong) > MOST_NAMED else ""
-            where = f"host {name} (rank {rank}) differs from {first_name} in {what}"
+            where = f"{name} (rank {rank}) differs from {first_name} in {what}"
             raise UserError(f"{where}: {', '.join(wrong[:MOST_NAMED])}{more}; {remedy}")
 
 

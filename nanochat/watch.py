@@ -59,7 +59,7 @@ class Watch:
         self._prefix, self._closed, self._is_cut_off = f"nanochat/{token}", Event(), False
         self._heard = dict.fromkeys(self._others, time.monotonic())
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        limit = timedelta(seconds=SILENCE_SECONDS)
+        limit = timedelta(seconds=2 * SILENCE_SECONDS)  # longer than it matters
         self._store = dist.TCPStore(address, port, is_master=False, timeout=limit, wait_for_workers=False)
         for work in (self._exchange, self._judge):
             Thread(target=work, name="watch over hosts", daemon=True).start()
@@ -86,10 +86,9 @@ class Watch:
             self._is_cut_off = True
 
     def _judge(self) -> None:
-        patience = SILENCE_SECONDS + (0 if self._is_first else 3 * BEAT_SECONDS)  # so that the first can say it
         while not self._closed.wait(BEAT_SECONDS / 2):
-            if silent := self.silent(patience):
-                self.end(silent, patience)
+            if silent := self.silent(SILENCE_SECONDS):
+                self.end(silent, SILENCE_SECONDS)
 
     def silent(self, seconds: float) -> list[Host]:
         """The hosts not heard of for `seconds`. Without the store that is all of them, but only its host is named."""
@@ -100,20 +99,23 @@ class Watch:
     def end_if_lost(self) -> None:
         """After an error that a lost connection may explain: wait until it is known whether a host has vanished, and
         if so, end this process."""
-        patience = LOST_SECONDS + (0 if self._is_first else 3 * BEAT_SECONDS)
-        deadline = time.monotonic() + patience + 2 * BEAT_SECONDS
+        deadline = time.monotonic() + LOST_SECONDS + 2 * BEAT_SECONDS
         while time.monotonic() < deadline:
-            if silent := self.silent(patience):
-                self.end(silent, patience)
+            if silent := self.silent(LOST_SECONDS):
+                self.end(silent, LOST_SECONDS)
             time.sleep(BEAT_SECONDS / 4)
 
     def end(self, silent: Sequence[Host], seconds: float) -> None:
-        """End this process, wherever its other threads are."""
+        """End this process, wherever its other threads are. All but the host's first rank wait until that has spoken,
+        as torchrun ends all when one has ended."""
+        self.close()
         if self._is_first:
             names = " and ".join(map(str, silent))
-            fault = f"error: nothing heard of host {names} for {seconds:.0f} s, so {self._own} ends; "
+            fault = f"error: nothing heard of {names} for {seconds:.0f} s, so {self._own} ends; "
             remedy = "see to it and the network, then the same command with --resume goes on"
             os.write(sys.stderr.fileno(), f"{fault}{remedy}\n".encode())
+        else:
+            time.sleep(2 * BEAT_SECONDS)
         os._exit(1)
 
     def _key(self, host: Host) -> str:
