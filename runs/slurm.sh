@@ -29,6 +29,7 @@ if [ $# -eq 0 ]; then
     exit 2
 fi
 cd "${SLURM_SUBMIT_DIR:-$PWD}"
+# shellcheck source=/dev/null
 source "${NANOCHAT_VENV:-.venv}/bin/activate"
 
 first_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"

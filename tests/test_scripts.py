@@ -470,7 +470,6 @@ def check_elastic(place, run, stops, last, *, name, source):
     return one
 
 
-@pytest.mark.slow
 def test_four_two_one_and_again_four_processes_read_the_documents_of_one(workplace):
     def run(base, before, num_processes, *flags):
         return workplace.train(*flags, base=base, before=before, num_processes=num_processes)
