@@ -1,4 +1,5 @@
-"""The library. Shared by all: `common.py`, `flags.py`, `hardware.py`, `tokenizer.py`, `checkpoint.py`, `report.py`.
+"""The library. Shared by all: `common.py`, `flags.py`, `hardware.py`, `tokenizer.py`, `checkpoint.py`, `report.py`, and
+for runs on several hosts `watch.py` and `hosts.py`.
 
 The rest stands in rooms, each of which imports only from those before it:
 

@@ -10,7 +10,8 @@
             checksums_rank0.json       of the files that this rank wrote
 
 A checkpoint is written under a hidden name and renamed once the files of every rank are on the disk, so a folder with
-the name of a step is complete. Nothing here replaces a complete checkpoint, and only `delete_steps` deletes one.
+the name of a step is complete. Nothing here replaces a complete checkpoint, and only `delete_steps` deletes one. On
+several hosts without a shared disk, rank 0 writes the files of all ranks; to resume, the others fetch a copy.
 """
 
 import json
@@ -19,24 +20,26 @@ import re
 import shutil
 import zlib
 from argparse import ArgumentParser, Namespace
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nanochat.common import Runtime, UserError, base_dir, disk_errors, gather_ranks, print0, write_atomic
+from nanochat.common import Runtime, UserError, base_dir, disk_errors, gather_ranks, print0, together, write_atomic
 from nanochat.flags import SOURCES, add_flags, shared
+from nanochat.hosts import bring, collect, is_first_of_host
 from nanochat.tokenizer import Tokenizer
 
 SCHEMA = 1
 _STEP_NAME = re.compile(r"step_([0-9]+)")
 _MAX_TAG_BYTES = 255  # the usual limit of file systems for a name
+COPY_MARK = "copy_of_another_host"  # an empty file in a checkpoint that was fetched
 _READ_BYTES = 2**24  # read at a time for a checksum
 
 
@@ -87,18 +90,20 @@ class Draft:
 
     Every rank makes one and publishes it. `write` waits for no other rank, so a thread may run it while training goes
     on. `model.config` is a dataclass; `meta` is the stage's own record, of values that JSON can hold, to which config,
-    tokenizer fingerprint and schema are added. Raises `UserError`, on every rank alike, when the step has a whole
+    tokenizer fingerprint and schema are added. Ranks `apart` do not see the folder `run` of rank 0, which receives
+    their states through `group` and writes them. Raises `UserError`, on every rank alike, when the step has a whole
     checkpoint already; a damaged one is set aside.
     """
 
     def __init__(
         self, run: Path, step: int, *, runtime: Runtime, model: nn.Module, tokenizer: Tokenizer, meta: Mapping,
         optimizer_state: Mapping[str, Tensor] | None = None, loader_state: Mapping[str, Tensor] | None = None,
+        apart: Sequence[int] = (), group: dist.ProcessGroup | None = None,
     ):  # fmt: skip
         self.run, self.folder, self.runtime = run, step_dir(run, step), runtime
         self._partial = run / f".{self.folder.name}.partial"
         self._error: BaseException | None = None
-        with _on_all_ranks(run):
+        with together(), disk_errors("the checkpoint", run):
             if runtime.is_main:
                 self._make_room()
         states = {f"optimizer_rank{runtime.rank}": optimizer_state, f"loader_rank{runtime.rank}": loader_state}
@@ -107,33 +112,37 @@ class Draft:
             own = {"schema": SCHEMA, "step": step, "world_size": runtime.world_size}
             own |= {"config": asdict(model.config), "tokenizer_fingerprint": tokenizer.fingerprint}
             self._meta, self._tokenizer = json.dumps({**meta, **own}, indent=1), tokenizer
-        self._tensors = {name: _on_host(state) for name, state in states.items() if state is not None}
+        on_host = {name: _on_host(state) for name, state in states.items() if state is not None}
+        self._parts = collect(on_host, apart, group)  # by rank, all that are written here
+        if runtime.rank not in apart:
+            self._parts[runtime.rank] = on_host
 
     def _make_room(self) -> None:
         if self.folder.exists():
-            fault = fault_in(self.folder)
-            if fault is None:
+            if fault_in(self.folder) is None:
                 raise UserError(f"{self.folder} is there already; move it away, or choose another --model-tag")
-            names = (f"{self.folder.name}.damaged{number}" for number in count(1))
-            self.folder.rename(next(self.run / name for name in names if not (self.run / name).exists()))
+            _set_aside(self.folder)
         for abandoned in self.run.glob(".step_*.partial"):  # by a run that was killed while writing or deleting
             shutil.rmtree(abandoned)
         self._partial.mkdir(parents=True)
 
     def write(self) -> None:
-        """Write the files of this rank. What goes wrong is kept for `publish` to raise."""
+        """Write the files of this rank, and on rank 0 those of ranks apart. What goes wrong is kept for `publish` to
+        raise."""
         partial = self._partial
         try:
-            for name, tensors in self._tensors.items():
-                _save_tensors(partial / f"{name}.safetensors", tensors)
-            names = [f"{name}.safetensors" for name in self._tensors]
-            self._tensors = {}
-            if self.runtime.is_main:
-                self._tokenizer.save(partial / "tokenizer")
-                write_atomic(partial / "meta.json", self._meta)
-                names += ["meta.json", *(f"tokenizer/{path.name}" for path in (partial / "tokenizer").iterdir())]
-            sums = {name: _checksum(partial / name) for name in sorted(names)}
-            write_atomic(partial / f"checksums_rank{self.runtime.rank}.json", json.dumps(sums, indent=1))
+            while self._parts:
+                rank, states = self._parts.popitem()
+                for name, tensors in states.items():
+                    _save_tensors(partial / f"{name}.safetensors", tensors)
+                names = [f"{name}.safetensors" for name in states]
+                del states
+                if rank == 0:
+                    self._tokenizer.save(partial / "tokenizer")
+                    write_atomic(partial / "meta.json", self._meta)
+                    names += ["meta.json", *(f"tokenizer/{path.name}" for path in (partial / "tokenizer").iterdir())]
+                sums = {name: _checksum(partial / name) for name in sorted(names)}
+                write_atomic(partial / f"checksums_rank{rank}.json", json.dumps(sums, indent=1))
         except BaseException as error:
             self._error = error
 
@@ -141,10 +150,10 @@ class Draft:
         """Once `write` is done on this rank, give the checkpoint its name. Returns its folder. Raises `UserError`, on
         every rank alike, when it could not be written on one of them."""
         try:
-            with _on_all_ranks(self.run):
+            with together(), disk_errors("the checkpoint", self.run):
                 if self._error is not None:
                     raise self._error
-            with _on_all_ranks(self.run):
+            with together(), disk_errors("the checkpoint", self.run):
                 if self.runtime.is_main:
                     _sync(self._partial / "tokenizer")
                     _sync(self._partial)
@@ -166,22 +175,9 @@ def delete_steps(run: Path, steps: Collection[int]) -> None:
             shutil.rmtree(hidden)
 
 
-@contextmanager
-def _on_all_ranks(run: Path) -> Iterator[None]:
-    """Wait for all ranks at the end of the block. If it fails on one of them, every rank raises a `UserError`, so that
-    none waits for another that has stopped."""
-    failure = None
-    try:
-        with disk_errors("the checkpoint", run):
-            yield
-    except UserError as error:
-        failure = error
-    messages = gather_ranks(failure and str(failure))
-    if failure is not None:
-        raise failure
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise UserError(f"process {rank}: {message}")
+def _set_aside(folder: Path) -> None:
+    names = (f"{folder.name}.damaged{number}" for number in count(1))
+    folder.rename(next(folder.with_name(name) for name in names if not folder.with_name(name).exists()))
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -285,39 +281,71 @@ def check_tokenizer(tokenizer: Tokenizer, meta: Mapping, folder: Path) -> None:
 
 def resumable(run: Path, args: Namespace, free: Collection[str]) -> dict:
     """The meta.json of the newest whole checkpoint of a run, from which a stage with the flags `args` continues; empty
-    if there is none yet. Prints which ones are passed over as damaged.
+    if there is none yet. Prints which ones are passed over as damaged. Every rank calls this; the newest is that of all
+    hosts, and those that have not got it receive a copy.
 
     Raises `UserError` if there is one but `args.resume` is not set, if all are damaged, or if a flag not in `free`
     differs from that of the run, naming both values.
     """
-    steps = list_steps(run)
-    if not steps:
+    own_steps = list_steps(run)
+    if not any(gather_ranks(own_steps)):
         return {}
     if not args.resume:
         raise UserError(
             f"{run} holds checkpoints of an earlier run; continue it with --resume, choose another --model-tag, or "
             f"move the folder away"
         )
-    faults = {}
-    for step in reversed(steps):
-        fault = fault_in(step_dir(run, step))
-        if fault is None:
-            break
-        faults[step] = fault
-    else:
-        raise UserError(f"every checkpoint in {run} is damaged, the newest because {faults[steps[-1]]}; move it away")
-    folder = step_dir(run, step)
-    for damaged, fault in faults.items():
-        print0(f"passed over {step_dir(run, damaged).name}, which is damaged: {fault}")
-    meta = read_meta(folder)
-    for name, value in vars(args).items():
-        before = meta["args"].get(name)
-        if name not in free and before != value:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {value} here but {before} in the run being resumed ({folder}); "
-                f"leave it as it was, or choose another --model-tag"
-            )
+    step, faults, is_first = -1, {}, is_first_of_host()
+    with together():
+        for number in reversed(own_steps if is_first else []):
+            fault = fault_in(step_dir(run, number))
+            if fault is None:
+                step = number
+                break
+            faults[number] = fault
+    found = gather_ranks((step, faults))
+    newest, source = max((number, -rank) for rank, (number, _) in enumerate(found))
+    if newest < 0:
+        worst = max(fault for _, all_faults in found for fault in all_faults.items())[1]
+        raise UserError(f"every checkpoint in {run} is damaged, the newest because {worst}; move it away")
+    for damaged, fault in sorted({item for _, all_faults in found for item in all_faults.items()}, reverse=True):
+        if damaged > newest:
+            print0(f"passed over {step_dir(run, damaged).name}, which is damaged: {fault}")
+    folder = step_dir(run, newest)
+    fetch(folder, -source, is_whole=step == newest)
+    with together():
+        meta = read_meta(folder)
+        for name, value in vars(args).items():
+            before = meta["args"].get(name)
+            if name not in free and before != value:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {value} here but {before} in the run being resumed ({folder}); "
+                    f"leave it as it was, or choose another --model-tag"
+                )
     return meta
+
+
+def fetch(folder: Path, source: int, *, is_whole: bool = True) -> None:
+    """See to it that every host has the checkpoint `folder` of rank `source`, as it is there. A copy replaces copies
+    fetched before; another checkpoint, or one that `is_whole` not, is set aside. Every rank calls this."""
+    own = _identity(folder) if is_whole else None
+    everywhere = gather_ranks(own)
+
+    def make_room() -> None:
+        for mark in folder.parent.glob(f"step_*/{COPY_MARK}"):
+            shutil.rmtree(mark.parent)
+        if folder.exists():
+            _set_aside(folder)
+
+    if bring(folder, source, is_here=own == everywhere[source], make_room=make_room):
+        (folder / COPY_MARK).touch()
+
+
+def _identity(folder: Path) -> list[bytes] | None:
+    """What tells a checkpoint from another of the same step; None if there is none."""
+    if not (folder / "meta.json").is_file():
+        return None
+    return [path.read_bytes() for path in (folder / "meta.json", *sorted(folder.glob("checksums_rank*.json")))]
 
 
 # --- choosing ------------------------------------------------------------------------------------
@@ -344,3 +372,18 @@ def find_checkpoint(source: str, *, model_tag: str = "", step: int | None = None
     if step is not None and step not in steps:
         raise UserError(f"no checkpoint of step {step} in {run}; there are {', '.join(map(str, steps))}")
     return step_dir(run, steps[-1] if step is None else step)
+
+
+def find_on_hosts(source: str, *, model_tag: str = "", step: int | None = None) -> tuple[Path, int]:
+    """As `find_checkpoint`, on the disks of all hosts, and a rank that has it. Every rank calls this."""
+    folder, when, failure = None, 0.0, None
+    try:
+        folder = find_checkpoint(source, model_tag=model_tag, step=step)
+        when = (folder / "meta.json").stat().st_mtime
+    except UserError as error:
+        failure = error
+    found = gather_ranks((when, folder and folder.relative_to(base_dir())))
+    newest, rank = max((when, -rank) for rank, (when, path) in enumerate(found))
+    if not newest:
+        raise failure
+    return base_dir() / found[-rank][1], -rank

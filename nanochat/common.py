@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from pathlib import Path
 import torch
 import torch.compiler.config
 import torch.distributed as dist
+
+from nanochat.watch import Watch, group_hosts, this_host
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +145,7 @@ def init_runtime(device_type: str = "", dtype: str = "", *, trains: bool = False
     """Set up this process: join the process group under torchrun, choose the device ("cuda", "mps", "cpu", or "" for
     the best one present) and the compute dtype (a key of `DTYPES`, where it `trains` also `FP8`, or "" for what
     `choose_dtype` finds on rank 0). Raises `UserError` for a device or dtype that is not available."""
-    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in defaults.items())
+    rank, local_rank, world_size = _place()
     device = choose_device(device_type, local_rank)
     if device.type == "cpu":
         _tune_cpu()
@@ -153,14 +155,44 @@ def init_runtime(device_type: str = "", dtype: str = "", *, trains: bool = False
     if dtype == FP8:
         _check_fp8(device, emulate=device_type == "cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)  # some 50 ms for each new shape; training asks for it by name
         keep_compiled()
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    join_ranks(device_type)
     chosen = from_rank0(dtype or (choose_dtype(device) if rank == 0 else ""))
     return Runtime(rank, local_rank, world_size, device, dtypes[chosen], fp8=chosen == FP8)
+
+
+def _place() -> tuple[int, int, int]:
+    """Rank, local rank and world size, as torchrun tells them."""
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    return tuple(int(os.environ.get(name, default)) for name, default in defaults.items())
+
+
+def join_ranks(device_type: str = "") -> None:
+    """Join the process group under torchrun, unless it is done already; on several hosts, watch over the others from
+    then on. For what must be known to all ranks before `init_runtime`, which calls this too."""
+    rank, local_rank, world_size = _place()
+    device = choose_device(device_type, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size == 1 or dist.is_initialized():
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **_store_of_attempt(rank, world_size))
+    hosts = group_hosts(gather_ranks(this_host()))
+    if len(hosts) > 1:
+        Watch.current = Watch(hosts, rank, from_rank0(uuid.uuid4().hex))
+        print0("hosts: " + ", ".join(map(str, hosts)))
+
+
+def _store_of_attempt(rank: int, world_size: int) -> dict:
+    """Arguments that keep the addresses of ranks apart from those that they had before torchrun restarted them: its
+    agent keeps them in one store, and a rank that finds an old one waits for it in vain."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"nanochat/attempt_{attempt}", store), "rank": rank, "world_size": world_size}
 
 
 def keep_compiled() -> None:
@@ -281,6 +313,24 @@ def from_rank0(value):
     return gather_ranks(value)[0]
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """Wait for all ranks at the end of the block. If it raises `UserError` on one of them, every rank raises one, so
+    that none waits for another that has stopped."""
+    failure = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    found = gather_ranks((this_host(), failure and str(failure)))
+    if failure is not None:
+        raise failure
+    num_hosts = len({host for host, _ in found})
+    for rank, ((_, name), message) in enumerate(found):
+        if message is not None:
+            raise UserError(f"process {rank}{f' on host {name}' if num_hosts > 1 else ''}: {message}")
+
+
 def print0(*args, **kwargs) -> None:
     """`print` on rank 0 only, flushed so that the log of a long run can be followed."""
     if int(os.environ.get("RANK", "0")) == 0:
@@ -296,8 +346,8 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_main(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
-    """Run a script. A `UserError` ends it with one line on stderr and exit status 2, Ctrl-C with status 130; in every
-    case the process group is closed."""
+    """Run a script. A `UserError` ends it with one line on stderr and exit status 2, Ctrl-C with status 130, the loss
+    of a host with a line and status 1; in every other case the process group is closed."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         main(parse_args())
@@ -307,6 +357,12 @@ def run_main(main: Callable[[argparse.Namespace], None], parse_args: Callable[[]
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         sys.exit(130)
+    except RuntimeError:
+        if Watch.current is not None:
+            Watch.current.end_if_lost()
+        raise
     finally:
+        if Watch.current is not None:
+            Watch.current.close()
         if dist.is_initialized():
             dist.destroy_process_group()

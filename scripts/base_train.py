@@ -13,14 +13,15 @@ import argparse
 import torch
 
 from nanochat.checkpoint import check_tokenizer, resumable, run_dir, step_dir
-from nanochat.common import add_runtime_flags, from_rank0, init_runtime, print0, run_main
+from nanochat.common import add_runtime_flags, from_rank0, init_runtime, join_ranks, print0, run_main, together
 from nanochat.data.dataloader import TextLoader
 from nanochat.data.dataset import DEFAULT_DATA
-from nanochat.data.run_shards import run_shards
+from nanochat.data.run_shards import check_same_shards, run_shards
 from nanochat.evals.core_bundle import fetch_bundle
 from nanochat.evals.core_eval import evaluate_core
 from nanochat.evals.loss_eval import SAMPLE_PROMPTS, evaluate_split, sample_completions
 from nanochat.flags import COUNT, FREE, POSITIVE, RUN_FLAGS, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
+from nanochat.hosts import check_hosts_agree
 from nanochat.model.gpt import build_model
 from nanochat.model.load import load_weights
 from nanochat.tokenizer import Tokenizer, tokenizer_dir
@@ -83,16 +84,20 @@ def main(args: argparse.Namespace) -> None:
         pretraining.dry_run(args)
         return
     folder = run_dir("base", args.model_tag or f"d{args.depth}")
+    join_ranks(args.device_type)
     resumed = resumable(folder, args, free_on_resume(FLAGS))
     runtime = init_runtime(args.device_type, args.dtype or resumed.get("dtype", ""), trains=True)
     device = runtime.device
     print0(f"{runtime}, {folder.name}")
 
     # inputs
-    tokenizer = Tokenizer.load(tokenizer_dir())
-    if resumed:
-        check_tokenizer(tokenizer, resumed, step_dir(folder, resumed["step"]))
-    paths, shards = run_shards(args.data, resumed.get("shards"))
+    with together():
+        tokenizer = Tokenizer.load(tokenizer_dir())
+        if resumed:
+            check_tokenizer(tokenizer, resumed, step_dir(folder, resumed["step"]))
+        paths, shards = run_shards(args.data, resumed.get("shards"))
+    check_hosts_agree("the tokenizer", {"vocabulary": tokenizer.fingerprint}, f"copy {tokenizer_dir()} there")
+    check_same_shards(args.data, shards)
 
     # model
     config = pretraining.model_config(args, tokenizer.vocab_size)

@@ -14,13 +14,14 @@ import math
 import time
 from collections.abc import Sequence
 
-from nanochat.common import UserError, add_runtime_flags, print0, run_main
+from nanochat.common import UserError, add_runtime_flags, join_ranks, print0, run_main, together
 from nanochat.data.chat_loader import hold_out
 from nanochat.engine.engine import Engine
 from nanochat.engine.inference import add_weights_flag
 from nanochat.engine.sampling import Sampling
 from nanochat.evals.chat_eval import prompt_budget
 from nanochat.flags import COUNT, FREE, POSITIVE, RUN_FLAGS, ZERO_OR_MORE, Flag, Range, free_on_resume, parse, shared
+from nanochat.hosts import check_hosts_agree
 from nanochat.training import rl, schedule
 from nanochat.training.finetuning import load_start
 from nanochat.training.loop import make_optimizer
@@ -141,7 +142,9 @@ def log(run: TrainingRun, step: int, loss: float, numbers: dict[str, float], sec
 
 def main(args: argparse.Namespace) -> None:
     # data
-    train, val = load_questions(args.tasks or ("" if args.data else "GSM8K"), args.data)
+    join_ranks(args.device_type)
+    with together():
+        train, val = load_questions(args.tasks or ("" if args.data else "GSM8K"), args.data)
 
     # runtime, model, tokenizer
     start = load_start("rl", args, free_on_resume(FLAGS))  # not compiled: no two steps have the same shapes
@@ -151,6 +154,7 @@ def main(args: argparse.Namespace) -> None:
     # questions
     max_prompt = prompt_budget("generative", model.config.sequence_len, args.max_tokens)
     questions = rl.Questions(train, tokenizer, max_prompt, seed=args.seed)
+    check_hosts_agree("the questions", {"text": questions.digest.hex()}, "give all hosts the same data")
     print0(f"{len(questions):,} questions, {questions.num_left_out:,} left out as too long for the context")
     num_val, val_questions = 0, []
     if args.eval_every and len(val):

@@ -12,7 +12,7 @@ mean over the assistant's tokens of a whole step. Tasks are evaluated on validat
 import argparse
 from collections.abc import Sequence
 
-from nanochat.common import add_runtime_flags, print0, run_main
+from nanochat.common import add_runtime_flags, join_ranks, print0, run_main, together
 from nanochat.engine.engine import Engine
 from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task
 from nanochat.evals.chat_results import chat_core
@@ -62,7 +62,9 @@ def accuracies(run: TrainingRun, tasks: Sequence[Task], settings: EvalSettings) 
 
 def main(args: argparse.Namespace) -> None:
     # data
-    train, val = load_corpus(args.data, SFT_MIXTURES, seed=args.seed, max_conversations=args.max_conversations)
+    join_ranks(args.device_type)
+    with together():
+        train, val = load_corpus(args.data, SFT_MIXTURES, seed=args.seed, max_conversations=args.max_conversations)
     chat_every = args.chat_every
     if chat_every is None:
         chat_every = CHAT_EVERY if MIXTURE in args.data else 0

@@ -11,7 +11,7 @@ assistant's text enters the loss; questions and tool results are context.
 
 import argparse
 
-from nanochat.common import add_runtime_flags, run_main
+from nanochat.common import add_runtime_flags, join_ranks, run_main, together
 from nanochat.flags import RUN_FLAGS, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
 from nanochat.training.finetuning import start_run, validate_if_due
 from tasks.mixtures import MID_MIXTURES, load_corpus
@@ -33,7 +33,9 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     # data
-    train, val = load_corpus(args.data, MID_MIXTURES, seed=args.seed, max_conversations=args.max_conversations)
+    join_ranks(args.device_type)
+    with together():
+        train, val = load_corpus(args.data, MID_MIXTURES, seed=args.seed, max_conversations=args.max_conversations)
 
     # runtime, model, optimizer, schedules
     run, val_rows = start_run("mid", args, free_on_resume(FLAGS), train, val)

@@ -244,6 +244,16 @@ def test_a_run_goes_on_with_the_very_next_row_at_another_world_size(packed, befo
     assert rows == global_rows(make_world(packed, 1, 1), len(rows))
 
 
+def test_four_two_one_and_again_four_ranks_read_every_conversation_of_an_epoch_once(packed, tokenizer):
+    world, rows, options = make_world(packed, 1, 4, epochs=1, step_rows=4), [], {"epochs": 1, "step_rows": 4}
+    for world_size in (2, 1, 4):
+        rows += global_rows(world, 4 // len(world))
+        world = resume(packed, world, 1, world_size, **options)
+    rows += global_rows(world)
+    assert rows == global_rows(make_world(packed, 1, 1, **options))
+    assert conversations_of(rows, tokenizer.bos_id) == rendered(CONVERSATIONS, tokenizer)
+
+
 def test_other_conversations_or_another_order_are_refused(packed, tokenizer):
     world = make_world(packed)
     changed = pack_conversations([*CONVERSATIONS[:-1], make_conversation(random.Random(99), 8)], tokenizer, T)

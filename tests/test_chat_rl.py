@@ -112,6 +112,20 @@ def test_several_processes_train_like_one(workplace, num_processes):
     assert [found[key] for key in exact] == [expected[key] for key in exact]
 
 
+@pytest.mark.slow
+def test_four_two_one_and_again_four_processes_answer_the_questions_of_one(workplace):
+    base = workplace.copy_part("elastic", "sft_checkpoints")
+    for step, num_processes in enumerate((4, 2, 1, 4), start=1):
+        signal = SIGNAL_AFTER_UPDATE.format(step=step)
+        flags, options = [*TINY, "--resume"], {"base": base, "num_processes": num_processes}
+        ended = workplace.run("scripts.chat_rl", *flags, before=ODD + signal, **options)
+        assert ended.status == (0 if step == LAST else 143), ended
+    found, expected = metrics(base, "rl"), metrics(workplace.base, "rl")
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    exact = [key for key in expected if key[1] in ("reward", "rollout_tokens", "train_tokens")]
+    assert [found[key] for key in exact] == [expected[key] for key in exact]
+
+
 def test_without_a_difference_in_reward_nothing_changes(workplace):
     base = workplace.copy_part("equal", "sft_checkpoints")
     workplace.run_well("scripts.chat_rl", *TINY, base=base)  # a random model never writes the right number

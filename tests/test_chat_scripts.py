@@ -7,7 +7,16 @@ from contextlib import contextmanager
 import pytest
 from conftest import WORDS
 from test_chat_loader import make_conversations
-from test_scripts import assert_refused, hashes, metrics, records, run_folder, save_random_model, working_in
+from test_scripts import (
+    assert_refused,
+    check_elastic,
+    hashes,
+    metrics,
+    records,
+    run_folder,
+    save_random_model,
+    working_in,
+)
 
 TINY = (
     "--device-type cpu --dtype float32 --total-batch-size 512 --device-batch-size 2 --num-steps 6 --save-every 3 "
@@ -117,6 +126,17 @@ def test_two_processes_train_like_one(workplace):
     base = workplace.copy_part("two", "base_checkpoints")
     workplace.run_well("scripts.mid_train", *TINY, *OWN, base=base, num_processes=2)
     assert metrics(base, "mid") == pytest.approx(metrics(workplace.base, "mid"), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "source"), [("mid_train", "mid"), ("chat_sft", "sft")])
+def test_four_two_one_and_again_four_processes_read_the_conversations_of_one(workplace, stage, source):
+    def run(base, before, num_processes, *flags):
+        flags, options = (*TINY, *OWN, "--source", "base", *flags), {"base": base, "num_processes": num_processes}
+        return workplace.run(f"scripts.{stage}", *flags, before=before, **options)
+
+    rows = check_elastic(workplace, run, (1, 2, 4), LAST, name=stage, source=source)
+    assert len(rows) == LAST * 512 // 64
 
 
 def test_an_epoch_is_the_default_and_the_batch_then_small(workplace):

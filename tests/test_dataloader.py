@@ -377,6 +377,16 @@ def test_an_epoch_resumed_at_another_world_size_still_holds_every_token_once(pat
         assert_epochs_are_whole(rows, LENGTHS, 1)
 
 
+def test_four_two_one_and_again_four_ranks_read_every_document_of_an_epoch_once(paths):
+    world, rows = make_world(paths, 2, 4, epochs=1), []
+    for world_size in (2, 1, 4):
+        rows += rows_in_order(world, 16)
+        world = resume(paths, world, 2, world_size, epochs=1)
+    rows += [row for ranks in rows_by_rank(world) for row in ranks]
+    assert_epochs_are_whole(rows, LENGTHS, 1)
+    assert sorted(rows) == sorted(rows_by_rank(make_world(paths, 1, 1, epochs=1))[0])
+
+
 def test_a_world_size_that_cannot_share_the_streams_and_another_sequence_length_are_refused(paths):
     for before, after in ((1, 3), (8, 5), (3, 2), (5, 3), (1, 16)):
         with pytest.raises(UserError, match=rf"{after} processes cannot share"):

@@ -207,6 +207,10 @@ def test_every_question_is_asked_once_an_epoch_by_one_rank_and_others_are_not_re
     parts = [questions_of(tokenizer, seed=3).take(32, 16, rank=rank, world_size=3) for rank in range(3)]
     merged = sorted((q.index, q.conversation["messages"][0]["content"]) for part in parts for q in part)
     assert merged == [(i, numbers[i]) for i in range(32, 48)]
+    sizes = (4, 2, 1, 4)  # ranks of one step after another
+    steps = [one.take(10 * i, 10, rank=r, world_size=n) for i, n in enumerate(sizes) for r in range(n)]
+    assert sorted(question.index for part in steps for question in part) == list(range(40))
+    assert {question.conversation["messages"][0]["content"] for part in steps for question in part} == set(numbers[:40])
     one.load_state_dict([questions_of(tokenizer, seed=3).state_dict()] * 2)
     with pytest.raises(UserError, match="not those of the run being resumed"):
         one.load_state_dict([questions_of(tokenizer, seed=1).state_dict()])

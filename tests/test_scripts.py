@@ -439,14 +439,43 @@ def test_two_processes_under_torchrun_have_the_losses_of_one_which_can_take_over
     assert losses(base) == pytest.approx(expected, rel=1e-5)
 
 
-def test_two_and_then_four_processes_take_over_from_one(workplace):
-    expected, base = losses(workplace.base), workplace.copy_base("taken_over", first_steps=3)
-    for num_processes, first_step in ((2, 3), (4, 6)):
-        ended = workplace.train("--resume", base=base, num_processes=num_processes)
-        assert ended.status == 0, ended
-        assert f"resumed at step {first_step}" in ended.stdout
-        assert losses(base) == pytest.approx(expected, rel=1e-5)
-        shutil.rmtree(run_folder(base) / f"step_{LAST:06d}")
+RECORD_ROWS = """
+from nanochat.training.run import TrainingRun
+update = TrainingRun.update
+def update_and_record(self, step, batches):
+    rows = [row for batch in batches for row in batch.idx.tolist()]
+    with open("{path}", "a") as file:
+        file.write("".join(json.dumps([step, row]) + chr(10) for row in rows))
+    return update(self, step, batches)
+TrainingRun.update = update_and_record
+"""
+
+
+def check_elastic(place, run, stops, last, *, name, source):
+    """Run a stage, with `run(base, before, num_processes, *flags)`, on 4, 2, 1 and again 4 processes, each but the last
+    stopped by a signal after the step in `stops`: the same rows in the same steps as of one process, and its numbers.
+    """
+    part = {"base": "tokenizer", "mid": "base_checkpoints", "sft": "base_checkpoints"}[source]
+    whole, base = (place.copy_part(f"{name}_{kind}", part) for kind in ("whole", "elastic"))
+    records = [place.folder / f"{name}_{kind}.jsonl" for kind in ("whole", "elastic")]
+    assert run(whole, RECORD_ROWS.format(path=records[0]), 1).status == 0
+    for num_processes, first, stop in zip((4, 2, 1, 4), (0, *stops), (*stops, last), strict=True):
+        before = RECORD_ROWS.format(path=records[1]) + SIGNAL_AFTER_LOGGING.format(step=stop, rank=0, name="SIGTERM")
+        ended = run(base, before, num_processes, "--resume")
+        assert ended.status == (0 if stop == last else 143), ended
+        assert f"resumed at step {first}" in ended.stdout or not first
+    assert metrics(base, source) == pytest.approx(metrics(whole, source), rel=1e-4)
+    one, many = (sorted(map(json.loads, path.read_text().splitlines())) for path in records)
+    assert one == many
+    return one
+
+
+def test_four_two_one_and_again_four_processes_read_the_documents_of_one(workplace):
+    def run(base, before, num_processes, *flags):
+        return workplace.train(*flags, base=base, before=before, num_processes=num_processes)
+
+    rows = check_elastic(workplace, run, (2, 4, 6), LAST, name="base", source="base")
+    assert len(rows) == LAST * 256 // 32
 
 
 def test_processes_that_cannot_share_the_data_are_refused_with_one_line_each(workplace):

@@ -33,9 +33,11 @@ from torch import Tensor
 from nanochat.common import Runtime, UserError, gather_ranks
 from nanochat.data import chat
 from nanochat.data.dataloader import Batch, make_batch
+from nanochat.hosts import check_hosts_agree
 from nanochat.tokenizer import Tokenizer
 
 CHOICE = 1024  # conversations a row is chosen from: of rows of 512 of the mid mixture, 0.9 % is then padding
+COMPARED = 64  # conversations at most that are compared between hosts
 HELD_OUT_SHARE = 0.05  # of conversations that come without a validation split
 
 Conversations = Sequence[Mapping[str, Any]]
@@ -68,7 +70,10 @@ class Rows:
 
 def pack_conversations(conversations: Conversations, tokenizer: Tokenizer, sequence_len: int) -> Rows:
     """Measure `conversations` and pack them. With a process group every rank must call this, and each measures a part.
-    Raises `UserError`, on every rank alike, for a conversation that is not in order."""
+    Raises `UserError`, on every rank alike, for a conversation that is not in order, or when hosts have others."""
+    sample = [conversations[i] for i in range(0, len(conversations), 1 + len(conversations) // COMPARED)]
+    facts = {"number": len(conversations), "text": hashlib.sha256(json.dumps(sample).encode()).hexdigest()}
+    check_hosts_agree("the conversations", facts, "give all hosts the same data")
     table = _measure_all(conversations, tokenizer, sequence_len + 1)
     lengths = table[:, 0]
     return Rows(

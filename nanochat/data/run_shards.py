@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, print0
 from nanochat.data.dataset import FETCH, data_dir, shard_paths
+from nanochat.hosts import check_hosts_agree
 
 SPLITS = ("train", "val")
 TRAILER_BYTES = 8  # of a parquet file: the length of the footer before it, and a magic word
@@ -61,6 +62,14 @@ def check_unchanged(data: str, folder: Path, note: Mapping) -> None:
     if faults:
         remedy = f"put back what was in {folder} (for a hub repository run {FETCH} --data {data}), or begin a new run"
         raise UserError(f"the shards of {data} are not those of the run being continued: {_some(faults)}; {remedy}")
+
+
+def check_same_shards(data: str, note: Note) -> None:
+    """Raise `UserError`, on every rank, unless the shards of `note` are the same on all hosts, which need not share a
+    disk."""
+    facts = {shard["name"]: (split, shard["size"], shard["footer"]) for split in SPLITS for shard in note[split]}
+    remedy = f"run {FETCH} --data {data} there, with the same -n, or copy the files"
+    check_hosts_agree(f"the shards of {data}", facts, remedy)
 
 
 def _changes(folder: Path, before: Mapping[str, list[Path]], now: Mapping[str, list[Path]]) -> list[str]:

@@ -9,8 +9,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.checkpoint import find_checkpoint, load_tokenizer, read_meta, resumable, run_dir, step_dir
-from nanochat.common import Runtime, UserError, from_rank0, init_runtime, print0
+from nanochat.checkpoint import fetch, find_on_hosts, load_tokenizer, read_meta, resumable, run_dir, step_dir
+from nanochat.common import Runtime, UserError, init_runtime, join_ranks, print0
 from nanochat.data.chat_loader import ChatLoader, Conversations, Rows, pack_conversations, validation_batches
 from nanochat.evals.loss_eval import evaluate_bpb
 from nanochat.model.gpt import GPT
@@ -45,15 +45,20 @@ def load_start(stage: str, args: argparse.Namespace, free: Collection[str], *, c
     free: names of the flags that may differ from those of a resumed run. compile_trunk: on a GPU, compile the model;
     for stages whose micro-steps all have one shape.
     """
-    source = None if args.output_tag or args.model_tag else find_checkpoint(args.source, step=args.step)
+    join_ranks(args.device_type)
+    source, rank = None, 0
+    if not (args.output_tag or args.model_tag):
+        source, rank = find_on_hosts(args.source, step=args.step)
     folder = run_dir(stage, args.output_tag or args.model_tag or source.parent.name)
     resumed = resumable(folder, args, free)
     runtime = init_runtime(args.device_type, args.dtype or resumed.get("dtype", ""), trains=True)
     if resumed:
         origin = step_dir(folder, resumed["step"])
     else:
-        origin = source or find_checkpoint(args.source, model_tag=args.model_tag, step=args.step)
-        origin = from_rank0(origin)  # a new one may appear meanwhile
+        if source is None:
+            source, rank = find_on_hosts(args.source, model_tag=args.model_tag, step=args.step)
+        origin = source
+        fetch(origin, rank)
     meta = resumed or read_meta(origin)
     model, tokenizer = load_weights(origin, meta, runtime), load_tokenizer(origin, meta)
     if args.recompute:

@@ -56,14 +56,14 @@ class Agreement:
     """The largest of a few numbers over all ranks. It travels between the hosts, so no GPU is waited for."""
 
     def __init__(self, runtime: Runtime):
-        self._group = dist.new_group(backend="gloo", timeout=RANK_WAIT) if runtime.world_size > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=RANK_WAIT) if runtime.world_size > 1 else None
 
     def largest(self, *numbers: int) -> tuple[int, ...]:
         """Each of `numbers` as the largest that any rank has; every rank must call this."""
-        if self._group is None:
+        if self.group is None:
             return tuple(map(int, numbers))
         shared = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.group)
         return tuple(shared.tolist())
 
 

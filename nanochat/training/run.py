@@ -74,7 +74,10 @@ class TrainingRun:
             self.folder / "metrics.jsonl", runtime, run_name=args.run, settings=vars(args),
             wandb_id=self.resumed.get("wandb_id"),
         )  # fmt: skip
-        self.saver = Saver(self.folder, runtime, keep_last=args.keep_last, keep_every=args.keep_every)
+        self.agreement = Agreement(runtime)
+        self.saver = Saver(
+            self.folder, runtime, keep_last=args.keep_last, keep_every=args.keep_every, group=self.agreement.group
+        )
         if self.resumed:
             self._restore(step_dir(self.folder, self.resumed["step"]), self.resumed)
         self.metrics.rewind(self.first_step)
@@ -83,7 +86,7 @@ class TrainingRun:
         self.log.val_bpb = self.results.get("val_bpb")
         self._check_disk()
         self.status = Status(self.folder, runtime, plan.num_steps)
-        self.stop_signals, self.agreement = StopSignals(is_main=runtime.is_main), Agreement(runtime)
+        self.stop_signals = StopSignals(is_main=runtime.is_main)
 
     def _restore(self, folder: Path, meta: Mapping) -> None:
         self.optimizer.load_state_dict(load_rank_states(folder, meta, "optimizer"))

@@ -9,15 +9,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from threading import Thread
 
+import torch.distributed as dist
+
 from nanochat.checkpoint import Draft, delete_steps, list_steps
 from nanochat.common import Runtime, UserError, from_rank0, gather_ranks, print0
+from nanochat.hosts import ranks_apart
 
 
 class Saver:
     """Writes the checkpoints of a run in a thread, one after another. Of the older ones it deletes all but the newest
-    `keep_last` (0: none are deleted) and those of every `keep_every`-th step."""
+    `keep_last` (0: none are deleted) and those of every `keep_every`-th step. `group` joins all ranks by gloo, for what
+    travels to rank 0 from hosts that do not share its disk."""
 
-    def __init__(self, run: Path, runtime: Runtime, *, keep_last: int, keep_every: int):
+    def __init__(
+        self, run: Path, runtime: Runtime, *, keep_last: int, keep_every: int, group: dist.ProcessGroup | None = None
+    ):
+        self._apart = {"apart": ranks_apart(run), "group": group}
         self.run, self.runtime, self.keep_last, self.keep_every = run, runtime, keep_last, keep_every
         self.last_saved: int | None = None  # the step of the last checkpoint, once it is complete
         self.started = time.monotonic()  # when the last one was begun
@@ -35,7 +42,7 @@ class Saver:
         before it is completed first. Every rank calls this."""
         self.finish()
         self._step, self.started = step, time.monotonic()
-        self._draft = Draft(self.run, step, runtime=self.runtime, **parts)
+        self._draft = Draft(self.run, step, runtime=self.runtime, **self._apart, **parts)
         self._thread = Thread(target=self._draft.write, name="checkpoint writer")
         self._thread.start()
 
