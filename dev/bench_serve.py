@@ -49,7 +49,8 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     print(
-        "clients  max rows   tokens/s   first token s p50 / p99   between tokens ms p50 / p99    GB/s  bandwidth  of FLOPs"
+        "clients  max rows   tokens/s   first token s p50 / p99   between tokens ms p50 / p99"
+        "    GB/s  bandwidth  of FLOPs"
     )
     results = []
     with serve(args, args.max_rows) as server:
