@@ -3,8 +3,9 @@
     python dev/bench_engine.py                                                      # everything
     python dev/bench_engine.py --depth 6 --batch 1 --prompt 64 --against hf         # a single cell
     python dev/bench_engine.py --depth 4 --batch 1 --against --source base          # also the loss of bfloat16 and int8
+    python dev/bench_engine.py --architecture recipe --against --arrival 2000       # a long prompt joins 64 rows
 
-All contenders run the same random weights of the October 2025 architecture and decode greedily, in turns, each after a
+All contenders run the same random weights and decode greedily, in turns, each after a
 warm-up. Their ids are compared with those of the engine in float32: at the first difference in a row, the logits of
 the two candidates must be equal up to rounding, or the run fails.
 
@@ -12,12 +13,15 @@ the two candidates must be equal up to rounding, or the run fails.
     decode       tokens per second of all rows together, while all of them decode
     x HF         median decode speed relative to Hugging Face in float32
     overall      all new tokens over the total time, prefill included
-    bandwidth    share of the measured memory bandwidth that decoding uses, reading the weights once and the keys and
-                 values of every row; over 100 % if they fit in the processor's cache
+    of FLOPs     share of the device's peak that the operations of prefill reach; "-" where that is not known
+    GB/s         what decoding must read (`roofline.py`): the weights once, of every row the keys and values it sees
+    bandwidth    share of the device's memory bandwidth, or where that is not known, of the bandwidth measured; over
+                 100 % if all fits in the processor's cache
 
 The loop without a cache generates only a few tokens, since each is a pass over the whole sequence; more would make it
-look worse. Below the table: N samples of one prompt, which is read once, and the loss that smaller weights add,
-measured through the decode pass, on a checkpoint if one is chosen, else on random weights (which says little).
+look worse. Below the table: the longest pause of rows that decode while a long prompt arrives (`--arrival`), first with
+whatever has to be prepared, then again; N samples of one prompt, which is read once; and the loss that smaller weights
+add, measured through the decode pass, on a checkpoint if one is chosen, else on random weights (which says little).
 """
 
 import argparse
@@ -28,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -36,13 +41,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dev.roofline import ARCHITECTURES, Form, decode_bytes, peaks, prefill_flops, share, shown
 from nanochat.checkpoint import add_checkpoint_flags
 from nanochat.common import Runtime, UserError, init_runtime, run_main
 from nanochat.data.dataset import document_batches, shard_paths
 from nanochat.engine.engine import Engine
 from nanochat.engine.inference import INT8_MAX_ROWS, WEIGHTS, InferenceModel, Piece
 from nanochat.engine.sampling import Sampling
-from nanochat.model.gpt import GPT, GPTConfig, build_model
+from nanochat.model.gpt import GPT, build_model
 from nanochat.model.hf import save_hf
 from nanochat.model.load import LoadedModel, load_model
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
@@ -51,6 +57,7 @@ BANDWIDTH_SHAPE = (8192, 8192)  # of float32: 256 MiB, far beyond any cache
 TIE = 1e-4  # logits closer than this are equal up to rounding
 WARMUP_TOKENS = 8
 QUALITY_ROWS = INT8_MAX_ROWS  # so that the packed 8-bit weights are measured
+ARRIVAL_PROMPT, ARRIVAL_STEPS = 64, 16  # tokens of the rows that decode, steps before the long prompt and after it
 PREFIX_PROMPT, PREFIX_TOKENS = 256, 8  # tokens of the shared prompt and of each sample
 OTHERS = ("naive", "hf", "hf-bfloat16")
 DEFAULT_WEIGHTS = {"cpu": ["float32", "bfloat16", "int8"]}
@@ -64,6 +71,7 @@ def parse_args() -> argparse.Namespace:
     add("--device-type", default="", help="cuda, mps or cpu (default: the best one present)")
     # what is measured
     add("--depth", type=int, nargs="+", default=[4, 6, 12], help="depths to measure, one after another")
+    add("--architecture", default="october", choices=ARCHITECTURES, help="Hugging Face has the october one only")
     add("--batch", type=int, nargs="+", default=[1, 8, 32], help="rows that decode at once")
     add("--prompt", type=int, nargs="+", default=[64, 256], help="tokens of a prompt")
     add("--new-tokens", type=int, default=128, help="tokens generated for each prompt")
@@ -73,6 +81,8 @@ def parse_args() -> argparse.Namespace:
     add("--naive-tokens", type=int, default=4, help="tokens that the loop without a cache generates")
     add("--naive-max", type=int, default=2048, help="prompt tokens of a batch beyond which that loop is left out")
     add("--repeats", type=int, default=3)
+    add("--arrival", type=int, default=0, help="tokens of a prompt that arrives while rows decode; 0 leaves that out")
+    add("--arrival-rows", type=int, default=64, help="rows that decode then")
     add("--samples", type=int, default=16, help="samples of one prompt; 0 leaves that part out")
     # quality
     add_checkpoint_flags(parser)
@@ -98,12 +108,12 @@ class Run:
 
 @dataclass
 class Contender:
-    """`generate(prompts, num_tokens)` continues prompts (B, T). Bytes are those that a decode step reads."""
+    """`generate(prompts, num_tokens)` continues prompts (B, T), computing in `dtype`; no `form`: no cache."""
 
     name: str
     generate: Callable[[Tensor, int], Run]
-    bytes_per_weight: float
-    bytes_per_key: float
+    dtype: torch.dtype
+    form: Form | None
     max_tokens: int
     prefill: list[float] = field(default_factory=list)  # tokens per second of each repeat
     decode: list[float] = field(default_factory=list)
@@ -116,7 +126,8 @@ def engine_contender(
 ) -> Contender:
     engine = Engine(model, tokenizer, max_rows=num_rows, weights=weights)
     is_packed = weights == "int8" and num_rows <= INT8_MAX_ROWS
-    size = 1 if is_packed else engine.model.dtype.itemsize
+    dtype = engine.model.dtype
+    form = Form(1 if is_packed else dtype.itemsize, dtype.itemsize)
 
     def generate(prompts: Tensor, num_tokens: int) -> Run:
         sampling = Sampling(max_tokens=num_tokens, temperature=0.0, use_tool=False)
@@ -136,7 +147,7 @@ def engine_contender(
         (since, before), (until, after) = (window[0], window[-1]) if window else ((0.0, 0), (0.0, 0))
         return Run([request.completions[0].ids for request in requests], seconds, after - before, until - since)
 
-    return Contender(f"engine {weights}", generate, size, engine.model.dtype.itemsize, num_tokens)
+    return Contender(f"engine {weights}", generate, dtype, form, num_tokens)
 
 
 def naive_contender(model: GPT, num_tokens: int) -> Contender:
@@ -152,8 +163,7 @@ def naive_contender(model: GPT, num_tokens: int) -> Contender:
         seconds = time.perf_counter() - begin
         return Run(ids, seconds, idx[:, prompts.size(1) :].numel(), seconds)
 
-    size = model.compute_dtype.itemsize
-    return Contender(f"no cache {dtype_name(model.compute_dtype)}", generate, size, 0, num_tokens)
+    return Contender(f"no cache {dtype_name(model.compute_dtype)}", generate, model.compute_dtype, None, num_tokens)
 
 
 def hf_contender(model: GPT, tokenizer: Tokenizer, dtype: torch.dtype, runtime: Runtime, num_tokens: int) -> Contender:
@@ -188,7 +198,7 @@ def hf_contender(model: GPT, tokenizer: Tokenizer, dtype: torch.dtype, runtime: 
         seconds = time.perf_counter() - begin
         return Run(ids, seconds, prompts.size(0) * (len(times) - 1), times[-1] - times[0])
 
-    return Contender(f"HF {dtype_name(dtype)}", generate, dtype.itemsize, dtype.itemsize, num_tokens)
+    return Contender(f"HF {dtype_name(dtype)}", generate, dtype, Form(dtype.itemsize, dtype.itemsize), num_tokens)
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -243,13 +253,6 @@ def measured_bandwidth(runtime: Runtime, repeats: int = 5) -> float:
     return matrix.numel() * matrix.element_size() / fastest
 
 
-def decode_bytes(config: GPTConfig, contender: Contender, num_rows: int, num_keys: float) -> float:
-    """Bytes a decode step has to read: matrices and head once, `num_keys` keys and values per row."""
-    weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
-    keys = 2 * config.n_layer * config.kv_dim * num_keys * num_rows
-    return weights * contender.bytes_per_weight + keys * contender.bytes_per_key
-
-
 def synchronize(runtime: Runtime) -> None:
     if runtime.is_cuda:
         torch.cuda.synchronize()
@@ -263,15 +266,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def random_model(depth: int, args: argparse.Namespace, runtime: Runtime) -> GPT:
-    """An October 2025 model in float32. Its output projections, initially zero, are random: every part matters."""
-    longest = max(max(args.prompt), PREFIX_PROMPT) + args.new_tokens
-    config = GPTConfig.october_2025(depth, vocab_size=args.vocab_size, sequence_len=longest)
+    """A model in float32. Its output projections and smear, initially zero, are random: every part matters."""
+    longest = max(max(args.prompt) + args.new_tokens, PREFIX_PROMPT + args.new_tokens, args.arrival + ARRIVAL_PROMPT)
+    config = ARCHITECTURES[args.architecture](depth, vocab_size=args.vocab_size, sequence_len=longest)
     generator = torch.Generator(runtime.device).manual_seed(0)
     model = build_model(config, device=runtime.device, generator=generator).eval().requires_grad_(False)
     for block in model.h:
         for matrix in (block.attn.c_proj.weight, block.mlp.c_proj.weight):
             matrix.normal_(0.0, matrix.size(1) ** -0.5, generator=generator)
     model.lm_head.weight.normal_(0.0, 0.05, generator=generator)
+    if config.smear:
+        model.smear_lambda.fill_(0.3)
     return model
 
 
@@ -328,8 +333,6 @@ def result_row(
 ) -> dict:
     num_rows, length = prompts.shape
     named = {other.name: other for other in contenders}
-    steps_per_second = statistics.median(contender.decode) / num_rows
-    num_bytes = decode_bytes(model.config, contender, num_rows, length + contender.max_tokens / 2)
     row = {
         "depth": model.config.n_layer,
         "batch": num_rows,
@@ -337,11 +340,20 @@ def result_row(
         "contender": contender.name,
         "decode_tokens_per_second": spread(contender.decode),
         "overall_tokens_per_second": spread(contender.overall),
-        "bandwidth_gb_per_second": bandwidth / 1e9,
+        "measured_gb_per_second": bandwidth / 1e9,
     }
-    if contender.bytes_per_key:  # without a cache, prefill and decode are the same
-        row["prefill_tokens_per_second"] = spread(contender.prefill)
-        row["share_of_bandwidth"] = steps_per_second * num_bytes / bandwidth
+    if contender.form:  # without a cache, prefill and decode are the same
+        device = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
+        peak_bandwidth, peak_flops = peaks(device, contender.dtype)
+        moved = decode_bytes(model.config, contender.form, num_rows, length + contender.max_tokens / 2)
+        moved *= statistics.median(contender.decode) / num_rows
+        flops = prefill_flops(model.config, length) / length * statistics.median(contender.prefill)
+        row |= {
+            "prefill_tokens_per_second": spread(contender.prefill),
+            "share_of_flops": share(flops, peak_flops),
+            "gb_per_second": moved / 1e9,
+            "share_of_bandwidth": share(moved, peak_bandwidth or bandwidth),
+        }
     if "HF float32" in named:
         row["decode_over_hf"] = statistics.median(contender.decode) / statistics.median(named["HF float32"].decode)
     if "engine float32" in named:
@@ -355,8 +367,8 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 HEADING = (
-    "depth batch prompt  contender            prefill tok/s  decode tok/s       min to max       x HF float32   overall"
-    "  bandwidth  rows with the engine's ids"
+    "depth batch prompt  contender            prefill tok/s of FLOPs  decode tok/s       min to max       x HF float32"
+    "   overall    GB/s  bandwidth  rows with the engine's ids"
 )
 
 
@@ -370,15 +382,12 @@ def print_row(row: dict) -> None:
             same += f", parting at logits {row['largest_logit_gap']:.1e} apart"
     print(
         f"{row['depth']:>5} {row['batch']:>5} {row['prompt']:>6}  {row['contender']:<20} {shown(prefill, ',.0f'):>13}"
+        f" {shown(row.get('share_of_flops'), '.1%'):>8}"
         f" {decode['median']:>13,.1f} {decode['min']:>9,.1f} to {decode['max']:<9,.1f}"
         f" {shown(row.get('decode_over_hf'), '.2f'):>12} {row['overall_tokens_per_second']['median']:>9,.1f}"
-        f" {shown(row.get('share_of_bandwidth'), '.0%'):>10}  {same}",
+        f" {shown(row.get('gb_per_second'), ',.1f'):>7} {shown(row.get('share_of_bandwidth'), '.0%'):>10}  {same}",
         flush=True,
     )
-
-
-def shown(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def rounded(value):
@@ -388,6 +397,40 @@ def rounded(value):
     if isinstance(value, list):
         return [rounded(item) for item in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def arrival(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, weights: str) -> dict:
+    """The longest pause between two steps that gave tokens to the rows that decode, in ms, from before a long prompt
+    arrives until after its first token; the first time, and again."""
+    engine = Engine(model, tokenizer, max_rows=args.arrival_rows + 1, weights=weights)
+    random = torch.Generator().manual_seed(4)
+    sampling = Sampling(max_tokens=model.config.sequence_len, temperature=0.0, use_tool=False)
+    pauses = []
+    for _ in range(2):
+        shape = (args.arrival_rows, ARRIVAL_PROMPT)
+        prompts = torch.randint(args.vocab_size, shape, generator=random).tolist()
+        rows = [engine.submit(prompt, sampling, stop_ids=()) for prompt in prompts]
+        while not all(request.completions[0].tokens for request in rows):
+            engine.step()
+        long, steps_left, times = None, 2 * ARRIVAL_STEPS, []
+        while steps_left:
+            if steps_left == ARRIVAL_STEPS and long is None:
+                prompt = torch.randint(args.vocab_size, (args.arrival,), generator=random).tolist()
+                long = engine.submit(prompt, sampling, stop_ids=())
+            events = engine.step()
+            if any(event.request is not long for event in events):
+                times.append(time.perf_counter())
+                steps_left -= long is None or bool(long.completions[0].tokens)
+        pauses.append(max(1e3 * (after - before) for before, after in pairwise(times)))
+        for request in (*rows, long):
+            engine.cancel(request)
+        while engine.has_work:
+            engine.step()
+    first, again = pauses
+    print(f"{args.arrival_rows} rows decode, a prompt of {args.arrival:,} tokens arrives: longest pause "
+          f"{first:.1f} ms the first time, then {again:.1f} ms (engine {weights})", flush=True)  # fmt: skip
+    return {"arrival": args.arrival, "rows": args.arrival_rows, "depth": model.config.n_layer, "weights": weights,
+            "first_pause_ms": first, "pause_ms": again}  # fmt: skip
 
 
 def prefix_sharing(args: argparse.Namespace, runtime: Runtime, model: GPT, tokenizer: Tokenizer) -> dict:
@@ -477,6 +520,8 @@ def main(args: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("highest")  # TF32 would make ids differ that should be equal
     if min(args.new_tokens, args.naive_tokens) < 2 or min(args.repeats, *args.batch, *args.prompt, *args.depth) < 1:
         raise UserError("--new-tokens and --naive-tokens must be at least 2, the other counts at least 1")
+    if args.architecture != "october" and {"hf", "hf-bfloat16"} & set(args.against):
+        raise UserError("Hugging Face has the october architecture only; choose other contenders with --against")
     forms = args.weights or DEFAULT_WEIGHTS.get(runtime.device.type, OTHER_WEIGHTS)
     name = torch.cuda.get_device_name() if runtime.is_cuda else f"{torch.get_num_threads()} threads"
     print(f"{runtime.device.type}, {name}, torch {torch.__version__}, vocabulary {args.vocab_size:,}, "
@@ -487,6 +532,8 @@ def main(args: argparse.Namespace) -> None:
     for depth in args.depth:
         model = random_model(depth, args, runtime)
         rows += speed(args, runtime, model, tokenizer, forms)
+        if args.arrival:
+            notes.append(arrival(args, model, tokenizer, forms[-1]))
         if args.samples:
             notes.append(prefix_sharing(args, runtime, model, tokenizer))
         if args.quality_tokens and not args.source:

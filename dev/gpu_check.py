@@ -14,6 +14,7 @@ Exit status: 0 when every part that ran passed, else 1.
 """
 
 import argparse
+import asyncio
 import importlib.util
 import json
 import os
@@ -92,16 +93,19 @@ def train(tiny: bool, depth: int, *flags: object, rows: int = 32, tokens: int = 
     return dev("bench_train", "--depth", 2 if tiny else depth, *size, *flags)
 
 
-def engine(tiny: bool, depth: int, *batches: int) -> list[str]:
-    size = ("--prompt", 16, "--new-tokens", 8, "--vocab-size", 512, "--batch", 2)
+def engine(tiny: bool, depth: int, *batches: int, weights: tuple[str, ...], architecture: str) -> list[str]:
+    size = ("--prompt", 16, "--new-tokens", 8, "--vocab-size", 512, "--batch", 2, "--arrival-rows", 4, "--arrival", 300)
     if not tiny:
-        size = ("--prompt", 256, "--new-tokens", 128, "--batch", *batches)
+        size = ("--prompt", 256, "--new-tokens", 128, "--batch", *batches, "--arrival", 2000)
+    size += ("--architecture", architecture, "--weights", *weights)
     common = ("--against", "--samples", 0, "--quality-tokens", 0, "--repeats", 1)
     return dev("bench_engine", "--depth", 2 if tiny else depth, *size, *common)
 
 
 def serve(tiny: bool) -> list[str]:
-    size = ("--depth", 2, "--clients", 1, 4, "--reply-tokens", 8) if tiny else ("--depth", 12, "--clients", 1, 64)
+    size = ("--depth", 2, "--clients", 1, 4, "--reply-tokens", 8)
+    if not tiny:
+        size = ("--depth", 12, "--max-rows", 64, "--clients", 1, 64)
     return dev("bench_serve", *size)
 
 
@@ -127,6 +131,17 @@ def each_backend(tiny: bool) -> list[list[str]]:
     return [train(tiny, 12, "--attention", name) for name in names] + [train(tiny, 12, "--dtype", "fp8")]
 
 
+TARGETS = (  # of the engine: key in `print_targets`, what, in which direction, figure
+    ("rows 1", "d20, 1 row, tokens/s", ">=", 1500),
+    ("rows 32", "d20, 32 rows, tokens/s", ">=", 20000),
+    ("rows 128", "d20, 128 rows, tokens/s", ">=", 33000),
+    ("read 128", "d20, 128 prompts of 256 tokens read, ms", "<=", 160),
+    ("pause", "d20, 64 rows, a prompt of 2,000 arrives: pause, ms", "<=", 30),
+    ("first pause", "the same for the first time, ms", "<=", 1000),
+    ("gain", "64 clients over one after another, times tokens/s", ">=", 10),
+    ("chat", "first token of the chat in a terminal, s", "<=", 10),
+    ("server", "first token of the server, s", "<=", 10),
+)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 PARTS = [
     Part(
@@ -157,9 +172,14 @@ PARTS = [
     Part("again", "a second start at d12, what is compiled being kept", 60, lambda tiny: [train(tiny, 12, steps=2)]),
     Part("core", "CORE on made-up questions at d12", 60, inner("core")),
     Part(
-        "engine", "decode and prefill at d12 and d20", 90,
-        lambda tiny: [engine(tiny, 20, 1, 32, 128), engine(tiny, 12, 1, 32, 128)],
+        "engine", "decode, prefill and the arrival of a long prompt at d20; d12 beside its ids in float32", 120,
+        lambda tiny: [
+            engine(tiny, 20, 1, 32, 128, weights=("bfloat16",), architecture="recipe"),
+            engine(tiny, 12, 1, 32, 128, weights=("float32", "bfloat16"), architecture="october"),
+        ],
     ),
+    Part("start", "seconds until the first token of the chat and of the server", 90, inner("start"),
+         ("fastapi", "uvicorn")),
     Part("backends", "training at d12 with each attention backend, and in 8 bits", 240, each_backend, may_lack=True),
     Part(
         "d20", "training speed at d20, and in 8 bits", 180,
@@ -471,9 +491,27 @@ def bench_core(tiny: bool) -> None:
         subprocess.run(dev("bench_core", "--ways", "fast,loop", *size), cwd=ROOT, check=True)
 
 
+def time_start(tiny: bool) -> None:
+    """Seconds from the start of the server, then of the chat in a terminal, to the first token; the disk is warm."""
+    from random_server import ask, random_server
+
+    size = {"vocab_size": 512, "sequence_len": 256} if tiny else {"vocab_size": 32768, "sequence_len": 2048}
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}
+    with random_server(2 if tiny else 20, **size) as server:
+        answer = asyncio.run(ask(server.port, body))
+        print(json.dumps({"start": "server", "seconds": answer.times[0] - server.started}), flush=True)
+        server.process.terminate()  # the chat is to have the machine for itself
+        server.process.wait()
+        begin = time.perf_counter()
+        command = [PYTHON, "-m", "scripts.chat_cli", "--prompt", "Hello", "--max-tokens", "16"]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as chat:
+            chat.stdout.read(1)
+            print(json.dumps({"start": "chat", "seconds": time.perf_counter() - begin}), flush=True)
+
+
 INNER = {
     "pipeline": pipeline, "attention": time_attention, "loss": time_loss, "ranks": check_ranks,
-    "gloo": partial(check_ranks, backend="gloo"), "losses": compare_losses, "core": bench_core,
+    "gloo": partial(check_ranks, backend="gloo"), "losses": compare_losses, "core": bench_core, "start": time_start,
 }  # fmt: skip
 
 
@@ -521,6 +559,8 @@ def main(args: argparse.Namespace) -> int:
         with ThreadPoolExecutor(len(together)) as pool:
             outcomes += pool.map(partial(run_part, tiny=args.tiny, deadline=deadline), together)
     print_tables(outcomes)
+    if not args.tiny:
+        print_targets([figure for outcome in outcomes for figure in outcome.figures])
     print(json.dumps({"device": device, "torch": torch.__version__, "parts": [asdict(o) for o in outcomes]}))
     return int(any(outcome.status in ("failed", "out of time") for outcome in outcomes))
 
@@ -540,6 +580,28 @@ def print_tables(outcomes: list[Outcome]) -> None:
     print("\npart        status        seconds")
     for outcome in outcomes:
         print(f"{outcome.name:<11} {outcome.status:<12} {outcome.seconds:>8.1f}")
+
+
+def print_targets(figures: list[dict]) -> None:
+    """What was measured of the recipe's engine in bfloat16, beside what it shall reach on an H100."""
+    found: dict[str, float] = {}
+    for figure in figures:
+        if "notes" in figure and figure["settings"]["architecture"] == "recipe":  # of bench_engine
+            for row in figure["rows"]:
+                found[f"rows {row['batch']}"] = row["decode_tokens_per_second"]["median"]
+                tokens = row["batch"] * row["prompt"]
+                found[f"read {row['batch']}"] = 1e3 * tokens / row["prefill_tokens_per_second"]["median"]
+            for note in figure["notes"]:
+                found |= {"pause": note["pause_ms"], "first pause": note["first_pause_ms"]}
+        if "gain" in figure:
+            found["gain"] = figure["gain"]
+        if "start" in figure:
+            found[figure["start"]] = figure["seconds"]
+    print("\ntarget                                                      at      measured")
+    for key, about, sign, target in TARGETS:
+        if key in found:
+            is_met = found[key] >= target if sign == ">=" else found[key] <= target
+            print(f"{about:<54} {sign} {target:>7,}  {found[key]:>10,.1f}  {'met' if is_met else 'missed'}")
 
 
 if __name__ == "__main__":

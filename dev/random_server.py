@@ -22,9 +22,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dev.roofline import ARCHITECTURES
 from nanochat.checkpoint import run_dir, save_checkpoint
 from nanochat.common import Runtime
-from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.model.gpt import build_model
 from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +38,7 @@ TAG = "random"
 class Server:
     port: int
     process: subprocess.Popen
+    started: float  # `time.perf_counter`
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as response:
@@ -44,17 +46,21 @@ class Server:
 
 
 @contextmanager
-def random_server(depth: int, *flags: str, vocab_size: int, sequence_len: int) -> Iterator[Server]:
-    """A running server with its model loaded; `flags` are passed on to chat_web."""
+def random_server(
+    depth: int, *flags: str, vocab_size: int, sequence_len: int, architecture: str = "recipe"
+) -> Iterator[Server]:
+    """A running server with its model loaded; `flags` are passed on to chat_web. Until the end its checkpoint is the
+    newest in the base folder."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NANOCHAT_BASE_DIR"] = folder
-        _write_checkpoint(depth, vocab_size, sequence_len)
+        _write_checkpoint(depth, vocab_size, sequence_len, architecture)
         command = [sys.executable, "-m", "scripts.chat_web", "--model-tag", TAG, "--port", "0"]
         command += ["--access-log", str(Path(folder, "access.log")), *flags]
+        started = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         try:
             port = int(process.stdout.readline().rpartition(":")[2])
-            server = Server(port, process)
+            server = Server(port, process, started)
             _wait_until_loaded(server)
             yield server
         finally:
@@ -62,12 +68,12 @@ def random_server(depth: int, *flags: str, vocab_size: int, sequence_len: int) -
             process.wait(60)
 
 
-def _write_checkpoint(depth: int, vocab_size: int, sequence_len: int) -> None:
+def _write_checkpoint(depth: int, vocab_size: int, sequence_len: int, architecture: str) -> None:
     """Save an untrained model with a random head, since the initial one would make all tokens equally likely."""
     num_pairs = vocab_size - NUM_BYTES - len(SPECIAL_TOKENS)
     pairs = [bytes(((ord("a") + i // NUM_BYTES) % NUM_BYTES, i % NUM_BYTES)) for i in range(num_pairs)]
     tokenizer = Tokenizer([bytes((i,)) for i in range(NUM_BYTES)] + pairs, SPLIT_PATTERN)
-    config = GPTConfig.from_depth(depth, vocab_size=tokenizer.vocab_size, sequence_len=sequence_len)
+    config = ARCHITECTURES[architecture](depth, vocab_size=tokenizer.vocab_size, sequence_len=sequence_len)
     generator = torch.Generator().manual_seed(0)
     model = build_model(config, generator=generator)
     with torch.no_grad():
@@ -100,6 +106,7 @@ class Answer:
     times: list[float] = field(default_factory=list)
     text: str = ""
     num_tokens: int = 0
+    num_prompt_tokens: int = 0
     is_complete: bool = False
 
 
@@ -131,6 +138,7 @@ def request_head(path: str, length: int) -> bytes:
 def _take_in(answer: Answer, event: dict[str, Any]) -> None:
     if event.get("usage"):
         answer.num_tokens = event["usage"]["completion_tokens"]
+        answer.num_prompt_tokens = event["usage"]["prompt_tokens"]
     for choice in event.get("choices", ()):
         delta = choice["delta"]
         if delta.get("content") or "nanochat" in delta:

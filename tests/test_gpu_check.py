@@ -45,6 +45,20 @@ def test_a_part_whose_needs_are_not_met_is_skipped():
     assert (outcome.status, outcome.reason) == ("skipped", "needs no_such_package")
 
 
+def test_what_was_measured_of_the_engine_is_printed_beside_its_targets(capsys):
+    row = {"batch": 128, "prompt": 256, "decode_tokens_per_second": {"median": 34000.0}}
+    engine = {
+        "settings": {"architecture": "recipe"}, "notes": [{"pause_ms": 31.0, "first_pause_ms": 700.0}],
+        "rows": [row | {"prefill_tokens_per_second": {"median": 128 * 256 / 0.150}}],
+    }  # fmt: skip
+    gpu_check.print_targets([engine, {"gain": 9.5}, {"start": "chat", "seconds": 7.0}, {"ranks": 2, "rows": 64}])
+    lines = [line.split()[-3:] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert lines == [
+        ["33,000", "34,000.0", "met"], ["160", "150.0", "met"], ["30", "31.0", "missed"], ["1,000", "700.0", "met"],
+        ["10", "9.5", "missed"], ["10", "7.0", "met"],
+    ]  # fmt: skip
+
+
 def test_a_command_that_ends_with_status_2_lacks_something_only_where_that_is_foreseen():
     commands = [[sys.executable, "-c", f"import sys; print('error: no {word}'); sys.exit(2)"] for word in ("a", "b")]
     for may_lack, status in ((True, "skipped"), (False, "failed")):

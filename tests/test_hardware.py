@@ -25,6 +25,11 @@ def test_bf16_peak_is_that_of_the_data_sheet(name, tflops):
     assert peak_flops(name, torch.bfloat16) == pytest.approx(tflops * 1e12)
 
 
+def test_bandwidth_is_that_of_the_data_sheet_and_grows_with_the_generation():
+    peaks = [hardware.peak_bandwidth(f"NVIDIA {name}") for name in ("A100-SXM4-80GB", "H100 80GB HBM3", "H200", "B200")]
+    assert peaks == [2039e9, 3350e9, 4800e9, 8000e9]
+
+
 def test_memory_is_that_of_the_data_sheet():
     assert memory_bytes("NVIDIA H100 80GB HBM3") == 80 * 2**30
     assert memory_bytes("Tesla V100-SXM2-16GB") == memory_bytes("Tesla V100-SXM2-32GB") / 2 == 16 * 2**30
@@ -35,7 +40,7 @@ def test_a_device_that_is_not_listed_has_no_figures_and_no_utilisation(name):
     assert find_device(name) is None
     assert peak_flops(name, "bfloat16") is None
     assert memory_bytes(name) is None
-    assert hardware.gpu_hour_dollars(name) is None
+    assert hardware.gpu_hour_dollars(name) is hardware.peak_bandwidth(name) is None
     assert mfu(1e9, 1e5, name, "bfloat16") is None
 
 

@@ -431,13 +431,12 @@ def build_model(
 
     On a GPU that computes in bfloat16 the embedding tables have that dtype too: they are looked up, not multiplied.
     """
-    with torch.device("meta"):
+    with torch.device(device):  # not by way of the meta device: to leave it, PyTorch imports much of its compiler
         model = GPT(config, compute_dtype=compute_dtype)
     if torch.device(device).type == "cuda" and compute_dtype == torch.bfloat16:
         for table in (model.wte, model.value_embeds):
             if table is not None:
                 table.to(torch.bfloat16)
-    model.to_empty(device=device)
     if generator is not None:
         model.init_weights(generator)
     return model
