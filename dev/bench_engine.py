@@ -45,9 +45,10 @@ from dev.roofline import ARCHITECTURES, Form, decode_bytes, peaks, prefill_flops
 from nanochat.checkpoint import add_checkpoint_flags
 from nanochat.common import Runtime, UserError, init_runtime, run_main
 from nanochat.data.dataset import document_batches, shard_paths
-from nanochat.engine.engine import Engine
-from nanochat.engine.inference import INT8_MAX_ROWS, WEIGHTS, InferenceModel, Piece
+from nanochat.engine.engine import Engine, serving_model
+from nanochat.engine.inference import WEIGHTS, Piece
 from nanochat.engine.sampling import Sampling
+from nanochat.engine.weights import INT8_MAX_ROWS
 from nanochat.model.gpt import GPT, build_model
 from nanochat.model.hf import save_hf
 from nanochat.model.load import LoadedModel, load_model
@@ -56,7 +57,7 @@ from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 BANDWIDTH_SHAPE = (8192, 8192)  # of float32: 256 MiB, far beyond any cache
 TIE = 1e-4  # logits closer than this are equal up to rounding
 WARMUP_TOKENS = 8
-QUALITY_ROWS = INT8_MAX_ROWS  # so that the packed 8-bit weights are measured
+QUALITY_ROWS = INT8_MAX_ROWS["cpu"]  # so that the packed 8-bit weights are measured
 ARRIVAL_PROMPT, ARRIVAL_STEPS = 64, 16  # tokens of the rows that decode, steps before the long prompt and after it
 PREFIX_PROMPT, PREFIX_TOKENS = 256, 8  # tokens of the shared prompt and of each sample
 OTHERS = ("naive", "hf", "hf-bfloat16")
@@ -125,7 +126,7 @@ def engine_contender(
     model: GPT, tokenizer: Tokenizer, weights: str, num_rows: int, runtime: Runtime, num_tokens: int
 ) -> Contender:
     engine = Engine(model, tokenizer, max_rows=num_rows, weights=weights)
-    is_packed = weights == "int8" and num_rows <= INT8_MAX_ROWS
+    is_packed = weights == "int8" and num_rows <= INT8_MAX_ROWS[runtime.device.type]
     dtype = engine.model.dtype
     form = Form(1 if is_packed else dtype.itemsize, dtype.itemsize)
 
@@ -474,7 +475,7 @@ def quality(model: GPT, rows: Tensor, forms: list[str], what: str) -> dict:
 @torch.inference_mode()
 def decode_losses(model: GPT, rows: Tensor, weights: str) -> Tensor:
     """Loss in nats of each token but the first of rows (B, T) int64, decoded one at a time: (B * (T - 1),) float32."""
-    engine = InferenceModel(model, rows.size(0), weights=weights)
+    engine = serving_model(model, rows.size(0), weights)
     first = engine.prefill([Piece(slot, [token], 0, None) for slot, token in enumerate(rows[:, 0].tolist())])
     losses = [F.cross_entropy(first, rows[:, 1], reduction="none")]
     for position in range(1, rows.size(1) - 1):

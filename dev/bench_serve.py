@@ -24,7 +24,7 @@ from random_server import Answer, ask, percentile, random_server
 
 from dev.roofline import ARCHITECTURES, Form, decode_bytes, peaks, prefill_flops, share, shown
 from nanochat.common import DTYPES, UserError, choose_device, choose_dtype, run_main
-from nanochat.engine.inference import INT8_MAX_ROWS
+from nanochat.engine.weights import INT8_MAX_ROWS
 
 PROMPT_CHARS = (20, 60, 200, 600)  # about two characters per token
 
@@ -99,7 +99,8 @@ def of_peak(args: argparse.Namespace, answers: list[Answer], result: dict, clien
     dtype = DTYPES["float32" if args.weights == "int8" else args.weights or args.dtype or choose_dtype(device)]
     bandwidth, flops = peaks(torch.cuda.get_device_name() if device.type == "cuda" else "cpu", dtype)
     config = ARCHITECTURES[args.architecture](args.depth, vocab_size=args.vocab_size, sequence_len=args.sequence_len)
-    form = Form(1 if args.weights == "int8" and num_rows <= INT8_MAX_ROWS else dtype.itemsize, dtype.itemsize)
+    is_packed = args.weights == "int8" and num_rows <= INT8_MAX_ROWS[device.type]
+    form = Form(1 if is_packed else dtype.itemsize, dtype.itemsize)
     num_keys = sum(answer.num_prompt_tokens + answer.num_tokens / 2 for answer in answers) / len(answers)
     moved = decode_bytes(config, form, num_rows, num_keys) * result["tokens_per_second"] / num_rows
     read = sum(prefill_flops(config, answer.num_prompt_tokens) for answer in answers)

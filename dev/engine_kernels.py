@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dev.roofline import ARCHITECTURES
 from nanochat.common import run_main
-from nanochat.engine.inference import InferenceModel
+from nanochat.engine.gpu import GpuModel
 from nanochat.model.gpt import GPT, GPTConfig
 
 PERIOD = 4  # layers after which windows and value embeddings repeat
@@ -61,7 +61,8 @@ class Launches(TorchDispatchMode):
             read = sum(self._bytes_read(x) for x in taken)
             rewritten = sum(_num_bytes(x) for x in written)
             self.counts[str(function)] += 1
-            self.num_bytes[str(function)] += read + sum(map(_num_bytes, made)) + min(rewritten, max(read, 1))
+            moved = min(rewritten, read) if read else 2 * rewritten  # in place: read and written
+            self.num_bytes[str(function)] += read + sum(map(_num_bytes, made)) + moved
         return out
 
     def _bytes_read(self, x: Tensor) -> int:
@@ -107,26 +108,26 @@ def per_layer(shallow: Launches, deep: Launches, num_layers: int) -> dict[str, t
 def decode_launches(config: GPTConfig, num_rows: int) -> Launches:
     """Of one decode of `num_rows`, each at the last position of its context."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        inference = InferenceModel(GPT(config, compute_dtype=torch.bfloat16), num_rows)
-        inputs = torch.zeros(4, num_rows, dtype=torch.int64)
+        inference = GpuModel(GPT(config, compute_dtype=torch.bfloat16), num_rows)
+        idx = torch.zeros(num_rows, dtype=torch.int64)
+        places = torch.zeros(len(inference.write_places([1] * num_rows, num_rows)), dtype=torch.int32)
         tables = [x for x in (inference._weights.embed, inference._weights.smear, inference._weights.value_embeds)
                   if x is not None]  # fmt: skip
-        run = partial(inference._decode, *inputs, num_keys=config.sequence_len, num_filled=0)
+        run = partial(inference.decode_pass, idx, idx, places)
         return count_launches(run, tables, num_rows)
 
 
 def table(columns: dict[int, dict[str, tuple[float, float]]]) -> str:
-    """Markdown, given `per_layer` for each number of rows."""
-    first = next(iter(columns.values()))
-    heads = [f"bytes, {num_rows} rows" for num_rows in columns]
-    lines = [f"| operation | launches a layer | {' | '.join(heads)} |", f"|---|---:|{'---:|' * len(heads)}"]
-    names = sorted(first, key=lambda name: -first[name][1])
+    """Markdown, launches and bytes in each cell, given `per_layer` for each number of rows."""
+    heads = [f"{num_rows} rows" for num_rows in columns]
+    lines = [f"| operation, launches a layer | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    names = dict.fromkeys(name for column in columns.values() for name in column)
     for name in names:
-        moved = [f"{column.get(name, (0, 0))[1]:,.0f}" for column in columns.values()]
-        lines.append(f"| `{name}` | {first[name][0]:g} | {' | '.join(moved)} |")
-    sums = [f"{sum(moved for _, moved in column.values()):,.0f}" for column in columns.values()]
-    launches = sum(launches for launches, _ in first.values())
-    return "\n".join([*lines, f"| all | {launches:g} | {' | '.join(sums)} |"])
+        cells = [column.get(name) for column in columns.values()]
+        shown = ["-" if cell is None else f"{cell[0]:g}: {cell[1]:,.0f}" for cell in cells]
+        lines.append(f"| `{name.removesuffix('.default')}` | {' | '.join(shown)} |")
+    sums = [[sum(numbers) for numbers in zip(*column.values(), strict=True)] for column in columns.values()]
+    return "\n".join([*lines, f"| all | {' | '.join(f'{launches:g}: {moved:,.0f}' for launches, moved in sums)} |"])
 
 
 def parse_args() -> argparse.Namespace:

@@ -16,7 +16,7 @@ import torch
 
 from nanochat.common import Runtime
 from nanochat.data.dataloader import Batch
-from nanochat.engine.engine import Engine, _serving
+from nanochat.engine.engine import Engine, serving_model
 from nanochat.engine.inference import Piece
 from nanochat.engine.sampling import Sampling, plan_draw
 from nanochat.evals.scoring import hidden_at, plant, token_losses
@@ -104,7 +104,7 @@ def test_a_training_step_never_waits_for_the_device(device, config):
 
 
 def test_a_decode_step_never_waits_for_the_device(device, config):
-    inference = _serving(random_model(config, device).requires_grad_(False), 4, "")
+    inference = serving_model(random_model(config, device).requires_grad_(False), 4, "")
     prompts = random_ids(3, 20).tolist()
     inference.prefill([Piece(slot, prompt, 0, None) for slot, prompt in enumerate(prompts)])
     previous, idx = (torch.tensor(column, device=device) for column in list(zip(*prompts, strict=True))[-2:])

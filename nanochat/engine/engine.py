@@ -90,7 +90,7 @@ class Engine:
         if max_rows < 1:
             raise UserError(f"the engine needs at least 1 row, not {max_rows}")
         self.tokenizer, self.tool, self.max_rows = tokenizer, tool, max_rows
-        self.model = _serving(model, max_rows + SPARE_SLOTS, weights)
+        self.model = serving_model(model, max_rows + SPARE_SLOTS, weights)
         self.stats = Stats()
         self.context = model.config.sequence_len
         self._slots = Slots(self.model.cache, self.context)
@@ -390,7 +390,7 @@ class Engine:
         return Event(sample.request, sample.index, tuple(added), tuple(deltas), completion.finish_reason)
 
 
-def _serving(model: GPT, num_slots: int, weights: str) -> InferenceModel:
+def serving_model(model: GPT, num_slots: int, weights: str) -> InferenceModel:
     """The model with the passes that suit its device; those of `gpu.py` need Triton."""
     if model.device.type == "cuda":
         try:

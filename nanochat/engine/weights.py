@@ -12,7 +12,7 @@ from torch import Tensor
 from nanochat.model import gpt
 from nanochat.model.gpt import GPT, norm
 
-INT8_MAX_ROWS = 4  # more rows in one product are faster with the weights unpacked
+INT8_MAX_ROWS = {"cpu": 4, "cuda": 16}  # more rows in one product are faster with the weights unpacked
 PARTS_MAX_ROWS = 16  # more rows in one product keep all threads busy anyway
 ROWS_MULTIPLE = 16  # the matrix of q, k, v and gate is padded to a multiple, so that threads can share it evenly
 
@@ -49,7 +49,7 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         N = x.size(0)
-        if self.int8 is not None and N <= INT8_MAX_ROWS:
+        if self.int8 is not None and INT8_MAX_ROWS["cpu"] >= N:
             return torch._weight_int8pack_mm(x.to(torch.bfloat16), *self.int8).to(x.dtype)
         if self.parts is not None and N <= PARTS_MAX_ROWS:
             y = torch.bmm(x.expand(self.parts.size(0), -1, -1), self.parts)  # (P, N, M / P)
