@@ -95,7 +95,7 @@ class Case:
     has_launcher: bool = False  # torchrun, in interpreters of their own; else processes are forks of this one
 
     def __str__(self) -> str:
-        return f"{self.script} x {self.num_processes}" + (", torchrun" if self.has_launcher else "")
+        return f"{self.script} x {self.num_processes}" + (" torchrun" if self.has_launcher else "")
 
     def run_folder(self, base: Path) -> Path:
         return base / f"{STAGES[self.script][0]}_checkpoints" / TAG
@@ -259,14 +259,14 @@ class Killer:
         self.expected = outcome(case, base)
 
     def new_base(self, name: str) -> Path:
-        base = self.folder / f"{self.case.script}_{self.case.num_processes}_{name}"
+        base = self.folder / f"{str(self.case).replace(' ', '')}_{name}"
         shutil.copytree(self.folder / "start", base)
         return base
 
     def one_run(self, most_kills: int) -> int:
         """A run from its beginning to its end, with at most `most_kills` kills. Returns how many there were."""
         rng, tally, num_kills = self.rng, self.tally, 0
-        base = self.new_base(f"{self.case.has_launcher:d}_{tally.runs}")
+        base = self.new_base(str(tally.runs))
         run = self.case.run_folder(base)
         flags = ["--resume", "--save-every", str(rng.randint(1, 4)), "--keep-last", str(rng.randint(0, 2))]
         tally.runs += 1

@@ -123,6 +123,9 @@ def log(run: TrainingRun, step: int, loss: float, numbers: dict[str, float], sec
     rollout_seconds, update_seconds = seconds
     speed = numbers["rollout_tokens"] / rollout_seconds
     run.stats.update(loss, rollout_seconds + update_seconds)
+    if run.stats.num_seen == 1 and not run.runtime.is_cuda and (num_left := run.plan.num_steps - step):
+        minutes = num_left * (rollout_seconds + update_seconds) / 60
+        print0(f"{num_left:,} more steps take about {minutes:.1f} minutes here")
     new = {**numbers, "rollout_seconds": rollout_seconds}
     sums = {name: run.results.get(name, 0) + new[name] for name in SUMS}
     run.results = {**run.results, **sums}

@@ -111,6 +111,8 @@ def start_run(
         f"{plan.num_steps:,} steps of {plan.total_batch_tokens:,} = {num_micro_steps} x {device_batch_size} x {T} x "
         f"{runtime.world_size}, rates x {plan.lr_scale:.3f}"
     )
+    num_left = plan.num_steps - start.resumed.get("step", 0)
+    loop.say_how_long(model, runtime, device_batch_size, num_left, plan.total_batch_tokens)
     loader = ChatLoader(
         train_rows, device_batch_size, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
         epochs=None if args.num_steps else args.epochs, step_rows=plan.total_batch_tokens // T, seed=args.seed,
