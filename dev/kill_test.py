@@ -15,6 +15,7 @@ import contextlib
 import gc
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -43,6 +44,7 @@ from nanochat import report
 from nanochat.checkpoint import list_steps, step_dir
 from nanochat.common import UserError, run_main
 from nanochat.data.chat import visible_text
+from nanochat.report import timeless
 from tasks.custom_json import CustomJSON
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,11 +65,11 @@ STAGES = {  # script: source of its checkpoints, flags
     "chat_sft": ("sft", f"{CHAT} --output-tag {TAG} --num-steps 30"),
     "chat_rl": ("rl", f"{RL} --output-tag {TAG} --num-steps 12"),
 }
+PROCESSES = ("1", "2", "torchrun")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MOST_KILLS = 6  # of one run, which then goes on to its end
 SAVING_SHARE = 0.4  # of the kills wait for a checkpoint that is being written
 POLL_SECONDS, GRACE_SECONDS, END_SECONDS = 0.001, 5.0, 120.0
-CLOCK = re.compile(r"second|mfu|peak_memory")  # names of numbers that no two runs share
 FREE = ("save_every", "keep_last", "resume")  # flags that differ between runs compared
 
 
@@ -77,7 +79,7 @@ def parse_args() -> argparse.Namespace:
     add("--kills", type=int, default=200, help="in all")
     add("--seed", type=int, default=0)
     add("--stages", nargs="+", default=[*STAGES], choices=[*STAGES])
-    add("--no-torchrun", action="store_true", help="leave out the runs under torchrun, whose starts take seconds")
+    add("--processes", nargs="+", default=[*PROCESSES], choices=PROCESSES, help="of a stage (torchrun: only base)")
     add("--speedrun", action="store_true", help="kill speedrun.sh instead")
     add("--num-steps", type=int, default=3, help="steps of every stage of speedrun.sh")
     return parser.parse_args()
@@ -213,13 +215,6 @@ def outcome(case: Case, base: Path) -> dict:
     record = json.loads((base / "report" / "records.jsonl").read_text().splitlines()[-1])
     record["settings"] = {name: value for name, value in record["settings"].items() if name not in FREE}
     return found | {"metrics": metrics, "record": timeless(record)}
-
-
-def timeless(value):
-    """`value` without the numbers that depend on time, at any depth."""
-    if isinstance(value, dict):
-        return {name: timeless(item) for name, item in value.items() if name != "time" and not CLOCK.search(name)}
-    return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
 def newest(run: Path) -> int:
@@ -373,8 +368,9 @@ def kill_stages(args: argparse.Namespace, folder: Path) -> tuple[dict, list[str]
         importlib.import_module(f"scripts.{script}")
     gc.freeze()  # or every fork would copy all of it at its first collection
     prepare(folder)
-    cases = [Case(script, num) for num in (1, 2) for script in args.stages]
-    if not args.no_torchrun:
+    numbers = [int(num) for num in args.processes if num != "torchrun"]
+    cases = [Case(script, num) for num in numbers for script in args.stages]
+    if "torchrun" in args.processes:
         cases.append(Case("base_train", 2, has_launcher=True))
     rng, num_kills = random.Random(args.seed), 0
     killers = [Killer(case, folder, rng) for case in cases]
@@ -419,39 +415,42 @@ def report_lines(base: Path) -> list[str]:
 
 
 def kill_speedrun(args: argparse.Namespace, folder: Path) -> tuple[dict, list[str]]:
-    rng, kills, faults = random.Random(args.seed), Counter(), []
-    begun = time.monotonic()
+    rng, kills, faults, begun = random.Random(args.seed), Counter(), [], time.monotonic()
     if start_speedrun(folder / "undisturbed", args.num_steps).wait():
         raise UserError(f"speedrun.sh does not run: {folder / 'undisturbed.out'}")
-    life = time.monotonic() - begun
-    print(f"undisturbed: {life:.0f} s", flush=True)
-    while True:
-        process = start_speedrun(folder / "killed", args.num_steps)
-        if kills.total() < args.kills:
+    life, expected = time.monotonic() - begun, report_lines(folder / "undisturbed")
+    print(f"undisturbed: {life:.0f} s, {len(expected)} lines of the report", flush=True)
+    for number in itertools.count(1):
+        base, status = folder / f"killed_{number}", -1
+        while status < 0:
+            process, is_last = start_speedrun(base, args.num_steps), kills.total() == args.kills
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0, 2 * life / args.kills))
-        if kills.total() < args.kills and process.poll() is None:
-            number = rng.choice(SIGNALS)
-            os.killpg(process.pid, number)
-            kills[number.name] += 1
-            last = (folder / "killed.out").read_text().splitlines()[-1:]
-            print(f"{number.name} after {time.monotonic() - begun:.0f} s, at: {' '.join(last)[:90]}", flush=True)
-            process.wait()
-            time.sleep(1.0)  # for what outlives the shell to end
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        elif process.wait():
-            faults.append(f"speedrun.sh ended with status {process.returncode}, see {folder / 'killed.out'}")
+                status = process.wait(None if is_last else rng.uniform(0, 2 * life / args.kills))
+            if process.poll() is None:
+                chosen = rng.choice(SIGNALS)
+                os.killpg(process.pid, chosen)
+                kills[chosen.name] += 1
+                process.wait()
+                wait_for_group(process.pid)
+                last = base.with_suffix(".out").read_text().splitlines()[-1:]
+                print(f"{time.monotonic() - begun:>6.0f} s {chosen.name} at: {' '.join(last)[:90]}", flush=True)
+        found = report_lines(base) if status == 0 else []
+        faults += [f"{base.name} ended with status {status}"] if status else []
+        faults += [f"the report of {base.name} lacks {line[:200]}" for line in expected if line not in found]
+        faults += [f"the report of {base.name} has {line[:200]}" for line in found if line not in expected]
+        print(f"{base.name}: {kills.total()} kills so far, {len(faults)} faults", flush=True)
+        if kills.total() == args.kills:
             break
-        elif kills.total() >= args.kills:
-            break
-        else:  # at its end too soon: from the beginning
-            shutil.rmtree(folder / "killed")
-    expected, found = (report_lines(folder / name) for name in ("undisturbed", "killed"))
-    faults += [f"the report has {line[:200]}" for line in expected if line not in found]
-    faults += [f"the killed run's has {line[:200]}" for line in found if line not in expected]
-    print(f"killed {kills.total()} times ({dict(kills)}): {len(found)} lines of the report, {len(faults)} faults")
-    return {"kills": dict(kills), "seconds": life, "lines": len(found)}, faults
+    return {"runs": number, "kills": dict(kills), "seconds": life, "lines": len(expected)}, faults
+
+
+def wait_for_group(group: int) -> None:
+    """Wait until all processes of a group have ended; kill those that have not after a few seconds."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.killpg(group, signal.SIGKILL if time.monotonic() > deadline else 0)
+            time.sleep(0.01)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -64,6 +64,7 @@ CURVES = {  # key in metrics.jsonl: (title, y axis label with unit, whether the 
     "tokens_per_second": ("throughput", "tokens per second", True),
 }
 MAX_CURVE_POINTS = 300  # longer runs are drawn as means of several steps: no visible loss, and pictures of about 20 KB
+MEASURED = re.compile(r"second|mfu|peak_memory")  # in the names of results that differ between runs otherwise the same
 CODE_SUFFIXES = {".py", ".rs", ".sh", ".html"}
 
 
@@ -151,6 +152,13 @@ def _jsonable(value: Any) -> Any:
     return value if isinstance(value, int | float | str | None) else str(value)
 
 
+def timeless(value: Any) -> Any:
+    """`value` without the numbers that are measured anew in each run, at any depth."""
+    if isinstance(value, dict):
+        return {name: timeless(item) for name, item in value.items() if name != "time" and not MEASURED.search(name)}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
 def reset(dollars_per_gpu_hour: float | None = None) -> list[Path]:
     """Start a new report with a record of this machine. Checkpoints and metrics are not touched.
 
@@ -208,14 +216,17 @@ def generate() -> list[Path]:
 def render(records: list[Record], broken: int = 0) -> str:
     """The report in Markdown: summary, environment, cost, code size, a section per stage, pictures at the end.
 
-    If a stage ran several times, its last record counts. `broken` is the number of unreadable lines to mention.
+    If a stage ran several times, its last record counts; one that a kill made run twice, with the same results, ran
+    once. `broken` is the number of unreadable lines to mention.
     """
     # Without `reset`, the first record was written at the end of its stage.
     started = records[0].time - records[0].results.get("elapsed_seconds", 0.0)
     duration = timedelta(seconds=round(records[-1].time - started))
     machine = next((record.results for record in records if record.stage == ENVIRONMENT), {})
     latest = {(record.stage, record.model): record for record in records if record.stage != ENVIRONMENT}
-    attempts = Counter((record.stage, record.model) for record in records)
+    contents = {(record.stage, record.model, json.dumps(timeless([record.settings, record.results])))
+                for record in records}  # fmt: skip
+    attempts = Counter((stage, model) for stage, model, _ in contents)
     parts = [
         "# nanochat report", f"Generated {_utc(time.time())} from records up to {_utc(records[-1].time)}.",
         "## Summary", _summary(latest),

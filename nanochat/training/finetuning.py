@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.checkpoint import find_checkpoint, load_tokenizer, read_meta, resumable, run_dir, step_dir
+from nanochat.checkpoint import fault_in, find_checkpoint, load_tokenizer, read_meta, resumable, run_dir, step_dir
 from nanochat.common import Runtime, UserError, from_rank0, init_runtime, print0
 from nanochat.data.chat_loader import ChatLoader, Conversations, Rows, pack_conversations, validation_batches
 from nanochat.evals.loss_eval import evaluate_bpb
@@ -54,6 +54,8 @@ def load_start(stage: str, args: argparse.Namespace, free: Collection[str], *, c
     else:
         origin = source or find_checkpoint(args.source, model_tag=args.model_tag, step=args.step)
         origin = from_rank0(origin)  # a new one may appear meanwhile
+        if fault := fault_in(origin):
+            raise UserError(f"{origin} is damaged: {fault}; choose another with --step, or train it again")
     meta = resumed or read_meta(origin)
     model, tokenizer = load_weights(origin, meta, runtime), load_tokenizer(origin, meta)
     if args.recompute:

@@ -235,8 +235,13 @@ def say_how_long(model: GPT, runtime: Runtime, num_rows: int, num_steps: int, st
     if runtime.is_cuda or not num_steps:
         return
     tokens = num_steps * (step_tokens + OPTIMIZER_TOKENS * model.config.n_embd)
-    minutes = tokens / measure_tokens_per_second(model, num_rows, runtime.world_size) / 60
-    print0(f"{num_steps:,} steps take about {minutes:.1f} minutes here")
+    seconds = tokens / measure_tokens_per_second(model, num_rows, runtime.world_size)
+    print0(f"{num_steps:,} steps take about {minutes_and_seconds(seconds)} here")
+
+
+def minutes_and_seconds(seconds: float) -> str:
+    """`seconds` in the unit that suits them, in words."""
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.1f} minutes"
 
 
 def _forward_backward(model: GPT, num_rows: int) -> float:
