@@ -69,6 +69,7 @@ PROCESSES = ("1", "2", "torchrun")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MOST_KILLS = 6  # of one run, which then goes on to its end
 SAVING_SHARE = 0.4  # of the kills wait for a checkpoint that is being written
+LIFE_SHARE = 1 / 3  # of speedrun.sh's time, the longest until a kill: no stage takes longer, or it would never end
 POLL_SECONDS, GRACE_SECONDS, END_SECONDS = 0.001, 5.0, 120.0
 FREE = ("save_every", "keep_last", "resume")  # flags that differ between runs compared
 
@@ -425,7 +426,7 @@ def kill_speedrun(args: argparse.Namespace, folder: Path) -> tuple[dict, list[st
         while status < 0:
             process, is_last = start_speedrun(base, args.num_steps), kills.total() == args.kills
             with contextlib.suppress(subprocess.TimeoutExpired):
-                status = process.wait(None if is_last else rng.uniform(0, 2 * life / args.kills))
+                status = process.wait(None if is_last else rng.uniform(0, life * LIFE_SHARE))
             if process.poll() is None:
                 chosen = rng.choice(SIGNALS)
                 os.killpg(process.pid, chosen)

@@ -198,14 +198,14 @@ def test_the_last_of_several_attempts_counts_and_stages_stand_in_the_order_of_th
     assert "2 earlier attempt(s) not shown" in markdown
     append_record("base_train", settings={}, results={"val_bpb": 0.125, "train_seconds": 3.0})  # killed at its end
     assert "2 earlier attempt(s) not shown" in rendered()
+    headings = re.findall(r"^## (.*)$", markdown, re.MULTILINE)
+    assert headings[-4:] == ["Tokenizer training", "Pretraining", "my_stage", "Not run"]
+    assert headings.count("Pretraining") == 1
 
 
 def test_only_what_is_measured_anew_is_left_out_of_a_comparison():
     line = {"step": 3, "train_loss": 1.5, "tokens_per_second": 9.0, "mfu": 0.1, "elapsed_seconds": 2.0}
     assert report.timeless({"time": 5, "lines": [line]}) == {"lines": [{"step": 3, "train_loss": 1.5}]}
-    headings = re.findall(r"^## (.*)$", markdown, re.MULTILINE)
-    assert headings[-4:] == ["Tokenizer training", "Pretraining", "my_stage", "Not run"]
-    assert headings.count("Pretraining") == 1
 
 
 def test_samples_cannot_leave_their_fence_nor_values_their_cell():
