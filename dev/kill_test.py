@@ -109,7 +109,8 @@ class Job:
 
     def __init__(self, case: Case, folder: Path, base: Path, flags: list[str]):
         self.case, self.output, self.begun = case, base.with_suffix(".out"), time.monotonic()
-        self.hung = False
+        self.run, self.hung = case.run_folder(base), False
+        self.abandoned = self.partials()  # by a run that was killed
         args = [*STAGES[case.script][1].split(), *flags]
         env = ENVIRONMENT | {"NANOCHAT_BASE_DIR": str(base)}
         module, num = f"scripts.{case.script}", case.num_processes
@@ -133,6 +134,17 @@ class Job:
             if ended:
                 self.codes[pid] = os.waitstatus_to_exitcode(status)
         return [pid for pid, code in self.codes.items() if code is None]
+
+    def partials(self) -> set[tuple[str, int]]:
+        """Names and inodes of checkpoints that are not complete."""
+        found = set()
+        with contextlib.suppress(OSError):  # it has just been completed
+            found |= {(path.name, path.stat().st_ino) for path in self.run.glob(".step_*.partial")}
+        return found
+
+    def is_saving(self) -> bool:
+        """Whether this run is writing a checkpoint, or deleting one, at the moment."""
+        return bool(self.partials() - self.abandoned)
 
     def victims(self) -> list[int]:
         """All processes that a signal may be meant for: also torchrun's workers."""
@@ -234,7 +246,6 @@ class Tally:
     kills: Counter = field(default_factory=Counter)  # by signal
     saving: int = 0  # kills while a checkpoint was being written
     stops: int = 0  # of these signals, those after which the run saved and stopped by itself
-    lives: list[tuple[float, float]] = field(default_factory=list)  # seconds of the reference: first step, end
     faults: list[str] = field(default_factory=list)
 
 
@@ -268,7 +279,7 @@ class Killer:
         tally.runs += 1
         while True:
             before, job, struck = newest(run), Job(self.case, self.folder, base, flags), 0
-            while num_kills < most_kills and (number := self.strike(job, run)):
+            while num_kills < most_kills and (number := self.strike(job)):
                 num_kills, struck = num_kills + 1, number
                 if not (self.case.has_launcher and self.still_lives(job)):
                     break
@@ -293,14 +304,13 @@ class Killer:
         """Whether torchrun goes on after a signal: it starts the workers again when one of them was killed."""
         return job.sleep_until(time.monotonic() - job.begun + self.first)
 
-    def strike(self, job: Job, run: Path) -> int:
+    def strike(self, job: Job) -> int:
         """Send a signal to `job` at a random moment. Returns its number, 0 if the run ended before."""
-        rng = self.rng
+        rng, first = self.rng, self.first if self.case.has_launcher else 0.0
         is_patient = rng.random() < SAVING_SHARE
-        start = max(self.first if self.case.has_launcher else 0.0, time.monotonic() - job.begun)
-        if not job.sleep_until(start + rng.uniform(0, self.life - (self.first if self.case.has_launcher else 0.0))):
+        if not job.sleep_until(max(first, time.monotonic() - job.begun) + rng.uniform(0, self.life - first)):
             return 0
-        while is_patient and job.living() and not is_saving(run):
+        while is_patient and job.living() and not job.is_saving():
             time.sleep(POLL_SECONDS)
         if is_patient:
             time.sleep(rng.uniform(0, 0.01))
@@ -308,7 +318,7 @@ class Killer:
         if not job.living():
             return 0
         number = rng.choice(SIGNALS)
-        self.tally.saving += is_saving(run)
+        self.tally.saving += job.is_saving()
         chosen = victims if rng.random() < 0.5 else [rng.choice(victims)]
         if self.case.has_launcher and number == signal.SIGKILL and victims[0] in chosen:
             chosen = victims  # else torchrun would leave its workers behind
@@ -332,10 +342,6 @@ class Killer:
                 faults.append(f"{run}: stopped at step {stopped[1]}, but the newest checkpoint is {after}")
         if "Traceback" in said and self.case.num_processes == 1:
             faults.append(f"{run}: after signal {struck}, status {status}: {said[-2000:]}")
-
-
-def is_saving(run: Path) -> bool:
-    return any(run.glob(".step_*.partial"))
 
 
 def prepare(folder: Path) -> None:
