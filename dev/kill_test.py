@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -44,7 +45,7 @@ from nanochat import report
 from nanochat.checkpoint import list_steps, step_dir
 from nanochat.common import UserError, run_main
 from nanochat.data.chat import visible_text
-from nanochat.report import timeless
+from nanochat.report import MEASURED
 from tasks.custom_json import CustomJSON
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +70,6 @@ PROCESSES = ("1", "2", "torchrun")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MOST_KILLS = 6  # of one run, which then goes on to its end
 SAVING_SHARE = 0.4  # of the kills wait for a checkpoint that is being written
-LIFE_SHARE = 1 / 3  # of speedrun.sh's time, the longest until a kill: no stage takes longer, or it would never end
 POLL_SECONDS, GRACE_SECONDS, END_SECONDS = 0.001, 5.0, 120.0
 FREE = ("save_every", "keep_last", "resume")  # flags that differ between runs compared
 
@@ -228,6 +228,13 @@ def outcome(case: Case, base: Path) -> dict:
     record = json.loads((base / "report" / "records.jsonl").read_text().splitlines()[-1])
     record["settings"] = {name: value for name, value in record["settings"].items() if name not in FREE}
     return found | {"metrics": metrics, "record": timeless(record)}
+
+
+def timeless(value):
+    """`value` without the numbers that are measured anew in each run, at any depth."""
+    if isinstance(value, dict):
+        return {name: timeless(item) for name, item in value.items() if name != "time" and not MEASURED.search(name)}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
 def newest(run: Path) -> int:
@@ -426,13 +433,17 @@ def kill_speedrun(args: argparse.Namespace, folder: Path) -> tuple[dict, list[st
     if start_speedrun(folder / "undisturbed", args.num_steps).wait():
         raise UserError(f"speedrun.sh does not run: {folder / 'undisturbed.out'}")
     life, expected = time.monotonic() - begun, report_lines(folder / "undisturbed")
+    stage_seconds = life / num_stages(folder / "undisturbed")
     print(f"undisturbed: {life:.0f} s, {len(expected)} lines of the report", flush=True)
     for number in itertools.count(1):
         base, status = folder / f"killed_{number}", -1
         while status < 0:
             process, is_last = start_speedrun(base, args.num_steps), kills.total() == args.kills
+            in_stage = math.inf if is_last else num_stages(base) + rng.randint(1, 3)
+            while process.poll() is None and num_stages(base) < in_stage:
+                time.sleep(0.1)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                status = process.wait(None if is_last else rng.uniform(0, life * LIFE_SHARE))
+                status = process.wait(rng.uniform(0, 2 * stage_seconds))
             if process.poll() is None:
                 chosen = rng.choice(SIGNALS)
                 os.killpg(process.pid, chosen)
@@ -449,6 +460,11 @@ def kill_speedrun(args: argparse.Namespace, folder: Path) -> tuple[dict, list[st
         if kills.total() == args.kills:
             break
     return {"runs": number, "kills": dict(kills), "seconds": life, "lines": len(expected)}, faults
+
+
+def num_stages(base: Path) -> int:
+    """How many stages speedrun.sh has begun, those it began again after a kill counted each time."""
+    return len(re.findall(r"^== (?!finished before)", base.with_suffix(".out").read_text(), re.MULTILINE))
 
 
 def wait_for_group(group: int) -> None:

@@ -152,13 +152,6 @@ def _jsonable(value: Any) -> Any:
     return value if isinstance(value, int | float | str | None) else str(value)
 
 
-def timeless(value: Any) -> Any:
-    """`value` without the numbers that are measured anew in each run, at any depth."""
-    if isinstance(value, dict):
-        return {name: timeless(item) for name, item in value.items() if name != "time" and not MEASURED.search(name)}
-    return [timeless(item) for item in value] if isinstance(value, list) else value
-
-
 def reset(dollars_per_gpu_hour: float | None = None) -> list[Path]:
     """Start a new report with a record of this machine. Checkpoints and metrics are not touched.
 
@@ -216,17 +209,18 @@ def generate() -> list[Path]:
 def render(records: list[Record], broken: int = 0) -> str:
     """The report in Markdown: summary, environment, cost, code size, a section per stage, pictures at the end.
 
-    If a stage ran several times, its last record counts; one that a kill made run twice, with the same results, ran
-    once. `broken` is the number of unreadable lines to mention.
+    If a stage ran several times, its last record counts. `broken` is the number of unreadable lines to mention.
     """
     # Without `reset`, the first record was written at the end of its stage.
     started = records[0].time - records[0].results.get("elapsed_seconds", 0.0)
     duration = timedelta(seconds=round(records[-1].time - started))
     machine = next((record.results for record in records if record.stage == ENVIRONMENT), {})
     latest = {(record.stage, record.model): record for record in records if record.stage != ENVIRONMENT}
-    contents = {(record.stage, record.model, json.dumps(timeless([record.settings, record.results])))
-                for record in records}  # fmt: skip
-    attempts = Counter((stage, model) for stage, model, _ in contents)
+    contents = set()  # of attempts: a stage that ended twice, as it was killed just after its end, is one
+    for record in records:
+        results = {name: value for name, value in record.results.items() if not MEASURED.search(name)}
+        contents.add((record.stage, record.model, json.dumps([record.settings, results])))
+    attempts = Counter(content[:2] for content in contents)
     parts = [
         "# nanochat report", f"Generated {_utc(time.time())} from records up to {_utc(records[-1].time)}.",
         "## Summary", _summary(latest),

@@ -203,11 +203,6 @@ def test_the_last_of_several_attempts_counts_and_stages_stand_in_the_order_of_th
     assert headings.count("Pretraining") == 1
 
 
-def test_only_what_is_measured_anew_is_left_out_of_a_comparison():
-    line = {"step": 3, "train_loss": 1.5, "tokens_per_second": 9.0, "mfu": 0.1, "elapsed_seconds": 2.0}
-    assert report.timeless({"time": 5, "lines": [line]}) == {"lines": [{"step": 3, "train_loss": 1.5}]}
-
-
 def test_samples_cannot_leave_their_fence_nor_values_their_cell():
     given = {"note": "a|b\n<script>", "config": {"n_embd": 256, "extra": {}}}
     table, samples = [{"task": "a|b", "n": 1}, {"task": "c", "extra": 2}], ["text\n```\n# not a heading\n````"]
