@@ -19,7 +19,7 @@
 #   VOCAB_SIZE         tokens of the vocabulary
 #   NUM_STEPS          steps of every training stage, to try it out
 #   TOKEN_RATIO        training tokens per parameter of matrices and head (default on GPUs: 12)
-#   MINUTES            minutes of pretraining, without a GPU only (default: 1.5)
+#   BASE_STEPS         steps of pretraining, without a GPU only (default: 170); every stage says how long its steps take
 #   PRETRAIN_FLAGS     further flags of scripts.base_train, which win over those here
 #   SAVE_EVERY         steps between checkpoints
 #   CHAT               0 stops after the base model (default: 1, mid-training, finetuning and chat evaluation follow)
@@ -121,7 +121,8 @@ else
     VOCAB_SIZE="${VOCAB_SIZE:-1024}" # words of few letters to a token, whose letters can be learned
     size=(--sequence-len 256 --head-dim 64 --window-pattern L --eval-every 100)
     SAVE_EVERY="${SAVE_EVERY:-100}"
-    if [ "${#horizon[@]}" -eq 0 ]; then horizon=(--minutes "${MINUTES:-1.5}"); fi
+    # Steps and not minutes, so that a busy machine takes longer and trains the same model.
+    if [ -z "${TOKEN_RATIO:-}" ]; then horizon=(--num-steps "${NUM_STEPS:-${BASE_STEPS:-170}}" --total-batch-size 4096); fi
     bpb=(--split-tokens 131072)
     core=(--max-per-task 20)
     CHAT_DATA="${CHAT_DATA:-small_world}"

@@ -2,17 +2,20 @@
 
     python dev/bench_train.py --depth 4 --dtype float32 --sequence-len 512 --total-batch-size 16384     # a CPU
     python dev/bench_train.py --depth 12 20 24 --total-batch-size 524288                                 # a GPU
+    python dev/bench_train.py --depth 6 --steps 200 --save-every 20 --blocking                       # with checkpoints
 
 For each depth: time until the first optimizer step is done (model, compilation, data), tokens per second (median over
 the later half of the steps, optimizer included), share of peak, seconds of an optimizer step alone, loss of a fixed
 batch, peak memory beside what the plan expects of a GPU. On a GPU, peak is the data sheet's; on a CPU it is the rate of
-a 1024^3 matrix product of the same dtype, the faster of one measured before and one after.
+a 1024^3 matrix product of the same dtype, the faster of one measured before and one after. With --save-every the mean
+and the longest step matter: checkpoints go to a temporary folder, in the background unless --blocking.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from itertools import repeat
 from pathlib import Path
@@ -26,10 +29,12 @@ from nanochat.common import add_runtime_flags, init_runtime, matmul_seconds, run
 from nanochat.data.dataloader import Batch
 from nanochat.flags import add_flags, shared
 from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.tokenizer import Tokenizer
 from nanochat.training.loop import accumulate_gradients, fitting_batch, grad_accum_steps, make_optimizer
 from nanochat.training.metrics import peak_memory_bytes
 from nanochat.training.optim import MuonAdamW
 from nanochat.training.recipe import training_bytes
+from nanochat.training.saving import Saver
 
 PRODUCT_SIZE = 1024
 
@@ -46,6 +51,8 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, shared("attention"))
     parser.add_argument("--window-pattern", default="SSSL", help="S for short and L for full attention, per layer")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--save-every", type=int, default=0, help="period in steps of checkpoints, 0 for none")
+    parser.add_argument("--blocking", action="store_true", help="wait for each checkpoint until it is on the disk")
     parser.add_argument("--recompute", action="store_true", help="make the MLPs' activations again in backward")
     return parser.parse_args()
 
@@ -73,14 +80,26 @@ def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
     num_micro_steps = grad_accum_steps(args.total_batch_size, rows, T, 1)
     tokens = torch.randint(args.vocab_size, (rows, T + 1), generator=torch.Generator().manual_seed(1)).to(device)
     batches = repeat(Batch(tokens[:, :-1], tokens[:, 1:], rows * T, 0))
+    folder = tempfile.TemporaryDirectory()
+    saver = Saver(Path(folder.name), runtime, keep_last=1, keep_every=0)
+    tokenizer = Tokenizer.train(["some text"], 300)
     seconds = []
-    for _ in range(args.steps):
+    for step in range(args.steps):
         loss = accumulate_gradients(model, batches, num_micro_steps, device=device)
         optimizer.step()
         optimizer.zero_grad()
         loss = loss.item()
+        if not saver.is_writing:
+            saver.finish()
+        if args.save_every and step and step % args.save_every == 0:
+            state = optimizer.state_dict()
+            saver.start(step, model=model, tokenizer=tokenizer, meta={}, optimizer_state=state)
+            if args.blocking:
+                saver.finish()
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
+    saver.finish()
+    folder.cleanup()
     optimizer_seconds = seconds_of_optimizer(optimizer, runtime)
     speed = args.total_batch_size / statistics.median(seconds[len(seconds) // 2 :])
     flops = model.flops_per_token()
@@ -94,6 +113,7 @@ def measure(args: argparse.Namespace, runtime, depth: int) -> dict:
         "device_batch_size": rows, "first_step_seconds": seconds[0], "tokens_per_second": speed,
         "fastest_tokens_per_second": args.total_batch_size / min(seconds[1:]), "model_gflops": speed * flops / 1e9,
         "peak_gflops": peak / 1e9 if peak else None, "share_of_peak": speed * flops / peak if peak else None,
+        "mean_step_seconds": statistics.mean(seconds[1:]), "longest_step_seconds": max(seconds[1:]),
         "optimizer_seconds": optimizer_seconds, "peak_memory_gib": peak_memory_bytes(runtime) / 2**30,
         "estimated_memory_gib": estimated / 2**30, "last_loss": loss,
     }  # fmt: skip

@@ -58,11 +58,11 @@ def run_dir(source: str, model_tag: str) -> Path:
     return source_dir(source) / model_tag
 
 
-def list_steps(run: Path) -> list[int]:
-    """Steps of the complete checkpoints of a run, ascending."""
+def list_steps(run: Path, *, all_folders: bool = False) -> list[int]:
+    """Steps of the complete checkpoints of a run, ascending; with `all_folders` also of what has only the name."""
     names = [_STEP_NAME.fullmatch(entry.name) for entry in run.iterdir()] if run.is_dir() else []
     steps = {int(m[1]) for m in names if m}
-    return sorted(step for step in steps if (step_dir(run, step) / "meta.json").is_file())
+    return sorted(step for step in steps if all_folders or (step_dir(run, step) / "meta.json").is_file())
 
 
 def step_dir(run: Path, step: int) -> Path:
@@ -287,7 +287,7 @@ def resumable(run: Path, args: Namespace, free: Collection[str]) -> dict:
     Raises `UserError` if there is one but `args.resume` is not set, if all are damaged, or if a flag not in `free`
     differs from that of the run, naming both values.
     """
-    own_steps = list_steps(run)
+    own_steps = list_steps(run, all_folders=True)
     if not any(gather_ranks(own_steps)):
         return {}
     if not args.resume:

@@ -281,12 +281,16 @@ def choose_dtype(device: torch.device) -> str:
     On a CPU it is found by timing: bfloat16 is 2x faster than float32 on some and 160x slower on others."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    if device.type == "cpu" and matmul_seconds(torch.float32) > BF16_SPEEDUP_NEEDED * matmul_seconds(torch.bfloat16):
-        return "bfloat16"
-    return "float32"
+    if device.type != "cpu":
+        return "float32"
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other are late by more than the difference
+    speedup = matmul_seconds(torch.float32) / matmul_seconds(torch.bfloat16)
+    torch.set_num_threads(num_threads)
+    return "bfloat16" if speedup > BF16_SPEEDUP_NEEDED else "float32"
 
 
-def matmul_seconds(dtype: torch.dtype, size: int = PROBE_SIZE, repeats: int = 3) -> float:
+def matmul_seconds(dtype: torch.dtype, size: int = PROBE_SIZE, repeats: int = 5) -> float:
     """Seconds of a `size`^3 matrix product of `dtype` on the CPU: the fastest of `repeats` after a warm-up."""
     a, fastest = torch.ones(size, size, dtype=dtype), float("inf")
     for _ in range(repeats + 1):

@@ -64,6 +64,7 @@ CURVES = {  # key in metrics.jsonl: (title, y axis label with unit, whether the 
     "tokens_per_second": ("throughput", "tokens per second", True),
 }
 MAX_CURVE_POINTS = 300  # longer runs are drawn as means of several steps: no visible loss, and pictures of about 20 KB
+MEASURED = re.compile(r"second|mfu|peak_memory")  # in the names of results that differ between runs otherwise the same
 CODE_SUFFIXES = {".py", ".rs", ".sh", ".html"}
 
 
@@ -215,7 +216,11 @@ def render(records: list[Record], broken: int = 0) -> str:
     duration = timedelta(seconds=round(records[-1].time - started))
     machine = next((record.results for record in records if record.stage == ENVIRONMENT), {})
     latest = {(record.stage, record.model): record for record in records if record.stage != ENVIRONMENT}
-    attempts = Counter((record.stage, record.model) for record in records)
+    contents = set()  # of attempts: a stage that ended twice, as it was killed just after its end, is one
+    for record in records:
+        results = {name: value for name, value in record.results.items() if not MEASURED.search(name)}
+        contents.add((record.stage, record.model, json.dumps([record.settings, results])))
+    attempts = Counter(content[:2] for content in contents)
     parts = [
         "# nanochat report", f"Generated {_utc(time.time())} from records up to {_utc(records[-1].time)}.",
         "## Summary", _summary(latest),

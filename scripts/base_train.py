@@ -135,6 +135,8 @@ def main(args: argparse.Namespace) -> None:
         f"{device_batch_size} x {config.sequence_len} x {runtime.world_size}, rates x {plan.lr_scale:.3f}, "
         f"weight decay {plan.matrix_weight_decay:.3f}"
     )
+    num_left = plan.num_steps - resumed.get("step", 0)
+    loop.say_how_long(model, runtime, device_batch_size, num_left, plan.total_batch_tokens)
 
     # data
     loader = TextLoader(

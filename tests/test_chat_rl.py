@@ -50,7 +50,8 @@ def workplace(tmp_path_factory):
 
 
 def test_the_stage_says_what_it_asks_and_leaves_checkpoints_metrics_and_a_record(workplace):
-    for words in ("tiny from sft_checkpoints/tiny/step_000007", "38 questions, 0 left out", "2 held-out questions"):
+    start, asked, taken = "tiny from sft_checkpoints/tiny/step_000007", "38 questions, 0 left out", "3 more steps take"
+    for words in (start, asked, "2 held-out questions", taken):
         assert words in workplace.out
     assert workplace.out.count("<|assistant_start|>") == 2  # replies of the first evaluation only
     run = run_folder(workplace.base, "rl")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from contextlib import contextmanager
 
 import pytest
@@ -98,6 +99,7 @@ def test_a_stage_leaves_checkpoints_metrics_and_a_record(workplace, source):
 
 def test_finetuning_starts_from_the_weights_of_mid_training_and_watches_tasks_on_their_validation_split(workplace):
     assert "tiny from mid_checkpoints/tiny/step_000006" in workplace.out
+    assert re.search(r"^6 steps take about \d+ seconds here$", workplace.out, re.MULTILINE)
     found = metrics(workplace.base, "sft")
     for step in (0, 3, 6):
         assert 0.0 <= found[step, "val_ARC-Easy"] <= 1.0
@@ -164,6 +166,15 @@ def test_a_mistake_is_named(workplace, command, words):
     write_too_long(workplace.folder / "long.jsonl")
     script, *flags = command.split()
     assert_refused(workplace.run(f"scripts.{script}", *TINY, *([] if "--data" in flags else OWN), *flags), *words)
+
+
+def test_a_damaged_source_is_refused(workplace):
+    base = workplace.copy_part("damaged", "base_checkpoints")
+    path = run_folder(base) / "step_000007" / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    ended = workplace.run("scripts.mid_train", *TINY, *OWN, base=base)
+    assert_refused(ended, path.parent, "is damaged: model.safetensors has changed since it was written", "--step")
 
 
 def test_conversations_changed_since_are_refused_on_resuming(workplace):

@@ -320,21 +320,28 @@ def test_resuming_passes_over_damaged_checkpoints_with_a_word_and_sets_them_asid
 ):
     for step in (5, 10, 15):
         folder = save(run, step, tiny_model, tokenizer)
+    shutil.copytree(checkpoint.step_dir(run, 5), checkpoint.step_dir(run, 20))
+    missing = checkpoint.step_dir(run, 20) / "meta.json"
+    missing.unlink()
+    checkpoint.step_dir(run, 25).mkdir()
     args = Namespace(resume=True)
     for step, name in ((15, "loader_rank0.safetensors"), (10, "meta.json")):
         os.truncate(checkpoint.step_dir(run, step) / name, 100)
     assert checkpoint.resumable(run, args, {"resume"})["step"] == 5
     said = capsys.readouterr().out.splitlines()
     assert said == [
+        "passed over step_000025, which is damaged: it has no meta.json",
+        f"passed over step_000020, which is damaged: cannot read {missing}: No such file or directory",
         "passed over step_000015, which is damaged: loader_rank0.safetensors has changed since it was written",
         "passed over step_000010, which is damaged: meta.json has changed since it was written",
     ]
     save(run, 15, tiny_model, tokenizer)
-    assert names_in(run) == ["step_000005", "step_000010", "step_000015", "step_000015.damaged1"]
+    whole = [f"step_{number:06}" for number in (5, 10, 15, 20, 25)]
+    assert names_in(run) == [*whole[:3], "step_000015.damaged1", *whole[3:]]
     assert_loads(folder, tiny_model)
     shutil.rmtree(folder)
     os.truncate(checkpoint.step_dir(run, 5) / "model.safetensors", 100)
-    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged, the newest because meta.json has changed"):
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged, the newest because it has no meta.json"):
         checkpoint.resumable(run, args, {"resume"})
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from conftest import random_model
 from ranks import run_ranks
 
-from nanochat.common import UserError
+from nanochat.common import Runtime, UserError
 from nanochat.data.dataloader import Batch
 from nanochat.model.gpt import IGNORE_INDEX, GPTConfig, build_model
 from nanochat.training import loop as training
@@ -306,3 +307,16 @@ def test_speed_counts_the_tokens_of_all_ranks_and_leaves_no_gradients(monkeypatc
     seconds = iter([100.0, 0.5, 2.0, 1.0])  # the first one warms up
     monkeypatch.setattr(training, "_forward_backward", lambda model, rows: next(seconds))
     assert training.measure_tokens_per_second(model, 3, 4) == 3 * 16 * 4 / 1.0
+
+
+def test_how_long_the_steps_take_is_said_in_the_unit_that_suits_it(monkeypatch, capsys):
+    model = make_model()
+    tokens = 100 * (32 + training.OPTIMIZER_TOKENS * model.config.n_embd)
+    runtime = Runtime(0, 0, 1, CPU, torch.float32)
+    for seconds, words in ((20, "20 seconds"), (89.4, "89 seconds"), (90, "1.5 minutes"), (9000, "150.0 minutes")):
+        monkeypatch.setattr(training, "measure_tokens_per_second", lambda *args, seconds=seconds: tokens / seconds)
+        training.say_how_long(model, runtime, 2, 100, 32)
+        assert capsys.readouterr().out == f"100 steps take about {words} here\n"
+    training.say_how_long(model, runtime, 2, 0, 32)  # a run at its end
+    training.say_how_long(model, replace(runtime, device=torch.device("cuda")), 2, 100, 32)
+    assert capsys.readouterr().out == ""

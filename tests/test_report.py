@@ -196,6 +196,8 @@ def test_the_last_of_several_attempts_counts_and_stages_stand_in_the_order_of_th
     markdown = rendered()
     assert summary_row(markdown, "val bpb")[0] == "0.125"
     assert "2 earlier attempt(s) not shown" in markdown
+    append_record("base_train", settings={}, results={"val_bpb": 0.125, "train_seconds": 3.0})  # killed at its end
+    assert "2 earlier attempt(s) not shown" in rendered()
     headings = re.findall(r"^## (.*)$", markdown, re.MULTILINE)
     assert headings[-4:] == ["Tokenizer training", "Pretraining", "my_stage", "Not run"]
     assert headings.count("Pretraining") == 1

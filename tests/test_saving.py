@@ -9,6 +9,7 @@ from test_checkpoint import RUNTIME, STATE, assert_loads, names_in
 from nanochat import checkpoint
 from nanochat.checkpoint import list_steps, run_dir
 from nanochat.common import UserError
+from nanochat.training import saving
 from nanochat.training.saving import Saver
 
 
@@ -98,6 +99,19 @@ def test_the_newest_checkpoints_are_kept_and_some_older_ones(keep, kept, run, pa
     assert names_in(run) == [*(f"step_{step:06d}" for step in kept), "step_000099.damaged1"]
     assert saver._num_more([], steps) == most
     assert saver._num_more(kept, [12]) == 1
+
+
+@pytest.mark.parametrize("trouble", ["a file in the way", "a read-only disk"])
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_first_step(trouble, run, monkeypatch):
+    if trouble == "a file in the way":
+        run.parent.parent.mkdir(exist_ok=True)
+        run.parent.touch()
+        words = f"cannot create {run}: "
+    else:
+        monkeypatch.setattr(saving.os, "access", lambda path, mode: False)
+        words = f"cannot write to {run}: no permission, or the disk is read-only"
+    with pytest.raises(UserError, match=words):
+        make_saver(run).check_disk(1000, [5])
 
 
 def test_an_interrupted_deletion_leaves_no_half_checkpoint_and_is_made_up_for(run, parts, monkeypatch):

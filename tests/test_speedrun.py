@@ -213,7 +213,7 @@ def test_help_is_the_header(checkout):
 def test_a_recipe_is_not_trained_without_gpus_and_the_laptops_run_has_nothing_to_plan(checkout):
     told = checkout.refusal("runs/d26.sh")
     assert told == "runs/d26.sh needs GPUs, and this machine has none; --dry-run says what it takes\n"
-    assert "MINUTES=10" in checkout.refusal("runs/laptop.sh", "--dry-run")
+    assert "BASE_STEPS=450" in checkout.refusal("runs/laptop.sh", "--dry-run")
 
 
 def test_all_stages_run_on_all_gpus(checkout):
@@ -268,7 +268,8 @@ def test_without_a_gpu_it_is_a_miniature(checkout):
     stages = checkout.stages(FAKE_GPUS="0")
     train = only(stages, "scripts.base_train")
     assert train.startswith("python -m scripts.base_train --data local --depth 4 --sequence-len 256")
-    assert "--minutes 1.5" in train
+    assert "--num-steps 170 --total-batch-size 4096 " in train
+    assert "--token-ratio 3 --save-every" in only(checkout.stages(FAKE_GPUS="0", TOKEN_RATIO="3"), "base_train")
     assert list(map(script_of, stages[-6:])) == [
         "scripts.mid_train", "scripts.chat_sft", "scripts.chat_eval", "scripts.chat_rl", "scripts.chat_eval",
         "nanochat.report",
@@ -287,7 +288,10 @@ def test_the_laptops_run_is_small_and_on_real_data_whatever_the_machine(checkout
     stages = checkout.stages("runs/laptop.sh", FAKE_GPUS="0", PRETRAIN_FLAGS="--eval-every 0")
     train = only(stages, "scripts.base_train")
     assert train.startswith("python -m scripts.base_train --data karpathy/climbmix-400b-shuffle --depth 4")
-    assert train.endswith("--minutes 10 --save-every 100 --run  --resume --sequence-len 512 --eval-every 0")
+    assert train.endswith(
+        "--num-steps 450 --total-batch-size 4096 --save-every 100 --run  --resume "
+        "--sequence-len 512 --total-batch-size 8192 --eval-every 0"
+    )
     for script, flags in {
         "mid_train": "--max-conversations 16000", "chat_sft": "--max-conversations 8000",
         "chat_rl": "--tasks Spelling|SpellingBee", "chat_eval -i rl": f"--tasks {'|'.join(TASK_NAMES)}|Spelling",

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.checkpoint import fetch, find_on_hosts, load_tokenizer, read_meta, resumable, run_dir, step_dir
+from nanochat.checkpoint import fault_in, fetch, find_on_hosts, load_tokenizer, read_meta, resumable, run_dir, step_dir
 from nanochat.common import Runtime, UserError, init_runtime, join_ranks, print0
 from nanochat.data.chat_loader import ChatLoader, Conversations, Rows, pack_conversations, validation_batches
 from nanochat.evals.loss_eval import evaluate_bpb
@@ -59,6 +59,8 @@ def load_start(stage: str, args: argparse.Namespace, free: Collection[str], *, c
             source, rank = find_on_hosts(args.source, model_tag=args.model_tag, step=args.step)
         origin = source
         fetch(origin, rank)
+        if fault := fault_in(origin):
+            raise UserError(f"{origin} is damaged: {fault}; choose another with --step, or train it again")
     meta = resumed or read_meta(origin)
     model, tokenizer = load_weights(origin, meta, runtime), load_tokenizer(origin, meta)
     if args.recompute:
@@ -116,6 +118,8 @@ def start_run(
         f"{plan.num_steps:,} steps of {plan.total_batch_tokens:,} = {num_micro_steps} x {device_batch_size} x {T} x "
         f"{runtime.world_size}, rates x {plan.lr_scale:.3f}"
     )
+    num_left = plan.num_steps - start.resumed.get("step", 0)
+    loop.say_how_long(model, runtime, device_batch_size, num_left, plan.total_batch_tokens)
     loader = ChatLoader(
         train_rows, device_batch_size, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
         epochs=None if args.num_steps else args.epochs, step_rows=plan.total_batch_tokens // T, seed=args.seed,

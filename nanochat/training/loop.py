@@ -22,6 +22,7 @@ from nanochat.training.optim import MuonAdamW, parameter_groups
 
 DEVICE_BATCH_SIZE = {"cuda": 32}  # rows, by device; fewer when that does not fit
 SMALL_DEVICE_BATCH_SIZE = 8  # on other devices: activations that stay in or near the cache
+OPTIMIZER_TOKENS = 3  # per channel: tokens whose forward and backward take as long as an optimizer step (depth 4, CPU)
 
 
 def grad_accum_steps(total_tokens: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
@@ -226,6 +227,21 @@ def measure_tokens_per_second(model: GPT, num_rows: int, world_size: int, repeat
     _forward_backward(model, num_rows)
     seconds = sorted(_forward_backward(model, num_rows) for _ in range(repeats))
     return num_rows * model.config.sequence_len * world_size / seconds[repeats // 2]
+
+
+def say_how_long(model: GPT, runtime: Runtime, num_rows: int, num_steps: int, step_tokens: int) -> None:
+    """Print how long `num_steps` steps of `step_tokens` tokens take here, at the speed of a few micro-batches of
+    `num_rows` rows. Not on a GPU, where these would be compiled first, and where the dry run says it."""
+    if runtime.is_cuda or not num_steps:
+        return
+    tokens = num_steps * (step_tokens + OPTIMIZER_TOKENS * model.config.n_embd)
+    seconds = tokens / measure_tokens_per_second(model, num_rows, runtime.world_size)
+    print0(f"{num_steps:,} steps take about {minutes_and_seconds(seconds)} here")
+
+
+def minutes_and_seconds(seconds: float) -> str:
+    """`seconds` in the unit that suits them, in words."""
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.1f} minutes"
 
 
 def _forward_backward(model: GPT, num_rows: int) -> float:

@@ -80,11 +80,11 @@ class TrainingRun:
         )
         if self.resumed:
             self._restore(step_dir(self.folder, self.resumed["step"]), self.resumed)
+        self._check_disk()
         self.metrics.rewind(self.first_step)
         self.progress = Progress(runtime, plan.num_steps)
         self.log = StepLog(self.stats, self.metrics, self.progress, self.examine)
         self.log.val_bpb = self.results.get("val_bpb")
-        self._check_disk()
         self.status = Status(self.folder, runtime, plan.num_steps)
         self.stop_signals = StopSignals(is_main=runtime.is_main)
 

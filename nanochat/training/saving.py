@@ -3,6 +3,7 @@
 Not here: what a checkpoint holds (`run.py`) and its format (`nanochat/checkpoint.py`).
 """
 
+import os
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -61,20 +62,27 @@ class Saver:
             delete_steps(self.run, self._expendable(steps))
 
     def check_disk(self, num_bytes: int, steps_to_come: Iterable[int]) -> None:
-        """Raise `UserError`, on every rank alike, unless the disk has room for the checkpoints of `steps_to_come`, in
-        each of which this rank has `num_bytes`."""
-        one_bytes, problem = sum(gather_ranks(num_bytes)), ""
-        if self.runtime.is_main:
-            self.run.mkdir(parents=True, exist_ok=True)
-            num_more, free = self._num_more(list_steps(self.run), steps_to_come), shutil.disk_usage(self.run).free
-            if num_more * one_bytes > free:
-                one, need, room = (f"{size / 1e9:.3g} GB" for size in (one_bytes, num_more * one_bytes, free))
-                problem = (
-                    f"{num_more} more checkpoints of {one} need {need}, but the disk of {self.run} has {room} free; "
-                    f"make room, save less often, or set --keep-last"
-                )
-        if problem := from_rank0(problem):
+        """Raise `UserError`, on every rank alike, unless the run's folder can be written to, and its disk has room for
+        the checkpoints of `steps_to_come`, in each of which this rank has `num_bytes`."""
+        one_bytes = sum(gather_ranks(num_bytes))
+        if problem := from_rank0(self._disk_problem(one_bytes, steps_to_come) if self.runtime.is_main else ""):
             raise UserError(problem)
+
+    def _disk_problem(self, one_bytes: int, steps_to_come: Iterable[int]) -> str:
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return f"cannot create {self.run}: {error.strerror}"
+        if not os.access(self.run, os.W_OK):
+            return f"cannot write to {self.run}: no permission, or the disk is read-only"
+        num_more, free = self._num_more(list_steps(self.run), steps_to_come), shutil.disk_usage(self.run).free
+        if num_more * one_bytes <= free:
+            return ""
+        one, need, room = (f"{size / 1e9:.3g} GB" for size in (one_bytes, num_more * one_bytes, free))
+        return (
+            f"{num_more} more checkpoints of {one} need {need}, but the disk of {self.run} has {room} free; make room, "
+            f"save less often, or set --keep-last"
+        )
 
     def _num_more(self, present: Sequence[int], to_come: Iterable[int]) -> int:
         """By how many the checkpoints on the disk will at most outnumber those `present`."""
