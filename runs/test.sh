@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that must pass before a change lands: formatting, lints and tests of the Python and the Rust code.
-# About 6 minutes on 2 cores, after the first set-up. Stops at the first failure. Arguments go to pytest, for example
+# About 15 minutes on 2 cores, after the first set-up. Stops at the first failure. Arguments go to pytest, for example
 #   bash runs/test.sh -k report
 set -euo pipefail
 
