@@ -95,6 +95,6 @@ def plain_gpu_model():
             module = gpu_blocks if hasattr(gpu_blocks, kernel.__name__) else gpu
             patch.setattr(module, kernel.__name__, kernel)
         patch.setattr(gpu_blocks, "choose_splits", lambda M, K: 2)
-        patch.setattr(gpu._DecodeGraphs, "_record_cuda_graph", lambda self, run: run)
+        patch.setattr(gpu._DecodeGraphs, "_record", lambda self, run: run)
         patch.setattr(pages, "PAGE", PAGE)
         yield gpu.GpuModel

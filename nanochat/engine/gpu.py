@@ -19,9 +19,9 @@ from torch import Tensor
 
 from nanochat.engine.draw_kernel import cap_and_draw
 from nanochat.engine.gpu_blocks import GpuBlocks
-from nanochat.engine.inference import InferenceModel, LogitsIds, Piece
+from nanochat.engine.inference import InferenceModel, LogitsIds, Piece, lay_out
 from nanochat.engine.kernels import KEY_BLOCK, MAX_SPLITS, attend_to_pages, join_splits
-from nanochat.engine.pages import PagedCache
+from nanochat.engine.pages import PagedCache, PagedTable
 from nanochat.engine.product_kernel import FEW_ROWS
 from nanochat.engine.sampling import Drawing
 from nanochat.engine.transfer import to_device
@@ -59,17 +59,12 @@ class GpuModel(InferenceModel):
         """Read pieces of sequences, each of another slot, in one pass over the weights. Returns the logits after the
         last token of each, (len(pieces), V) float32."""
         lengths = [len(piece.ids) for piece in pieces]
-        host = [
-            [token for piece in pieces for token in piece.ids],
-            [token for piece in pieces for token in (piece.previous or 0, *piece.ids[:-1])],
-            [piece.start + i for piece in pieces for i in range(len(piece.ids))],
-        ]
-        idx, previous, at = to_device(np.array(host), self.device)
-        spans = [_Spans(self.cache, number, pieces, self.device) for number in range(len(self.cache.tables))]
+        idx, previous, at = to_device(np.array(lay_out(pieces)), self.device)
+        spans = [_Spans(table, pieces, self.device) for table in self.cache.tables]
         for piece in pieces:
             self.cache.make_writable(piece.slot, piece.start, piece.start + len(piece.ids))
         for span in spans:
-            span.find_kept(self.cache, pieces)
+            span.find_kept(pieces)
 
         def attend(layer: int, joined: Tensor) -> Tensor:
             own = self.cache.layers[layer]
@@ -141,16 +136,15 @@ class GpuModel(InferenceModel):
         wanted = min(NUM_PROGRAMS // (num_rows * self.config.n_kv_head), -(-reach // KEY_BLOCK), MAX_SPLITS)
         return 1 << max(1, wanted).bit_length() - 1
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        softcap = self.config.softcap
-        return softcap * torch.tanh(self.blocks.head(hidden).float() / softcap)
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self.blocks.head(hidden)
 
 
 class _Spans:
     """The keys that a prefill of `pieces` reads in the layers of a table: for each piece past positions, then new."""
 
-    def __init__(self, cache: PagedCache, number: int, pieces: Sequence[Piece], device: torch.device):
-        self._table, self._device = cache.tables[number], device
+    def __init__(self, table: PagedTable, pieces: Sequence[Piece], device: torch.device):
+        self._table, self._device = table, device
         pasts = [max(0, piece.start + 1 - self._table.reach) for piece in pieces]  # the first that a piece sees
         num_past = [piece.start - past for piece, past in zip(pieces, pasts, strict=True)]
         self.lengths = [(len(piece.ids), past + len(piece.ids)) for piece, past in zip(pieces, num_past, strict=True)]
@@ -167,7 +161,7 @@ class _Spans:
             places = [self._table.places(p.slot, first, p.start) for p, first in zip(pieces, pasts, strict=True)]
             self._past = to_device(np.stack((np.concatenate(at), np.concatenate(places))), device)
 
-    def find_kept(self, cache: PagedCache, pieces: Sequence[Piece]) -> None:
+    def find_kept(self, pieces: Sequence[Piece]) -> None:
         """Look up which new ones the cache will keep, and where; call it once their places are writable."""
         at, places = [], []
         for piece, own in zip(pieces, self._new_at, strict=True):
@@ -194,8 +188,7 @@ class _DecodeGraphs:
     The model is passed in, not kept: a cycle of references would leave gigabytes of cache to the garbage collector.
     """
 
-    def __init__(self, record: Callable | None = None):
-        self._record = record
+    def __init__(self):
         self._ready: OrderedDict[tuple, tuple[Tensor, Tensor, Tensor, Callable]] = OrderedDict()
         self._stream = self._pool = None
 
@@ -232,9 +225,9 @@ class _DecodeGraphs:
             z = model.blocks.head(model.decode_pass(*ids, places))
             return cap_and_draw(z, columns, drawing.kind, model.config.softcap, model.config.vocab_size)
 
-        return ids, places, columns, (self._record or self._record_cuda_graph)(run)
+        return ids, places, columns, self._record(run)
 
-    def _record_cuda_graph(self, run: Callable) -> Callable:
+    def _record(self, run: Callable) -> Callable:
         """`run` as a CUDA graph over the tensors it was recorded with; its result is at the same address each time."""
         if self._stream is None:
             self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()

@@ -103,6 +103,15 @@ class Piece:
     previous: int | None
 
 
+def lay_out(pieces: Sequence[Piece]) -> list[list[int]]:
+    """Of all tokens of a pass: the ids, those of the tokens before (0 at a beginning), and the positions."""
+    return [
+        [token for piece in pieces for token in piece.ids],
+        [token for piece in pieces for token in (piece.previous or 0, *piece.ids[:-1])],
+        [piece.start + i for piece in pieces for i in range(len(piece.ids))],
+    ]
+
+
 def add_weights_flag(parser: ArgumentParser) -> None:
     """The flag for the form in which a serving model's weights are kept."""
     parser.add_argument(
@@ -158,10 +167,7 @@ class InferenceModel:
         """Read pieces of sequences, each of another slot, in one pass over the weights. Returns the logits after the
         last token of each, (len(pieces), V) float32."""
         spans = [0, *accumulate(len(piece.ids) for piece in pieces)]
-        host = [token for piece in pieces for token in piece.ids]
-        before = [token for piece in pieces for token in (piece.previous or 0, *piece.ids[:-1])]
-        positions = [piece.start + i for piece in pieces for i in range(len(piece.ids))]
-        idx, previous, at = torch.tensor([host, before, positions]).to(self.device)
+        idx, previous, at = torch.tensor(lay_out(pieces)).to(self.device)
 
         def attend(layer: int, *qkv: Tensor) -> Tensor:
             spanned = zip(pieces, spans[:-1], spans[1:], strict=True)
@@ -236,7 +242,11 @@ class InferenceModel:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         softcap = self.config.softcap
-        return softcap * torch.tanh(self._weights.head(hidden).float() / softcap)
+        return softcap * torch.tanh(self._head(hidden).float() / softcap)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """The head's outputs (N, V), before the soft cap."""
+        return self._weights.head(hidden)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
