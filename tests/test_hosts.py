@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_text, random_model, write_shard
+from live_server import wait_until
 from ranks import run_ranks
 from test_scripts import ROOT, SCHEDULE, TINY, environment, losses, run_folder
 
@@ -213,13 +213,6 @@ def hosts(tmp_path):
         yield spaces
 
 
-def wait_for(condition, seconds: float = 100.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.2)
-
-
 def last_lines_of(hosts) -> str:
     return f"{hosts.log('a')[-3000:]}\n---\n{hosts.log('b')[-3000:]}"
 
@@ -245,10 +238,10 @@ def test_two_hosts_without_a_shared_disk_train_like_one_process_and_a_missing_sh
 def test_a_host_that_vanishes_is_named_and_the_run_goes_on_when_it_is_back_with_an_empty_disk(hosts):
     options = {"seconds_per_step": 0.5, "restarts": 3}
     first, second = (hosts.start(host, **options) for host in "ab")
-    wait_for(lambda: (run_folder(hosts.base("a")) / "step_000003").exists())
+    wait_until(lambda: (run_folder(hosts.base("a")) / "step_000003").exists(), 100)
     hosts.pull_the_cable()
     told = {"a": "error: nothing heard of host-b (ranks 2, 3)", "b": "error: nothing heard of host-a (ranks 0, 1)"}
-    wait_for(lambda: all(told[host] in hosts.log(host) for host in "ab"), 15)  # 6 s, and a second's grace
+    wait_until(lambda: all(told[host] in hosts.log(host) for host in "ab"), 15)  # 6 s, and a second's grace
     hosts.switch_off("b")
     second.wait(20)
     assert all(hosts.log(host).count("error: nothing heard") == 1 for host in "ab"), last_lines_of(hosts)
