@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanochat.common import UserError
 
+CHAT_TEMPERATURE, CHAT_TOP_K = 0.6, 50  # of the terminal chat and the page, where their user asks for nothing else
 MAX_STOPS = 16
 MIN_TEMPERATURE = 1e-4  # lower ones are practically greedy, and dividing logits by them would overflow
 _LIMITS = {  # smallest and largest value of each number, and its type
