@@ -9,8 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from chat_page import LONGEST_WAIT_SECONDS, PAGE, FakeServer, Reply, says
+from chat_page import LONGEST_WAIT_SECONDS, FakeServer, Reply, says
 from live_server import wait_until
+
+from nanochat.serve.api import PAGE_PATH
+from nanochat.serve.middleware import read_page
 
 
 @pytest.fixture
@@ -127,6 +130,6 @@ def chat(open_chat) -> Chat:
 def script(browser):
     """A page to try the functions of the script in."""
     page = browser.new_page()
-    page.set_content(PAGE.read_text())
+    page.set_content(read_page(PAGE_PATH))
     yield page
     page.close()

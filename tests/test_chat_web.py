@@ -16,6 +16,8 @@ from live_server import KEY, ask, events, question, wait_until
 from nanochat.checkpoint import run_dir, save_checkpoint
 from nanochat.common import Runtime, UserError
 from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.serve.api import PAGE_PATH
+from nanochat.serve.middleware import read_page
 from scripts.chat_web import main, parse_args
 
 pytestmark = pytest.mark.slow
@@ -52,7 +54,7 @@ def test_the_server_loads_answers_and_ends_when_its_answers_have_ended(base):
         line = process.stdout.readline()
         assert line.startswith("nanochat-tiny (sft, step 7): http://127.0.0.1:")
         port = int(line.rpartition(":")[2])
-        assert ask(port, "/").text == (ROOT / "nanochat" / "serve" / "ui.html").read_text()
+        assert ask(port, "/").text == read_page(PAGE_PATH)
         assert ask(port, "/health").json["status"] in ("loading", "ok")
         wait_until(lambda: ask(port, "/health").status == 200, seconds=TIMEOUT_SECONDS)
         assert ask(port, CHAT, question("hello")).status == 401

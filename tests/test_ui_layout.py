@@ -4,13 +4,15 @@ import re
 import threading
 
 import pytest
-from chat_page import PAGE, says
+from chat_page import says
+
+from nanochat.serve.api import PAGE_PATH
 
 pytest_plugins = ("chat_browser",)
 
 
 def test_the_page_is_one_file_that_builds_no_html_from_text():
-    page = PAGE.read_text()
+    page = PAGE_PATH.read_text()
     assert page.count("<script>") == page.count("<style>") == 1
     for forbidden in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "DOMParser"):
         assert forbidden not in page
@@ -21,7 +23,7 @@ def test_the_page_is_one_file_that_builds_no_html_from_text():
 
 def test_text_keeps_its_contrast_in_light_and_dark():
     """WCAG AA: 4.5 to 1 for text on every surface it stands on, 3 to 1 for the borders of fields."""
-    found = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", PAGE.read_text())
+    found = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", PAGE_PATH.read_text())
     colours = {name: {"light": light, "dark": dark} for name, light, dark in found}
     pairs = [("text", surface, 4.5) for surface in ("page", "side", "card", "raised", "hover", "tint", "danger-tint")]
     pairs += [("soft", surface, 4.5) for surface in ("page", "side", "card", "raised", "hover")]
