@@ -53,6 +53,11 @@ class Chat:
         """The messages of the last request."""
         return self.server.requests[-1]["messages"]
 
+    @property
+    def texts(self) -> list[str]:
+        """The questions and answers in view."""
+        return self.page.locator(".message .body").all_inner_texts()
+
     def label(self, text: str):
         return self.page.get_by_label(text, exact=True)
 
@@ -82,6 +87,16 @@ class Chat:
     def ask(self, text: str, answer: str | Reply) -> None:
         self.send(text, says(answer) if isinstance(answer, str) else answer)
         self.wait_until_done()
+
+    def edit(self, i: int, text: str, answer: str | Reply, *, wait: bool = True) -> None:
+        """Sends the question in place `i` again in other words."""
+        self.server.script.append(says(answer) if isinstance(answer, str) else answer)
+        self.questions.nth(i).hover()
+        self.button("Edit the message and send it again").nth(i).click()
+        self.label("Edit the message").fill(text)
+        self.label("Edit the message").press("Enter")
+        if wait:
+            self.wait_until_done()
 
     def command(self, text: str) -> None:
         self.input.fill(text)
