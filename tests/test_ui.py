@@ -247,8 +247,12 @@ def test_an_export_holds_all_branches(chat, open_chat, tmp_path):
     download.value.save_as(path)
     (exported,) = json.loads(path.read_text())["conversations"]
     assert exported["messages"] == [{"role": "user", "content": "One, mended"}, {"role": "assistant", "content": "d"}]
-    chat.label("File of conversations").set_input_files(path)
-    chat.wait_for("1 already here")
+    former = {key: value for key, value in exported.items() if key != "branches"}
+    (tmp_path / "former.json").write_text(json.dumps([former]))
+    for known in (path, tmp_path / "former.json"):
+        chat.label("File of conversations").set_input_files(known)
+        chat.wait_for("1 already here")
+        chat.click("Dismiss")
     other = open_chat()
     other.label("File of conversations").set_input_files(path)
     other.click("One, mended", exact=True)
