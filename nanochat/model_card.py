@@ -1,4 +1,4 @@
-"""The model card of an exported checkpoint: README.md of its folder, with front matter as the Hugging Face hub reads it.
+"""The model card of an exported checkpoint: README.md of its folder, with front matter that the Hugging Face hub reads.
 
 What the card says of training and scores comes from the checkpoint's meta.json and from those records of the current
 report that are about this very checkpoint and the ones it continued from; without them, from meta.json alone.
@@ -11,7 +11,18 @@ from typing import Any
 
 from nanochat.records import STAGES, Record, read_records
 from nanochat.results import (
-    BPB, CHAT_CORE, CORE, GPT2_CORE, NO_SCORE, TRAINING, amount, content, data_of, dollars, hardware, machine_of,
+    BPB,
+    CHAT_CORE,
+    CORE,
+    GPT2_CORE,
+    NO_SCORE,
+    TRAINING,
+    amount,
+    content,
+    data_of,
+    dollars,
+    hardware,
+    machine_of,
 )  # fmt: skip
 
 # Data sets on the hub that "mixture" stands for, by stage (tasks/mixtures.py).
@@ -66,8 +77,8 @@ def model_card(
     shape = f"{config['n_layer']} layers of width {config['n_embd']}"
     about = (
         f"A language model trained from scratch with nanochat: {STAGE_WORDS.get(source, source)}. It has "
-        f"{f'{size} parameters in ' if size else ''}{shape}, a vocabulary of {config['vocab_size']:,} tokens, and reads "
-        f"at most {config['sequence_len']:,} tokens at a time. This is step {meta['step']:,} of the run "
+        f"{f'{size} parameters in ' if size else ''}{shape}, a vocabulary of {config['vocab_size']:,} tokens, and "
+        f"reads at most {config['sequence_len']:,} tokens at a time. This is step {meta['step']:,} of the run "
         f"`{folder.parent.name}`."
     )
     parts = [_front_matter(name, hub_names, measured, is_chat), f"# {name}", about]

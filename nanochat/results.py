@@ -20,7 +20,7 @@ MEASURED = re.compile(r"second|mfu|peak_memory")  # in the names of results that
 NO_SCORE = re.compile(r"_low$|_high$|seconds|^not_run$")  # in the names of an exam's results
 CORE, BPB, CHAT_CORE, REWARD = "CORE", "validation, bits per byte", "ChatCORE", "reward on held-out questions"
 SPECIAL = {  # tokens in a recorded sample: what stands for them in text
-    "<|bos|>": "", "<|user_start|>": "> ", "<|user_end|>": "\n", "<|assistant_start|>": "", "<|assistant_end|>": "\n",
+    "<|bos|>": "", "<|user_start|>": "\n> ", "<|user_end|>": "\n", "<|assistant_start|>": "", "<|assistant_end|>": "",
     "<|python_start|>": "[python: ", "<|python_end|>": "", "<|output_start|>": " => ", "<|output_end|>": "]",
 }  # fmt: skip
 
@@ -52,11 +52,11 @@ def machine_of(records: Iterable[Record]) -> dict[str, Any]:
 
 
 def hardware(machine: Mapping[str, Any]) -> str:
-    """The GPUs of a machine or else its processor, in words; "" if unknown."""
+    """The GPUs of a machine, or else its processor, in words; "" if unknown."""
     gpus = machine.get("gpus") or []
     kinds = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
     if not kinds and machine.get("cores"):
-        kinds = [f"no GPU, {machine['cores']} CPU cores ({machine.get('cpu', 'unknown')})"]
+        kinds = [f"{machine['cores']} CPU cores ({machine.get('cpu', 'unknown')}), without a GPU"]
     return ", ".join(kinds)
 
 
@@ -117,6 +117,8 @@ def replies(records: Sequence[Record]) -> tuple[str, list[str]]:
     for stage, model in (*(("chat_eval", model) for model in MODELS[:0:-1]), ("chat_rl", "rl"), ("base_loss", "base")):
         record = newest(records).get((stage, model))
         if record is not None and record.samples:
+            if model == "base":  # which ends nowhere: each on a line of its own
+                return model, [" ".join(sample.split()) for sample in record.samples]
             return model, [plain_text(sample) for sample in record.samples]
     return "", []
 
