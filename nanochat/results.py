@@ -11,8 +11,8 @@ from typing import Any
 
 from nanochat.records import ENVIRONMENT, MODELS, STAGES, Record
 
-# CORE of GPT-2 with 1.5 billion parameters, the goal of the public nanochat's table of records ("time to GPT-2"): on the
-# same 22 tasks of DCLM, with the same shots.
+# CORE of GPT-2 with 1.5 billion parameters, the goal of the public nanochat's table of records ("time to GPT-2"): on
+# the same 22 tasks of DCLM, with the same shots.
 GPT2_CORE = 0.256525
 GPT2_SOURCE = "https://github.com/karpathy/nanochat"
 

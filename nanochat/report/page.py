@@ -42,6 +42,8 @@ pre { background: var(--soft); padding: .8rem 1rem; border-radius: 6px; white-sp
 code { font: .88em/1.5 ui-monospace, monospace; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
 summary { cursor: pointer; color: var(--accent); padding: .2rem 0; }
+ul { padding-left: 1.4rem; }
+@media (max-width: 40rem) { th, td { padding: .25rem .45rem; } table { font-size: .82rem; } }
 @media print { nav { display: none; } }
 """
 

@@ -10,22 +10,8 @@ from typing import Any
 from nanochat.records import MODELS, STAGES, Record
 from nanochat.report.tables import escape, fenced, score, table, text_table
 from nanochat.results import (
-    BPB,
-    CORE,
-    GPT2_CORE,
-    GPT2_SOURCE,
-    REWARD,
-    amount,
-    current,
-    data_of,
-    dollars,
-    hardware,
-    machine_of,
-    newest,
-    replies,
-    scores,
-    seconds_of,
-    trained,
+    BPB, CORE, GPT2_CORE, GPT2_SOURCE, REWARD, amount, current, data_of, dollars, hardware, machine_of, newest, replies,
+    scores, seconds_of, trained,
 )  # fmt: skip
 
 MAX_REPLIES, MAX_CHARS = 8, 800  # of samples on the first page; all are whole in the stage's section
@@ -121,7 +107,7 @@ def _cost(machine: Mapping[str, Any], seconds: float) -> dict[str, str]:
     """The estimate where a price is known; without GPUs nothing."""
     gpus, cost = machine.get("gpus") or [], dollars(machine, seconds)
     if cost is not None:
-        rate = f"{len(gpus)} GPU(s) at {machine['gpu_hour_dollars']:.2f} dollars an hour each"
+        rate = f"{len(gpus)} GPU{'s' * (len(gpus) > 1)} at {machine['gpu_hour_dollars']:.2f} dollars an hour each"
         return {
             "Cost": f"about **{cost:,.2f} dollars**: {rate} ({machine.get('price_source')}). An estimate, not a bill."
         }
