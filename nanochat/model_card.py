@@ -11,8 +11,19 @@ from typing import Any
 
 from nanochat.records import STAGES, Record, read_records
 from nanochat.results import (
-    BPB, CHAT_CORE, CORE, GPT2_CORE, NO_SCORE, TRAINING, amount, content, data_of, dollars, hardware, machine_of,
-)  # fmt: skip
+    BPB,
+    CHAT_CORE,
+    CORE,
+    GPT2_CORE,
+    NO_SCORE,
+    TRAINING,
+    amount,
+    content,
+    data_of,
+    dollars,
+    hardware,
+    machine_of,
+)
 
 # Data sets on the hub that "mixture" stands for, by stage (tasks/mixtures.py).
 MIXTURE = {

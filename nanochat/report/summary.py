@@ -10,9 +10,23 @@ from typing import Any
 from nanochat.records import MODELS, STAGES, Record
 from nanochat.report.tables import escape, fenced, score, table, text_table
 from nanochat.results import (
-    BPB, CORE, GPT2_CORE, GPT2_SOURCE, REWARD, amount, current, data_of, dollars, hardware, machine_of, newest, replies,
-    scores, seconds_of, trained,
-)  # fmt: skip
+    BPB,
+    CORE,
+    GPT2_CORE,
+    GPT2_SOURCE,
+    REWARD,
+    amount,
+    current,
+    data_of,
+    dollars,
+    hardware,
+    machine_of,
+    newest,
+    replies,
+    scores,
+    seconds_of,
+    trained,
+)
 
 MAX_REPLIES, MAX_CHARS = 8, 800  # of samples on the first page; all are whole in the stage's section
 MODEL_NAMES = {"base": "base", "mid": "mid-trained", "sft": "finetuned", "rl": "after RL"}
