@@ -107,7 +107,7 @@ def draw_pretraining(curves: Mapping[str, Points]) -> bytes:
     title = f"pretraining: {train[-1][1]:.3f} nats per token at step {train[-1][0]:,}"
     if val:
         other = axes.twinx()
-        other.plot(*zip(*val, strict=True), color=ORANGE, linewidth=1.6, marker="o", markersize=4)
+        _plot(other, val, color=ORANGE)
         other.set_ylabel("validation, bits per byte", color=ORANGE)
         other.spines[["top"]].set_visible(False)
         title = f"pretraining: {val[-1][1]:.4f} bits per byte on held-out text at step {val[-1][0]:,}"

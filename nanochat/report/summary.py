@@ -34,8 +34,8 @@ MODEL_NAMES = {"base": "base", "mid": "mid-trained", "sft": "finetuned", "rl": "
 
 def title(records: Sequence[Record]) -> str:
     """The name of what was trained last."""
-    stages = trained(records)
-    return f"nanochat report: {escape(stages[-1].tag)}" if stages and stages[-1].tag else "nanochat report"
+    tags = [stage.tag for stage in trained(records) if stage.tag]
+    return f"nanochat report: {escape(tags[-1])}" if tags else "nanochat report"
 
 
 def summary(records: Sequence[Record], loss: Sequence[str]) -> Iterator[str]:
