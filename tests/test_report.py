@@ -50,7 +50,7 @@ def first_page(markdown: str) -> str:
 
 
 def is_small_png(data: bytes) -> bool:
-    return data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) < 100_000
+    return data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) < 150_000
 
 
 @pytest.fixture
