@@ -138,7 +138,7 @@ def test_replies_of_the_last_chat_model_are_shown_without_special_tokens():
         "chat_eval", settings={"source": "rl"}, results={"GSM8K": 0.2}, samples=[sample, "x" * 2000, *"abcdefg"]
     )
     page_one = first_page(rendered())
-    assert "> 1+1?\n[python: 1+1 => 2]It is 2.\n> Sure?\nYes.\n(right)\n\nxxx" in page_one
+    assert "> 1+1?\n[python: 1+1 => 2] It is 2.\n> Sure?\nYes.\n(right)\n\nxxx" in page_one
     assert "Replies of the model after RL (8 of 9)" in page_one
     assert "x" * 801 not in page_one
 

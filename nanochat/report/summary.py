@@ -169,7 +169,9 @@ def _results(now: Sequence[Record]) -> Iterator[str]:
             [escape(name), *(score(values[m]) if m in values else "" for m in models)] for name, values in found.items()
         ]
         yield table(["Measured", *(MODEL_NAMES[model] for model in models)], rows, num_text=1)
-        notes = ["Exams: the part of the answers that is right; CORE and ChatCORE: 0 for guessing, 1 for all right."]
+        notes = []
+        if found.keys() - {BPB, REWARD}:
+            notes.append("Exams: the share of right answers; CORE and ChatCORE: 0 for guessing, 1 for all right.")
         if BPB in found:
             notes.append("Bits per byte: on text for the base model, on conversations after that; less is better.")
         if REWARD in found:
