@@ -1,6 +1,7 @@
 """What the records of a run say when read together: what was trained, on what, for how long, and with what results.
 
-An evaluation counts for the model that was there when it was made: training that model again outdates it.
+An evaluation counts for the model that was there when it was made: training that model again outdates it. A report that
+was not reset may hold records of several runs, whose folders have different names: the last one counts.
 Not here: writing and reading records (`records.py`), and the texts made of this (`report`, `model_card.py`).
 """
 
@@ -33,10 +34,14 @@ def content(record: Record) -> str:
 
 
 def current(records: Iterable[Record]) -> list[Record]:
-    """The records of stages, oldest first, without evaluations of a model that was trained again since."""
+    """The records of stages, oldest first, of the run that is going on: without evaluations of a model that was trained
+    again since, and without the later models of another run, by its tag, that came before."""
     kept: list[Record] = []
     for record in records:
         if record.stage in TRAINING and content(record) not in map(content, kept):
+            after = MODELS[MODELS.index(record.model) + 1 :]
+            others = {old.model for old in kept if old.tag != record.tag and TRAINING.get(old.stage) in after}
+            kept = [old for old in kept if old.model not in others]
             kept = [old for old in kept if old.stage in TRAINING or old.model != record.model]
         kept += [record] * (record.stage != ENVIRONMENT)
     return kept

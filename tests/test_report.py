@@ -187,6 +187,18 @@ def test_exams_of_a_model_that_was_trained_again_since_do_not_count_and_partial_
     assert "GSM8K" not in rendered()
 
 
+def test_of_a_run_of_another_name_before_only_the_models_not_trained_since_are_left():
+    for tag, stages in (("d4", ("base_train", "chat_sft")), ("d6", ("base_train",))):
+        for stage in stages:
+            path = base_dir() / f"{stage}_checkpoints" / tag / "metrics.jsonl"
+            append_record(stage, settings={"tag": tag}, results={"num_steps": 5, "val_bpb": 0.5}, metrics_path=path)
+        if "chat_sft" in stages:
+            append_record("chat_eval", settings={"source": "sft"}, results={"GSM8K": 0.1})
+    markdown = first_page(rendered())
+    assert "# nanochat report: d6\n\nA base model" in markdown
+    assert row(markdown, "validation, bits per byte") == {"base": "0.5000"}
+
+
 # --- sections ---
 def test_the_last_of_several_attempts_counts_and_stages_stand_in_the_order_of_the_pipeline():
     for stage, value in (("my_stage", 1), *(("base_train", value) for value in (0.5, 0.25, 0.125)), ("tok_train", 1)):

@@ -34,7 +34,7 @@ MODEL_NAMES = {"base": "base", "mid": "mid-trained", "sft": "finetuned", "rl": "
 
 def title(records: Sequence[Record]) -> str:
     """The name of what was trained last."""
-    tags = [stage.tag for stage in trained(records) if stage.tag]
+    tags = [stage.tag for stage in trained(current(records)) if stage.tag]
     return f"nanochat report: {escape(tags[-1])}" if tags else "nanochat report"
 
 
@@ -100,7 +100,7 @@ def _model(stages: Sequence[Record]) -> str:
 
 
 def _on(machine: Mapping[str, Any]) -> str:
-    return f" on {escape(hardware(machine))}" if hardware(machine) else ""
+    return f", on {escape(hardware(machine))}" if hardware(machine) else ""
 
 
 def _minutes(seconds: float) -> str:
@@ -114,7 +114,7 @@ def _tokens(stage: Record) -> str:
 
 def _time(stages: Sequence[Record], seconds: float) -> str:
     training = sum(stage.results.get("train_seconds") or 0.0 for stage in stages)
-    return f"{_minutes(seconds)} from start to end, {_minutes(training)} of it in training steps,"
+    return f"{_minutes(seconds)} from start to end, {_minutes(training)} of it in training steps"
 
 
 def _cost(machine: Mapping[str, Any], seconds: float) -> dict[str, str]:
