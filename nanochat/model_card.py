@@ -40,6 +40,7 @@ EXAMS = {  # exam: data set on the hub, what is asked
     "GSM8K": ("openai/gsm8k", "word problems of grade school, the final number must be right"),
     "HumanEval": ("openai/openai_humaneval", "Python functions that must pass tests"),
     "SpellingBee": ("", "counting a letter in a word"),
+    "MMLU-Pro": ("TIGER-Lab/MMLU-Pro", "questions of 14 subjects, up to ten choices"),
     CORE: ("", "mean over 22 tasks without a chat format, 0 for guessing and 1 for all right"),
     CHAT_CORE: ("", "mean of the exams, 0 for guessing and 1 for all right"),
 }
@@ -53,12 +54,12 @@ STAGE_WORDS = {
 
 def model_card(
     meta: Mapping[str, Any], *, name: str, folder: Path, files: Mapping[str, str], remote_code: bool = False,
-    program: str = "transformers",
+    library: str = "transformers",
 ) -> str:  # fmt: skip
     """The card of the checkpoint in `folder`, of which `meta` is the meta.json.
 
     name: what the export is called, as `from_pretrained` takes it. files: what else is in the exported folder, with a
-    few words on each. remote_code: whether the folder brings its own modelling code. program: what reads the folder,
+    few words on each. remote_code: whether the folder brings its own modelling code. library: what reads the folder,
     "transformers", "mlx" or "gguf".
     """
     records, _ = read_records()
@@ -72,13 +73,13 @@ def model_card(
     sections = {
         "Training": _training(stages, machine_of(records)),
         "Scores": _scores([*core, *measured], stages[-1]),
-        "Use": _usage(name, message, remote_code, program),
+        "Use": _usage(name, message, remote_code, library),
         "Files": "\n".join(f"- `{file}`: {words}" for file, words in files.items()),
         "Limits": _limits(meta["config"], source != "base"),
         "Licence": f"That of {origin}." if origin else f"{licence} The data sets have licences of their own.",
     }
     about = f"{_about(meta, source, stages[-1])} This is step {meta['step']:,} of the run `{folder.parent.name}`."
-    parts = [_front_matter(name, stages, measured, source != "base", program, origin), f"# {name}", about]
+    parts = [_front_matter(name, stages, measured, source != "base", library, origin), f"# {name}", about]
     parts += [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
     return "\n\n".join(parts) + "\n"
 
@@ -155,7 +156,7 @@ def hub_data(record: Record) -> list[str]:
 
 
 def _front_matter(
-    name: str, stages: Sequence[Record], measured: Sequence[Mapping], is_chat: bool, program: str, origin: str | None
+    name: str, stages: Sequence[Record], measured: Sequence[Mapping], is_chat: bool, library: str, origin: str | None
 ) -> str:
     """YAML between dashes. The value of each key is JSON, which is YAML."""
     data = [found for record in stages for found in data_of(record.settings)]
@@ -163,19 +164,26 @@ def _front_matter(
     results = [
         {
             "task": {"type": "text-generation"},
-            "dataset": {"name": row["task"], "type": EXAMS.get(row["task"], ("",))[0] or row["task"].lower()},
+            "dataset": {"name": row["task"], "type": _exam(row["task"])[0]},
             "metrics": [{"type": "accuracy", "name": _metric(row["task"]), "value": round(row["value"], 4)}],
         }
         for row in measured
     ]
     fields = {
-        "license": "" if origin else "mit", "language": ["en"] * is_english, "library_name": program,
+        "license": "" if origin else "mit", "language": ["en"] * is_english, "library_name": library,
         "pipeline_tag": "text-generation", "tags": ["nanochat", *["conversational"] * is_chat],
         "datasets": list(dict.fromkeys(found for record in stages for found in hub_data(record))),
         "model-index": [{"name": name, "results": results}] if results else [],
     }  # fmt: skip
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items() if value]
     return "\n".join(["---", *lines, "---"])
+
+
+def _exam(task: str) -> tuple[str, str]:
+    """Name of the data set, and what is asked; "" if unknown. Names such as "MMLU 5-shot" are of standard prompts."""
+    exam, _, shots = task.partition(" ")
+    data, asked = EXAMS.get(exam, ("", ""))
+    return data or exam.lower(), f"{asked}, with the standard prompt" if shots and asked else asked
 
 
 def _metric(task: str) -> str:
@@ -224,7 +232,7 @@ def _shown(data: str) -> str:
 def _scores(measured: Sequence[Mapping], trained: Record) -> str:
     rows = []
     for row in measured:
-        parts = [EXAMS.get(row["task"], ("", ""))[1]]
+        parts = [_exam(row["task"])[1]]
         parts += [f"GPT-2 with 1.5 billion parameters has {GPT2_CORE:.4f}"] * (row["task"] == CORE)
         parts += [f"{row['problems']:,} problems"] if row.get("problems") else []
         parts += [f"95 % interval {row['low']:.2f} to {row['high']:.2f}"] if "low" in row else []
@@ -236,35 +244,33 @@ def _scores(measured: Sequence[Mapping], trained: Record) -> str:
     return "\n".join(["| exam | measured on | score | meaning |", "| --- | --- | ---: | --- |", *rows]) if rows else ""
 
 
-def _usage(name: str, message: str, remote_code: bool, program: str) -> str:
+def _usage(name: str, message: str, remote_code: bool, library: str) -> str:
     """An example; `message` is what to ask, "" for a base model."""
-    if program == "gguf":
-        return "llama.cpp reads the file's metadata; to run it takes a fork that knows this architecture."
-    messages = f'messages = [{{"role": "user", "content": {json.dumps(message, ensure_ascii=False)}}}]'
-    if program == "mlx":
-        prompt = (
-            "tokenizer.apply_chat_template(messages, add_generation_prompt=True)" if message else '"Once upon a time"'
-        )
-        lines = [
-            "from mlx_lm import generate, load", "", f'model, tokenizer = load("{name}")', *[messages] * bool(message),
-            f"print(generate(model, tokenizer, prompt={prompt}))",
-        ]  # fmt: skip
-        return "\n".join(["```python", *lines, "```"])
-    trust = ", trust_remote_code=True" if remote_code else ""
-    if message:
-        prompt = [messages, "inputs = tokenizer.apply_chat_template(",
-                  '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True', ")"]  # fmt: skip
+    if library == "gguf":
+        return "Forks of llama.cpp that have the architecture `nanochat` run it; llama.cpp itself does not."
+    if library == "mlx":
+        options, text = "", '"Once upon a time"'
+        load = ["from mlx_lm import generate, load", "", f'model, tokenizer = load("{name}")']
+        generate = ["print(generate(model, tokenizer, prompt=inputs, max_tokens=100))"]
     else:
-        prompt = ['inputs = tokenizer("Once upon a time", return_tensors="pt")']
-    lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})',
-        f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})',
-        *prompt,
-        "ids = model.generate(**inputs, max_new_tokens=100)[0]",
-        'print(tokenizer.decode(ids[inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
-    ]  # fmt: skip
-    return "\n".join(["```python", *lines, "```"])
+        trust = ", trust_remote_code=True" if remote_code else ""
+        options, text = ', return_tensors="pt", return_dict=True', 'tokenizer("Once upon a time", return_tensors="pt")'
+        load = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})',
+            f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})',
+        ]  # fmt: skip
+        generate = [
+            "ids = model.generate(**inputs, max_new_tokens=100)[0]",
+            'print(tokenizer.decode(ids[inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
+        ]
+    inputs = [f"inputs = {text}"]
+    if message:
+        inputs = [
+            f'messages = [{{"role": "user", "content": {json.dumps(message, ensure_ascii=False)}}}]',
+            f"inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True{options})",
+        ]
+    return "\n".join(["```python", *load, *inputs, *generate, "```"])
 
 
 def _limits(config: Mapping[str, Any], is_chat: bool) -> str:

@@ -17,6 +17,7 @@ from nanochat.records import ENVIRONMENT, MODELS, STAGES, Record
 GPT2_CORE = 0.256525
 GPT2_SOURCE = "https://github.com/karpathy/nanochat"
 
+EXAM_STAGES = ("chat_eval", "standard_eval")
 TRAINING = {stage: model for stage, (_, model) in STAGES.items() if model in MODELS}
 MEASURED = re.compile(r"second|mfu|peak_memory")  # in the names of results that differ between runs otherwise the same
 NO_SCORE = re.compile(r"_low$|_high$|seconds|^not_run$")  # in the names of an exam's results
@@ -85,7 +86,7 @@ def scores(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
     for record in records:
         results = record.results
         numbers = {CORE: results.get("core"), BPB: results.get("val_bpb"), REWARD: results.get("val_reward")}
-        if record.stage == "chat_eval":
+        if record.stage in EXAM_STAGES:
             numbers = {name: value for name, value in results.items() if not NO_SCORE.search(name)}
         if record.stage == "chat_rl" and results.get("start_val_reward") is not None:
             found.setdefault(REWARD, {})["sft"] = results["start_val_reward"]

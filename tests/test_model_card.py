@@ -58,6 +58,7 @@ def runs() -> dict[str, Run]:
     mid.record()
     sft.record()
     table = [{"task": "ARC-Easy", "problems": 2376, "low": 0.58, "high": 0.62, "baseline": 0.25}]
+    sft.exam("standard_eval", {"MMLU 5-shot": 0.37})
     sft.exam("chat_eval", {"ARC-Easy": 0.6, "ChatCORE": 0.33, "ChatCORE_low": 0.3, "elapsed_seconds": 9.0}, table=table)
     return {"base": base, "mid": mid, "sft": sft}
 
@@ -77,15 +78,21 @@ def test_a_card_tells_the_whole_way_to_the_checkpoint_with_scores_and_cost(runs)
 
 
 def test_the_hub_reads_the_front_matter(runs):
-    data = ModelCard(runs["sft"].card()).data
+    card = runs["sft"].card()
+    data = ModelCard(card).data
     assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "transformers", "text-generation")
     assert data.datasets == [
         "karpathy/climbmix-400b-shuffle",
         *dict.fromkeys(MIXTURE["mid_train"] + MIXTURE["chat_sft"]),
     ]
     assert data.language is None  # nobody knows that of own.jsonl
+    assert "| MMLU 5-shot | sft | 0.3700 | questions of 57 subjects, four choices, with the standard prompt |" in card
     values = {(found.dataset_name, found.dataset_type): found.metric_value for found in data.eval_results}
-    assert values == {("ARC-Easy", "allenai/ai2_arc"): 0.6, ("ChatCORE", "chatcore"): 0.33}  # CORE is its base's
+    assert values == {
+        ("ARC-Easy", "allenai/ai2_arc"): 0.6,
+        ("ChatCORE", "chatcore"): 0.33,
+        ("MMLU 5-shot", "cais/mmlu"): 0.37,
+    }  # CORE is its base's
     assert ModelCard(runs["base"].card()).data.language == ["en"]
     assert {repo for repos in MIXTURE.values() for repo in repos} == {m.REPO for m in (arc, gsm8k, mmlu, smoltalk)}
 
@@ -145,21 +152,21 @@ def test_an_imported_model_is_not_said_to_be_ours(runs):
 
 
 @pytest.mark.parametrize(
-    ("program", "words"),
+    ("library", "words"),
     [
         ("transformers", 'from_pretrained("me/mine", trust_remote_code=True)'),
         ("mlx", 'load("me/mine")'),
-        ("gguf", "fork"),
+        ("gguf", "Forks"),
     ],
 )
-def test_a_card_shows_how_to_use_the_format(runs, program, words):
+def test_a_card_shows_how_to_use_the_format(runs, library, words):
     runs["sft"].meta["examples"] = ['Say "hi"', "other"]
-    card = runs["sft"].card(program=program, remote_code=True)
+    card = runs["sft"].card(library=library, remote_code=True)
     assert words in card
-    assert yaml.safe_load(card.split("---")[1])["library_name"] == program
-    if program != "gguf":
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == library
+    if library != "gguf":
         code = card.split("```python\n")[1].split("```")[0]
         compile(code, "card", "exec")
         assert json.dumps('Say "hi"') in code
-        assert "Once upon a time" in runs["base"].card(program=program)
-    assert len(read_records()[0]) == 6
+        assert "Once upon a time" in runs["base"].card(library=library)
+    assert len(read_records()[0]) == 7

@@ -181,8 +181,10 @@ def test_exams_of_a_model_that_was_trained_again_since_do_not_count_and_partial_
     append_record("chat_sft", settings={"lr": 1}, results={"num_steps": 5, "train_seconds": 3.0})
     append_record("chat_eval", settings=settings, results={"GSM8K": 0.1, "MMLU": 0.3})
     append_record("chat_eval", settings=settings, results={"GSM8K": 0.2})
+    append_record("standard_eval", settings=settings, results={"MMLU 5-shot": 0.4})
     append_record("chat_sft", settings={"lr": 1}, results={"num_steps": 5, "train_seconds": 4.0})  # resumed at its end
-    assert [row(rendered(), name) for name in ("GSM8K", "MMLU")] == [{"finetuned": "0.2000"}, {"finetuned": "0.3000"}]
+    found = [row(rendered(), name)["finetuned"] for name in ("GSM8K", "MMLU", "MMLU 5-shot")]
+    assert found == ["0.2000", "0.3000", "0.4000"]
     append_record("chat_sft", settings={"lr": 2}, results={"num_steps": 5})
     assert "GSM8K" not in rendered()
 

@@ -12,6 +12,7 @@ from nanochat.report.tables import escape, fenced, score, table, text_table
 from nanochat.results import (
     BPB,
     CORE,
+    EXAM_STAGES,
     GPT2_CORE,
     GPT2_SOURCE,
     REWARD,
@@ -180,5 +181,5 @@ def _results(now: Sequence[Record]) -> Iterator[str]:
     missing = [f"{escape(name)} ({escape(reason)})" for name, reason in _not_run(now)]
     if missing:
         yield f"Not run: {', '.join(missing)}."
-    elif not any(record.stage in ("base_eval", "chat_eval") for record in now):
+    elif not any(record.stage in ("base_eval", *EXAM_STAGES) for record in now):
         yield "No exams were run."
