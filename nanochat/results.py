@@ -24,7 +24,8 @@ NO_SCORE = re.compile(r"_low$|_high$|seconds|^not_run$")  # in the names of an e
 CORE, BPB, CHAT_CORE, REWARD = "CORE", "validation, bits per byte", "ChatCORE", "reward on held-out questions"
 SPECIAL = {  # tokens in a recorded sample: what stands for them in text
     "<|bos|>": "", "<|user_start|>": "\n> ", "<|user_end|>": "\n", "<|assistant_start|>": "", "<|assistant_end|>": "",
-    "<|python_start|>": "[python: ", "<|python_end|>": "", "<|output_start|>": " => ", "<|output_end|>": "] ",
+    "<|python_start|>": "[python: ", "<|python_end|>": "", "<|output_start|>": " => ", "<|output_end|> ": "] ",
+    "<|output_end|>": "] ",
 }  # fmt: skip
 
 

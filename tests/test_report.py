@@ -127,7 +127,7 @@ def test_a_yardstick_model_never_stands_in_for_ours():
 def test_replies_of_the_last_chat_model_are_shown_without_special_tokens():
     sample = (
         "<|bos|><|user_start|>1+1?<|user_end|><|assistant_start|><|python_start|>1+1<|python_end|><|output_start|>2"
-        "<|output_end|>It is 2.<|assistant_end|><|user_start|>Sure?<|user_end|><|assistant_start|>Yes.\n(right)"
+        "<|output_end|>It is <|python_start|>2*1<|python_end|><|output_start|>2<|output_end|> too.<|assistant_end|><|user_start|>Sure?<|user_end|><|assistant_start|>Yes.\n(right)"
     )
     append_record("base_loss", settings={"source": "base"}, results={}, samples=["Once upon\na time"])
     assert (
@@ -138,7 +138,7 @@ def test_replies_of_the_last_chat_model_are_shown_without_special_tokens():
         "chat_eval", settings={"source": "rl"}, results={"GSM8K": 0.2}, samples=[sample, "x" * 2000, *"abcdefg"]
     )
     page_one = first_page(rendered())
-    assert "> 1+1?\n[python: 1+1 => 2] It is 2.\n> Sure?\nYes.\n(right)\n\nxxx" in page_one
+    assert "> 1+1?\n[python: 1+1 => 2] It is [python: 2*1 => 2] too.\n> Sure?\nYes.\n(right)\n\nxxx" in page_one
     assert "Replies of the model after RL (8 of 9)" in page_one
     assert "x" * 801 not in page_one
 
