@@ -127,7 +127,8 @@ def test_a_yardstick_model_never_stands_in_for_ours():
 def test_replies_of_the_last_chat_model_are_shown_without_special_tokens():
     sample = (
         "<|bos|><|user_start|>1+1?<|user_end|><|assistant_start|><|python_start|>1+1<|python_end|><|output_start|>2"
-        "<|output_end|>It is <|python_start|>2*1<|python_end|><|output_start|>2<|output_end|> too.<|assistant_end|><|user_start|>Sure?<|user_end|><|assistant_start|>Yes.\n(right)"
+        "<|output_end|>It is <|python_start|>2*1<|python_end|><|output_start|>2<|output_end|> too.<|assistant_end|>"
+        "<|user_start|>Sure?<|user_end|><|assistant_start|>Yes.\n(right)"
     )
     append_record("base_loss", settings={"source": "base"}, results={}, samples=["Once upon\na time"])
     assert (
