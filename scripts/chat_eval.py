@@ -23,7 +23,7 @@ from nanochat.engine.engine import Engine
 from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task, prepare_logs
 from nanochat.evals.chat_results import ResultLog, TaskResult, chat_core
 from nanochat.model.load import LoadedModel, load_model
-from nanochat.report import append_record
+from nanochat.records import append_record
 from tasks.common import Task
 from tasks.registry import SMALL_WORLD, TASK_NAMES, get_task, task_names
 
