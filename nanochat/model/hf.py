@@ -266,7 +266,10 @@ def _save_weights(weights: dict[str, Tensor], path: Path, dtype: torch.dtype, ki
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with disk_errors("the weights", path):
+            partial.touch()
+            mode = partial.stat().st_mode
             save_file(tensors, partial, metadata={"format": kind})
+            partial.chmod(mode)  # safetensors makes files that only their owner may read
             os.replace(partial, path)
     except SafetensorError as error:  # a full disk, among others
         raise UserError(f"cannot write the weights to {path}: {error}") from error
