@@ -268,12 +268,36 @@ def test_weights_that_do_not_fit_the_config_are_refused(folder, fault):
         load_hf(folder)
 
 
-def test_a_checkpoint_is_exported_by_the_command(model, tokenizer, tmp_path, monkeypatch, capsys):
+def test_mlx_lm_finds_its_own_names_and_settings(model, tokenizer, tmp_path):
+    """Those of its file nanochat.py, where the model was loaded and gave our logits (dev/LOG.md)."""
+    save_hf(model, tokenizer, tmp_path, for_mlx=True)
+    layer = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    names = {"transformer.wte", "lm_head", *(f"transformer.h.{i}.{name}" for i in range(3) for name in layer)}
+    assert set(hf.load_file(tmp_path / "model.safetensors")) == {f"{name}.weight" for name in names}
+    settings = json.loads((tmp_path / "config.json").read_text())
+    taken = {
+        "model_type": "nanochat", "hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 6,
+        "num_key_value_heads": 6, "vocab_size": 400, "max_position_embeddings": 48, "intermediate_size": 768,
+        "rope_theta": 10_000.0,
+    }  # fmt: skip
+    assert settings.items() >= taken.items()
+
+
+@pytest.mark.parametrize(("format_", "weights"), [("transformers", "F32"), ("mlx", "F32"), ("gguf", "BF16")])
+def test_a_checkpoint_is_exported_by_the_command(model, tokenizer, tmp_path, monkeypatch, capsys, format_, weights):
     runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.float32)
     save_checkpoint(run_dir("base", "d3"), 7, runtime=runtime, model=model, tokenizer=tokenizer, meta={"results": {}})
-    monkeypatch.setattr(sys, "argv", ["export_hf", "--output", str(tmp_path / "out")])
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["export_hf", "--output", str(out), "--format", format_])
     args = export_hf.parse_args()
-    assert args == Namespace(source="base", model_tag="", step=None, output=str(tmp_path / "out"))
+    assert args == Namespace(source="base", model_tag="", step=None, output=str(out), format=format_, dtype=None)
     export_hf.main(args)
-    assert "step_000007" in capsys.readouterr().out
-    assert_same_function(model, load_hf(tmp_path / "out")[0])
+    assert f"step_000007 is now in {out} for {format_}" in capsys.readouterr().out
+    card = (out / "README.md").read_text()
+    files = {path.name for path in out.iterdir()} - {"README.md"}
+    assert all(f"`{name}`" in card for name in files)
+    if format_ == "gguf":
+        (tensor, *_) = pytest.importorskip("gguf").GGUFReader(out / "model-bf16.gguf").tensors
+        assert tensor.tensor_type.name == weights
+    else:
+        assert_same_function(model, load_hf(out)[0])

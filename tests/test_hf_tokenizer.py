@@ -60,6 +60,26 @@ def test_every_character_has_the_same_ids_there(tokenizer, their_tokenizer):
         assert their_ids(their_tokenizer, text) == tokenizer.encode(text)
 
 
+@pytest.mark.slow
+def test_a_hundred_thousand_texts_have_the_same_ids_there(texts):
+    """Real text cut anywhere, characters of all kinds, and those that are split in unusual ways."""
+    rng, ours = random.Random(0), Tokenizer.train(texts, 2000)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_spec(ours)))
+    theirs.encode_special_tokens = True
+    ranges, odd = (
+        ((0xD800,), (0x250,), (0xE000, 0x110000)),
+        "aſtSDlvers'  \n\t\r12٣é東\u3000\u0301\u200d\x85😀-.!K<|bos|>",
+    )
+    for number in range(100_000):
+        text, length = rng.choice(texts), rng.randrange(60)
+        if number % 4 == 0:
+            text = "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(length))
+        elif number % 4 == 1:
+            text = "".join(rng.choices(odd, k=length))
+        text = text[rng.randrange(len(text) + 1) :]
+        assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text), repr(text)
+
+
 def test_names_of_special_tokens_are_text_only_when_asked_for(tokenizer, their_tokenizer):
     text, (a,), (b,) = "a<|bos|>b" + "".join(SPECIAL_TOKENS), tokenizer.encode("a"), tokenizer.encode("b")
     assert their_ids(their_tokenizer, text) == tokenizer.encode(text)
