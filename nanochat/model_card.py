@@ -23,7 +23,7 @@ from nanochat.results import (
     dollars,
     hardware,
     machine_of,
-)  # fmt: skip
+)
 
 # Data sets on the hub that "mixture" stands for, by stage (tasks/mixtures.py).
 MIXTURE = {

@@ -11,9 +11,10 @@ from typing import Any
 
 from nanochat.records import ENVIRONMENT, MODELS, STAGES, Record
 
-# CORE of GPT-2 with 1.5 billion parameters, as the public nanochat's table of records states its goal ("time to GPT-2",
-# github.com/karpathy/nanochat): the same 22 tasks of DCLM, the same shots.
+# CORE of GPT-2 with 1.5 billion parameters, the goal of the public nanochat's table of records ("time to GPT-2"): on
+# the same 22 tasks of DCLM, with the same shots.
 GPT2_CORE = 0.256525
+GPT2_SOURCE = "https://github.com/karpathy/nanochat"
 
 TRAINING = {stage: model for stage, (_, model) in STAGES.items() if model in MODELS}
 MEASURED = re.compile(r"second|mfu|peak_memory")  # in the names of results that differ between runs otherwise the same
@@ -105,8 +106,8 @@ def data_of(settings: Mapping[str, Any]) -> list[str]:
 
 def amount(count: float) -> str:
     """A number in words: `amount(8_810_000_000) == "8.8 billion"`."""
-    for unit, name in ((1e9, "billion"), (1e6, "million")):
-        if count >= unit:
+    for least, unit, name in ((1e9, 1e9, "billion"), (1e5, 1e6, "million")):
+        if count >= least:
             return f"{count / unit:.3g} {name}" if count < 10 * unit else f"{count / unit:,.0f} {name}"
     return f"{count:,}"
 

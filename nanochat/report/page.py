@@ -24,9 +24,9 @@ CSS = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.55 system-ui, sans-serif; }
 main { max-width: 54rem; margin: 0 auto; padding: 1rem 1.25rem 4rem; }
-nav { font-size: .9rem; border-left: 3px solid var(--line); padding-left: .9rem; margin: 1rem 0 1.5rem; }
-nav ul { list-style: none; margin: 0; padding: 0; columns: 16rem; }
-nav ul ul { padding-left: 1rem; columns: auto; }
+nav { font-size: .9rem; }
+nav ul { list-style: none; margin: 0 0 1rem; padding: 0; columns: 16rem; }
+nav ul ul { padding-left: 1rem; margin: 0; columns: auto; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
 h1 { font-size: 1.7rem; line-height: 1.25; }
@@ -42,6 +42,8 @@ pre { background: var(--soft); padding: .8rem 1rem; border-radius: 6px; white-sp
 code { font: .88em/1.5 ui-monospace, monospace; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
 summary { cursor: pointer; color: var(--accent); padding: .2rem 0; }
+ul { padding-left: 1.4rem; }
+@media (max-width: 40rem) { th, td { padding: .25rem .45rem; } table { font-size: .82rem; } }
 @media print { nav { display: none; } }
 """
 
@@ -95,7 +97,8 @@ def _contents(headings: list[tuple[str, str, str]]) -> str:
             depth = int(tag == "h3")
         items.append(f'<li><a href="#{name}">{html.escape(text)}</a></li>')
     items += ["</ul>"] * depth
-    return '<nav aria-label="Contents"><ul>\n' + "\n".join(items) + "\n</ul></nav>\n"
+    listed = "\n".join(items)
+    return f"<nav><details><summary>Contents</summary>\n<ul>\n{listed}\n</ul>\n</details></nav>\n"
 
 
 def _put_inside(tokens: list[Token], pictures: Mapping[str, bytes]) -> None:

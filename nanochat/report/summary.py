@@ -13,6 +13,7 @@ from nanochat.results import (
     BPB,
     CORE,
     GPT2_CORE,
+    GPT2_SOURCE,
     REWARD,
     amount,
     current,
@@ -25,16 +26,16 @@ from nanochat.results import (
     scores,
     seconds_of,
     trained,
-)  # fmt: skip
+)
 
-MAX_REPLIES, MAX_CHARS = 6, 800  # of samples on the first page; all are whole in the stage's section
+MAX_REPLIES, MAX_CHARS = 8, 800  # of samples on the first page; all are whole in the stage's section
 MODEL_NAMES = {"base": "base", "mid": "mid-trained", "sft": "finetuned", "rl": "after RL"}
 
 
 def title(records: Sequence[Record]) -> str:
     """The name of what was trained last."""
-    stages = trained(records)
-    return f"nanochat report: {escape(stages[-1].tag)}" if stages and stages[-1].tag else "nanochat report"
+    tags = [stage.tag for stage in trained(records) if stage.tag]
+    return f"nanochat report: {escape(tags[-1])}" if tags else "nanochat report"
 
 
 def summary(records: Sequence[Record], loss: Sequence[str]) -> Iterator[str]:
@@ -42,8 +43,8 @@ def summary(records: Sequence[Record], loss: Sequence[str]) -> Iterator[str]:
     now, machine, seconds = current(records), machine_of(records), seconds_of(records)
     stages = trained(now)
     if stages:
-        yield f"{_model(stages)}, trained in {_minutes(seconds)}{_on(machine)}."
-    facts = {**_core(now), **_cost(machine, seconds), **_time(stages, seconds)}
+        yield f"{_model(stages)}, trained in {_time(stages, seconds)}{_on(machine)}."
+    facts = {**_core(now), **_cost(machine, seconds)}
     yield "\n".join(f"- **{name}:** {words}" for name, words in facts.items())
     if stages:
         rows = [
@@ -111,19 +112,16 @@ def _tokens(stage: Record) -> str:
     return "" if tokens is None else amount(tokens)
 
 
-def _time(stages: Sequence[Record], seconds: float) -> dict[str, str]:
+def _time(stages: Sequence[Record], seconds: float) -> str:
     training = sum(stage.results.get("train_seconds") or 0.0 for stage in stages)
-    share = f", {_minutes(training)} of it in training steps" if training else ""
-    return {
-        "Time": f"{timedelta(seconds=round(seconds))} (h:mm:ss) from the start of the report to its last record{share}"
-    }
+    return f"{_minutes(seconds)} from start to end, {_minutes(training)} of it in training steps,"
 
 
 def _cost(machine: Mapping[str, Any], seconds: float) -> dict[str, str]:
     """The estimate where a price is known; without GPUs nothing."""
     gpus, cost = machine.get("gpus") or [], dollars(machine, seconds)
     if cost is not None:
-        rate = f"{len(gpus)} GPU(s) at {machine['gpu_hour_dollars']:.2f} dollars an hour each"
+        rate = f"{len(gpus)} GPU{'s' * (len(gpus) > 1)} at {machine['gpu_hour_dollars']:.2f} dollars an hour each"
         return {
             "Cost": f"about **{cost:,.2f} dollars**: {rate} ({machine.get('price_source')}). An estimate, not a bill."
         }
@@ -148,7 +146,7 @@ def _core(now: Sequence[Record]) -> dict[str, str]:
     if rows:
         right, chance = (sum(row[key] for row in rows) / len(rows) for key in ("accuracy", "baseline"))
         guess += f" (right answers: {right:.1%} by the model, {chance:.1%} by guessing)"
-    references = [f"GPT-2 with 1.5 billion parameters has {GPT2_CORE:.4f}", guess, *others]
+    references = [f"GPT-2 with 1.5 billion parameters {GPT2_CORE:.4f} ([source]({GPT2_SOURCE}))", guess, *others]
     return {CORE: f"**{record.results['core']:.4f}**{counted}. In comparison: {', '.join(references)}"}
 
 
