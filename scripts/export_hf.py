@@ -3,12 +3,12 @@
 Reads a checkpoint; writes the folder `--output`, which must be new or hold an earlier export. Runs on the CPU wherever
 the model was trained. Formats:
 
-    transformers  weights, tokenizer, conversation format. Models of the first release's architecture (scripts.base_train
-                  --arch october-2025) load as transformers' NanoChat; all others bring their own code, and load with
-                  trust_remote_code=True.
-    mlx           the same for mlx-lm on Apple's chips; only the first release's architecture.
-    gguf          one file in llama.cpp's format; only the first release's architecture. llama.cpp itself does not run it:
-                  forks of it do, which know the architecture "nanochat".
+    transformers  weights, tokenizer, conversation format. Models of the first release's architecture (base_train --arch
+                  october-2025) load as transformers' NanoChat; all others bring their own code and load with
+                  trust_remote_code=True (transformers 4.57 to 5.24)
+    mlx           the same for mlx-lm, on Apple's chips; only the first release's architecture
+    gguf          one file for llama.cpp; only the first release's architecture. llama.cpp itself does not run it, only
+                  forks of it that have the architecture "nanochat"
 
     python -m scripts.export_hf --output d4-hf                                     # the base checkpoint saved last
     python -m scripts.export_hf --source sft --model-tag d20 --output d20-hf       # a chat model by name
@@ -59,8 +59,8 @@ def main(args: argparse.Namespace) -> None:
     else:
         files = save_hf(loaded.model, loaded.tokenizer, folder, dtype=dtype, for_mlx=args.format == "mlx")
     remote_code = CODE_FILES.keys() <= files.keys()
-    card = model_card(loaded.meta, name=name, folder=loaded.folder, files=files, remote_code=remote_code)
-    write_atomic(folder / README_FILE, card)
+    about = {"name": name, "folder": loaded.folder, "library": args.format, "remote_code": remote_code}
+    write_atomic(folder / README_FILE, model_card(loaded.meta, files=files, **about))
     print0(f"{loaded.folder} is now in {folder} for {args.format}{', with its own code' if remote_code else ''}")
 
 
