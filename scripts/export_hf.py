@@ -5,7 +5,7 @@ the model was trained. Formats:
 
     transformers  weights, tokenizer, conversation format. Models of the first release's architecture (base_train --arch
                   october-2025) load as transformers' NanoChat; all others bring their own code and load with
-                  trust_remote_code=True (transformers 4.57 to 5.24)
+                  trust_remote_code=True (tried with 5.0 to 5.24)
     mlx           the same for mlx-lm, on Apple's chips; only the first release's architecture
     gguf          one file for llama.cpp; only the first release's architecture. llama.cpp itself does not run it, only
                   forks of it that have the architecture "nanochat"
