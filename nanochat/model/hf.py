@@ -70,7 +70,7 @@ TABLES = ("wte.weight", "embed_tokens.weight", "value_embeds.weight", "lm_head.w
 def save_hf(
     model: GPT, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype = torch.float32, for_mlx: bool = False
 ) -> dict[str, str]:
-    """Write `model`, its weights in `dtype`, and `tokenizer` to `folder`, which is new or empty. Returns the files, with
+    """Write `model`, its weights in `dtype`, and `tokenizer` to `folder`, which is new or empty. Returns the files and
     a few words on each. Raises `UserError` when mlx-lm has no counterpart of the model, the tokenizer is not the
     model's or splits text by an unknown pattern, or the folder cannot be written or is not empty."""
     config = model.config
