@@ -22,6 +22,10 @@ from tasks.spelling import LetterCounting, Spelling
 MIXTURE = "mixture"  # the name of a stage's own mixture among data files
 SMALL_WORLD = "small_world"  # the name of the generated conversations that the miniature learns to chat from
 VALIDATION_SMOLTALK = 1000  # conversations; the smaller validation splits are used whole
+GENERAL_EXAMPLES = (  # what a model trained on the mixture may be asked; kept in its checkpoints
+    "Why is the sky blue?", "Write a short poem about a lighthouse in winter", "What is 12.5 * 384?",
+    "How many r are in strawberry?",
+)  # fmt: skip
 MID_SMALL_WORLD, SFT_SMALL_WORLD, VALIDATION_SMALL_WORLD = 18_500, 5_000, 400
 
 

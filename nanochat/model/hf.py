@@ -1,6 +1,6 @@
 """Hugging Face folders, written and read: the October 2025 architecture, which transformers calls NanoChat.
 
-    config.json, generation_config.json, model.safetensors        the model, in float32
+    config.json, generation_config.json, model.safetensors        the model, in float32 (read in any width, and sharded)
     tokenizer.json, tokenizer_config.json                         the tokenizer and the conversation format
 
 - The tables have one row per id there. Our padded rows, which no token and no logit uses, are left out.
@@ -33,6 +33,7 @@ from nanochat.tokenizer import NUM_BYTES, Tokenizer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+SHARDS_FILE = "model.safetensors.index.json"  # instead, where the weights are in several files
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 
@@ -40,6 +41,8 @@ SETTINGS_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
 TEMPLATES_PATH = Path(__file__).with_name("hf_templates.json")
 MAX_NORM_EPS = 1e-6  # transformers' default, which some folders name; it moves the logits by 2e-5
+SOFTCAP = 15.0  # transformers' default; the first folders name none, or call it logits_soft_cap
+MAX_PADDED_ROWS = 255  # of the tables beyond the tokenizer's ids
 FIXED_SETTINGS = ("model_type", "hidden_act", "attention_bias", "tie_word_embeddings")
 LAYER_WEIGHTS = {  # their name within a layer: ours
     "self_attn.q_proj": "attn.c_q", "self_attn.k_proj": "attn.c_k", "self_attn.v_proj": "attn.c_v",
@@ -82,12 +85,21 @@ def load_hf(
     """The model, on `device`, and the tokenizer of a folder that `save_hf` or transformers' `save_pretrained` wrote.
     Rows of the tables beyond the tokenizer's ids are left out. Raises `UserError` when a file is missing or broken, or
     the folder holds another architecture or another kind of tokenizer."""
+    config, tokenizer, num_rows = read_hf_config(folder)
+    model = build_model(config, device=device, compute_dtype=compute_dtype)
+    _load_weights(model, folder, num_rows=num_rows)
+    return model, tokenizer
+
+
+def read_hf_config(folder: Path) -> tuple[GPTConfig, Tokenizer, int]:
+    """All that `load_hf` reads but the weights: the model's config, the tokenizer, and the rows of the tables."""
     settings = _read_json(folder / CONFIG_FILE)
     tokenizer = parse_tokenizer_spec(_read_json(folder / TOKENIZER_FILE), folder / TOKENIZER_FILE)
-    config = _parse_model_settings(settings, tokenizer.vocab_size, folder / CONFIG_FILE)
-    model = build_model(config, device=device, compute_dtype=compute_dtype)
-    _load_weights(model, folder / WEIGHTS_FILE, num_rows=settings["vocab_size"])
-    return model, tokenizer
+    return (
+        _parse_model_settings(settings, tokenizer.vocab_size, folder / CONFIG_FILE),
+        tokenizer,
+        settings["vocab_size"],
+    )
 
 
 def _template(name: str) -> dict[str, Any]:
@@ -142,21 +154,25 @@ def _parse_model_settings(settings: dict[str, Any], vocab_size: int, path: Path)
             raise UserError(f"{path} is of another architecture: {name} is {settings.get(name)!r}, not {value!r}")
     try:
         rope = settings.get("rope_parameters") or {"rope_theta": settings["rope_theta"]}
-        heads, width = settings["num_attention_heads"], settings["hidden_size"]
+        heads, width, rows = (settings[name] for name in ("num_attention_heads", "hidden_size", "vocab_size"))
+        softcap = settings.get("final_logit_softcapping", settings.get("logits_soft_cap", SOFTCAP))
         config = GPTConfig.october_2025(
             settings["num_hidden_layers"], vocab_size=vocab_size, sequence_len=settings["max_position_embeddings"],
             n_embd=width, n_head=heads, n_kv_head=settings.get("num_key_value_heads") or heads,
-            rope_base=float(rope["rope_theta"]), softcap=float(settings["final_logit_softcapping"]),
+            rope_base=float(rope["rope_theta"]), softcap=float(softcap),
         )  # fmt: skip
         is_odd = {
             "intermediate_size": settings["intermediate_size"] != 4 * width,
             "head_dim": settings.get("head_dim", config.head_dim) != config.head_dim,
             "rope_parameters": rope.get("rope_type", "default") != "default",
-            "rms_norm_eps": not 0 <= settings["rms_norm_eps"] <= MAX_NORM_EPS,
-            "vocab_size": settings["vocab_size"] < vocab_size,
+            "rms_norm_eps": not 0 <= settings.get("rms_norm_eps", MAX_NORM_EPS) <= MAX_NORM_EPS,
         }
+        fits = vocab_size <= rows <= vocab_size + MAX_PADDED_ROWS
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not the config of a NanoChat model ({type(error).__name__}: {error})") from error
+    if not fits:
+        fault = f"{path} says that the tables have {rows} rows, but the tokenizer has {vocab_size} ids"
+        raise UserError(f"{fault}; take the tokenizer that the model was trained with")
     if odd := [name for name in is_odd if is_odd[name]]:
         raise UserError(f"{path} has no counterpart here: {odd[0]} is {settings.get(odd[0])!r}")
     return config
@@ -191,22 +207,39 @@ def _save_weights(model: GPT, path: Path) -> None:
 
 
 @torch.no_grad()
-def _load_weights(model: GPT, path: Path, *, num_rows: int) -> None:
-    """Fill `model` from a file whose tables have `num_rows` rows. The model's padded rows become zero."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} ({error}); the weights must be in this one file") from error
+def _load_weights(model: GPT, folder: Path, *, num_rows: int) -> None:
+    """Fill `model` from files whose tables have `num_rows` rows, one at a time. The model's padded rows become zero."""
     weights = _by_their_names(model)
-    if odd := set(tensors) ^ set(weights):
-        raise UserError(f"{path} does not have the weights its config asks for: {min(odd)} is missing or too many")
+    missing = set(weights)
     for table in (model.wte, model.lm_head):
         table.weight.zero_()
-    for name, weight in weights.items():
-        rows = num_rows if name in TABLES else weight.size(0)
-        if tensors[name].shape != (rows, weight.size(1)):
-            raise UserError(f"{path}: {name} has the shape {tuple(tensors[name].shape)}, not {(rows, weight.size(1))}")
-        weight.copy_(tensors[name][: weight.size(0)])
+    for path in _weight_files(folder):
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {path} ({error}); the weights must be there whole") from error
+        if odd := set(tensors) - missing:
+            raise UserError(f"{path} does not have the weights its config asks for: {min(odd)} is too many")
+        for name, tensor in tensors.items():
+            weight = weights[name]
+            shape = (num_rows if name in TABLES else weight.size(0), weight.size(1))
+            if tensor.shape != shape:
+                raise UserError(f"{path}: {name} has the shape {tuple(tensor.shape)}, not {shape}")
+            weight.copy_(tensor[: weight.size(0)])
+        missing -= set(tensors)
+    if missing:
+        raise UserError(f"{folder} does not have the weights its config asks for: {min(missing)} is missing")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / SHARDS_FILE
+    if not index.exists():
+        return [folder / WEIGHTS_FILE]
+    shards = _read_json(index).get("weight_map")
+    names = set(shards.values()) if isinstance(shards, dict) else set()
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise UserError(f"{index} does not list the files of the weights in this folder")
+    return [folder / name for name in sorted(names)]
 
 
 # --- tokenizer -----------------------------------------------------------------------------------
