@@ -36,7 +36,7 @@ GIVE_UP_FAILURES = 8  # files in a row that could not be fetched: the network is
 RETRY_STATUSES = (408, 416, 425, 429)  # of the 4xx; asking again does not change the others
 REQUEST_SECONDS = 60  # limit of each network operation where huggingface_hub has none
 CARD = "README.md"
-REMEDIES = {"dataset": ", or --data local for text found on this machine", "model": ""}
+REMEDIES = {"dataset": ", or for pretraining --data local: text found on this machine", "model": ""}
 STAGING = ".fetching"  # folder, beside the files, of those that are not yet whole
 
 T = TypeVar("T")
