@@ -137,7 +137,9 @@ def test_other_pickles_are_no_tokenizer(tokenizer, tmp_path):
     gap = {bytes([i]): i + (i > 9) for i in range(256)}
     whole = pickle.dumps(tokenizer.tiktoken)
     cases = {
-        "no tiktoken.Encoding": pickle.dumps({"mergeable_ranks": {}}), "no whole pickle": whole[:-500],
+        "it has the instruction STOP": pickle.dumps({"mergeable_ranks": {}}), "no whole pickle": whole[:-500],
+        "no tiktoken.Encoding with the ids": b"\x80\x04\x8c\rtiktoken.core\x8c\x08Encoding\x93)\x81}b.",
+        "it has the instruction REDUCE": b"\x80\x04\x8c\rtiktoken.core\x8c\x08Encoding\x93)R.",
         "with the ids 0, 1, 2": pickle.dumps(
             tiktoken.Encoding("x", pat_str=".", mergeable_ranks=gap, special_tokens={})
         ),

@@ -6,13 +6,14 @@
     token_bytes.pt       the length of each token: no tokenizer, but a check of one
 
 A pickle is a program: it may import and call anything. PyTorch reads model files with a loader that knows tensors only,
-and `read_encoding` allows the one class by its name, with a stand-in that merely keeps what it is given.
+and `read_encoding` follows the few instructions of a pickled encoding itself, up to the values that it would be given.
 
 Not here: downloads, and later releases, whose models have parts that the first one lacks (a `UserError` names them).
 """
 
 import json
 import pickle
+import pickletools
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ STAGES = {  # by the names of its folders
     "base_checkpoints": "base", "mid_checkpoints": "mid", "chatsft_checkpoints": "sft", "chatrl_checkpoints": "rl",
 }  # fmt: skip
 SHAPE = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"}  # of model_config
+ENCODING = "tiktoken.core.Encoding"
+LITERALS = {  # instructions of a pickle that push a value
+    "SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES", "BININT", "BININT1", "BININT2",
+}  # fmt: skip
+MARK = object()
 COMPILED_PREFIX = "_orig_mod."
 MAX_NAMED = 4  # things named in a message
 
@@ -176,38 +182,19 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return parse_tokenizer_spec(_read_object(path), path) if path.suffix == ".json" else read_encoding(path)
 
 
-class _Encoding:
-    """Stands for `tiktoken.Encoding` in a pickle and keeps its state, whatever that is."""
-
-    state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Reader(pickle.Unpickler):
-    """Gives out `_Encoding` for the class of that name and refuses every other name: nothing else can be called."""
-
-    def find_class(self, module: str, name: str) -> type:
-        if (module, name) != ("tiktoken.core", "Encoding"):
-            raise UserError(f"it would call {module}.{name}")
-        return _Encoding
-
-
 def read_encoding(path: Path) -> Tokenizer:
     """The tokenizer of a pickled `tiktoken.Encoding`, without executing anything. Raises `UserError` for any other
     pickle, or if its ids are not those of a tokenizer of ours."""
     try:
-        with open(path, "rb") as file:
-            found = _Reader(file).load()
+        state = _read_state(path.read_bytes())
     except UserError as error:
         expected = "the tokenizer.pkl of nanochat is a tiktoken.Encoding and nothing else"
         raise UserError(f"{path} is refused: {error}; {expected}") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); fetch it again") from error
-    except Exception as error:  # a broken pickle may raise anything
-        raise UserError(f"{path} is no whole pickle ({type(error).__name__}: {error}); fetch it again") from error
-    state = found.state if isinstance(found, _Encoding) else None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UserError(f"{path} is no whole pickle ({reason}); fetch it again") from error
     if isinstance(state, str):
         raise UserError(f"{path} only names the encoding {state!r}, it does not hold it; nanochat trains its own")
     try:
@@ -221,6 +208,41 @@ def read_encoding(path: Path) -> Tokenizer:
     if not is_valid:
         raise UserError(f"{path} is no tiktoken.Encoding with the ids 0, 1, 2, ..., special tokens last")
     return Tokenizer(tokens, pattern, names)
+
+
+def _read_state(data: bytes) -> Any:
+    """What the pickle `data` would give to the `tiktoken.Encoding` it makes: mostly a dict. Only the instructions that
+    such a pickle consists of are followed, and none of them calls anything; `UserError` names any other."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    for instruction, value, _ in pickletools.genops(data):
+        name = instruction.name
+        if name in LITERALS:
+            stack.append(value)
+        elif name in ("EMPTY_DICT", "EMPTY_TUPLE", "MARK"):
+            stack.append({} if name == "EMPTY_DICT" else () if name == "EMPTY_TUPLE" else MARK)
+        elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+            memo[len(memo) if value is None else value] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[value])
+        elif name in ("SETITEM", "SETITEMS"):
+            at = len(stack) - 2 if name == "SETITEM" else max(i for i, item in enumerate(stack) if item is MARK)
+            items = [item for item in stack[at:] if item is not MARK]
+            del stack[at:]
+            stack[-1].update(zip(items[::2], items[1::2], strict=True))
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            called = value.replace(" ", ".") if value else "{}.{}".format(*(stack.pop(i) for i in (-2, -1)))
+            if called != ENCODING:
+                raise UserError(f"it would call {' '.join(called.split())[:80]}")
+            stack.append(ENCODING)
+        elif name == "NEWOBJ":
+            if stack.pop() != () or stack[-1] != ENCODING:
+                raise ValueError("it makes an object of something else")
+        elif name == "BUILD":
+            return stack.pop()
+        elif name not in ("PROTO", "FRAME"):
+            raise UserError(f"it has the instruction {name}")
+    raise ValueError("it makes no object")
 
 
 def check_token_bytes(path: Path, tokenizer: Tokenizer, tokenizer_path: Path) -> None:
