@@ -4,7 +4,7 @@ Reads a folder, or a model repository of the Hugging Face hub (owner/name, or ow
 Face transformers, or the first release's own files. Writes <base>/<source>_checkpoints/<model tag>. No code that comes
 with a model is executed. Runs on the CPU.
 
-    python -m scripts.import_hf nanochat-students/nanochat-d20               # from the hub, or HF_ENDPOINT
+    python -m scripts.import_hf owner/nanochat-d20                           # from the hub, or HF_ENDPOINT
     python -m scripts.import_hf ~/downloads/d32 --model-tag d32              # a folder
     python -m scripts.chat_sft --source sft --model-tag d32 --output-tag d32-mine --data mine.jsonl
 """

@@ -73,9 +73,7 @@ def _read_message(message: Any, what: str) -> dict[str, Any]:
     role = said_by.strip().lower() if isinstance(said_by, str) else None
     calls = [key for key in TOOL_KEYS if message.get(key)] or [role] * (role in TOOL_ROLES)
     if calls:
-        raise UserError(
-            f"{what} belongs to a tool call ({calls[0]}); only the calculator can be learned, as in chat.py"
-        )
+        raise UserError(f"{what} belongs to a tool call ({calls[0]}); of tools, only the calculator can be learned")
     if said_by is None:
         raise UserError(f"{what} has no role")
     if role not in ROLES:
