@@ -49,13 +49,14 @@ STAGE_WORDS = {
 
 
 def model_card(
-    meta: Mapping[str, Any], *, name: str, folder: Path, files: Mapping[str, str], remote_code: bool = False
+    meta: Mapping[str, Any], *, name: str, folder: Path, files: Mapping[str, str], library: str = "transformers",
+    remote_code: bool = False,
 ) -> str:  # fmt: skip
     """The card of the checkpoint in `folder`, of which `meta` is the meta.json.
 
     name: what the export is called, as `from_pretrained` takes it. files: what else is in the exported folder, with a
-    few words on each; with a tokenizer.json the card shows how transformers loads it. remote_code: whether the folder
-    brings its own modelling code.
+    few words on each. library: what loads it, "transformers", "mlx" or "gguf"; remote_code: whether the folder brings
+    its own modelling code. The card shows how.
     """
     records, _ = read_records()
     source = folder.parent.parent.name.removesuffix("_checkpoints")
@@ -67,7 +68,7 @@ def model_card(
     config = meta["config"]
     sections = {
         "Training": _training(stages, machine_of(records)), "Scores": _scores([*before, *measured], stages[-1]),
-        "Use": _usage(name, files, is_chat, remote_code, meta.get("examples") or ["Why is the sky blue?"]),
+        "Use": _usage(name, library, is_chat, remote_code, meta.get("examples") or ["Why is the sky blue?"]),
         "Files": "\n".join(f"- `{file}`: {words}" for file, words in files.items()),
         "Limits": _limits(config, is_chat),
         "Licence": "MIT, as the code that trained it, unless the publisher of this folder says otherwise. The training "
@@ -81,7 +82,7 @@ def model_card(
         f"reads at most {config['sequence_len']:,} tokens at a time. This is step {meta['step']:,} of the run "
         f"`{folder.parent.name}`."
     )
-    parts = [_front_matter(name, hub_names, measured, is_chat), f"# {name}", about]
+    parts = [_front_matter(name, library, hub_names, measured, is_chat), f"# {name}", about]
     parts += [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
     return "\n\n".join(parts) + "\n"
 
@@ -157,10 +158,12 @@ def hub_data(record: Record) -> list[str]:
 # --- text ----------------------------------------------------------------------------------------
 
 
-def _front_matter(name: str, hub_names: list[str], measured: Sequence[Mapping], is_chat: bool) -> str:
+def _front_matter(
+    name: str, library: str, hub_names: list[str], measured: Sequence[Mapping], is_chat: bool
+) -> str:  # fmt: skip
     """YAML between dashes; JSON on a line is YAML."""
     fields = {
-        "license": "mit", "language": ["en"], "library_name": "transformers", "pipeline_tag": "text-generation",
+        "license": "mit", "language": ["en"], "library_name": library, "pipeline_tag": "text-generation",
         "tags": ["nanochat", *["conversational"] * is_chat], "datasets": hub_names,
     }  # fmt: skip
     results = [
@@ -219,30 +222,33 @@ def _scores(measured: Sequence[Mapping], trained: Record) -> str:
     return "\n".join(["| exam | measured on | score | meaning |", "| --- | --- | --- | --- |", *rows])
 
 
-def _usage(name: str, files: Mapping[str, str], is_chat: bool, remote_code: bool, examples: Sequence[str]) -> str:
-    if "tokenizer.json" not in files:
-        return ""
-    trust = ", trust_remote_code=True" if remote_code else ""
-    lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})',
-        f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})',
-    ]  # fmt: skip
+def _usage(name: str, library: str, is_chat: bool, remote_code: bool, examples: Sequence[str]) -> str:
+    if library == "gguf":
+        return "Forks of llama.cpp that have the architecture `nanochat` run it; llama.cpp itself does not."
+    if library == "mlx":
+        options, text = "", '"Once upon a time"'
+        load = ["from mlx_lm import generate, load", "", f'model, tokenizer = load("{name}")']
+        generate = ["print(generate(model, tokenizer, prompt=inputs, max_tokens=100))"]
+    else:
+        trust = ", trust_remote_code=True" if remote_code else ""
+        options, text = ', return_tensors="pt", return_dict=True', 'tokenizer("Once upon a time", return_tensors="pt")'
+        load = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})',
+            f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})',
+        ]  # fmt: skip
+        generate = [
+            "ids = model.generate(**inputs, max_new_tokens=100)[0]",
+            'print(tokenizer.decode(ids[inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
+        ]
+    inputs = [f"inputs = {text}"]
     if is_chat:
         message = json.dumps(examples[0], ensure_ascii=False)
-        lines += [
+        inputs = [
             f'messages = [{{"role": "user", "content": {message}}}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-            ")",
+            f"inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True{options})",
         ]
-    else:
-        lines.append('inputs = tokenizer("Once upon a time", return_tensors="pt")')
-    lines += [
-        "ids = model.generate(**inputs, max_new_tokens=100)[0]",
-        'print(tokenizer.decode(ids[inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
-    ]
-    return "\n".join(["```python", *lines, "```"])
+    return "\n".join(["```python", *load, *inputs, *generate, "```"])
 
 
 def _limits(config: Mapping[str, Any], is_chat: bool) -> str:

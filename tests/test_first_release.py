@@ -13,7 +13,7 @@ from test_hf import change_json
 from nanochat.common import UserError
 from nanochat.model.first_release import find_release, load_release, read_encoding
 from nanochat.model.gpt import GPTConfig
-from nanochat.model.hf import tokenizer_spec
+from nanochat.model.hf_tokenizer import tokenizer_spec
 from nanochat.tokenizer import Tokenizer
 
 MODEL, META = "chatsft_checkpoints/d2/model_000650.pt", "chatsft_checkpoints/d2/meta_000650.json"

@@ -20,7 +20,7 @@ from test_scripts import assert_refused, run_folder, working_in
 from nanochat.checkpoint import read_meta, run_dir, step_dir
 from nanochat.common import Runtime, UserError, base_dir
 from nanochat.model.gpt import GPTConfig
-from nanochat.model.hf import tokenizer_spec
+from nanochat.model.hf_tokenizer import tokenizer_spec
 from nanochat.model.load import load_model
 from scripts import export_hf, import_hf
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.model.gpt import GPT, GPTConfig, build_model
-from nanochat.model.hf import parse_tokenizer_spec
+from nanochat.model.hf_tokenizer import parse_tokenizer_spec
 from nanochat.tokenizer import Tokenizer
 
 MODEL_FILE = re.compile(r"model_(\d+)\.pt")
