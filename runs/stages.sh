@@ -59,7 +59,7 @@ note_skipped() {
     echo "skipped: $3"
     skipped+="${skipped:+; }$2 (${3%%;*})"
     if [[ $1 != *_eval ]]; then
-        python -c 'import sys; from nanochat.report import append_record
+        python -c 'import sys; from nanochat.records import append_record
 append_record(sys.argv[1], settings={}, results={"not_run": sys.argv[2]})' "$1" "$3"
     fi
 }
