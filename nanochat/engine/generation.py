@@ -29,8 +29,8 @@ class Token:
 class Completion:
     """One sampled reply: its tokens, without the one that ended it, and its message content in `parts`.
 
-    `finish_reason` is "stop" (end of turn, stop text), "length" (`max_tokens`, context) or None while it goes on. `end` is
-    the special token that ended it, if one did.
+    `finish_reason` is "stop" (end of turn, stop text), "length" (`max_tokens`, context) or None while it goes on. `end`
+    is the special token that ended it, if one did.
     """
 
     tokens: list[Token] = field(default_factory=list)

@@ -1,8 +1,8 @@
 """Sampling settings, and the draw: one token for each row of logits.
 
 The steps have a fixed order, and each works on the result of the one before: repetition penalty, the other penalties
-and the bias, temperature, top-k, top-p, min-p. A row is drawn with one uniform number of its own sequence, so that a seed gives the same tokens whatever
-else is in the batch.
+and the bias, temperature, top-k, top-p, min-p. A row is drawn with one uniform number of its own sequence, so that a
+seed gives the same tokens whatever else is in the batch.
 """
 
 import math
@@ -43,7 +43,7 @@ class Sampling:
     top_p: keeps the likeliest tokens that together have this probability (arXiv 1904.09751).
     min_p: keeps tokens with at least this share of the likeliest one's probability (arXiv 2407.01082).
     repetition_penalty: divides the logits of tokens that occurred, or multiplies negative ones (arXiv 1909.05858).
-    frequency_penalty, presence_penalty: what the logit of a token loses for each time, and for any time, it was sampled.
+    frequency_penalty, presence_penalty: what a token's logit loses for each time, and for any time, it was sampled.
     logit_bias: pairs of a token id and what is added to its logit, from -100 (never) to 100 (nothing else).
     seed: None draws one. stop: texts that end the reply and are not part of it.
     num_logprobs: None for no log probabilities; otherwise those of the tokens and of this many likeliest ones. They are
