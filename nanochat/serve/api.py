@@ -198,7 +198,7 @@ class _Server:
     def _admit(self, body: Checked, request: Request) -> None:
         """Check the model's name, and name the fields that are ignored: in a header, and once in the log."""
         self.check_model(body.model)
-        names = [re.sub(r"[^\w.-]", "?", name, flags=re.ASCII)[:MAX_NAME_CHARS] for name in ignored_fields(body)]
+        names = [re.sub(r"[^\w.-]", "?", name, flags=re.A)[:MAX_NAME_CHARS] or "?" for name in ignored_fields(body)]
         if names:
             named = names[:MAX_NAMED] + ["..."] * (len(names) > MAX_NAMED)
             request.scope["log"]["ignored"] = ", ".join(named)
