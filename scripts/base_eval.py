@@ -26,7 +26,7 @@ from nanochat.common import UserError, add_runtime_flags, base_dir, init_runtime
 from nanochat.evals.core_bundle import fetch_bundle
 from nanochat.evals.core_eval import TaskResult, evaluate_core
 from nanochat.model.load import load_model
-from nanochat.report import append_record
+from nanochat.records import append_record
 
 FALLBACK_CONTEXT_TOKENS = 2048  # where a model's configuration names no limit
 PROBE_TOKENS = 8

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ["", "model", "data", "engine", "evals", "training", "serve"]  # "": the files at the top of nanochat/
+ROOMS = ["", "model", "data", "engine", "evals", "training", "serve", "report"]  # "": the files at the top of nanochat/
 MAX_LINES = 450
 MIN_LINES = 60
 SHORT_FILES = {  # with the reason

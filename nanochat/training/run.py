@@ -22,7 +22,7 @@ from nanochat.common import Runtime, print0
 from nanochat.data.dataloader import Batch
 from nanochat.evals.loss_eval import BpbResult
 from nanochat.model.gpt import GPT
-from nanochat.report import append_record
+from nanochat.records import append_record
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import schedule
 from nanochat.training.interrupts import Agreement, StopSignals, write_batches
