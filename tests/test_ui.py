@@ -7,6 +7,8 @@ import pytest
 from chat_page import NEVER, Reply, end, head, piece, refuses, says, sse
 from live_server import wait_until
 
+from nanochat.engine.sampling import CHAT_TEMPERATURE, CHAT_TOP_K
+
 pytest_plugins = ("chat_browser",)
 
 
@@ -21,7 +23,8 @@ def test_a_message_is_sent_and_its_answer_streams_in(chat):
     chat.wait_until_done()
     (request,) = chat.server.requests
     assert request["messages"] == [{"role": "user", "content": "Hello there"}]
-    assert (request["temperature"], request["top_k"], request["max_tokens"], request["stream"]) == (0.6, 50, 512, True)
+    assert (request["temperature"], request["top_k"]) == (CHAT_TEMPERATURE, CHAT_TOP_K), "as in the terminal"
+    assert (request["max_tokens"], request["stream"]) == (512, True)
     assert "12 tokens" in chat.page.locator(".stats").inner_text()
     assert chat.page.locator("#live").inner_text() == "Answer: Good morning."
 
