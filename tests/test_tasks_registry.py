@@ -16,7 +16,7 @@ def test_the_six_tasks_are_there_without_loading_anything():
 @pytest.mark.parametrize("purpose", ["train", "validation", "test"])
 def test_every_purpose_has_rows_of_its_own(purpose):
     for name in ALL_NAMES:
-        if name != "HumanEval":
+        if name not in ("HumanEval", "MMLU-Pro"):
             task = get_task(name, purpose=purpose)
             assert (task.name, task.purpose) == (name, purpose)
             assert task.has_reward or name not in ("Spelling", *SMALL_WORLD_NAMES)
