@@ -72,7 +72,8 @@ def main(args: argparse.Namespace) -> None:
 
     # evaluation
     print0("task                               shots examples   cut accuracy guessing centered  seconds")
-    line = "{task:<34} {shots:>5} {examples:>8} {cut:>5} {accuracy:>8.4f} {baseline:>8.4f} {centered:>8.4f} {seconds:>8.1f}"
+    line = "{task:<34} {shots:>5} {examples:>8} {cut:>5} {accuracy:>8.4f} {baseline:>8.4f} {centered:>8.4f}"
+    line += " {seconds:>8.1f}"
     result = evaluate_core(
         model, tokenizer, bundle, max_per_task=args.max_per_task, batch_tokens=args.batch_tokens, slow=args.slow,
         progress=lambda task: print0(line.format_map(task_row(task))),

@@ -159,29 +159,33 @@ def table_rows(result: TaskResult) -> list[dict]:
     num_samples = len(result.items[0].samples)
     if num_samples > 1:
         estimates[f"{result.task} pass@{num_samples}"] = result.pass_at_k
-    rows = [{"task": name, "accuracy": e.value, "low": e.low, "high": e.high} for name, e in estimates.items()]
+    rows = [
+        {"task": name, "accuracy": e.value, "low": e.low, "high": e.high, "baseline": result.baseline}
+        for name, e in estimates.items()
+    ]
+    if num_samples > 1:
+        rows[-1]["baseline"] = 1 - (1 - result.baseline) ** num_samples
     rows[0] = {"task": result.task, "problems": len(result.items), **rows[0]}
-    rows[0] |= {"baseline": result.baseline, "centered": result.centered.value, "cut": result.num_cut}
+    rows[0] |= {"centered": result.centered.value, "cut": result.num_cut}
     rows[0] |= {"unfinished": result.num_unfinished, "seconds": result.seconds}
     if given := result.given_shots:
         short = sum(count < result.num_shots for count in given)
-        rows[0] |= {"shots": result.num_shots, "fewest_shots": min(given), "short_of_shots": short}
+        rows[0] |= {"shots": result.num_shots, "fewest_shots": min(given), "most_shots": max(given)}
+        rows[0]["short_of_shots"] = short
     return rows
 
 
 def print_task(result: TaskResult) -> None:
     """The line of a task, then a line for each further score."""
-    estimate = " {accuracy:>8.4f} {low:>7.4f} - {high:.4f}"
-    counts = " {baseline:>8.2f} {centered:>8.4f} {cut:>5} {unfinished:>5} {seconds:>8.1f}"
+    estimate = " {accuracy:>8.4f} {low:>7.4f} - {high:.4f} {baseline:>8.4f}"
+    counts = " {centered:>8.4f} {cut:>5} {unfinished:>5} {seconds:>8.1f}"
     first, *further = table_rows(result)
     print0(("{task:<22} {problems:>8}" + estimate + counts).format_map(first))
     for row in further:
         print0(("  {task:<29}" + estimate).format_map(row))
     if first.get("short_of_shots"):
-        shots = f"{min(result.given_shots)} to {max(result.given_shots)} of the {result.num_shots} worked examples"
-        print0(
-            f"  {shots} fit the context, all of them before {first['problems'] - first['short_of_shots']:,} problems"
-        )
+        told = "only {fewest_shots} to {most_shots} of {shots} worked examples fit the context before {short_of_shots}"
+        print0(f"  {told} of the problems".format_map(first))
     if result.num_earlier:
         print0(f"  {result.num_earlier} of the problems were answered in an earlier run")
 

@@ -39,7 +39,8 @@ class ARC(Task):
         assert (subset, split) in NUM_ROWS, (subset, split)
         self.name, self.purpose = subset, split
         is_measured = split != "train"
-        self.rows = Rows(HubSplit(REPO, subset, split, COLUMNS, NUM_ROWS[subset, split], is_measured))
+        self.source = HubSplit(REPO, subset, split, COLUMNS, NUM_ROWS[subset, split], is_measured)
+        self.rows = Rows(self.source)
 
     def question(self, index: int) -> tuple[str, list[str], list[str], str]:
         """Question, choices, their labels, and the right label."""
@@ -65,7 +66,7 @@ class StandardARC(ARC):
         self.num_shots = NUM_SHOTS[subset]
         self.name = f"{subset} {self.num_shots}-shot"
         self.train = ARC(subset, "train")
-        self.train.rows = Rows(replace(self.train.rows.source, is_measured=True))  # another first row: other shots
+        self.train.rows = Rows(replace(self.train.source, is_measured=True))  # shots are part of the benchmark
 
     @cached_property
     def shots(self) -> list[str]:
