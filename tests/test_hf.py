@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import fill_randomly
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from nanochat.checkpoint import run_dir, save_checkpoint
 from nanochat.common import Runtime, UserError
@@ -136,7 +137,7 @@ def test_a_model_that_transformers_saved_loads_unchanged(model, tokenizer, folde
 @either_architecture
 def test_rows_that_the_tokenizer_has_no_ids_for_are_left_out(model, folder):
     """Other programs write the padded rows, as if there were such ids."""
-    weights = hf.load_file(folder / "model.safetensors")
+    weights = load_file(folder / "model.safetensors")
     for name, weight in weights.items():
         if name.endswith(hf.TABLES):
             weights[name] = torch.cat((weight, torch.full((48, weight.size(1)), 9.0)))
@@ -152,7 +153,7 @@ def test_rows_that_the_tokenizer_has_no_ids_for_are_left_out(model, folder):
 def test_weights_are_saved_in_the_dtype_asked_for_and_loaded_as_float32(model, tokenizer, tmp_path, dtype):
     model.wte.to(torch.bfloat16)
     save_hf(model, tokenizer, tmp_path / "saved", dtype=dtype)
-    weights = hf.load_file(tmp_path / "saved" / "model.safetensors")
+    weights = load_file(tmp_path / "saved" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {dtype}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto", trust_remote_code=True)
     assert {parameter.dtype for parameter in theirs.parameters()} == {dtype}
@@ -251,7 +252,7 @@ def test_a_missing_or_damaged_file_is_named(folder, name, damage):
 
 @pytest.mark.parametrize("fault", ["missing", "too many", "shape"])
 def test_weights_that_do_not_fit_the_config_are_refused(folder, fault):
-    weights = hf.load_file(folder / "model.safetensors")
+    weights = load_file(folder / "model.safetensors")
     weight = weights.pop("model.layers.1.mlp.fc1.weight")
     if fault != "missing":
         weights["model.layers.1.mlp.fc1.weight"] = weight if fault == "too many" else weight[:-1].clone()
@@ -267,7 +268,7 @@ def test_mlx_lm_finds_its_own_names_and_settings(model, tokenizer, tmp_path):
     save_hf(model, tokenizer, tmp_path, for_mlx=True)
     layer = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     names = {"transformer.wte", "lm_head", *(f"transformer.h.{i}.{name}" for i in range(3) for name in layer)}
-    assert set(hf.load_file(tmp_path / "model.safetensors")) == {f"{name}.weight" for name in names}
+    assert set(load_file(tmp_path / "model.safetensors")) == {f"{name}.weight" for name in names}
     settings = json.loads((tmp_path / "config.json").read_text())
     taken = {
         "model_type": "nanochat", "hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 6,

@@ -7,7 +7,8 @@ these read and add up, `fp8.py` their arithmetic in 8 bits. `load.py` makes the 
 
 For other programs `hf.py` reads and writes folders (transformers, mlx-lm) and `gguf_file.py` writes GGUF; both have the
 tokenizer from `hf_tokenizer.py`, and texts from `chat_template.jinja` and `hf_templates.json`. `modeling_nanochat.py`
-and `configuration_nanochat.py` are copied into a folder: the model as transformers runs it.
+and `configuration_nanochat.py` are copied into a folder: the model as transformers runs it. `first_release.py` reads
+the files in which nanochat's first release kept a model.
 
 Not here: how it is trained (`training`), and how it answers (`engine`, with weights and a cache made for that).
 """

@@ -1,6 +1,6 @@
 """Folders for transformers and mlx-lm, written and read.
 
-    config.json, generation_config.json, model.safetensors        the model
+    config.json, generation_config.json, model.safetensors        the model (others shard it: then an index lists files)
     tokenizer.json, tokenizer_config.json                         the tokenizer and the conversation format
     configuration_nanochat.py, modeling_nanochat.py               its code, where transformers has none of its own
 
@@ -20,13 +20,14 @@ Not here: downloads, GGUF files (`gguf_file.py`), and the README of a folder (`n
 
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nanochat.common import UserError, disk_errors, write_atomic
@@ -36,6 +37,7 @@ from nanochat.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+SHARDS_FILE = "model.safetensors.index.json"  # instead, where others have written the weights as several files
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 GENERATION_FILE = "generation_config.json"
@@ -52,6 +54,8 @@ CODE_FILES = {
 # {% generation %} marks what the assistant wrote: its tokens are those of the loss mask in `chat.py`.
 CHAT_TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
 MAX_NORM_EPS = 1e-6  # transformers' default, which some folders name; it moves the logits by 2e-5
+SOFTCAP = 15.0  # transformers' default: the first published folders name none, or call it logits_soft_cap
+MAX_PADDED_ROWS = 255  # of the tables beyond the tokenizer's ids
 MLX_SOFTCAP = 15.0  # of mlx-lm's model, which has no setting for it
 FIXED_SETTINGS = ("model_type", "hidden_act", "attention_bias", "tie_word_embeddings")
 RECIPE = "nanochat_recipe"  # the model_type of models with code of their own
@@ -104,13 +108,23 @@ def load_hf(
     """The model, on `device`, and the tokenizer of a folder that `save_hf` or transformers' `save_pretrained` wrote.
     Rows of the tables beyond the tokenizer's ids are left out. Raises `UserError` when a file is missing or broken, or
     the folder holds another architecture or another kind of tokenizer."""
-    settings = _read_json(folder / CONFIG_FILE)
+    config, tokenizer, num_rows = read_hf_config(folder)
+    model = build_model(config, device=device, compute_dtype=compute_dtype)
+    _load_weights(model, folder, num_rows=num_rows)
+    return model, tokenizer
+
+
+def read_hf_config(folder: Path) -> tuple[GPTConfig, Tokenizer, int]:
+    """What `load_hf` reads before the weights: the model's config, the tokenizer, and the rows of the tables."""
+    path = folder / CONFIG_FILE
+    settings = _read_json(path)
     tokenizer = parse_tokenizer_spec(_read_json(folder / TOKENIZER_FILE), folder / TOKENIZER_FILE)
     parse = _parse_recipe_settings if settings.get("model_type") == RECIPE else _parse_plain_settings
-    config = parse(settings, tokenizer.vocab_size, folder / CONFIG_FILE)
-    model = build_model(config, device=device, compute_dtype=compute_dtype)
-    _load_weights(model, folder / WEIGHTS_FILE, num_rows=settings["vocab_size"])
-    return model, tokenizer
+    config, num_rows = parse(settings, tokenizer.vocab_size, path), settings["vocab_size"]
+    if not config.vocab_size <= num_rows <= config.vocab_size + MAX_PADDED_ROWS:
+        fault = f"{path} says that the tables have {num_rows} rows, but the tokenizer has {config.vocab_size} ids"
+        raise UserError(f"{fault}; take the tokenizer that the model was trained with")
+    return config, tokenizer, num_rows
 
 
 def chat_template(tokenizer: Tokenizer) -> str:
@@ -201,8 +215,6 @@ def _parse_recipe_settings(settings: dict[str, Any], vocab_size: int, path: Path
         if type(value) is not field.type and (type(value), field.type) != (int, float):
             raise UserError(f"{path} is not the config of a nanochat model: {name} is {value!r}")
         values[field.name] = value
-    if values["vocab_size"] < vocab_size:
-        raise UserError(f"{path} has no counterpart here: vocab_size is {values['vocab_size']}, below {vocab_size} ids")
     return GPTConfig(**values | {"vocab_size": vocab_size})
 
 
@@ -216,17 +228,18 @@ def _parse_plain_settings(settings: dict[str, Any], vocab_size: int, path: Path)
     try:
         rope = settings.get("rope_parameters") or {"rope_theta": settings["rope_theta"]}
         heads, width = settings["num_attention_heads"], settings["hidden_size"]
+        softcap = settings.get("final_logit_softcapping", settings.get("logits_soft_cap", SOFTCAP))
         config = GPTConfig.october_2025(
             settings["num_hidden_layers"], vocab_size=vocab_size, sequence_len=settings["max_position_embeddings"],
             n_embd=width, n_head=heads, n_kv_head=settings.get("num_key_value_heads") or heads,
-            rope_base=float(rope["rope_theta"]), softcap=float(settings["final_logit_softcapping"]),
+            rope_base=float(rope["rope_theta"]), softcap=float(softcap),
         )  # fmt: skip
         is_odd = {
             "intermediate_size": settings["intermediate_size"] != 4 * width,
             "head_dim": settings.get("head_dim", config.head_dim) != config.head_dim,
             "rope_parameters": rope.get("rope_type", "default") != "default",
-            "rms_norm_eps": not 0 <= settings["rms_norm_eps"] <= MAX_NORM_EPS,
-            "vocab_size": settings["vocab_size"] < vocab_size,
+            "rms_norm_eps": not 0 <= settings.get("rms_norm_eps", MAX_NORM_EPS) <= MAX_NORM_EPS,
+            "vocab_size": type(settings["vocab_size"]) is not int,
         }
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not the config of a NanoChat model ({type(error).__name__}: {error})") from error
@@ -271,20 +284,38 @@ def _save_weights(weights: dict[str, Tensor], path: Path, dtype: torch.dtype, ki
 
 
 @torch.no_grad()
-def _load_weights(model: GPT, path: Path, *, num_rows: int) -> None:
-    """Fill `model` from a file whose tables have `num_rows` rows. The model's padded rows become zero."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} ({error}); the weights must be in this one file") from error
-    weights = _by_their_names(model, "release" if "transformer.wte.weight" in tensors else "transformers")
-    if odd := set(tensors) ^ set(weights):
-        raise UserError(f"{path} does not have the weights its config asks for: {min(odd)} is missing or too many")
-    for table in (model.wte, model.value_embeds, model.lm_head):
-        if table is not None:
-            table.weight.zero_()
-    for name, weight in weights.items():
-        shape = (num_rows, *weight.shape[1:]) if name.endswith(TABLES) else tuple(weight.shape)
-        if tensors[name].shape != shape:
-            raise UserError(f"{path}: {name} has the shape {tuple(tensors[name].shape)}, not {shape}")
-        weight.copy_(tensors[name][: weight.size(0)])
+def _load_weights(model: GPT, folder: Path, *, num_rows: int) -> None:
+    """Fill `model` from files whose tables have `num_rows` rows. The model's padded rows become zero."""
+    files = {}  # by the names of tensors
+    with ExitStack() as stack:
+        for path in _weight_files(folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"cannot read {path} ({error}); fetch the folder's weights again") from error
+            files |= dict.fromkeys(file.keys(), file)
+        weights = _by_their_names(model, "release" if "transformer.wte.weight" in files else "transformers")
+        if odd := set(files) ^ set(weights):
+            raise UserError(
+                f"{folder} does not have the weights its config asks for: {min(odd)} is missing or too many"
+            )
+        for table in (model.wte, model.value_embeds, model.lm_head):
+            if table is not None:
+                table.weight.zero_()
+        for name, weight in weights.items():
+            shape = (num_rows, *weight.shape[1:]) if name.endswith(TABLES) else tuple(weight.shape)
+            tensor = files[name].get_tensor(name)
+            if tensor.shape != shape:
+                raise UserError(f"{folder}: {name} has the shape {tuple(tensor.shape)}, not {shape}")
+            weight.copy_(tensor[: weight.size(0)])
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / SHARDS_FILE
+    if not index.exists():
+        return [folder / WEIGHTS_FILE]
+    shards = _read_json(index).get("weight_map")
+    names = set(shards.values()) if isinstance(shards, dict) else set()
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise UserError(f"{index} does not list the files of the weights in this folder")
+    return [folder / name for name in sorted(names)]
