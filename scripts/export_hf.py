@@ -1,7 +1,7 @@
 """Write a checkpoint as a folder for other programs, ready for the Hugging Face hub, with a model card (README.md).
 
-Reads a checkpoint; writes the folder `--output`, which must be new or hold an earlier export. Runs on the CPU wherever
-the model was trained. Formats:
+Reads a checkpoint; writes the folder `--output`, which must be new or empty. Runs on the CPU wherever the model was
+trained. Formats:
 
     transformers  weights, tokenizer, conversation format. Models of the first release's architecture (base_train --arch
                   october-2025) load as transformers' NanoChat; all others bring their own code and load with
@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     # model
     add_checkpoint_flags(parser)
     # output
-    parser.add_argument("--output", required=True, help="folder to write, created when missing")
+    parser.add_argument("--output", required=True, help="folder to write, new or empty")
     parser.add_argument("--format", choices=FORMATS, default="transformers", help="for which program (transformers)")
     defaults = "float32; of gguf bfloat16, half as large"
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=f"of the weights ({defaults})")

@@ -179,26 +179,20 @@ def test_each_feature_without_counterpart_in_mlx_lm_is_refused_alone(config, tok
     assert not (tmp_path / "no").exists()
 
 
-def test_a_folder_with_something_else_is_left_alone(model, tokenizer, folder, tmp_path):
-    save_hf(model, tokenizer, folder)  # an earlier export is replaced
-    (folder / ".gitattributes").write_text("")
-    (folder / "README.md").write_text("")
-    save_hf(model, tokenizer, folder)
-    change_json(folder / "config.json", lambda content: content.update(model_type="gpt2"))
-    before = (folder / "config.json").read_bytes()
-    with pytest.raises(UserError, match="holds a model of the type 'gpt2'"):
-        save_hf(model, tokenizer, folder)
-    (folder / "notes.txt").write_text("")
-    with pytest.raises(UserError, match=r"holds notes.txt, which is no part"):
-        save_hf(model, tokenizer, folder)
-    assert (folder / "config.json").read_bytes() == before
+def test_a_folder_that_is_not_empty_is_left_alone(model, tokenizer, folder, tmp_path):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match=r"saved already holds config.json; give a new folder"):
+        save_hf(build_model(model.config, device="meta"), tokenizer, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (tmp_path / "clone" / ".git").mkdir(parents=True)  # of a repository that has no files yet
+    save_hf(model, tokenizer, tmp_path / "clone")
 
 
 def test_a_tokenizer_that_is_not_the_models_and_a_folder_that_cannot_be_written_are_refused(model, texts, tmp_path):
     (tmp_path / "file").write_text("")
     for folder, other, fault in (
-        (tmp_path, Tokenizer.train(texts, 300), "300 ids, the model 400"),
-        (tmp_path, Tokenizer.train(texts, 400, pattern=r"\w+|\W+"), "split pattern"),
+        (tmp_path / "new", Tokenizer.train(texts, 300), "300 ids, the model 400"),
+        (tmp_path / "new", Tokenizer.train(texts, 400, pattern=r"\w+|\W+"), "split pattern"),
         (tmp_path / "file", Tokenizer.train(texts, 400), "file"),
     ):
         with pytest.raises(UserError, match=fault):

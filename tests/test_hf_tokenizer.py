@@ -32,6 +32,13 @@ def their_tokenizer(tokenizer, tmp_path_factory):
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
+def test_prompts_of_a_batch_end_together_and_nothing_but_ids_and_mask_is_passed_on(their_tokenizer):
+    batch = their_tokenizer(["a", "bread and stone"], padding=True)
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert batch["attention_mask"][0][0] == 0
+    assert batch["attention_mask"][0][-1] == 1
+
+
 def their_ids(their_tokenizer, text):
     return their_tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 

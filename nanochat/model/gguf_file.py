@@ -32,9 +32,9 @@ LAYER_TENSORS = {  # ours within a layer: theirs
 def save_gguf(
     model: GPT, tokenizer: Tokenizer, folder: Path, *, title: str, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, str]:
-    """Write `model`, called `title`, its weights in `dtype`, and `tokenizer` to a file in `folder`, replacing what an
-    earlier call wrote there. Returns the file, with a few words on it. Raises `UserError` when the package gguf is
-    missing, there is no counterpart of model or tokenizer, or the folder cannot be written or holds other things."""
+    """Write `model`, called `title`, its weights in `dtype`, and `tokenizer` to a file in `folder`, which is new or
+    empty. Returns the file, with a few words on it. Raises `UserError` when the package gguf is missing, there is no
+    counterpart of model or tokenizer, or the folder cannot be written or is not empty."""
     try:
         import gguf
     except ImportError as error:
@@ -43,7 +43,7 @@ def save_gguf(
     check_plain(model.config, "GGUF's nanochat")
     check_tokenizer(model, tokenizer)
     settings = _tokenizer_settings(tokenizer)
-    prepare_folder(folder, FILES.values())
+    prepare_folder(folder)
     path = folder / FILES[dtype]
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     kind = gguf.GGMLQuantizationType.BF16 if dtype == torch.bfloat16 else gguf.GGMLQuantizationType.F32

@@ -20,7 +20,6 @@ Not here: downloads, GGUF files (`gguf_file.py`), and the README of a folder (`n
 
 import json
 import os
-from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -75,17 +74,16 @@ TABLES = ("wte.weight", "embed_tokens.weight", "value_embeds.weight", "lm_head.w
 def save_hf(
     model: GPT, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype = torch.float32, for_mlx: bool = False
 ) -> dict[str, str]:
-    """Write `model`, its weights in `dtype`, and `tokenizer` to `folder`, replacing what an earlier call wrote there.
-    Returns the files, with a few words on each. Raises `UserError` when mlx-lm has no counterpart of the model, the
-    tokenizer is not the model's or splits text by an unknown pattern, or the folder cannot be written or holds other
-    things than these files."""
+    """Write `model`, its weights in `dtype`, and `tokenizer` to `folder`, which is new or empty. Returns the files and
+    a few words on each. Raises `UserError` when mlx-lm has no counterpart of the model, the tokenizer is not the
+    model's or splits text by an unknown pattern, or the folder cannot be written or is not empty."""
     config = model.config
     check_tokenizer(model, tokenizer)
     if for_mlx:
         check_plain(config, "mlx-lm")
     has_code = not for_mlx and not is_plain(config)
     files = FILES | (CODE_FILES if has_code else {})
-    prepare_folder(folder, files)
+    prepare_folder(folder)
     weights = _by_their_names(model, "release" if for_mlx or has_code else "transformers")
     _save_weights(weights, folder / WEIGHTS_FILE, dtype, "mlx" if for_mlx else "pt")
     end = tokenizer.special_id("<|assistant_end|>")
@@ -142,18 +140,13 @@ def check_tokenizer(model: GPT, tokenizer: Tokenizer) -> None:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}; {remedy}")
 
 
-def prepare_folder(folder: Path, files: Collection[str]) -> None:
-    """Make the folder for `files` and a README. Raises `UserError` where it holds anything else, hidden files aside, or
-    a model of another kind: nothing of that may be lost."""
+def prepare_folder(folder: Path) -> None:
+    """Make a folder to export to. Raises `UserError` where it holds anything but hidden files: nothing may be lost."""
     with disk_errors("the model", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    if others := sorted(found - {*files, README_FILE}):
-        raise UserError(f"{folder} already holds {others[0]}, which is no part of this export; give an empty folder")
-    if CONFIG_FILE in found:
-        kind = _read_json(folder / CONFIG_FILE).get("model_type")
-        if kind not in (template(CONFIG_FILE)["model_type"], RECIPE):
-            raise UserError(f"{folder} already holds a model of the type {kind!r}; give an empty folder")
+        found = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if found:
+        raise UserError(f"{folder} already holds {found[0]}; give a new folder, or remove what is in this one")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
