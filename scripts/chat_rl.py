@@ -23,7 +23,7 @@ from nanochat.hosts import check_hosts_agree
 from nanochat.training import rl, schedule
 from nanochat.training.check_data import check_data
 from nanochat.training.finetuning import load_start
-from nanochat.training.loop import make_optimizer, minutes_and_seconds
+from nanochat.training.loop import make_optimizer, time_in_words
 from nanochat.training.recipe import Plan
 from nanochat.training.run import TrainingRun
 from tasks.mixtures import Corpus, Sources, load_corpus
@@ -117,7 +117,7 @@ def log(run: TrainingRun, step: int, loss: float, numbers: dict[str, float], sec
     speed = numbers["rollout_tokens"] / rollout_seconds
     run.stats.update(loss, rollout_seconds + update_seconds)
     if run.stats.num_seen == 1 and not run.runtime.is_cuda and (num_left := run.plan.num_steps - step):
-        duration = minutes_and_seconds(num_left * (rollout_seconds + update_seconds))
+        duration = time_in_words(num_left * (rollout_seconds + update_seconds))
         print0(f"{num_left:,} more steps take about {duration} here")
     new = {**numbers, "rollout_seconds": rollout_seconds}
     sums = {name: run.results.get(name, 0) + new[name] for name in SUMS}

@@ -76,8 +76,9 @@ def main(args: argparse.Namespace) -> None:
     settings = EvalSettings(max_problems=args.chat_max_problems, max_new_tokens=args.chat_max_tokens)
     names = task_names(args.chat_tasks) if chat_every else ()
     tasks = [get_task(name, purpose="validation") for name in names]
-    for task in tasks:
-        check_task(task)
+    with together():
+        for task in tasks:
+            check_task(task)
 
     # runtime, model, optimizer, schedules
     usual = {"total_batch_tokens": BATCH_TOKENS}
