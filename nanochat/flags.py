@@ -8,6 +8,7 @@ Not here: checks that involve several flags (the scripts) or what the machine ha
 """
 
 import argparse
+import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -100,6 +101,14 @@ SHARED = {
     )
 }  # fmt: skip
 RUN_FLAGS = ("save_every", "save_minutes", "keep_last", "keep_every", "skip_bad_steps", "resume")  # of every stage
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The beginning of a sentence that offers the one of the `known` words that `word` was probably meant to be, as it
+    begins with it or is much like it; empty if there is none."""
+    known = list(known)
+    near = [each for each in known if word and each.startswith(word)] or difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def shared(*names: str, **defaults: Any) -> tuple[Flag, ...]:

@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     add_runtime_flags(parser)
     add = parser.add_argument
     # model
-    add_checkpoint_flags(parser, source="sft")
+    add_checkpoint_flags(parser, source="")
     add_weights_flag(parser)
     # conversation
     add("-p", "--prompt", help="ask this, print the answer and exit")
@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
 def describe(loaded: LoadedModel, runtime: Runtime, weights: str) -> str:
     """One line about the model."""
     run, context = loaded.folder.parent, loaded.model.config.sequence_len
-    name = f"{run.parent.name.removesuffix('_checkpoints')} {run.name} step {loaded.meta['step']}"
+    name = f"{loaded.source} {run.name} step {loaded.meta['step']}"
     size = f"{loaded.model.parameter_counts()['total'] / 1e6:,.1f}M parameters, context of {context:,} tokens"
     return f"{name}: {size}, {weights or runtime.dtype_name} on {runtime.device.type}"
 

@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     add_runtime_flags(parser)
     add = parser.add_argument
     # model
-    add_checkpoint_flags(parser, source="sft")
+    add_checkpoint_flags(parser, source="")
     add("-i", dest="source", choices=SOURCES, default=argparse.SUPPRESS, help="short for --source")
     # data
     tasks_help = f"tasks separated by |, {SMALL_WORLD} for the miniature's (default: {'|'.join(TASK_NAMES)})"
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
     except UserError:
         if runtime.is_main:
             results = {"not_run": f"{task.name} has no data or cannot be judged"}
-            append_record("chat_eval", settings=vars(args), results=results)
+            append_record("chat_eval", settings={**vars(args), "source": loaded.source}, results=results)
         raise
     print0(f"{loaded.folder}: {', '.join(f'{task.name} {len(task):,}' for task in tasks)} problems")
 
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
 
     # evaluation
     slow = "_slow" if args.slow else ""
-    name = re.sub(r"[^\w.-]+", "_", f"{args.source}_{loaded.folder.parent.name}_{loaded.folder.name}{slow}")
+    name = re.sub(r"[^\w.-]+", "_", f"{loaded.source}_{loaded.folder.parent.name}_{loaded.folder.name}{slow}")
     logs = [result_log(name, task, loaded, settings, runtime) for task in tasks]
     prepare_logs(logs, resume=args.resume)
     print0("task                 problems accuracy    95 % interval baseline centered   cut  long  seconds")
@@ -117,7 +117,8 @@ def main(args: argparse.Namespace) -> None:
             numbers |= {"ChatCORE": core.value, "ChatCORE_low": core.low, "ChatCORE_high": core.high}
         numbers["elapsed_seconds"] = time.perf_counter() - begin
         table = [row for result in results for row in table_rows(result)]
-        append_record("chat_eval", settings={**vars(args), "model": name}, results=numbers, table=table)
+        settings = {**vars(args), "source": loaded.source, "model": name}
+        append_record("chat_eval", settings=settings, results=numbers, table=table)
 
 
 def result_log(name: str, task: Task, loaded: LoadedModel, settings: EvalSettings, runtime: Runtime) -> ResultLog:

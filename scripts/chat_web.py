@@ -24,7 +24,7 @@ from logging.handlers import QueueHandler, QueueListener
 import torch
 import uvicorn
 
-from nanochat.checkpoint import add_checkpoint_flags, find_checkpoint, load_tokenizer, read_meta
+from nanochat.checkpoint import add_checkpoint_flags, find_checkpoint, load_tokenizer, read_meta, stage_of
 from nanochat.common import UserError, add_runtime_flags, choose_device, disk_errors, run_main
 from nanochat.engine.inference import add_weights_flag
 from nanochat.serve.api import create_app
@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--num-gpus", type=int, default=1, help="number of GPUs, each with a copy of the model")
     # model
-    add_checkpoint_flags(parser, source="sft")
+    add_checkpoint_flags(parser, source="")
     add_weights_flag(parser)
     add("--model-name", default="", help="id by which clients know the model (default: nanochat-MODEL_TAG)")
     # network
@@ -77,10 +77,10 @@ def main(args: argparse.Namespace) -> None:
     folder = find_checkpoint(args.source, model_tag=args.model_tag, step=args.step)
     meta = read_meta(folder)
     tokenizer = load_tokenizer(folder, meta)
-    model_tag = folder.parent.name
+    source, model_tag = stage_of(folder), folder.parent.name
 
     # model: the workers load it while the page is already served
-    checkpoint = {"source": args.source, "model_tag": model_tag, "step": meta["step"]}
+    checkpoint = {"source": source, "model_tag": model_tag, "step": meta["step"]}
     runtime = {"device_type": args.device_type, "dtype": args.dtype}
     failures: list[str] = []
 
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     # server
     settings = Settings(
         model_name=args.model_name or f"nanochat-{model_tag}", context_len=meta["config"]["sequence_len"],
-        fingerprint=f"{args.source}-{model_tag}-{meta['step']}", max_tokens=args.max_tokens,
+        fingerprint=f"{source}-{model_tag}-{meta['step']}", max_tokens=args.max_tokens,
         max_body_bytes=args.max_body_kib * 1024, api_key=api_key, cors_origins=tuple(args.cors_origin),
         allowed_hosts=(*(LOOPBACK_HOSTS if is_loopback(args.host) else ()), *map(str.lower, args.allowed_host)),
         log_texts=args.log_texts,
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     log_writer = open_access_log(args.access_log)
     listener = listen(args.host, args.port)
     address = f"[{args.host}]" if ":" in args.host else args.host
-    about = f"{settings.model_name} ({args.source}, step {meta['step']})"
+    about = f"{settings.model_name} ({source}, step {meta['step']})"
     print(f"{about}: http://{address}:{listener.getsockname()[1]}", flush=True)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # otherwise a line for anything sent that is not HTTP
     # uvicorn's own access log would contain whole paths

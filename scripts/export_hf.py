@@ -3,8 +3,8 @@
 Reads a checkpoint of the first release's architecture (`scripts.base_train --arch october-2025`); writes the folder
 `--output`: weights in float32, tokenizer, conversation format. Runs on the CPU wherever the model was trained.
 
-    python -m scripts.export_hf --output d4-hf                                     # the base checkpoint saved last
-    python -m scripts.export_hf --source sft --model-tag d20 --output d20-hf       # a chat model by name
+    python -m scripts.export_hf --output d4-hf                                     # the chat model saved last
+    python -m scripts.export_hf --source base --model-tag d20 --output d20-hf      # a base model by name
     python -m scripts.export_hf --model-tag d20 --step 5000 --output d20-5000-hf   # an earlier step
 """
 
@@ -20,7 +20,7 @@ from nanochat.model.load import load_model
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # model
-    add_checkpoint_flags(parser)
+    add_checkpoint_flags(parser, source="")
     # output
     parser.add_argument("--output", required=True, help="folder to write, created when missing")
     return parser.parse_args()

@@ -534,7 +534,7 @@ def test_a_flag_out_of_range_is_refused(workplace, flags):
     ("scripts.base_loss --device-batch-size 0", ["--device-batch-size"]),
     ("scripts.base_loss --sample-tokens -1", ["--sample-tokens"]),
     ("scripts.base_loss --step 5", ["no checkpoint of step 5", "3, 6, 9"]),
-    ("scripts.base_loss --model-tag other", ["no checkpoint in", "other"]),
+    ("scripts.base_loss --model-tag other", ["no base checkpoint with --model-tag 'other' in", "there are tiny"]),
     ("scripts.base_loss --dtype float12", ["--dtype 'float12' is unknown"]),
     ("scripts.base_eval --max-per-task -1", ["--max-per-task -1"]),
     ("scripts.base_eval --batch-tokens -1", ["--batch-tokens -1"]),

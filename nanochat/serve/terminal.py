@@ -4,7 +4,6 @@
 script), editing lines and rendering Markdown (`console.py`).
 """
 
-import difflib
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ from nanochat.common import UserError, write_atomic
 from nanochat.data.chat import Delta, as_parts, check_conversation, prompt_limit, render_for_completion, visible_text
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampling import Sampling
+from nanochat.flags import did_you_mean
 from nanochat.tokenizer import Tokenizer
 
 INTERRUPTED = "interrupted"  # how an answer ended, besides the engine's "stop" and "length"
@@ -244,8 +244,7 @@ class TerminalChat:
             name, *argument = line.split(maxsplit=1)
             argument = "".join(argument).strip()
             if name not in COMMANDS:
-                near = difflib.get_close_matches(name, COMMANDS, n=1)
-                hint = f"did you mean {near[0]}? " if near else ""
+                hint = did_you_mean(name, COMMANDS)
                 raise UserError(f"unknown command {name}; {hint}/help lists them, and // begins a message with a slash")
             if COMMANDS[name].argument == "FILE" and not argument:
                 raise UserError(f"{name} needs the name of a file: {name} talk.json")
