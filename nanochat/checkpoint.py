@@ -363,7 +363,7 @@ def add_checkpoint_flags(parser: ArgumentParser, *, source: str = "base") -> Non
     (stage,) = shared(source=source)
     if not source:
         stage = replace(stage, help=f"{stage.help} (default: that of the chat model saved last)")
-    add_flags(parser, (stage, *shared("model_tag", "step")))
+    add_flags(parser.add_argument_group("model"), (stage, *shared("model_tag", "step")))
 
 
 def stage_of(folder: Path) -> str:

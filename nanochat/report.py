@@ -29,6 +29,7 @@ import torch
 from filelock import FileLock
 
 from nanochat.common import UserError, base_dir, disk_errors, print0, run_main, write_atomic
+from nanochat.flags import Parser
 from nanochat.hardware import PRICES_AS_OF, gpu_hour_dollars
 
 REPO = Path(__file__).resolve().parent.parent
@@ -428,10 +429,10 @@ def _escape(value: Any) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m nanochat.report", description="Start or render the report.")
+    parser = Parser("Start or render the report.", "ACTION [flags]")
     parser.add_argument("action", choices=("reset", "generate"), help="start a new report, or write report.md")
-    parser.add_argument("--dollars-per-gpu-hour", type=float, default=None,
-                        help="price for the cost estimate, with reset (default: a table by GPU name)")  # fmt: skip
+    price_help = "price for the cost estimate, with reset (default: a table by GPU name)"
+    parser.add_argument_group("cost").add_argument("--dollars-per-gpu-hour", type=float, help=price_help)
     return parser.parse_args()
 
 

@@ -13,16 +13,17 @@ from pathlib import Path
 
 from nanochat.checkpoint import add_checkpoint_flags
 from nanochat.common import init_runtime, print0, run_main
+from nanochat.flags import Parser
 from nanochat.model.hf import save_hf
 from nanochat.model.load import load_model
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # model
+    parser = Parser(__doc__)
     add_checkpoint_flags(parser, source="")
-    # output
-    parser.add_argument("--output", required=True, help="folder to write, created when missing")
+    parser.add_argument_group("output").add_argument(
+        "--output", required=True, help="folder to write, created when missing"
+    )
     return parser.parse_args()
 
 

@@ -171,8 +171,8 @@ def test_without_a_source_it_is_the_chat_model_saved_last_and_a_base_model_where
     [
         ({"source": "mid"}, "no mid checkpoint in {}; choose --source base or sft; train one first: "
          "python -m scripts.mid_train"),
-        ({"source": "sft", "model_tag": "d20"}, "no sft checkpoint with --model-tag 'd20' in {}; did you mean d12? there are d12; "
-         "choose --source base; train one first: python -m scripts.chat_sft"),
+        ({"source": "sft", "model_tag": "d20"}, "no sft checkpoint with --model-tag 'd20' in {}; did you mean d12? "
+         "there are d12; choose --source base; train one first: python -m scripts.chat_sft"),
         ({"model_tag": "d21"}, "no checkpoint with --model-tag 'd21' in {}; did you mean d20? there are d12, d20"),
         ({"model_tag": "a/b"}, "no checkpoint with --model-tag 'a/b' in {}; there are d12, d20"),
         ({"source": "stf"}, "source 'stf' is unknown; did you mean sft? choose one of base, mid, sft, rl"),

@@ -535,7 +535,7 @@ def test_a_flag_out_of_range_is_refused(workplace, flags):
     ("scripts.base_loss --sample-tokens -1", ["--sample-tokens"]),
     ("scripts.base_loss --step 5", ["no checkpoint of step 5", "3, 6, 9"]),
     ("scripts.base_loss --model-tag other", ["no base checkpoint with --model-tag 'other' in", "there are tiny"]),
-    ("scripts.base_loss --dtype float12", ["--dtype 'float12' is unknown"]),
+    ("scripts.base_loss --dtype float12", ["--dtype must be one of", "not 'float12'"]),
     ("scripts.base_eval --max-per-task -1", ["--max-per-task -1"]),
     ("scripts.base_eval --batch-tokens -1", ["--batch-tokens -1"]),
     ("scripts.base_eval --bundle missing.zip", ["no evaluation bundle at missing.zip"]),
