@@ -73,8 +73,11 @@ def main(args: argparse.Namespace) -> None:
         screen = MarkdownScreen(sys.stdout, sys.stderr)
     screen.notice(describe(loaded, runtime, args.weights))
     screen.notice("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
-    reader = LineReader(base_dir() / "chat_history", list(COMMANDS))
-    TerminalChat(engine, loaded.tokenizer, screen, **options).run(reader.read)
+    if examples := loaded.meta.get("examples"):
+        screen.notice("try: " + " | ".join(examples))
+    name = f"nanochat-{loaded.folder.parent.name}"
+    with LineReader(base_dir() / "chat_history", list(COMMANDS)) as reader:
+        TerminalChat(engine, loaded.tokenizer, screen, name=name, **options).run(reader.read)
 
 
 def describe(loaded: LoadedModel, runtime: Runtime, weights: str) -> str:
