@@ -76,8 +76,8 @@ FLAGS = {
         Flag("dry_run", bool, False, "print what the run would take, and stop", **FREE),
         Flag("gpu", str, "", "kind of GPU that --dry-run assumes (default: this machine's, else H100)", **FREE),
         Flag("num_gpus", int, None, "how many of them (default: this machine's, else 8)", POSITIVE, **FREE),
-        Flag("vocab_size", int, 0, "tokens of the vocabulary that --dry-run assumes (default: the tokenizer's, else "
-             "32768)", **FREE),
+        Flag("vocab_size", int, 0, "tokens of the vocabulary that --dry-run assumes (default: the usual 32768, for "
+             "october-2025 65536)", **FREE),
     ),
 }  # fmt: skip
 
@@ -113,6 +113,7 @@ def main(args: argparse.Namespace) -> None:
     if resumed:
         model = load_weights(step_dir(folder, resumed["step"]), resumed, runtime)
     else:
+        pretraining.check_cpu(args, config, runtime)
         generator = torch.Generator(device).manual_seed(args.seed)
         model = build_model(config, device=device, compute_dtype=runtime.dtype, generator=generator)
     if args.recompute:

@@ -13,12 +13,13 @@ import argparse
 
 from nanochat.common import join_ranks, run_main, together
 from nanochat.flags import RUN_FLAGS, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
+from nanochat.training.check_data import check_data
 from nanochat.training.finetuning import start_run, validate_if_due
-from tasks.mixtures import MID_MIXTURES, load_corpus
+from tasks.mixtures import MID_MIXTURES, Sources, load_corpus
 
 FLAGS = {
     "model": shared("model_tag", "step", source="base"),
-    "data": shared("data", "max_conversations", "seed"),
+    "data": shared("data", "skip_bad_rows", "check_data", "max_conversations", "seed"),
     "horizon": shared("epochs", "num_steps"),
     "optimization": (
         Flag("total_batch_size", int, 0, "tokens per step, 0 for the source's, or less for few conversations",
@@ -37,12 +38,16 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     # data
+    if args.check_data:
+        check_data(args, Sources(args.data, MID_MIXTURES))
+        return
     join_ranks(args.device_type)
+    options = {"seed": args.seed, "max_conversations": args.max_conversations, "skip_bad_rows": args.skip_bad_rows}
     with together():
-        train, val = load_corpus(args.data, MID_MIXTURES, seed=args.seed, max_conversations=args.max_conversations)
+        train, val, examples = load_corpus(Sources(args.data, MID_MIXTURES), **options)
 
     # runtime, model, optimizer, schedules
-    run, val_rows = start_run("mid", args, free_on_resume(FLAGS), train, val)
+    run, val_rows = start_run("mid", args, free_on_resume(FLAGS), train, val, examples)
 
     # the loop: evaluate, save, step and log
     for step in run.steps():

@@ -190,7 +190,9 @@ def test_a_session_answers_in_turns_and_obeys_its_commands(command, open_termina
     terminal.type(f"/save {saved}\r", "4 messages saved")
     assert json.loads(saved.read_text()) == CONVERSATION
     terminal.type("/clear\r", "new conversation")
-    terminal.type(f"/load {saved}\r", "4 messages loaded", "\n\nYou: Thank you!\n\n", "nanochat-parrot: Gladly.", "\nYou: ")
+    terminal.type(
+        f"/load {saved}\r", "4 messages loaded", "\n\nYou: Thank you!\n\n", "nanochat-parrot: Gladly.", "\nYou: "
+    )
 
     terminal.type("half a line", "half a line")  # at the prompt: before it, Ctrl-C would be a signal and no key
     terminal.type(CTRL_C, "\nYou: ")
