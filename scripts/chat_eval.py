@@ -22,10 +22,11 @@ from functools import partial
 from tqdm import tqdm
 
 from nanochat.checkpoint import SOURCES, add_checkpoint_flags
-from nanochat.common import Runtime, UserError, add_runtime_flags, base_dir, init_runtime, print0, run_main, together
+from nanochat.common import Runtime, UserError, base_dir, init_runtime, print0, run_main, together
 from nanochat.engine.engine import Engine
 from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task, prepare_logs
 from nanochat.evals.chat_results import ResultLog, TaskResult, chat_core
+from nanochat.flags import Parser, add_runtime_flags
 from nanochat.model.load import LoadedModel, load_model
 from nanochat.records import append_record
 from tasks.common import Task
@@ -38,29 +39,28 @@ MARKED = {"python": "<|python_start|>{}<|python_end|>", "python_output": "<|outp
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_runtime_flags(parser)
-    add = parser.add_argument
-    # model
-    add_checkpoint_flags(parser, source="sft")
-    add("-i", dest="source", choices=SOURCES, default=argparse.SUPPRESS, help="short for --source")
-    # data
+    parser = Parser(__doc__)
+    add_checkpoint_flags(parser, source="")
+    short = {"dest": "source", "choices": SOURCES, "default": argparse.SUPPRESS}
+    parser.add_argument_group("model").add_argument("-i", **short, help="short for --source, with its default")
+    add = parser.add_argument_group("data").add_argument
     tasks_help = f"tasks separated by |, {SMALL_WORLD} for the miniature's (default: {'|'.join(TASK_NAMES)})"
     add("-a", "--tasks", default="", metavar="TASK|TASK", help=tasks_help)
-    add("--prompts", choices=("ours", "standard"), default="ours", help="how questions are put (default: ours)")
-    add("--max-problems", type=int, default=0, help="limit of problems per task, always the same ones, 0 for all")
-    # evaluation
-    add("--temperature", type=float, default=0.0, help="of sampling written answers, 0 for greedy")
+    add("--prompts", choices=("ours", "standard"), default="ours", help="how questions are put")
+    add("--max-problems", type=int, default=0, help="problems of each task at most, always the same ones, 0 for all")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--temperature", type=float, default=0.0, help="randomness of written answers, 0 for greedy")
     add("--top-k", type=int, default=0, help="draw only from this many of the likeliest tokens, 0 for all")
     add("--max-tokens", type=int, default=512, help="longest written answer in tokens")
     add("--num-samples", type=int, default=1, help="written answers to each problem")
-    add("--seed", type=int, default=42, help="seed for sampling answers")
+    add("--seed", type=int, default=42, help="random seed of the answers")
     add("--batch-rows", type=int, default=0, help="answers written at a time, 0 for what suits the device")
     add("--slow", action="store_true", help="one problem at a time without a cache, to check the fast paths")
     unsafe_help = "run the code that the model writes for HumanEval even where this system cannot isolate it"
     add("--allow-unsafe-execution", action="store_true", help=unsafe_help)
-    # output
-    add("--resume", action="store_true", help="keep earlier results, ask only what is missing (else: replace them)")
+    resume_help = "keep earlier results and ask only what is missing, rather than replace them"
+    parser.add_argument_group("output").add_argument("--resume", action="store_true", help=resume_help)
+    add_runtime_flags(parser)
     return parser.parse_args()
 
 
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     except UserError:
         if runtime.is_main:
             results = {"not_run": f"{task.name} has no data or cannot be judged"}
-            append_record(stage, settings=vars(args), results=results)
+            append_record(stage, settings={**vars(args), "source": loaded.source}, results=results)
         raise
     print0(f"{loaded.folder}: {', '.join(f'{task.name} {len(task):,}' for task in tasks)} problems")
 
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
 
     # evaluation
     slow = "_slow" if args.slow else ""
-    name = re.sub(r"[^\w.-]+", "_", f"{args.source}_{loaded.folder.parent.name}_{loaded.folder.name}{slow}")
+    name = re.sub(r"[^\w.-]+", "_", f"{loaded.source}_{loaded.folder.parent.name}_{loaded.folder.name}{slow}")
     logs = [result_log(name, task, loaded, settings, runtime) for task in tasks]
     prepare_logs(logs, resume=args.resume)
     print0("task                   problems accuracy    95 % interval guessing centered   cut  long  seconds")
@@ -130,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
             numbers |= {"ChatCORE": core.value, "ChatCORE_low": core.low, "ChatCORE_high": core.high}
         numbers["elapsed_seconds"] = time.perf_counter() - begin
         table = [row for result in results for row in table_rows(result)]
-        settings = {**vars(args), "model": name}
+        settings = {**vars(args), "source": loaded.source, "model": name}
         append_record(stage, settings=settings, results=numbers, table=table, samples=sample_replies(results))
 
 
