@@ -55,7 +55,9 @@ def main(args: argparse.Namespace) -> None:
     # inputs
     loaded = load_model(args.source, runtime, model_tag=args.model_tag, step=args.step)
     model, tokenizer = loaded.model, loaded.tokenizer
-    data = args.data or loaded.meta["args"]["data"]
+    data = args.data or loaded.meta["args"].get("data")
+    if not data:
+        raise UserError(f"{loaded.folder} was imported: choose the text with --data")
     split_tokens = args.split_tokens
     if split_tokens is None:
         split_tokens = SPLIT_TOKENS.get(runtime.device.type, OTHER_SPLIT_TOKENS)

@@ -18,7 +18,7 @@ from functools import partial
 from tqdm import tqdm
 
 from nanochat.checkpoint import SOURCES, add_checkpoint_flags
-from nanochat.common import Runtime, UserError, add_runtime_flags, base_dir, init_runtime, print0, run_main
+from nanochat.common import Runtime, UserError, add_runtime_flags, base_dir, init_runtime, print0, run_main, together
 from nanochat.engine.engine import Engine
 from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task, prepare_logs
 from nanochat.evals.chat_results import ResultLog, TaskResult, chat_core
@@ -76,8 +76,9 @@ def main(args: argparse.Namespace) -> None:
     loaded = load_model(args.source, runtime, model_tag=args.model_tag, step=args.step)
     model, tokenizer = loaded.model, loaded.tokenizer
     try:
-        for task in tasks:
-            check_task(task)
+        with together():
+            for task in tasks:
+                check_task(task)
     except UserError:
         if runtime.is_main:
             results = {"not_run": f"{task.name} has no data or cannot be judged"}
