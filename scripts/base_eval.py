@@ -83,13 +83,15 @@ def main(args: argparse.Namespace) -> None:
         raise
 
     # evaluation
-    print0("task                               shots examples   cut accuracy centered  seconds")
-    line = "{task:<34} {shots:>5} {examples:>8} {cut:>5} {accuracy:>8.4f} {centered:>8.4f} {seconds:>8.1f}"
+    print0("task                               shots examples   cut accuracy guessing centered  seconds")
+    line = "{task:<34} {shots:>5} {examples:>8} {cut:>5} {accuracy:>8.4f} {baseline:>8.4f} {centered:>8.4f}"
+    line += " {seconds:>8.1f}"
     result = evaluate_core(
         model, tokenizer, bundle, max_per_task=args.max_per_task, batch_tokens=args.batch_tokens, slow=args.slow,
         progress=lambda task: print0(line.format_map(task_row(task))),
     )  # fmt: skip
-    print0(f"CORE {result.core:.4f} over {len(result.tasks)} tasks in {result.seconds:.1f} s")
+    print0(f"CORE {result.core:.4f} over {len(result.tasks)} tasks in {result.seconds:.1f} s; guessing has 0")
+    print0(f"mean accuracy {result.accuracy:.4f}; guessing has {result.baseline:.4f}")
 
     # output
     if runtime.is_main:
@@ -100,11 +102,13 @@ def main(args: argparse.Namespace) -> None:
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(table[0]), lineterminator="\n", restval="")
         writer.writeheader()
-        writer.writerows([*table, {"task": "CORE", "centered": result.core, "seconds": result.seconds}])
+        whole = {"accuracy": result.accuracy, "baseline": result.baseline, "centered": result.core}
+        writer.writerows([*table, {"task": "CORE", **whole, "seconds": result.seconds}])
         write_atomic(folder / f"{name}.csv", text.getvalue())
         write_atomic(folder / f"{name}.items.jsonl", "".join(json.dumps(item) + "\n" for item in items))
         print0(f"table and predictions: {folder / name}.csv, {name}.items.jsonl")
-        results = {"core": result.core, "elapsed_seconds": result.seconds}
+        results = {"core": result.core, "accuracy": result.accuracy, "baseline": result.baseline}
+        results["elapsed_seconds"] = result.seconds
         results |= {key: sum(row[key] for row in table) for key in ("examples", "cut")}
         append_record("base_eval", settings={**vars(args), "model": name}, results=results, table=table)
 

@@ -3,8 +3,12 @@
 Reads a checkpoint and the tasks' data, which are fetched once. Prints the table, and writes every prompt, answer and
 verdict, as they come, to a JSON lines file for each task in `chat_eval/` in the work folder.
 
+`--prompts standard` asks in plain text with worked examples, as published scores of base models were measured, whatever
+the stage of the model. These results have names of their own ("MMLU 5-shot") and are no part of ChatCORE.
+
     python -m scripts.chat_eval -i sft -a "ARC-Easy|GSM8K" --max-problems 40       # minutes on a CPU
     python -m scripts.chat_eval -i sft                                             # one GPU, all six tasks
+    python -m scripts.chat_eval -i base --prompts standard                         # to compare with published scores
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft        # eight GPUs
 """
 
@@ -25,7 +29,7 @@ from nanochat.evals.chat_results import ResultLog, TaskResult, chat_core
 from nanochat.model.load import LoadedModel, load_model
 from nanochat.records import append_record
 from tasks.common import Task
-from tasks.registry import SMALL_WORLD, TASK_NAMES, get_task, task_names
+from tasks.registry import SMALL_WORLD, STANDARD_NAMES, TASK_NAMES, get_standard_task, get_task, task_names
 
 BATCH_ROWS = {"cuda": 128}  # by device, where --batch-rows is not given
 OTHER_BATCH_ROWS = 16
@@ -43,6 +47,7 @@ def parse_args() -> argparse.Namespace:
     # data
     tasks_help = f"tasks separated by |, {SMALL_WORLD} for the miniature's (default: {'|'.join(TASK_NAMES)})"
     add("-a", "--tasks", default="", metavar="TASK|TASK", help=tasks_help)
+    add("--prompts", choices=("ours", "standard"), default="ours", help="how questions are put (default: ours)")
     add("--max-problems", type=int, default=0, help="limit of problems per task, always the same ones, 0 for all")
     # evaluation
     add("--temperature", type=float, default=0.0, help="of sampling written answers, 0 for greedy")
@@ -68,8 +73,12 @@ def main(args: argparse.Namespace) -> None:
         max_problems=args.max_problems, num_samples=args.num_samples, temperature=args.temperature, top_k=args.top_k,
         max_new_tokens=args.max_tokens, seed=args.seed, slow=args.slow,
     )  # fmt: skip
-    names = task_names(args.tasks) if args.tasks else TASK_NAMES
-    tasks = [get_task(name, allow_unsafe_execution=args.allow_unsafe_execution) for name in names]
+    is_standard = args.prompts == "standard"
+    default_names = tuple(name for name in TASK_NAMES if name in STANDARD_NAMES or not is_standard)
+    make_task = get_standard_task if is_standard else get_task
+    names = task_names(args.tasks) if args.tasks else default_names
+    tasks = [make_task(name, allow_unsafe_execution=args.allow_unsafe_execution) for name in names]
+    stage = "standard_eval" if is_standard else "chat_eval"  # in the report
     runtime = init_runtime(args.device_type, args.dtype)
 
     # inputs
@@ -82,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     except UserError:
         if runtime.is_main:
             results = {"not_run": f"{task.name} has no data or cannot be judged"}
-            append_record("chat_eval", settings=vars(args), results=results)
+            append_record(stage, settings=vars(args), results=results)
         raise
     print0(f"{loaded.folder}: {', '.join(f'{task.name} {len(task):,}' for task in tasks)} problems")
 
@@ -98,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
     name = re.sub(r"[^\w.-]+", "_", f"{args.source}_{loaded.folder.parent.name}_{loaded.folder.name}{slow}")
     logs = [result_log(name, task, loaded, settings, runtime) for task in tasks]
     prepare_logs(logs, resume=args.resume)
-    print0("task                 problems accuracy    95 % interval baseline centered   cut  long  seconds")
+    print0("task                   problems accuracy    95 % interval guessing centered   cut  long  seconds")
     results = []
     for task, log in zip(tasks, logs, strict=True):
         # a progress bar in the first process, if it has a terminal
@@ -110,7 +119,8 @@ def main(args: argparse.Namespace) -> None:
     averaged, title = (core_results, "ChatCORE") if core_results else (results, "mean centred accuracy")
     core = chat_core(averaged)
     print0(f"{title} {core.value:.4f} ({core.low:.4f} - {core.high:.4f}) over {len(averaged)} tasks")
-    print0("intervals: 95 % confidence, Wilson's for a task; cut: prompts shortened; long: answers without an end")
+    print0("intervals: 95 % confidence, Wilson's for a task; centered: 0 for guessing, 1 for all right; cut: prompts")
+    print0("shortened; long: answers without an end")
 
     # output
     if runtime.is_main:
@@ -121,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
         numbers["elapsed_seconds"] = time.perf_counter() - begin
         table = [row for result in results for row in table_rows(result)]
         settings = {**vars(args), "model": name}
-        append_record("chat_eval", settings=settings, results=numbers, table=table, samples=sample_replies(results))
+        append_record(stage, settings=settings, results=numbers, table=table, samples=sample_replies(results))
 
 
 def result_log(name: str, task: Task, loaded: LoadedModel, settings: EvalSettings, runtime: Runtime) -> ResultLog:
@@ -153,10 +163,19 @@ def table_rows(result: TaskResult) -> list[dict]:
     num_samples = len(result.items[0].samples)
     if num_samples > 1:
         estimates[f"{result.task} pass@{num_samples}"] = result.pass_at_k
-    rows = [{"task": name, "accuracy": e.value, "low": e.low, "high": e.high} for name, e in estimates.items()]
+    rows = [
+        {"task": name, "accuracy": e.value, "low": e.low, "high": e.high, "baseline": result.baseline}
+        for name, e in estimates.items()
+    ]
+    if num_samples > 1:
+        rows[-1]["baseline"] = 1 - (1 - result.baseline) ** num_samples
     rows[0] = {"task": result.task, "problems": len(result.items), **rows[0]}
-    rows[0] |= {"baseline": result.baseline, "centered": result.centered.value, "cut": result.num_cut}
+    rows[0] |= {"centered": result.centered.value, "cut": result.num_cut}
     rows[0] |= {"unfinished": result.num_unfinished, "seconds": result.seconds}
+    if given := result.given_shots:
+        short = sum(count < result.num_shots for count in given)
+        rows[0] |= {"shots": result.num_shots, "fewest_shots": min(given), "most_shots": max(given)}
+        rows[0]["short_of_shots"] = short
     return rows
 
 
@@ -173,12 +192,15 @@ def sample_replies(results: list[TaskResult]) -> list[str]:
 
 def print_task(result: TaskResult) -> None:
     """The line of a task, then a line for each further score."""
-    estimate = " {accuracy:>8.4f} {low:>7.4f} - {high:.4f}"
-    counts = " {baseline:>8.2f} {centered:>8.4f} {cut:>5} {unfinished:>5} {seconds:>8.1f}"
+    estimate = " {accuracy:>8.4f} {low:>7.4f} - {high:.4f} {baseline:>8.4f}"
+    counts = " {centered:>8.4f} {cut:>5} {unfinished:>5} {seconds:>8.1f}"
     first, *further = table_rows(result)
-    print0(("{task:<20} {problems:>8}" + estimate + counts).format_map(first))
+    print0(("{task:<22} {problems:>8}" + estimate + counts).format_map(first))
     for row in further:
-        print0(("  {task:<18}         " + estimate).format_map(row))
+        print0(("  {task:<29}" + estimate).format_map(row))
+    if first.get("short_of_shots"):
+        told = "only {fewest_shots} to {most_shots} of {shots} worked examples fit the context before {short_of_shots}"
+        print0(f"  {told} of the problems".format_map(first))
     if result.num_earlier:
         print0(f"  {result.num_earlier} of the problems were answered in an earlier run")
 

@@ -250,7 +250,7 @@ def write_bundle(folder):
     for kind, lines in tasks.items():
         (folder / "eval_data" / f"{kind}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "core.yaml").write_text(json.dumps({"icl_tasks": entries}))  # JSON is YAML
-    baselines = "".join(f"{kind},mini,0\n" for kind in tasks)
+    baselines = "".join(f"{kind},mini,{25 * (kind == 'multiple_choice')}\n" for kind in tasks)
     (folder / "eval_meta_data.csv").write_text(f"Eval Task,Task Category,Random baseline\n{baselines}")
 
 
@@ -277,7 +277,13 @@ def test_each_stage_runs_and_the_report_shows_it(workplace):
     assert "val" in out
     assert "train" in out
     bundle = workplace.folder / "bundle"
-    assert "CORE" in workplace.run_well("scripts.base_eval", *on_cpu, "--bundle", bundle, "--max-per-task", 3)
+    out = workplace.run_well("scripts.base_eval", *on_cpu, "--bundle", bundle, "--max-per-task", 3)
+    assert "; guessing has 0\n" in out
+    (record,) = (record for record in records(workplace.base) if record.get("stage") == "base_eval")
+    assert f"guessing has {record['results']['baseline']:.4f}" in out
+    assert record["results"]["baseline"] == pytest.approx(
+        sum(row["baseline"] for row in record["table"]) / len(record["table"])
+    )
     flags = ["--data", workplace.data, "--max-chars", 500]
     out = workplace.run_well("scripts.tok_eval", *flags, before=NO_REFERENCES)
     assert all(name in out for name in ("news", "Korean", "data, val", "GPT-4: skipped, cannot be loaded"))

@@ -20,7 +20,6 @@ Not here: downloads, GGUF files (`gguf_file.py`), and the README of a folder (`n
 
 import json
 import os
-from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
