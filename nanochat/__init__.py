@@ -1,5 +1,5 @@
-"""The library. Shared by all: `common.py`, `flags.py`, `hardware.py`, `tokenizer.py`, `checkpoint.py`; what a run has to
-report in `records.py`, read together in `results.py`, told to users of the model in `model_card.py`; and for runs on
+"""The library. Shared by all: `common.py`, `flags.py`, `hardware.py`, `tokenizer.py`, `checkpoint.py`; what a run has
+to report in `records.py`, read together in `results.py`, told to users of the model in `model_card.py`; and for runs on
 several hosts `watch.py` and `hosts.py`.
 
 The rest stands in rooms, each of which imports only from those before it:
