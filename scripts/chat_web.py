@@ -108,8 +108,8 @@ def main(args: argparse.Namespace) -> None:
         model_name=args.model_name or f"nanochat-{model_tag}", context_len=meta["config"]["sequence_len"],
         fingerprint=f"{stage}-{model_tag}-{meta['step']}", stage=stage, step=meta["step"], examples=tuple(examples),
         parameters=build_model(read_config(folder, meta), device="meta").parameter_counts()["total"],
-        max_tokens=args.max_tokens,
-        max_body_bytes=args.max_body_kib * 1024, api_key=api_key, cors_origins=tuple(args.cors_origin),
+        max_tokens=args.max_tokens, max_body_bytes=args.max_body_kib * 1024, api_key=api_key,
+        cors_origins=tuple(args.cors_origin),
         allowed_hosts=(*(LOOPBACK_HOSTS if is_loopback(args.host) else ()), *map(str.lower, args.allowed_host)),
         log_texts=args.log_texts,
     )  # fmt: skip
