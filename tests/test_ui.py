@@ -7,6 +7,8 @@ import pytest
 from chat_page import NEVER, Reply, end, head, piece, refuses, says, sse
 from live_server import wait_until
 
+from nanochat.engine.sampling import CHAT_TEMPERATURE, CHAT_TOP_K
+
 pytest_plugins = ("chat_browser",)
 
 
@@ -21,7 +23,8 @@ def test_a_message_is_sent_and_its_answer_streams_in(chat):
     chat.wait_until_done()
     (request,) = chat.server.requests
     assert request["messages"] == [{"role": "user", "content": "Hello there"}]
-    assert (request["temperature"], request["top_k"], request["max_tokens"], request["stream"]) == (0.6, 50, 512, True)
+    assert (request["temperature"], request["top_k"]) == (CHAT_TEMPERATURE, CHAT_TOP_K), "as in the terminal"
+    assert (request["max_tokens"], request["stream"]) == (512, True)
     assert "12 tokens" in chat.page.locator(".stats").inner_text()
     assert chat.page.locator("#live").inner_text() == "Answer: Good morning."
 
@@ -247,8 +250,12 @@ def test_an_export_holds_all_branches(chat, open_chat, tmp_path):
     download.value.save_as(path)
     (exported,) = json.loads(path.read_text())["conversations"]
     assert exported["messages"] == [{"role": "user", "content": "One, mended"}, {"role": "assistant", "content": "d"}]
-    chat.label("File of conversations").set_input_files(path)
-    chat.wait_for("1 already here")
+    former = {key: value for key, value in exported.items() if key != "branches"}
+    (tmp_path / "former.json").write_text(json.dumps([former]))
+    for known in (path, tmp_path / "former.json"):
+        chat.label("File of conversations").set_input_files(known)
+        chat.wait_for("1 already here")
+        chat.click("Dismiss")
     other = open_chat()
     other.label("File of conversations").set_input_files(path)
     other.click("One, mended", exact=True)

@@ -91,9 +91,11 @@ def test_an_unfinished_code_block_is_shown_and_copied(chat):
     chat.send("Code?", says("Here:\n```python\nprint(1)\n", gate, "print(2)\n```\nDone."))
     chat.page.locator("pre").wait_for()
     block = chat.page.locator("pre").element_handle()
+    assert chat.page.locator("pre span").count() == 0, "colours wait for the end of the block"
     gate.set()
     chat.wait_until_done()
     assert block.inner_text() == "print(1)\nprint(2)", "the block stays the same element while it grows"
+    assert chat.page.locator("pre span.is-number").all_inner_texts() == ["1", "2"]
     chat.click("Copy", exact=True)
     chat.page.locator(".code").get_by_text("Copied").wait_for()
     assert chat.page.evaluate("navigator.clipboard.readText()") == "print(1)\nprint(2)"

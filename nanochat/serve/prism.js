@@ -1,6 +1,6 @@
 /*
-Prism 1.29.0, https://prismjs.com, unchanged: its minified components core, clike, markup, css, javascript, python, json,
-c, go and diff, one after another. ui.html uses its `tokenize` only. The licence (MIT):
+Prism 1.29.0, https://prismjs.com: its components core, clike, markup, css, javascript, python, json, c, go and diff, one
+after another, as they are minified in Debian's node-prismjs. ui.html uses `tokenize` only. The licence (MIT):
 
 Copyright (c) 2012 Lea Verou
 
