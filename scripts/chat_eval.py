@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     name = re.sub(r"[^\w.-]+", "_", f"{args.source}_{loaded.folder.parent.name}_{loaded.folder.name}{slow}")
     logs = [result_log(name, task, loaded, settings, runtime) for task in tasks]
     prepare_logs(logs, resume=args.resume)
-    print0("task                   problems accuracy    95 % interval guessing centered   cut  long  seconds")
+    print0("task                     problems accuracy    95 % interval guessing centered   cut  long  seconds")
     results = []
     for task, log in zip(tasks, logs, strict=True):
         # a progress bar in the first process, if it has a terminal
@@ -116,8 +116,8 @@ def main(args: argparse.Namespace) -> None:
     averaged, title = (core_results, "ChatCORE") if core_results else (results, "mean centred accuracy")
     core = chat_core(averaged)
     print0(f"{title} {core.value:.4f} ({core.low:.4f} - {core.high:.4f}) over {len(averaged)} tasks")
-    print0("intervals: 95 % confidence, Wilson's for a task; centered: 0 for guessing, 1 for all right; cut: prompts")
-    print0("shortened; long: answers without an end")
+    print0("intervals: 95 % confidence, Wilson's for a task; cut: prompts shortened; long: answers without an end")
+    print0("guessing: its accuracy, which is 0 when centered")
 
     # output
     if runtime.is_main:
@@ -180,12 +180,14 @@ def print_task(result: TaskResult) -> None:
     estimate = " {accuracy:>8.4f} {low:>7.4f} - {high:.4f} {baseline:>8.4f}"
     counts = " {centered:>8.4f} {cut:>5} {unfinished:>5} {seconds:>8.1f}"
     first, *further = table_rows(result)
-    print0(("{task:<22} {problems:>8}" + estimate + counts).format_map(first))
+    print0(("{task:<24} {problems:>8}" + estimate + counts).format_map(first))
     for row in further:
-        print0(("  {task:<29}" + estimate).format_map(row))
+        print0(("  {task:<31}" + estimate).format_map(row))
     if first.get("short_of_shots"):
-        told = "only {fewest_shots} to {most_shots} of {shots} worked examples fit the context before {short_of_shots}"
-        print0(f"  {told} of the problems".format_map(first))
+        fit = " to ".join(map(str, sorted({first["fewest_shots"], first["most_shots"]})))
+        print0(
+            f"  {fit} of {first['shots']} worked examples fit; {first['short_of_shots']:,} problems had room for fewer"
+        )
     if result.num_earlier:
         print0(f"  {result.num_earlier} of the problems were answered in an earlier run")
 
