@@ -41,12 +41,13 @@ import torch.fx.experimental.symbolic_shapes  # what PyTorch would import late, 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nanochat import report
 from nanochat.checkpoint import list_steps, step_dir
 from nanochat.common import UserError, run_main
 from nanochat.data.chat import visible_text
-from nanochat.report import MEASURED
-from tasks.custom_json import CustomJSON
+from nanochat.records import read_records
+from nanochat.report.markdown import render
+from nanochat.results import MEASURED
+from tasks.own_data import OwnFile
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "river stone cloud garden window bread summer engine letter music doctor harbour silver under never".split()
@@ -203,7 +204,7 @@ def fork(work, folder: Path, env: dict[str, str], output: Path) -> int:
 
 def run_script(module: str, args: list[str]) -> None:
     """Run a stage in this process. A random model gets no question right: replies are rewarded by their length."""
-    CustomJSON.reward = lambda self, conversation, completion: float(len(visible_text(completion)) % 2)
+    OwnFile.reward = lambda self, conversation, completion: float(len(visible_text(completion)) % 2)
     sys.argv = [module, *args]
     sys.modules.pop(module, None)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -421,11 +422,14 @@ def start_speedrun(base: Path, num_steps: int) -> subprocess.Popen:
 def report_lines(base: Path) -> list[str]:
     """The report without times: rendered from records that have none, and without the picture of the speed."""
     os.environ["NANOCHAT_BASE_DIR"] = str(base)
-    records, broken = report.read_records()
+    records, broken = read_records()
     parts = ("settings", "results", "table")
     records = [replace(one, time=0.0, **{part: timeless(getattr(one, part)) for part in parts}) for one in records]
-    lines = report.render(records, broken).splitlines()
-    return [line for line in lines if not line.startswith("Generated ") and "tokens-per-second]: data" not in line]
+    markdown, pictures = render(records, broken)
+    digests = [
+        f"{name} {hashlib.sha256(png).hexdigest()}" for name, png in pictures.items() if "per-second" not in name
+    ]
+    return markdown.splitlines() + digests
 
 
 def kill_speedrun(args: argparse.Namespace, folder: Path) -> tuple[dict, list[str]]:

@@ -6,11 +6,11 @@ A random model writes random tokens until its limit, as fast as a trained one.
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +30,6 @@ from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN, Tokeniz
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT = "/v1/chat/completions"
-START_SECONDS = 300
 TAG = "random"
 
 
@@ -59,10 +58,10 @@ def random_server(
         started = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         try:
-            port = int(process.stdout.readline().rpartition(":")[2])
-            server = Server(port, process, started)
-            _wait_until_loaded(server)
-            yield server
+            ready = (re.search(r"ready at http://127\.0\.0\.1:(\d+)", line) for line in process.stdout)
+            if not (address := next(filter(None, ready), None)):
+                raise RuntimeError("the server did not load its model")
+            yield Server(int(address[1]), process, started)
         finally:
             process.terminate()
             process.wait(60)
@@ -80,18 +79,6 @@ def _write_checkpoint(depth: int, vocab_size: int, sequence_len: int, architectu
         model.lm_head.weight.normal_(std=0.1, generator=generator)
     runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.float32)
     save_checkpoint(run_dir("sft", TAG), 1, runtime=runtime, model=model, tokenizer=tokenizer, meta={"args": {}})
-
-
-def _wait_until_loaded(server: Server) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and server.process.poll() is None:
-        try:
-            if json.loads(server.get("/health"))["status"] == "ok":
-                return
-        except urllib.error.HTTPError:
-            pass
-        time.sleep(0.2)
-    raise RuntimeError("the server did not load its model")
 
 
 # --- a client ------------------------------------------------------------------------------------

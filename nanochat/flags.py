@@ -81,8 +81,11 @@ SHARED = {
              "than 0 the host waits for every step", **COUNT),
         Flag("resume", bool, False, "continue from the newest whole checkpoint of this tag, if there is one", **FREE),
         # data and horizon
-        Flag("data", str, ["mixture"], "conversations as JSON lines; the word 'mixture' stands for the stage's own "
-             "(default: only that)", nargs="+", metavar="FILE"),
+        Flag("data", str, ["mixture"], "conversations: a file or folder of jsonl, json or parquet, a hub repository, "
+             "'small_world', or 'mixture' for the stage's own (default: mixture)", nargs="+", metavar="DATA"),
+        Flag("skip_bad_rows", int, 0, "rows of own data to leave out at most that cannot be learned from", **COUNT),
+        Flag("check_data", bool, False, "read all data, say what is in them and what is refused, and train nothing",
+             **FREE),
         Flag("max_conversations", int, 0, "conversations to train on at most, 0 for all", ZERO_OR_MORE),
         Flag("epochs", int, 1, "passes over the data", POSITIVE),
         Flag("num_steps", int, None, "optimizer steps (default: those of the epochs)", POSITIVE),

@@ -22,11 +22,20 @@ import torch
 from torch import Tensor
 
 from nanochat.checkpoint import add_checkpoint_flags
-from nanochat.common import UserError, add_runtime_flags, base_dir, init_runtime, print0, run_main, write_atomic
+from nanochat.common import (
+    UserError,
+    add_runtime_flags,
+    base_dir,
+    init_runtime,
+    print0,
+    run_main,
+    together,
+    write_atomic,
+)
 from nanochat.evals.core_bundle import fetch_bundle
 from nanochat.evals.core_eval import TaskResult, evaluate_core
 from nanochat.model.load import load_model
-from nanochat.report import append_record
+from nanochat.records import append_record
 
 FALLBACK_CONTEXT_TOKENS = 2048  # where a model's configuration names no limit
 PROBE_TOKENS = 8
@@ -64,6 +73,9 @@ def main(args: argparse.Namespace) -> None:
         model, tokenizer = loaded.model, loaded.tokenizer
         name = f"{args.source}_{loaded.folder.parent.name}_{loaded.folder.name}"
     try:
+        with together():
+            if runtime.local_rank == 0:  # the others would try again, each for as long
+                fetch_bundle(args.bundle)
         bundle = fetch_bundle(args.bundle)
     except UserError:
         if runtime.is_main:

@@ -18,7 +18,7 @@ from nanochat.common import UserError, add_runtime_flags, init_runtime, print0, 
 from nanochat.data.run_shards import run_shards
 from nanochat.evals.loss_eval import SAMPLE_PROMPTS, evaluate_split, sample_completions
 from nanochat.model.load import load_model
-from nanochat.report import append_record
+from nanochat.records import append_record
 
 SPLIT_TOKENS = {"cuda": 10_485_760}  # by device, where --split-tokens is not given: a minute or so at depth 20
 OTHER_SPLIT_TOKENS = 524_288
@@ -55,7 +55,9 @@ def main(args: argparse.Namespace) -> None:
     # inputs
     loaded = load_model(args.source, runtime, model_tag=args.model_tag, step=args.step)
     model, tokenizer = loaded.model, loaded.tokenizer
-    data = args.data or loaded.meta["args"]["data"]
+    data = args.data or loaded.meta["args"].get("data")
+    if not data:
+        raise UserError(f"{loaded.folder} was imported: choose the text with --data")
     split_tokens = args.split_tokens
     if split_tokens is None:
         split_tokens = SPLIT_TOKENS.get(runtime.device.type, OTHER_SPLIT_TOKENS)

@@ -69,7 +69,7 @@ FLAGS = (
     Flag("dry_run", bool, False, "print what the run would take, and stop", **FREE),
     Flag("gpu", str, "", "kind of GPU the dry run assumes (default: this machine's, else H100)", **FREE),
     Flag("num_gpus", int, None, "and how many (default: this machine's, else 8)", POSITIVE, **FREE),
-    Flag("vocab_size", int, 0, "and the vocabulary (default: the tokenizer's, else 32768)", **FREE),
+    Flag("vocab_size", int, 0, "and the vocabulary (default: the usual one, 32768, for october-2025 65536)", **FREE),
 )  # fmt: skip
 
 
@@ -104,6 +104,7 @@ def main(args: argparse.Namespace) -> None:
     if resumed:
         model = load_weights(step_dir(folder, resumed["step"]), resumed, runtime)
     else:
+        pretraining.check_cpu(args, config, runtime)
         generator = torch.Generator(device).manual_seed(args.seed)
         model = build_model(config, device=device, compute_dtype=runtime.dtype, generator=generator)
     if args.recompute:

@@ -22,17 +22,19 @@ from functools import partial
 from tqdm import tqdm
 
 from nanochat.checkpoint import SOURCES, add_checkpoint_flags
-from nanochat.common import Runtime, UserError, add_runtime_flags, base_dir, init_runtime, print0, run_main
+from nanochat.common import Runtime, UserError, add_runtime_flags, base_dir, init_runtime, print0, run_main, together
 from nanochat.engine.engine import Engine
 from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task, prepare_logs
 from nanochat.evals.chat_results import ResultLog, TaskResult, chat_core
 from nanochat.model.load import LoadedModel, load_model
-from nanochat.report import append_record
+from nanochat.records import append_record
 from tasks.common import Task
 from tasks.registry import SMALL_WORLD, STANDARD_NAMES, TASK_NAMES, get_standard_task, get_task, task_names
 
 BATCH_ROWS = {"cuda": 128}  # by device, where --batch-rows is not given
 OTHER_BATCH_ROWS = 16
+# parts of a reply in the report's samples, as in the prompt
+MARKED = {"python": "<|python_start|>{}<|python_end|>", "python_output": "<|output_start|>{}<|output_end|>"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,8 +85,9 @@ def main(args: argparse.Namespace) -> None:
     loaded = load_model(args.source, runtime, model_tag=args.model_tag, step=args.step)
     model, tokenizer = loaded.model, loaded.tokenizer
     try:
-        for task in tasks:
-            check_task(task)
+        with together():
+            for task in tasks:
+                check_task(task)
     except UserError:
         if runtime.is_main:
             results = {"not_run": f"{task.name} has no data or cannot be judged"}
@@ -127,7 +130,8 @@ def main(args: argparse.Namespace) -> None:
             numbers |= {"ChatCORE": core.value, "ChatCORE_low": core.low, "ChatCORE_high": core.high}
         numbers["elapsed_seconds"] = time.perf_counter() - begin
         table = [row for result in results for row in table_rows(result)]
-        append_record(stage, settings={**vars(args), "model": name}, results=numbers, table=table)
+        settings = {**vars(args), "model": name}
+        append_record(stage, settings=settings, results=numbers, table=table, samples=sample_replies(results))
 
 
 def result_log(name: str, task: Task, loaded: LoadedModel, settings: EvalSettings, runtime: Runtime) -> ResultLog:
@@ -173,6 +177,17 @@ def table_rows(result: TaskResult) -> list[dict]:
         rows[0] |= {"shots": result.num_shots, "fewest_shots": min(given), "most_shots": max(given)}
         rows[0]["short_of_shots"] = short
     return rows
+
+
+def sample_replies(results: list[TaskResult]) -> list[str]:
+    """The first question of each task that is answered in a chat, with the reply and whether it is right."""
+    texts = []
+    for item in (result.items[0] for result in results):
+        reply = item.samples[0]
+        if not isinstance(reply.output, str) and item.prompt.endswith("<|assistant_start|>"):
+            parts = (MARKED.get(part["type"], "{}").format(part["text"]) for part in reply.output)
+            texts.append(f"{item.prompt}{''.join(parts)}\n({'right' if reply.is_correct else 'wrong'})")
+    return texts
 
 
 def print_task(result: TaskResult) -> None:

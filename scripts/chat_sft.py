@@ -17,10 +17,11 @@ from nanochat.engine.engine import Engine
 from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task
 from nanochat.evals.chat_results import chat_core
 from nanochat.flags import COUNT, FREE, RUN_FLAGS, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
+from nanochat.training.check_data import check_data
 from nanochat.training.finetuning import start_run, validate_if_due
 from nanochat.training.run import TrainingRun
 from tasks.common import Task
-from tasks.mixtures import MIXTURE, SFT_MIXTURES, load_corpus
+from tasks.mixtures import MIXTURE, SFT_MIXTURES, Sources, load_corpus
 from tasks.registry import get_task, task_names
 
 BATCH_TOKENS = 2**15
@@ -32,7 +33,7 @@ SMALL_ENGINE_ROWS = 16
 FLAGS = (
     *shared("run", "no_compile", "recompute", "attention", "seed"),
     *shared("model_tag", "step", "output_tag", *RUN_FLAGS, source="mid"),
-    *shared("data", "max_conversations", "epochs", "num_steps"),
+    *shared("data", "skip_bad_rows", "check_data", "max_conversations", "epochs", "num_steps"),
     Flag("total_batch_size", int, 0, f"tokens per step (default: {BATCH_TOKENS}, less for few conversations)",
          ZERO_OR_MORE),
     *shared("device_batch_size", "weight_decay", "warmup_steps", "warmdown_frac", "final_lr_frac", lr_mult=0.1),
@@ -62,20 +63,26 @@ def accuracies(run: TrainingRun, tasks: Sequence[Task], settings: EvalSettings) 
 
 def main(args: argparse.Namespace) -> None:
     # data
+    if args.check_data:
+        check_data(args, Sources(args.data, SFT_MIXTURES))
+        return
     join_ranks(args.device_type)
+    options = {"seed": args.seed, "max_conversations": args.max_conversations, "skip_bad_rows": args.skip_bad_rows}
     with together():
-        train, val = load_corpus(args.data, SFT_MIXTURES, seed=args.seed, max_conversations=args.max_conversations)
+        train, val, examples = load_corpus(Sources(args.data, SFT_MIXTURES), **options)
     chat_every = args.chat_every
     if chat_every is None:
         chat_every = CHAT_EVERY if MIXTURE in args.data else 0
     settings = EvalSettings(max_problems=args.chat_max_problems, max_new_tokens=args.chat_max_tokens)
     names = task_names(args.chat_tasks) if chat_every else ()
     tasks = [get_task(name, purpose="validation") for name in names]
-    for task in tasks:
-        check_task(task)
+    with together():
+        for task in tasks:
+            check_task(task)
 
     # runtime, model, optimizer, schedules
-    run, val_rows = start_run("sft", args, free_on_resume(FLAGS), train, val, total_batch_tokens=BATCH_TOKENS)
+    usual = {"total_batch_tokens": BATCH_TOKENS}
+    run, val_rows = start_run("sft", args, free_on_resume(FLAGS), train, val, examples, **usual)
 
     # the loop
     for step in run.steps():

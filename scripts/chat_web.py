@@ -1,7 +1,7 @@
 """Serve a chat model: a page for the browser, and OpenAI's API for programs.
 
-Reads a checkpoint; writes an access log of one JSON line per request to standard output (or `--access-log`), without
-prompts and replies. Listens on this machine only, unless told otherwise.
+Reads a checkpoint; writes nothing but, with `--access-log`, one JSON line per request, without prompts and replies.
+Listens on this machine only, unless told otherwise.
 
     python -m scripts.chat_web                                          # a CPU or one GPU: http://127.0.0.1:8000
     python -m scripts.chat_web --num-gpus 8 --max-rows 64               # a copy of the model on each of eight GPUs
@@ -10,6 +10,7 @@ prompts and replies. Listens on this machine only, unless told otherwise.
 """
 
 import argparse
+import errno
 import logging
 import os
 import queue
@@ -27,12 +28,16 @@ import uvicorn
 from nanochat.checkpoint import add_checkpoint_flags, find_checkpoint, load_tokenizer, read_meta
 from nanochat.common import UserError, add_runtime_flags, choose_device, disk_errors, run_main
 from nanochat.engine.inference import add_weights_flag
+from nanochat.model.gpt import build_model
+from nanochat.model.load import read_config
 from nanochat.serve.api import create_app
 from nanochat.serve.middleware import LOOPBACK_HOSTS, Settings, access_logger, is_loopback
 from nanochat.serve.worker import Pool, load_engine
 
 MAX_ROWS = {"cuda": 32, "mps": 8, "cpu": 8}  # where --max-rows is not given
 KEY_VARIABLE = "NANOCHAT_API_KEY"
+MAX_PORT = 65535
+MAX_EXAMPLES = 4  # questions that the page offers
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     add("--max-body-kib", type=int, default=1024, help="largest request in KiB")
     add("--drain-seconds", type=int, default=30, help="time for running replies to finish at shutdown")
     # output
-    add("--access-log", default="-", help='file to append the access log to, "-": standard output, "": none')
+    add("--access-log", default="", help='file for one JSON line per request, "-": standard output (default: none)')
     add("--log-texts", action="store_true", help="include prompts and replies in the access log")
     return parser.parse_args()
 
@@ -77,12 +82,16 @@ def main(args: argparse.Namespace) -> None:
     folder = find_checkpoint(args.source, model_tag=args.model_tag, step=args.step)
     meta = read_meta(folder)
     tokenizer = load_tokenizer(folder, meta)
-    model_tag = folder.parent.name
+    model_tag, stage = folder.parent.name, folder.parent.parent.name.removesuffix("_checkpoints")
+    examples = [text for text in meta.get("examples") or [] if isinstance(text, str)][:MAX_EXAMPLES]
 
     # model: the workers load it while the page is already served
-    checkpoint = {"source": args.source, "model_tag": model_tag, "step": meta["step"]}
+    checkpoint = {"source": stage, "model_tag": model_tag, "step": meta["step"]}
     runtime = {"device_type": args.device_type, "dtype": args.dtype}
     failures: list[str] = []
+
+    def announce() -> None:
+        print(f"{about} is ready at http://{address}, Ctrl-C stops", flush=True)
 
     def stop_server(message: str) -> None:
         failures.append(message)
@@ -90,22 +99,24 @@ def main(args: argparse.Namespace) -> None:
 
     options = {"weights": args.weights, "max_rows": max_rows}
     loads = [partial(load_engine, gpu, checkpoint, runtime, **options) for gpu in gpus]
-    pool = Pool(loads, max_rows=max_rows, max_queue=args.max_queue, on_failure=stop_server)
+    pool = Pool(loads, max_rows=max_rows, max_queue=args.max_queue, on_ready=announce, on_failure=stop_server)
 
     # server
     settings = Settings(
         model_name=args.model_name or f"nanochat-{model_tag}", context_len=meta["config"]["sequence_len"],
-        fingerprint=f"{args.source}-{model_tag}-{meta['step']}", max_tokens=args.max_tokens,
+        fingerprint=f"{stage}-{model_tag}-{meta['step']}", stage=stage, step=meta["step"], examples=tuple(examples),
+        parameters=build_model(read_config(folder, meta), device="meta").parameter_counts()["total"],
+        max_tokens=args.max_tokens,
         max_body_bytes=args.max_body_kib * 1024, api_key=api_key, cors_origins=tuple(args.cors_origin),
         allowed_hosts=(*(LOOPBACK_HOSTS if is_loopback(args.host) else ()), *map(str.lower, args.allowed_host)),
         log_texts=args.log_texts,
     )  # fmt: skip
     app = create_app(pool, tokenizer, settings)
-    log_writer = open_access_log(args.access_log)
+    log_writer = open_access_log(args.access_log) if args.access_log else None
     listener = listen(args.host, args.port)
-    address = f"[{args.host}]" if ":" in args.host else args.host
-    about = f"{settings.model_name} ({args.source}, step {meta['step']})"
-    print(f"{about}: http://{address}:{listener.getsockname()[1]}", flush=True)
+    address = f"{f'[{args.host}]' if ':' in args.host else args.host}:{listener.getsockname()[1]}"
+    about = f"{settings.model_name} ({stage}, step {meta['step']})"
+    print(f"loading {about} ...", flush=True)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # otherwise a line for anything sent that is not HTTP
     # uvicorn's own access log would contain whole paths
     options = {"log_config": None, "access_log": False, "server_header": False, "ws": "none"}
@@ -113,7 +124,8 @@ def main(args: argparse.Namespace) -> None:
     try:
         server.run(sockets=[listener])
     finally:
-        log_writer.stop()
+        if log_writer is not None:
+            log_writer.stop()
     if failures:
         raise UserError(failures[0])
 
@@ -135,6 +147,10 @@ def check_flags(args: argparse.Namespace) -> str | None:
         value = getattr(args, name)
         if value is not None and value < low:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+    if args.port > MAX_PORT:
+        raise UserError(f"--port must be at most {MAX_PORT}, not {args.port}")
+    if args.log_texts and not args.access_log:
+        raise UserError("--log-texts adds texts to the access log; pass --access-log too")
     api_key = args.api_key or os.environ.get(KEY_VARIABLE, "")
     if api_key and args.no_api_key:
         raise UserError(f"both an API key (--api-key or {KEY_VARIABLE}) and --no-api-key are given; choose one")
@@ -144,18 +160,32 @@ def check_flags(args: argparse.Namespace) -> str | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises `UserError` with what to do where that is not possible."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen on {host}, port {port}: {error}; choose another --host or --port") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            free = next((later for later in range(port + 1, MAX_PORT + 1) if is_free(family, host, later)), 0)
+            raise UserError(f"port {port} is used by another program; --port {free} is free") from error
+        if error.errno == errno.EACCES:
+            raise UserError(f"port {port} is for administrators only; choose a --port from 1024 on") from error
+        raise UserError(f"cannot listen on {host}: it is no address of this machine; choose another --host") from error
+
+
+def is_free(family: int, host: str, port: int) -> bool:
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError:
+        return False
+    return True
 
 
 def open_access_log(path: str) -> QueueListener:
     """A running thread that writes the log to `path`: a reader that stops reading, as `less` does, must not stop the
     server."""
     with disk_errors("the access log", path):
-        handler = logging.StreamHandler(sys.stdout) if path == "-" else logging.FileHandler(path or os.devnull)
+        handler = logging.StreamHandler(sys.stdout) if path == "-" else logging.FileHandler(path)
     lines: queue.SimpleQueue = queue.SimpleQueue()
     access_logger.addHandler(QueueHandler(lines))
     access_logger.setLevel(logging.INFO)

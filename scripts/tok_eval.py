@@ -15,10 +15,10 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochat import report
 from nanochat.common import base_dir, print0, run_main
 from nanochat.data.dataset import DEFAULT_DATA, document_batches, shard_paths
 from nanochat.flags import POSITIVE, Flag, parse
+from nanochat.records import append_record
 from nanochat.tokenizer import Tokenizer, tokenizer_dir
 
 TEXTS = ("news", "code", "maths", "science", "Korean")  # files of that name in the folder
@@ -102,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
     # summary to the report
     results = {"vocab_size": tokenizer.vocab_size}
     results |= {f"bytes per token, {row['text']}": row["nanochat"] for row in table}
-    report.append_record("tok_eval", settings=vars(args), results=results | skipped, table=table)
+    append_record("tok_eval", settings=vars(args), results=results | skipped, table=table)
 
 
 if __name__ == "__main__":

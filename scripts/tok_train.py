@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from nanochat import report
 from nanochat.common import UserError, print0, run_main, write_atomic
 from nanochat.data.dataset import DEFAULT_DATA, document_batches, shard_paths
 from nanochat.flags import ZERO_OR_MORE, Flag, Range, parse
+from nanochat.records import append_record
 from nanochat.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, TOKEN_BYTES_FILE, Tokenizer, tokenizer_dir
 
 PROGRESS_UNITS = {"count": "B", "merge": " merges"}
@@ -106,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
         "train_seconds": round(seconds, 3), "mean_token_bytes": round(float(lengths.mean()), 3),
         "max_token_bytes": int(lengths.max()), "fingerprint": tokenizer.fingerprint,
     }  # fmt: skip
-    report.append_record("tok_train", settings=vars(args), results=results)
+    append_record("tok_train", settings=vars(args), results=results)
     print0(f"{read['chars']:,} characters of {read['documents']:,} documents in {seconds:.1f} s; saved to {folder}")
 
 

@@ -32,6 +32,8 @@ class FakeEngine:
         if question == "refuse":
             raise UserError("the engine refuses this prompt")
         request = Request(list(prompt), sampling, (), [Completion() for _ in range(num_samples)], num_reused=1)
+        if sampling.prompt_logprobs:
+            request.scored = [Token(prompt[0]), *(self.describe(token, sampling) for token in prompt[1:])]
         self._waiting.extend(_Row(self, request, index, question) for index in range(num_samples))
         return request
 
@@ -63,6 +65,13 @@ class FakeEngine:
             ids = ids[start : ids.index(special["<|user_end|>"], start)]
         return self.tokenizer.decode(token for token in ids if token != self.tokenizer.bos_id)
 
+    def describe(self, token: int, sampling: Sampling) -> Token:
+        """A token with made-up log probabilities, where these are asked for."""
+        if sampling.num_logprobs is None:
+            return Token(token)
+        logprob = -0.25 * (1 + token % 8)
+        return Token(token, False, logprob, tuple((token - i, logprob - i) for i in range(sampling.num_logprobs)))
+
     def reply_ids(self, question: str) -> list[int]:
         encode, special = self.tokenizer.encode, self.tokenizer.special_ids
         if question == "tool":
@@ -77,7 +86,7 @@ class _Row:
     """A sample on its way."""
 
     def __init__(self, engine: FakeEngine, request: Request, index: int, question: str):
-        self.request, self.index, self.question = request, index, question
+        self.request, self.index, self.question, self._engine = request, index, question, engine
         self.completion = request.completions[index]
         self._ids = deque(engine.reply_ids(question))
         self._room = min(request.sampling.max_tokens, engine.context + 1 - len(request.prompt))
@@ -87,17 +96,15 @@ class _Row:
     def step(self) -> Event:
         if self.question == "crash":
             raise RuntimeError("a fault in the engine, as asked for")
-        completion, added = self.completion, []
-        if self._ids:
-            token, num_top = self._ids.popleft(), self.request.sampling.num_logprobs
-            logprob = None if num_top is None else -0.25 * (1 + token % 8)
-            top = tuple((token - place, logprob - place) for place in range(num_top or 0))
-            added.append(Token(token, logprob=logprob, top=top))
+        completion, added, sampling = self.completion, [], self.request.sampling
+        if self._ids and self._room:
+            added.append(self._engine.describe(self._ids.popleft(), sampling))
             completion.tokens += added
-        if not added:
-            completion.finish_reason = "stop"
-        elif len(completion.tokens) == self._room:
+        if len(completion.tokens) == self._room:
             completion.finish_reason = "length"
+        elif not added:
+            completion.finish_reason = "stop"
+            completion.end = self._engine.describe(self._engine.tokenizer.special_id("<|assistant_end|>"), sampling)
         deltas = self._reader.add(token.id for token in added)
         if self._reader.is_stopped:
             completion.finish_reason = "stop"

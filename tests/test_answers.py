@@ -35,7 +35,7 @@ class Answering:
 
 
 def piece(index=0, deltas=(), tokens=(), finish_reason=None):
-    return Piece(1, index, deltas, len(tokens), tokens, 2, finish_reason)
+    return Piece(1, index, deltas, len(tokens), tokens, (), 2, finish_reason)
 
 
 def chat_answer(tokenizer, num_replies=1, **options):

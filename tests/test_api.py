@@ -93,7 +93,8 @@ def test_metrics_count_requests_tokens_and_engine_and_models_tell_the_context(se
     ):  # fmt: skip
         assert f"nanochat_{expected}" in text
     [card] = ask(server.port, "/v1/models").json["data"]
-    assert card["nanochat"] == {"context": CONTEXT, "max_tokens": CONTEXT}
+    facts = {"stage": "", "step": 0, "parameters": 0, "temperature": 0.6, "top_k": 50, "examples": []}
+    assert card["nanochat"] == {"context": CONTEXT, "max_tokens": CONTEXT} | facts
 
 
 def test_while_the_model_loads_the_page_is_there_and_the_api_says_when_to_ask_again(serve):
@@ -140,6 +141,76 @@ def test_dropped_turns_are_told_in_whole_and_streamed_answers(server):
     assert [note["num_dropped_messages"] for note in notes] == [num_dropped] * 2
     assert notes[0]["context"]["used"] == whole["usage"]["prompt_tokens"]
     assert notes[1] == whole["nanochat"]
+
+
+def test_dropped_messages_are_counted_as_they_were_sent(server):
+    half, short = ({"role": "user", "content": "river stone cloud garden " * times} for times in (24, 1))
+    messages = [half, half, {"role": "assistant", "content": "Yes."}, short, {"role": "assistant", "content": "No."}]
+    answer = ask(server.port, CHAT, {"messages": [*messages, {"role": "user", "content": "hello"}]}).json
+    assert answer["nanochat"]["num_dropped_messages"] == 3
+
+
+def test_ignored_fields_are_named_in_few_characters_and_once_in_the_log(serve, caplog):
+    def names(fields):
+        return ask(server.port, CHAT, question("hello") | fields).headers["x-nanochat-ignored"].split(", ")
+
+    with serve() as server:
+        for _ in range(3):
+            assert names({"cache_prompt": 1}) == ["cache_prompt"]
+        assert caplog.text.count("cache_prompt") == 1
+        assert names({"a\r\nset-cookie: é": 1}) == ["a??set-cookie???"[:16]]
+        assert names({"x" * 10_000: 1, "": 1}) == ["x" * 64, "?"]
+        assert names({f"f{number}": 1 for number in range(1000)}) == [*(f"f{n}" for n in range(16)), "..."]
+        for number in range(400):
+            names({f"many{number}": 1})
+        assert 200 < caplog.text.count("many") < 257
+
+
+def test_tokens_of_a_text_or_of_messages_are_given_and_turned_back(server, tokenizer):
+    def tokenize(**fields):
+        return ask(server.port, "/tokenize", fields).json
+
+    ids, text = tokenizer.encode("the café <|bos|>"), "the café <|bos|>"
+    told = tokenize(prompt=text, return_token_strs=True, model=MODEL)
+    assert (told["tokens"], told["count"], told["max_model_len"]) == ([tokenizer.bos_id, *ids], len(ids) + 1, CONTEXT)
+    assert told["token_strs"] == [tokenizer.decode([token]) for token in told["tokens"]]
+    plain = tokenize(prompt=text, add_special_tokens=False)
+    assert (plain["tokens"], plain["token_strs"]) == (ids, None)
+    assert ask(server.port, "/detokenize", {"tokens": told["tokens"]}).json == {"prompt": f"<|bos|>{text}"}
+    assert ask(server.port, "/detokenize", {"tokens": []}).json == {"prompt": ""}
+
+    asked, answered = question("hello")["messages"], [{"role": "assistant", "content": "Good"}]
+    special = tokenizer.special_ids
+    for messages, opened in ((asked, "<|assistant_start|>"), (asked + answered, None)):
+        prompt = tokenize(messages=messages)
+        usage = ask(server.port, CHAT, {"messages": messages}).json["usage"]
+        assert prompt["count"] == usage["prompt_tokens"]
+        closed = tokenize(messages=messages, add_generation_prompt=False)["tokens"]
+        if opened:
+            assert prompt["tokens"] == [*closed, special[opened]]
+        else:
+            assert closed == [*prompt["tokens"], special["<|assistant_end|>"]]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"), ("/tokenize", {"prompt": "x"} | question("x"), "prompt"),
+        ("/tokenize", {"prompt": 5}, "prompt"), ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"prompt": "x", "model": "y"}, "model"), ("/detokenize", {"tokens": [10**6]}, "tokens"),
+        ("/detokenize", {"tokens": "x"}, "tokens"), ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_tokenized_is_a_bad_request(server, path, body, param):
+    answer = ask(server.port, path, body)
+    assert answer.status == (404 if param == "model" else 400)
+    assert answer.json["error"]["param"] == param
+
+
+def test_a_model_is_found_by_a_name_with_slashes(serve):
+    with serve(model_name="me/nanochat-d4") as server:
+        assert ask(server.port, "/v1/models/me/nanochat-d4").json["id"] == "me/nanochat-d4"
+        assert ask(server.port, "/v1/models/me/other").status == 404
 
 
 def test_a_last_assistant_message_is_continued(server, tokenizer):

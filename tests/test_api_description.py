@@ -30,12 +30,13 @@ def description(server):
 def test_the_description_has_all_public_routes(description):
     operations = [result.ok() for result in description.get_all_operations()]
     assert sorted(f"{operation.method.upper()} {operation.path}" for operation in operations) == [
-        "GET /health", "GET /metrics", "GET /v1/models", "GET /v1/models/{model}", "POST /v1/chat/completions",
+        "GET /health", "GET /metrics", "GET /v1/models", "GET /v1/models/{model}", "POST /detokenize", "POST /tokenize",
+        "POST /v1/chat/completions",
         "POST /v1/completions",
     ]  # fmt: skip
 
 
-KINDS = [(number, mode) for number in range(6) for mode in GenerationMode]
+KINDS = [(number, mode) for number in range(8) for mode in GenerationMode]
 KINDS.remove((0, GenerationMode.NEGATIVE))  # /health: there is nothing that could be wrong
 
 

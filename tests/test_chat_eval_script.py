@@ -151,6 +151,8 @@ def test_the_report_gets_a_record(workplace, finished):
     assert (record["stage"], record["settings"]["source"]) == ("chat_eval", "sft")
     assert {"ARC-Easy", "SpellingBee"} < set(record["results"])
     assert [row["task"] for row in record["table"]][:2] == ["ARC-Easy", "SpellingBee"]
+    (sample,) = record["samples"]  # of the task that is answered in writing
+    assert re.fullmatch(r"<\|bos\|><\|user_start\|>.*<\|assistant_start\|>.*\n\((right|wrong)\)", sample, re.DOTALL)
 
 
 def test_an_evaluation_killed_again_and_again_ends_as_one_in_one_go(workplace, finished):

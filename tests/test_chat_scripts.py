@@ -95,6 +95,10 @@ def test_a_stage_leaves_checkpoints_metrics_and_a_record(workplace, source):
     (record,) = [one for one in records(workplace.base) if one["stage"] == stage]
     assert record["results"]["val_bpb"] == found[LAST, "val_bpb"]
     assert record["settings"]["data"] == ["own.jsonl"]
+    examples = json.loads((run / "step_000006" / "meta.json").read_text())["examples"]
+    asked = [one["messages"][0]["content"].strip() for one in make_conversations(60)]
+    assert len(set(examples)) == 4
+    assert set(examples) <= set(asked)
 
 
 def test_finetuning_starts_from_the_weights_of_mid_training_and_watches_tasks_on_their_validation_split(workplace):

@@ -5,17 +5,20 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from live_server import KEY, ask, events, question, wait_until
+from live_server import KEY, ask, events, question
 
-from nanochat.checkpoint import run_dir, save_checkpoint
+from nanochat.checkpoint import load_tensors, run_dir, save_checkpoint
 from nanochat.common import Runtime, UserError
 from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.serve.api import PAGE_PATH
+from nanochat.serve.middleware import read_page
 from scripts.chat_web import main, parse_args
 
 pytestmark = pytest.mark.slow
@@ -35,7 +38,8 @@ def base(tmp_path_factory, tokenizer) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         run = run_dir("sft", "tiny")
-        save_checkpoint(run, 7, runtime=runtime, model=model, tokenizer=tokenizer, meta={"args": {}})
+        meta = {"args": {}, "examples": ["one", "two", 3, "three", "four", "five"]}
+        save_checkpoint(run, 7, runtime=runtime, model=model, tokenizer=tokenizer, meta=meta)
     return folder
 
 
@@ -47,18 +51,22 @@ def start(base: Path, *flags: str, **environment: str) -> subprocess.Popen:
 
 
 def test_the_server_loads_answers_and_ends_when_its_answers_have_ended(base):
-    process = start(base, NANOCHAT_API_KEY=KEY)
+    process = start(base, "--access-log", "-", NANOCHAT_API_KEY=KEY)
     try:
+        assert process.stdout.readline() == "loading nanochat-tiny (sft, step 7) ...\n"
         line = process.stdout.readline()
-        assert line.startswith("nanochat-tiny (sft, step 7): http://127.0.0.1:")
-        port = int(line.rpartition(":")[2])
-        assert ask(port, "/").text == (ROOT / "nanochat" / "serve" / "ui.html").read_text()
-        assert ask(port, "/health").json["status"] in ("loading", "ok")
-        wait_until(lambda: ask(port, "/health").status == 200, seconds=TIMEOUT_SECONDS)
+        pattern = r"nanochat-tiny \(sft, step 7\) is ready at http://127\.0\.0\.1:(\d+), Ctrl-C stops\n"
+        port = int(re.fullmatch(pattern, line)[1])
+        assert ask(port, "/health").status == 200
+        assert ask(port, "/").text == read_page(PAGE_PATH)
         assert ask(port, CHAT, question("hello")).status == 401
         key = {"authorization": f"Bearer {KEY}"}
         [card] = ask(port, "/v1/models", headers=key).json["data"]
         assert (card["id"], card["nanochat"]["context"]) == ("nanochat-tiny", 128)
+        assert (card["nanochat"]["stage"], card["nanochat"]["step"]) == ("sft", 7)
+        assert card["nanochat"]["examples"] == ["one", "two", "three", "four"]
+        [weights] = base.rglob("model.safetensors")
+        assert card["nanochat"]["parameters"] == sum(tensor.numel() for tensor in load_tensors(weights).values())
         streamed = ask(port, CHAT, question("hello", stream=True, max_tokens=60, seed=1), headers=key)
         assert events(streamed.text)[-1] == "[DONE]"
         process.send_signal(signal.SIGTERM)
@@ -87,7 +95,8 @@ def test_an_engine_that_cannot_load_ends_the_server_with_its_message(base, tmp_p
     [
         ("--host 0.0.0.0", "NANOCHAT_API_KEY"), ("--host 0.0.0.0 --api-key short", "at least 8 characters"),
         ("--api-key long-enough --no-api-key", "choose one"), ("--max-queue -1", "--max-queue"),
-        ("--max-rows 0", "--max-rows"), ("--port 70000", "port 70000"), ("--model-tag nothing", "nothing"),
+        ("--max-rows 0", "--max-rows"), ("--port 70000", "at most 65535, not 70000"), ("--log-texts", "--access-log"),
+        ("--host 192.0.2.1 --no-api-key", "192.0.2.1: it is no address of this machine"), ("--model-tag no", "no"),
         ("--num-gpus 99", "--num-gpus 99"), ("--access-log /nowhere/at/all", "/nowhere/at/all"),
     ],
 )  # fmt: skip
@@ -96,3 +105,14 @@ def test_flags_that_make_no_sense_are_user_errors(base, monkeypatch, flags, mess
     monkeypatch.setattr(sys, "argv", ["chat_web", *flags.split()])
     with pytest.raises(UserError, match=message):
         main(parse_args())
+
+
+def test_a_port_in_use_is_named_with_the_next_free_one(base, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        port = first.getsockname()[1]
+        monkeypatch.setattr(sys, "argv", ["chat_web", "--port", str(port)])
+        with pytest.raises(UserError) as caught:
+            main(parse_args())
+    free = re.fullmatch(rf"port {port} is used by another program; --port (\d+) is free", str(caught.value))
+    assert port < int(free[1]) < port + 100

@@ -162,8 +162,8 @@ def test_samples_of_one_prompt_read_it_once_and_draw_their_first_tokens_independ
 def test_prompts_are_read_together_up_to_the_budget_of_a_step(engine, model):
     rng = random.Random(12)
     engine._prefill_tokens, passes = 50, []
-    prefill = engine.model.prefill
-    engine.model.prefill = lambda pieces: passes.append([len(piece.ids) for piece in pieces]) or prefill(pieces)
+    read = engine.model.read
+    engine.model.read = lambda pieces: passes.append([len(piece.ids) for piece in pieces]) or read(pieces)
     prompts = [random_prompt(rng, 20) for _ in range(4)]
     completions = generate(engine, prompts, max_tokens=6, **GREEDY)
     assert passes == [[20, 20, 10], [10, 20]]
@@ -229,6 +229,45 @@ def test_a_repetition_penalty_keeps_tokens_from_coming_again(engine):
     assert len(set(completion.ids)) > 30
 
 
+def test_a_bias_forces_or_forbids_tokens_and_a_frequency_penalty_spreads_them(engine):
+    ((forced,),) = generate(engine, [[1, 2, 3]], max_tokens=5, logit_bias=((77, 100.0),), **GREEDY)
+    assert forced.ids == [77] * 5
+    ((plain,),) = generate(engine, [[1, 2, 3]], max_tokens=20, **GREEDY)
+    banned = tuple((token, -100.0) for token in set(plain.ids))
+    ((other,),) = generate(engine, [[1, 2, 3]], max_tokens=20, logit_bias=banned, **GREEDY)
+    assert not set(other.ids) & set(plain.ids)
+    sampled = {"max_tokens": 60, "seed": 0, "use_tool": False, "logit_bias": tuple((i, 5.0) for i in range(5))}
+    ((often,),), ((seldom,),) = (generate(engine, [[9]], frequency_penalty=f, **sampled) for f in (0.0, 2.0))
+    assert len(set(seldom.ids)) > len(set(often.ids))
+    with pytest.raises(UserError, match="logit_bias has token ids outside"):
+        engine.submit([1], Sampling(logit_bias=((10**6, 1.0),)))
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_a_prompt_s_log_probabilities_are_those_of_a_whole_forward_pass(engine, model, num_samples):
+    """Also in pieces, of prompts that the cache knows already, and beside prompts that share it."""
+    rng = random.Random(3)
+    engine._prefill_tokens = 25
+    prompts = [random_prompt(rng, length) for length in (1, 2, 40, 90)]
+    generate(engine, prompts, max_tokens=1)
+    for settings in ({"max_tokens": 0}, {"max_tokens": 2, "num_logprobs": 3}):
+        sampling = Sampling(prompt_logprobs=True, **GREEDY, **settings)
+        requests = [engine.submit(prompt, sampling, num_samples=num_samples) for prompt in prompts * 2]
+        requests.append(engine.submit(prompts[2], Sampling(max_tokens=3, **GREEDY)))
+        drain(engine)
+        for request in requests[:-1]:
+            assert [token.id for token in request.scored] == request.prompt
+            expected = model(torch.tensor([request.prompt]))[0].log_softmax(-1)
+            assert request.scored[0].logprob is None
+            for row, token in zip(expected, request.scored[1:], strict=False):
+                assert abs(token.logprob - row[token.id].item()) < 1e-4
+                assert [id_ for id_, _ in token.top] == row.topk(settings.get("num_logprobs", 0)).indices.tolist()
+            whole = naive(model, request.prompt, settings["max_tokens"])
+            assert {(tuple(c.ids), c.finish_reason) for c in request.completions} == {(tuple(whole), "length")}
+        assert not requests[-1].scored
+        assert requests[-1].completions[0].ids == naive(model, prompts[2], 3)
+
+
 class ScriptedModel:
     """Stands in for `InferenceModel`: after the token at position p comes `script[p + 1]`."""
 
@@ -236,19 +275,22 @@ class ScriptedModel:
 
     def __init__(self, cache, script, vocab_size):
         self.cache, self.script, self.vocab_size = cache, script, vocab_size
-        self.read: dict[int, int] = {}  # token by position
+        self.seen: dict[int, int] = {}  # token by position
 
-    def logits(self, position):
-        return torch.nn.functional.one_hot(torch.tensor(self.script[position + 1]), self.vocab_size).float() * 10
-
-    def prefill(self, pieces):
+    def read(self, pieces):
         for piece in pieces:
-            self.read.update(enumerate(piece.ids, piece.start))
-        return torch.stack([self.logits(piece.start + len(piece.ids) - 1) for piece in pieces])
+            self.seen.update(enumerate(piece.ids, piece.start))
+
+    def logits_of_last(self, pieces, _):
+        return self.logits([piece.start + len(piece.ids) - 1 for piece in pieces])
+
+    def logits(self, positions):
+        ids = torch.tensor([self.script[position + 1] for position in positions])
+        return torch.nn.functional.one_hot(ids, self.vocab_size).float() * 10
 
     def decode_and_draw(self, idx, previous, positions, drawing):
-        self.read.update(zip(positions, idx.tolist(), strict=True))
-        logits = torch.stack([self.logits(position) for position in positions])
+        self.seen.update(zip(positions, idx.tolist(), strict=True))
+        logits = self.logits(positions)
         return logits, draw(logits, drawing.columns, drawing.kind)
 
 
@@ -297,7 +339,7 @@ def test_a_tool_call_is_answered_by_forced_tokens(scripted, engine, tokenizer):
     forced = tokenizer.decode([token.id for token in completion.tokens if token.is_forced])
     assert forced == "<|output_start|>7<|output_end|>"
     ids = [*request.prompt, *completion.ids]
-    assert [engine.model.read[position] for position in range(len(ids))] == ids
+    assert [engine.model.seen[position] for position in range(len(ids))] == ids
 
 
 CALL = ("<|python_start|>", "1+1", "<|python_end|>")

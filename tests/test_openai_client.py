@@ -113,12 +113,63 @@ def test_logprobs_have_the_tokens_and_the_likeliest_beside_them(client):
     assert all(not token.top_logprobs for token in chat(client, "x", logprobs=True).choices[0].logprobs.content)
 
 
-def test_sampling_options_and_ignored_fields_are_taken(client):
-    options = {"temperature": 0.7, "top_p": 0.9, "seed": 7, "user": "someone", "metadata": {"a": "b"}, "store": False}
-    extra = {"extra_body": {"top_k": 50, "min_p": 0.05, "repetition_penalty": 1.1}}
-    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "tools": [], "response_format": {"type": "text"}}
-    for given in (options | extra, neutral):
+def test_sampling_options_and_fields_that_ask_for_nothing_are_taken(client):
+    tool = {"type": "function", "function": {"name": "f"}}
+    options = {"temperature": 0.7, "top_p": 0.9, "seed": 7, "frequency_penalty": 0.5, "presence_penalty": -2,
+               "logit_bias": {"5": -100, "6": 1.5}}  # fmt: skip
+    extra = {"extra_body": {"top_k": -1, "min_p": 0.05, "repetition_penalty": 1.1}}
+    neutral = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
+               "stream_options": {"include_usage": True}, "top_p": 0, "functions": [], "logit_bias": {}}  # fmt: skip
+    for given in (options | extra, neutral, {"tools": [tool], "tool_choice": "none"}):
         assert chat(client, "music", **given).choices[0].message.content == "music"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_fields_without_effect_are_ignored_and_named_in_a_header(client, stream):
+    harmless = {"user": "someone", "metadata": {"a": "b"}, "store": False, "reasoning_effort": "low",
+                "verbosity": "low", "parallel_tool_calls": False, "prediction": {"type": "content", "content": "x"},
+                "service_tier": "auto", "prompt_cache_key": "k", "safety_identifier": "s"}  # fmt: skip
+    extra = {"cache_prompt": True, "chat_template_kwargs": {"enable_thinking": False}}
+    messages = [
+        user("music") | {"id": "1", "metadata": {"a": 1}},
+        assistant("y") | {"reasoning_content": "z"},
+        user("x"),
+    ]
+    api = client.chat.completions.with_raw_response
+    answer = api.create(model=MODEL, messages=messages, stream=stream, extra_body=extra, **harmless)
+    names = {*harmless, *extra, "messages.id", "messages.metadata", "messages.reasoning_content"}
+    assert set(answer.headers["x-nanochat-ignored"].split(", ")) == names
+    texts = (
+        [c.choices[0].delta.content or "" for c in answer.parse()]
+        if stream
+        else [answer.parse().choices[0].message.content]
+    )
+    assert "".join(texts) == "x"
+    assert "x-nanochat-ignored" not in api.create(model=MODEL, messages=[user("x")]).headers
+
+
+def test_messages_in_any_order_are_understood(client):
+    def prompt_tokens(*messages):
+        return chat(client, *messages).usage.prompt_tokens
+
+    assert chat(client, "river", "stone").choices[0].message.content == "river\n\nstone"
+    asked = [user("river"), assistant("Yes?"), user("stone")]
+    for late in ([system("Be brief."), system("Be kind."), *asked], [system("Be brief."), *asked, system("Be kind.")]):
+        assert chat(client, *late).choices[0].message.content == "stone"
+        assert prompt_tokens(*late) == prompt_tokens(system("Be brief.\n\nBe kind."), *asked)
+    greeted = [assistant("Welcome!"), user("river")]
+    assert prompt_tokens(*greeted) == prompt_tokens("", assistant("Welcome!"), "river")
+    for empty in ({"role": "assistant"}, assistant(None), assistant("")):
+        assert prompt_tokens("river", empty, "stone") == prompt_tokens("river", assistant(""), "stone")
+    assert chat(client, system("river")).choices[0].message.content == "river"
+
+
+@pytest.mark.parametrize("name", ["default", "nanochat", "", MODEL])
+def test_the_served_model_has_several_names_and_answers_by_its_own(client, name):
+    reply = client.chat.completions.create(model=name, messages=[user("hello")])
+    assert reply.model == MODEL
+    with pytest.raises(openai.NotFoundError, match=MODEL):
+        client.chat.completions.create(model="gpt-4o", messages=[user("hello")])
 
 
 def test_stream_begins_with_the_role_and_ends_with_the_reason_and_usage_when_asked(client):
@@ -194,10 +245,55 @@ def test_completions_of_several_prompts_stand_in_their_order_also_streamed(clien
 def test_completion_logprobs_have_offsets_into_the_text(client):
     choice = complete(client, "never seven twelve", logprobs=2, max_tokens=40).choices[0]
     logprobs = choice.logprobs
-    assert "".join(logprobs.tokens) == choice.text
-    for offset, token in zip(logprobs.text_offset, logprobs.tokens, strict=True):
+    assert "".join(logprobs.tokens[:-1]) == choice.text
+    for offset, token in zip(logprobs.text_offset[:-1], logprobs.tokens[:-1], strict=True):
         assert choice.text[offset:].startswith(token)
-    assert all(len(top) == 2 for top in logprobs.top_logprobs)
+    assert all(len(top) == 2 for top in logprobs.top_logprobs[:-1])
+    assert logprobs.tokens[-1] == "<|assistant_end|>"  # and the one that ended the reply, which is no text
+    assert logprobs.text_offset[-1] == len(choice.text)
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_echo_gives_the_prompts_with_their_log_probabilities(client, tokenizer, as_ids, max_tokens):
+    """As lm-evaluation-harness asks for them."""
+    texts = ["never seven twelve", "café 東京 river"]
+    ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
+    options = {"echo": True, "logprobs": 1, "max_tokens": max_tokens, "temperature": 0, "seed": 1234}
+    completion = complete(client, ids if as_ids else texts, **options)
+    for choice, text, prompt in zip(completion.choices, texts, ids, strict=True):
+        assert choice.text == (text + tokenizer.decode(prompt[1:2]) if max_tokens else text)
+        assert choice.finish_reason == "length"
+        found = choice.logprobs
+        assert len(found.tokens) == len(found.top_logprobs) == len(found.text_offset) == len(prompt) + max_tokens
+        assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
+        for id_, logprob, top in zip(prompt[1:], found.token_logprobs[1:], found.top_logprobs[1:], strict=False):
+            assert logprob == -0.25 * (1 + id_ % 8) == max(top.values())
+        begins = [len(tokenizer.decode_bytes(prompt[1:end]).decode(errors="ignore")) for end in range(1, len(prompt))]
+        assert found.text_offset[: len(prompt)] == [0, *begins]
+    assert completion.usage.completion_tokens == 2 * max_tokens
+    streamed = list(complete(client, texts, stream=True, n=2, **options))
+    said = [[c.choices[0] for c in streamed if c.choices[0].index == index] for index in range(4)]
+    assert ["".join(c.text for c in part) for part in said] == [c.text for c in completion.choices for _ in range(2)]
+    for part, choice in zip(said, [c for c in completion.choices for _ in range(2)], strict=True):
+        found = [value for chunk in part for value in chunk.logprobs.token_logprobs]
+        assert found == choice.logprobs.token_logprobs
+
+
+def test_echo_without_log_probabilities_and_best_of_as_many_as_are_wanted(client):
+    completion = complete(client, "river stone", echo=True, max_tokens=40, n=2, best_of=2)
+    assert [(c.text, c.logprobs) for c in completion.choices] == [("river stoneriver stone", None)] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [({"best_of": 3}, "best_of"), ({"suffix": "end"}, "suffix"), ({"max_tokens": 0}, "max_tokens"),
+     ({"extra_body": {"guided_regex": "a+"}}, "guided_regex"), ({"logprobs": 6}, "logprobs")],
+)  # fmt: skip
+def test_what_a_completion_cannot_do_is_a_bad_request(client, options, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, "x", **options)
+    assert caught.value.param == param
 
 
 def test_a_wrong_key_is_an_authentication_error(server):
@@ -211,13 +307,17 @@ def test_a_wrong_key_is_an_authentication_error(server):
     ("options", "param"),
     [
         ({"temperature": 3}, "temperature"), ({"top_p": "high"}, "top_p"), ({"n": 0}, "n"), ({"n": 1000}, "n"),
-        ({"max_tokens": 0}, "max_tokens"), ({"stop": ["a", "b", "c", "d", "e"]}, "stop"), ({"stop": ""}, "stop"),
+        ({"max_tokens": 0}, "max_tokens"), ({"stop": ["a"] * 17}, "stop"), ({"stop": ""}, "stop"),
         ({"top_logprobs": 21}, "top_logprobs"), ({"seed": 2**64}, "seed"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type"),
-        ({"frequency_penalty": 1}, "frequency_penalty"), ({"logit_bias": {"5": 10}}, "logit_bias"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"extra_body": {"temprature": 1}}, "temprature"),
+        ({"tool_choice": "required"}, "tool_choice"), ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"function_call": {"name": "f"}}, "function_call"), ({"functions": [{"name": "f"}]}, "functions"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"), ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"100000": 1}}, "logit_bias"), ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"audio": {"voice": "x", "format": "wav"}}, "audio"),
+        ({"extra_body": {"json_schema": {"a": 1}}}, "json_schema"),
     ],
 )  # fmt: skip
 def test_a_bad_option_is_a_bad_request_that_names_it(client, options, param):
@@ -229,15 +329,15 @@ def test_a_bad_option_is_a_bad_request_that_names_it(client, options, param):
 @pytest.mark.parametrize(
     ("messages", "param"),
     [
-        ([], "messages"), ([assistant("x")], "messages"), ([system("x")], "messages"), (["a", "b"], "messages"),
-        (["a", system("x")], "messages"), ([message("tool", "x")], "messages[0].role"),
+        ([], "messages"), ([message("tool", "x")], "messages[0].role"), ([message("x", "x")], "messages[0].role"),
+        (["a", assistant("") | {"tool_calls": [{"id": "1"}]}], "messages[1].tool_calls"),
         ([user(5)], "messages[0].content"), ([user(None)], "messages[0].content"),
         ([{"role": "user"}], "messages[0].content"),
         ([user([{"type": "image_url", "image_url": {"url": "x"}}])], "messages[0].content[0]"),
         (["a", assistant([{"type": "code", "text": "x"}])], "messages[1].content[0]"),
     ],
 )  # fmt: skip
-def test_messages_not_in_order_are_a_bad_request(client, messages, param):
+def test_messages_that_cannot_be_understood_are_a_bad_request(client, messages, param):
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, *messages)
     assert caught.value.param.startswith(param)

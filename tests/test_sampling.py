@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.engine.sampling import Sampling, penalize_, plan_draw
+from nanochat.engine.sampling import Sampling, plan_draw, reweigh_
 from nanochat.engine.sampling import draw as draw_planned
 
 LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05]))
@@ -89,10 +89,22 @@ def test_draws_that_people_ask_for_are_of_few_kinds():
     assert plan_draw([Sampling(top_p=0.9)], [0.5], 5000).kind == (True, 5000, ())
 
 
-def test_the_penalty_makes_tokens_that_occurred_less_likely():
-    logits = torch.tensor([2.0, -2.0, 1.0])
-    penalize_(logits, {0, 1}, 2.0)
-    assert logits.tolist() == [1.0, -4.0, 1.0]
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"repetition_penalty": 2.0}, [1.0, -4.0, 1.0, 0.0]),  # of those that occurred
+        ({"frequency_penalty": 0.5, "presence_penalty": 0.25}, [2.0, -2.75, 0.25, 0.0]),  # -0.25 - 0.5 for each time
+        ({"logit_bias": ((0, -100.0), (3, 7.5))}, [-98.0, -2.0, 1.0, 7.5]),
+        ({"repetition_penalty": 2.0, "presence_penalty": 1.0, "logit_bias": ((1, 3.0),)}, [1.0, -2.0, 0.0, 0.0]),
+    ],
+)
+def test_penalties_and_bias_change_the_logits_of_their_tokens(settings, expected):
+    logits = torch.tensor([2.0, -2.0, 1.0, 0.0])
+    sampling = Sampling(**settings)
+    assert sampling.reweighs
+    reweigh_(logits, sampling, {0, 1}, {1: 1, 2: 1})
+    assert logits.tolist() == expected
+    assert not Sampling().reweighs
 
 
 @pytest.mark.parametrize(
@@ -104,9 +116,10 @@ def test_the_penalty_makes_tokens_that_occurred_less_likely():
         ("top_p", 1.5, "a number from 0.0 to 1.0, not 1.5"), ("min_p", "x", "a number"),
         ("repetition_penalty", 0.0, "a number"), ("seed", 0.5, "a whole number"),
         ("num_logprobs", -1, "a whole number"), ("stop", ("",), "texts that are not empty"), ("stop", "END", "texts"),
-        ("stop", ("a",) * 17, "at most 16 texts, not 17"),
+        ("stop", ("a",) * 17, "at most 16 texts, not 17"), ("frequency_penalty", 2.5, "a number from -2.0 to 2.0"),
+        ("presence_penalty", math.inf, "a number from"), ("logit_bias", ((5, 101.0),), "from -100 to 100, not 101.0"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused_by_name_and_value(name, value, fault):
-    with pytest.raises(UserError, match=f"{name} must be {fault}"):
+    with pytest.raises(UserError, match=f"{name} .*must be {fault}"):
         Sampling(**{name: value})

@@ -26,6 +26,11 @@ def test_options_reach_the_sampling():
     assert chat(stop="ab").sampling(100).stop == ("ab",)
     assert chat(max_completion_tokens=1000).sampling(100).max_tokens == 100
     assert chat(logprobs=True).sampling(100).num_logprobs == 0
+    biased = chat(logit_bias={"7": 1.5, "0": -100}, frequency_penalty=1, presence_penalty=-2).sampling(100)
+    assert biased == Sampling(
+        max_tokens=100, logit_bias=((7, 1.5), (0, -100.0)), frequency_penalty=1.0, presence_penalty=-2.0
+    )
+    assert chat(top_k=-1).sampling(100).top_k is None
     assert chat(top_logprobs=3).sampling(100).num_logprobs is None
 
 
@@ -33,6 +38,8 @@ def test_completions_call_no_tool():
     request = CompletionRequest.model_validate({"prompt": "x", "logprobs": 2})
     assert request.sampling(100) == Sampling(max_tokens=16, num_logprobs=2, use_tool=False)
     assert request.sampling(4).max_tokens == 4
+    scored = CompletionRequest.model_validate({"prompt": "x", "logprobs": 1, "echo": True, "max_tokens": 0})
+    assert scored.sampling(4) == Sampling(max_tokens=0, num_logprobs=1, prompt_logprobs=True, use_tool=False)
 
 
 def test_extreme_values_that_the_schema_takes_are_taken_by_the_sampling():
@@ -60,7 +67,7 @@ def test_a_reply_sent_back_stands_by_its_parts_as_long_as_they_say_the_same():
     for content, expected in (("Two", parts), ("Three", "Three")):
         answer = {"role": "assistant", "content": content, "nanochat": {"parts": parts}, "refusal": None}
         request = ChatRequest.model_validate({"messages": [USER, answer, USER]})
-        assert request.conversation["messages"][1]["content"] == expected
+        assert request.turns.messages[1]["content"] == expected
 
 
 @pytest.mark.parametrize("value", ["1", True, [1.0], float("nan"), float("inf"), -0.1, 2.1])

@@ -304,14 +304,32 @@ def test_core_is_evaluated_while_training(workplace):
     assert losses(base) == losses(workplace.base)  # looking on changes nothing
 
 
-def test_a_dry_run_needs_nothing_writes_nothing_and_plans_for_the_vocabulary_at_hand(workplace):
+def test_a_dry_run_needs_nothing_writes_nothing_and_plans_for_the_usual_vocabulary_whatever_is_at_hand(workplace):
     base = workplace.folder / "dry"
     out = workplace.run_well("scripts.base_train", "--dry-run", "--depth", 4, "--num-gpus", 8, base=base)
     plan = json.loads(out.splitlines()[-1])
     assert plan["num_steps"] > 0
     assert plan["num_shards"] > 0
     assert not list(base.rglob("*.*"))
-    assert "vocabulary 400" in workplace.run_well("scripts.base_train", "--dry-run", "--depth", 4)
+    assert "vocabulary 32,768\n" in out
+    told = workplace.run_well("scripts.base_train", "--dry-run", "--depth", 4)
+    assert "vocabulary 32,768 (the usual one; for that of the tokenizer here: --vocab-size 400)\n" in told
+    assert "vocabulary 400\n" in workplace.run_well(
+        "scripts.base_train", "--dry-run", "--depth", 4, "--vocab-size", 400
+    )
+    assert "vocabulary 65,536 (" in workplace.run_well("scripts.base_train", "--dry-run", "--arch", "october-2025")
+
+
+def test_a_model_far_too_large_for_a_cpu_is_refused_before_it_is_made(workplace):
+    base, data = workplace.copy_part("cpu", "tokenizer"), ("--data", workplace.data, "--device-type", "cpu")
+    slow = workplace.run("scripts.base_train", *data, "--depth", 12, base=base)
+    assert (slow.status, slow.stderr.count("\n")) == (2, 1)
+    assert re.search(r"error: --depth 12: [\d,]+ tokens take [\d,]+ days or more on this CPU; .*--dry-run", slow.stderr)
+    for flags in (("--num-steps", 3), ("--minutes", 1)):
+        large = workplace.run("scripts.base_train", *data, "--depth", 96, *flags, base=base)
+        assert large.status == 2
+        assert re.search(r"--depth 96 needs \d+ GiB of memory at least, and this machine has \d+; ", large.stderr)
+    assert not (base / "base_checkpoints").exists()
 
 
 # --- resuming ---

@@ -110,17 +110,20 @@ def prompt_limit(context_len: int, reply_tokens: int) -> int:
     return context_len - max(1, min(reply_tokens, int(REPLY_FRAC * context_len)))
 
 
-def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, *, max_tokens: int | None = None) -> Prompt:
+def render_for_completion(
+    tokenizer: Tokenizer, conversation: Conversation, *, max_tokens: int | None = None, opens: bool = True
+) -> Prompt:
     """The prompt for the assistant's next words, at most `max_tokens` long (None: no limit). After a user message that
-    is a new answer; after an assistant message the same answer goes on. A prompt that is too long loses its oldest
-    questions with their answers; the beginning-of-sequence token, the system message and the last question stay. Raises
-    `UserError` where these alone are too long, and for a conversation that is not in order."""
+    is a new answer; after an assistant message the same answer goes on. Without `opens` it is neither: the ids end with
+    the last message. A prompt that is too long loses its oldest questions with their answers; the beginning-of-sequence
+    token, the system message and the last question stay. Raises `UserError` where these alone are too long, and for a
+    conversation that is not in order."""
     system, messages = _split_system(check_conversation(conversation))
     turns = [_turn(tokenizer, message)[0] for message in messages]
     opened = []
-    if messages[-1]["role"] == "assistant":
+    if opens and messages[-1]["role"] == "assistant":
         turns[-1].pop()  # the end of the turn
-    else:
+    elif opens:
         opened = [tokenizer.special_ids["<|assistant_start|>"]]
     for first in range(0, len(messages), 2):  # questions stand at even places
         question, later = _turn(tokenizer, messages[first], system)[0], turns[first + 1 :]

@@ -24,7 +24,7 @@ from nanochat.common import UserError
 from nanochat.engine.calculator import calculate
 from nanochat.engine.generation import Completion, Event, Request, Sample, Token
 from nanochat.engine.inference import InferenceModel, Piece
-from nanochat.engine.sampling import Drawing, Sampling, draw, penalize_, plan_draw
+from nanochat.engine.sampling import Drawing, Sampling, draw, log_probabilities, plan_draw, reweigh_
 from nanochat.engine.slots import Slots, share_prefix
 from nanochat.engine.transfer import Arriving, to_device
 from nanochat.model.gpt import GPT
@@ -38,6 +38,7 @@ OTHER_PREFILL_TOKENS = 256
 IDLE_PREFILL = {"cuda": 4}  # times as many while none decodes
 TOOL_ERROR = "error"  # the tool's answer to an expression that it refuses
 MAX_TOOL_TOKENS = 64  # of one answer
+SCORED_ROWS = 256  # logits of prompt tokens that are in memory at a time
 
 
 @dataclass
@@ -68,7 +69,7 @@ class _Drawn:
         tokens, found = [], iter(numbers)
         for id_, has_logprobs in zip(ids, self.has_logprobs, strict=True):
             if has_logprobs:
-                (logprob,), values, likeliest = next(found), next(found), next(found)
+                logprob, values, likeliest = next(found), next(found), next(found)
                 tokens.append(Token(id_, False, logprob, tuple(zip(likeliest, values, strict=True))))
             else:
                 tokens.append(Token(id_))
@@ -114,13 +115,15 @@ class Engine:
 
         The model reads at most its context, so prompt and reply together have at most one token more. `stop_ids` end
         a reply (default: what ends an assistant's turn). Raises `UserError` for a prompt that is empty, too long or
-        has ids outside the vocabulary.
+        has ids outside the vocabulary, and for a bias of such ids.
         """
         prompt, vocab_size, limit = list(prompt), self.tokenizer.vocab_size, self.context
         if not 1 <= len(prompt) <= limit:
             raise UserError(f"the prompt has {len(prompt)} tokens; it must have 1 to {limit}, the model's context")
         if not all(0 <= token < vocab_size for token in prompt):
             raise UserError(f"the prompt has token ids outside the vocabulary of {vocab_size}")
+        if not all(0 <= token < vocab_size for token, _ in sampling.logit_bias):
+            raise UserError(f"logit_bias has token ids outside the vocabulary of {vocab_size}")
         if num_samples < 1:
             raise UserError(f"the number of samples must be at least 1, not {num_samples}")
         stops = self.tokenizer.stop_ids if stop_ids is None else stop_ids
@@ -181,8 +184,8 @@ class Engine:
         """Admit and prefill within the step's budget, decode a token of every sample, and report what was added."""
         events: list[Event] = []
         self._prefill(events)
-        # a repetition penalty has to know the token before, so steps with one cannot overlap
-        overlap = self._overlap and all(sample.seen is None for sample in self._slots.decoding)
+        # a penalty has to know the token before, so steps with one cannot overlap
+        overlap = self._overlap and not any(sample.sampling.reweighs for sample in self._slots.decoding)
         if not overlap:
             self._land(self._take_flying(), events)
         before = self._take_flying()
@@ -231,7 +234,9 @@ class Engine:
                 sample = self._waiting.popleft()
                 if self._begin_as_sibling(sample, events):
                     continue
-                source, num_reused, sample.copy_at = self._slots.find_prefix(sample.tokens)
+                # what is in the cache has no log probabilities
+                prefix = (None, 0, None) if sample.scores_prompt else self._slots.find_prefix(sample.tokens)
+                source, num_reused, sample.copy_at = prefix
                 self._take_slot(sample, source, num_reused)
                 self._prefilling.append(sample)
             else:
@@ -256,7 +261,25 @@ class Engine:
             inputs.append(Piece(sample.slot, tokens[start:end], start, tokens[start - 1] if start else None))
             self.stats.prefill_tokens += end - start
             sample.num_cached = end
-        return self.model.prefill(inputs)
+        hidden = self.model.read(inputs)
+        begin = 0
+        for (sample, _), piece in zip(pieces, inputs, strict=True):
+            if sample.scores_prompt and len(sample.request.scored) < len(sample.request.prompt):
+                self._score(sample.request, piece.start, hidden[begin : begin + len(piece.ids)])
+            begin += len(piece.ids)
+        return self.model.logits_of_last(inputs, hidden)
+
+    def _score(self, request: Request, start: int, hidden: Tensor) -> None:
+        """Add to the scored tokens of a prompt those that come after its positions from `start` on, of which the model
+        has the hidden states (N, C)."""
+        request.scored[:0] = [] if start else [Token(request.prompt[0])]
+        followers = torch.tensor(request.prompt[start + 1 : start + 1 + len(hidden)], device=self.model.device)
+        for first in range(0, len(followers), SCORED_ROWS):
+            ids = followers[first : first + SCORED_ROWS]
+            logits = self.model.logits(hidden[first : first + len(ids)])
+            found = log_probabilities(logits, ids, request.sampling.num_logprobs or 0)
+            for id_, logprob, values, likeliest in zip(ids.tolist(), *(x.tolist() for x in found), strict=True):
+                request.scored.append(Token(id_, False, logprob, tuple(zip(likeliest, values, strict=True))))
 
     def _begin_decoding(self, sample: Sample, logits: Tensor) -> None:
         """The prompt of `sample` has been read, with `logits` (V,) after it: from now on it decodes."""
@@ -303,7 +326,7 @@ class Engine:
             sample.num_cached += 1
         self.stats.decode_tokens += len(samples)
         self.stats.decode_steps += 1
-        if any(sample.seen is not None for sample in samples):
+        if any(sample.sampling.reweighs for sample in samples):
             return self._draw(samples, self.model.decode(idx, inputs[1], positions))
         logits, ids = self.model.decode_and_draw(idx, inputs[1], positions, self._drawing(samples))
         return self._drawn(samples, logits, ids)
@@ -311,11 +334,10 @@ class Engine:
     def _draw(self, samples: list[Sample], logits: Tensor) -> _Drawn:
         """Draw the next token of each sample from logits (N, V)."""
         weighed = logits
-        if any(sample.seen is not None for sample in samples):
+        if any(sample.sampling.reweighs for sample in samples):
             weighed = logits.clone()
             for row, sample in zip(weighed, samples, strict=True):
-                if sample.seen is not None:
-                    penalize_(row, sample.seen, sample.sampling.repetition_penalty)
+                reweigh_(row, sample.sampling, sample.seen, sample.counts)
         drawing = self._drawing(samples)
         return self._drawn(samples, logits, draw(weighed, to_device(drawing.columns, logits.device), drawing.kind))
 
@@ -330,8 +352,7 @@ class Engine:
         numbers = [ids]
         for row, sample in enumerate(samples):
             if (count := sample.sampling.num_logprobs) is not None:
-                logprobs = torch.log_softmax(logits[row], dim=-1)
-                numbers += [logprobs.gather(0, ids[row : row + 1]), *logprobs.topk(min(count, logprobs.numel()))]
+                numbers += [x[0] for x in log_probabilities(logits[row : row + 1], ids[row : row + 1], count)]
         has_logprobs = [sample.sampling.num_logprobs is not None for sample in samples]
         return _Drawn(list(samples), ids, Arriving(numbers), has_logprobs)
 
@@ -344,15 +365,15 @@ class Engine:
 
     def _accept(self, sample: Sample, token: Token) -> Event:
         """Add a drawn token to its sample, and the tool's answer if it ends a call."""
-        if token.id in sample.request.stop_ids:
-            sample.completion.finish_reason = "stop"
-            return self._event(sample, [])
         room = min(self.context + 1 - len(sample.tokens), sample.sampling.max_tokens - len(sample.completion.tokens))
+        if room and token.id in sample.request.stop_ids:
+            sample.completion.finish_reason, sample.completion.end = "stop", token
+            return self._event(sample, [])
         added = [token, *self._tool_answer(sample, token)][:room]
         sample.tokens += [one.id for one in added]
         sample.completion.tokens += added
-        if sample.seen is not None:
-            sample.seen.update(one.id for one in added)
+        sample.seen.update(one.id for one in added)
+        sample.counts.update(one.id for one in added if not one.is_forced)
         if len(added) == room:
             sample.completion.finish_reason = "length"
         event = self._event(sample, added)

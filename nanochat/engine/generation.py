@@ -4,6 +4,7 @@ Not here: sampling settings (`sampling.py`), how samples are scheduled (`engine.
 """
 
 import random
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -28,12 +29,14 @@ class Token:
 class Completion:
     """One sampled reply: its tokens, without the one that ended it, and its message content in `parts`.
 
-    `finish_reason` is "stop" (end of turn, stop text), "length" (`max_tokens`, context) or None while it goes on.
+    `finish_reason` is "stop" (end of turn, stop text), "length" (`max_tokens`, context) or None while it goes on. `end`
+    is the special token that ended it, if one did.
     """
 
     tokens: list[Token] = field(default_factory=list)
     parts: list[dict[str, str]] = field(default_factory=list)
     finish_reason: str | None = None
+    end: Token | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -48,7 +51,8 @@ class Completion:
 @dataclass(eq=False)
 class Request:
     """A prompt and the completions asked for; `num_reused` tokens of the prompt were in the cache already. `logits`
-    (V,) after the prompt are kept until all samples have begun."""
+    (V,) after the prompt are kept until all samples have begun. `scored` are the tokens of the prompt with their log
+    probabilities, if these were asked for; the first token has none."""
 
     prompt: list[int]
     sampling: Sampling
@@ -56,6 +60,7 @@ class Request:
     completions: list[Completion]
     num_reused: int = 0
     is_cancelled: bool = False
+    scored: list[Token] = field(default_factory=list)
     logits: Tensor | None = None
 
     @property
@@ -89,7 +94,8 @@ class Sample:
         self.copy_at: int | None = None  # number of cached tokens at which its slot is copied for later prompts
         self.reader = ReplyReader(tokenizer, request.sampling.stop)
         self.completion.parts = self.reader.parts
-        self.seen = set(self.tokens) if request.sampling.repetition_penalty != 1.0 else None
+        self.scores_prompt = request.sampling.prompt_logprobs and index == 0
+        self.seen, self.counts = set(self.tokens), Counter()  # tokens so far, and how often each was sampled
         self.call_start: int | None = None  # where in `tokens` the expression of an open tool call begins
         self._random = random.Random(f"{seed}/{index}")
         self._uniforms: list[float] = []

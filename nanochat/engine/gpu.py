@@ -2,7 +2,7 @@
 
 The same questions are asked of a `GpuModel` as of an `InferenceModel`, and the same answers come, up to rounding:
 
-    prefill           all tokens of all pieces in one pass without padding; each piece sees its own positions only
+    read              all tokens of all pieces in one pass without padding; each piece sees its own positions only
     decode            one token for each row; a graph for each number of rows (rounded up) and kind of draw
 
 Not here: what a pass does in the blocks (`gpu_blocks.py`), which page holds what (`pages.py`), when to run what
@@ -55,10 +55,9 @@ class GpuModel(InferenceModel):
     # --- prefill ---
 
     @torch.inference_mode()
-    def prefill(self, pieces: Sequence[Piece]) -> Tensor:
-        """Read pieces of sequences, each of another slot, in one pass over the weights. Returns the logits after the
-        last token of each, (len(pieces), V) float32."""
-        lengths = [len(piece.ids) for piece in pieces]
+    def read(self, pieces: Sequence[Piece]) -> Tensor:
+        """Read pieces of sequences, each of another slot, in one pass over the weights. Returns the final normed hidden
+        states (N, C) of all their tokens."""
         idx, previous, at = to_device(np.array(lay_out(pieces)), self.device)
         spans = [_Spans(table, pieces, self.device) for table in self.cache.tables]
         for piece in pieces:
@@ -76,9 +75,7 @@ class GpuModel(InferenceModel):
             span.keep(own.values, v)
             return attended
 
-        hidden = self.blocks.hidden(self._weights.embedded(idx, previous, at), attend)
-        last = to_device(np.array(list(accumulate(lengths))) - 1, self.device)
-        return self._logits(hidden[last])
+        return self.blocks.hidden(self._weights.embedded(idx, previous, at), attend)
 
     # --- decode ---
 
@@ -92,7 +89,7 @@ class GpuModel(InferenceModel):
         """One token in each of the first N slots, at `positions` (at least 1): idx and previous (N,) int64 on the
         device. Returns the logits (N, V) float32 after them."""
         places = to_device(self.write_places(positions, len(positions)), self.device)
-        return self._logits(self.decode_pass(idx, previous, places))
+        return self.logits(self.decode_pass(idx, previous, places))
 
     def write_places(self, positions: Sequence[int], num_rows: int) -> np.ndarray:
         """Let the first slots have the places of `positions` for themselves. Returns, as one int32 array for `num_rows`

@@ -8,7 +8,7 @@ Differences from `GPT.forward`, whose results it must equal:
 - weights are cast to the compute dtype once; q, k, v and the gate of the value embeddings are one matrix;
 - the embedding table is normed once, and smear is a look-up: how much a token takes in depends on that token only;
 - a windowed layer keeps its last `window` positions; each new one overwrites the one that leaves the window;
-- logits are computed for the last position only.
+- logits are computed where they are asked for, mostly for the last position only.
 
 Not here: the form of the weights (`weights.py`), which sequence has which slot (`slots.py`), how a token is drawn
 (`sampling.py`).
@@ -19,12 +19,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.common import DTYPES, UserError
 from nanochat.engine.sampling import Drawing, draw
+from nanochat.engine.transfer import to_device
 from nanochat.engine.weights import Weights
 from nanochat.model import gpt
 from nanochat.model.attention import band_mask, causal_attention
@@ -164,8 +166,17 @@ class InferenceModel:
 
     @torch.inference_mode()
     def prefill(self, pieces: Sequence[Piece]) -> Tensor:
-        """Read pieces of sequences, each of another slot, in one pass over the weights. Returns the logits after the
-        last token of each, (len(pieces), V) float32."""
+        """`read`, and the logits after the last token of each piece, (len(pieces), V) float32."""
+        return self.logits_of_last(pieces, self.read(pieces))
+
+    def logits_of_last(self, pieces: Sequence[Piece], hidden: Tensor) -> Tensor:
+        last = np.array(list(accumulate(len(piece.ids) for piece in pieces))) - 1
+        return self.logits(hidden[to_device(last, self.device)])
+
+    @torch.inference_mode()
+    def read(self, pieces: Sequence[Piece]) -> Tensor:
+        """Read pieces of sequences, each of another slot, in one pass over the weights. Returns the final normed hidden
+        states (N, C) of all their tokens."""
         spans = [0, *accumulate(len(piece.ids) for piece in pieces)]
         idx, previous, at = torch.tensor(lay_out(pieces)).to(self.device)
 
@@ -174,8 +185,7 @@ class InferenceModel:
             parts = [self._attend_to_piece(layer, piece, *(x[first:end] for x in qkv)) for piece, first, end in spanned]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        x = self._blocks(self._weights.embedded(idx, previous, at), idx, self._cos[at], self._sin[at], attend)
-        return self._logits(x[torch.tensor(spans[1:]).to(self.device) - 1])
+        return self._blocks(self._weights.embedded(idx, previous, at), idx, self._cos[at], self._sin[at], attend)
 
     def _attend_to_piece(self, layer: int, piece: Piece, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k, v (T, H_kv, D) of a piece; attention of q (T, H, D) over them and what was there: (T, H, D)."""
@@ -213,7 +223,7 @@ class InferenceModel:
             return _sdpa(q.unsqueeze(2), keys[:N, :, :K], values[:N, :, :K], mask).squeeze(2)  # (N, H, D)
 
         x = self._weights.embedded(idx, previous, None)
-        return self._logits(self._blocks(x, idx, self._cos[at], self._sin[at], attend))
+        return self.logits(self._blocks(x, idx, self._cos[at], self._sin[at], attend))
 
     def _blocks(self, x: Tensor, idx: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """Final normed hidden states (N, C). `attend(layer, q, k, v)` stores k, v (N, H_kv, D), returns (N, H, D)."""
@@ -240,7 +250,8 @@ class InferenceModel:
             x = torch.addcmul(x, middle, weights.backout[1])
         return norm(x)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """After hidden states (N, C): (N, V) float32."""
         softcap = self.config.softcap
         return softcap * torch.tanh(self._head(hidden).float() / softcap)
 

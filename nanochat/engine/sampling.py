@@ -1,12 +1,13 @@
 """Sampling settings, and the draw: one token for each row of logits.
 
-The steps have a fixed order, and each works on the result of the one before: repetition penalty, temperature, top-k,
-top-p, min-p. A row is drawn with one uniform number of its own sequence, so that a seed gives the same tokens whatever
-else is in the batch.
+The steps have a fixed order, and each works on the result of the one before: repetition penalty, the other penalties
+and the bias, temperature, top-k, top-p, min-p. A row is drawn with one uniform number of its own sequence, so that a
+seed gives the same tokens whatever else is in the batch.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -16,6 +17,7 @@ from nanochat.common import UserError
 
 CHAT_TEMPERATURE, CHAT_TOP_K = 0.6, 50  # of the terminal chat and the page, where their user asks for nothing else
 MAX_STOPS = 16
+MAX_BIAS = 100.0  # of a logit, up or down: beyond, a token is certain or impossible anyway
 MIN_TEMPERATURE = 1e-4  # lower ones are practically greedy, and dividing logits by them would overflow
 _LIMITS = {  # smallest and largest value of each number, and its type
     "max_tokens": (1, math.inf, int),
@@ -24,6 +26,8 @@ _LIMITS = {  # smallest and largest value of each number, and its type
     "top_p": (0.0, 1.0, float),
     "min_p": (0.0, 1.0, float),
     "repetition_penalty": (0.01, 100.0, float),
+    "frequency_penalty": (-2.0, 2.0, float),
+    "presence_penalty": (-2.0, 2.0, float),
     "seed": (-(2**63), 2**64, int),
     "num_logprobs": (0, 100, int),
 }
@@ -33,13 +37,17 @@ _LIMITS = {  # smallest and largest value of each number, and its type
 class Sampling:
     """How a reply is sampled. Checked on construction: `UserError` names the field and its value.
 
-    max_tokens: tokens to generate, a tool's answers included; the context is a further bound.
+    max_tokens: tokens to generate, a tool's answers included; the context is a further bound. 0 for
+    `prompt_logprobs` alone.
     temperature: 0 is greedy. top_k: None, 0 and anything from the vocabulary's size on keep all tokens.
     top_p: keeps the likeliest tokens that together have this probability (arXiv 1904.09751).
     min_p: keeps tokens with at least this share of the likeliest one's probability (arXiv 2407.01082).
     repetition_penalty: divides the logits of tokens that occurred, or multiplies negative ones (arXiv 1909.05858).
+    frequency_penalty, presence_penalty: what a token's logit loses for each time, and for any time, it was sampled.
+    logit_bias: pairs of a token id and what is added to its logit, from -100 (never) to 100 (nothing else).
     seed: None draws one. stop: texts that end the reply and are not part of it.
-    num_logprobs: None for no log probabilities; otherwise those of the tokens and of this many likeliest ones.
+    num_logprobs: None for no log probabilities; otherwise those of the tokens and of this many likeliest ones. They are
+    the model's own, whatever the settings. prompt_logprobs: whether also those of the prompt's tokens.
     use_tool: whether tool calls are answered; if so, only the tool writes tool answers.
     """
 
@@ -49,9 +57,13 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     num_logprobs: int | None = None
+    prompt_logprobs: bool = False
     use_tool: bool = True
 
     def __post_init__(self):
@@ -61,6 +73,7 @@ class Sampling:
             if value is None and name in optional:
                 continue
             is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            low = 0 if name == "max_tokens" and self.prompt_logprobs else low
             if not is_number or not low <= value <= high:
                 limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"
                 raise UserError(f"{name} must be {'a whole' if kind is int else 'a'} number {limit}, not {value!r}")
@@ -68,6 +81,15 @@ class Sampling:
             raise UserError(f"stop must be texts that are not empty, not {self.stop!r}")
         if len(self.stop) > MAX_STOPS:
             raise UserError(f"stop must be at most {MAX_STOPS} texts, not {len(self.stop)}")
+        for token, bias in self.logit_bias:
+            if not -MAX_BIAS <= bias <= MAX_BIAS:
+                raise UserError(f"logit_bias of token {token} must be from -{MAX_BIAS:g} to {MAX_BIAS:g}, not {bias!r}")
+
+    @property
+    def reweighs(self) -> bool:
+        """Whether logits change before the draw, by what was said before or a bias (see `reweigh_`)."""
+        has_penalty = self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty
+        return bool(has_penalty or self.logit_bias)
 
 
 @dataclass(frozen=True)
@@ -147,8 +169,25 @@ def _inverse(weights: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(places, last).squeeze(-1)
 
 
-def penalize_(logits: Tensor, seen: Iterable[int], penalty: float) -> None:
-    """Make the tokens `seen` less likely in logits (V,), in place; more likely for a penalty below 1."""
-    ids = torch.tensor(sorted(seen), dtype=torch.int64, device=logits.device)
-    values = logits[ids]
-    logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
+def reweigh_(logits: Tensor, sampling: Sampling, seen: Collection[int], counts: Mapping[int, int]) -> None:
+    """Apply penalties and bias to logits (V,), in place. `seen` are the tokens that occurred, also in the prompt, and
+    `counts` says how often each was sampled."""
+    if sampling.repetition_penalty != 1.0:
+        ids = torch.tensor(sorted(seen), dtype=torch.int64, device=logits.device)
+        values = logits[ids]
+        penalty = sampling.repetition_penalty
+        logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
+    shifts = Counter(dict(sampling.logit_bias))
+    if sampling.frequency_penalty or sampling.presence_penalty:
+        for token, count in counts.items():
+            shifts[token] -= count * sampling.frequency_penalty + sampling.presence_penalty
+    if shifts:
+        ids, values = torch.tensor(list(shifts), dtype=torch.int64), torch.tensor(list(shifts.values()))
+        logits[ids.to(logits.device)] += values.to(logits.device, logits.dtype)
+
+
+def log_probabilities(logits: Tensor, ids: Tensor, num_top: int) -> list[Tensor]:
+    """Of tokens ids (N,), each drawn from a row of logits (N, V): the log probability (N,) float32, and those of the
+    likeliest tokens with their ids, (N, min(num_top, V)) each."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    return [logprobs.gather(1, ids.unsqueeze(1)).squeeze(1), *logprobs.topk(min(num_top, logprobs.size(1)))]

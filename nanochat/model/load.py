@@ -32,14 +32,17 @@ def load_model(source: str, runtime: Runtime, *, model_tag: str = "", step: int 
 
 def load_weights(folder: Path, meta: Mapping, runtime: Runtime) -> GPT:
     """The model of a checkpoint on the runtime's device, in its compute dtype. Raises `UserError` if it is damaged."""
-    try:
-        config = GPTConfig(**meta["config"])
-    except TypeError as error:
-        raise UserError(f"checkpoint {folder} has a model config this version does not know: {error}") from error
-    model = build_model(config, device=runtime.device, compute_dtype=runtime.dtype)
+    model = build_model(read_config(folder, meta), device=runtime.device, compute_dtype=runtime.dtype)
     state = load_tensors(folder / "model.safetensors", str(runtime.device))
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise UserError(f"the weights in {folder} do not fit their config: {error}") from error
     return model
+
+
+def read_config(folder: Path, meta: Mapping) -> GPTConfig:
+    try:
+        return GPTConfig(**meta["config"])
+    except TypeError as error:
+        raise UserError(f"checkpoint {folder} has a model config this version does not know: {error}") from error

@@ -5,10 +5,10 @@ An answer belongs to one request and reads the replies of its job, which `worker
 text begins a new part. Not here: HTTP, waiting.
 """
 
+import codecs
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 from pydantic import BaseModel
@@ -74,10 +74,7 @@ class Answer:
         """None when they were not requested."""
         if self._job.work.sampling.num_logprobs is None:
             return None
-        return self._describe(index, [token for token in reply.tokens if token.logprob is not None])  # no tool results
-
-    def _text(self, token_id: int) -> str:
-        return self._tokenizer.decode((token_id,))
+        return self._describe(index, [token for token in reply.tokens if not token.is_forced])
 
 
 class ChatAnswer(Answer):
@@ -122,8 +119,10 @@ class ChatAnswer(Answer):
         def entry(token_id: int, logprob: float) -> Json:
             is_special = token_id in self._tokenizer.special_ids.values()
             raw = None if is_special else list(self._tokenizer.decode_bytes((token_id,)))
-            return {"token": self._text(token_id), "logprob": max(logprob, MIN_LOGPROB), "bytes": raw}
+            text = self._tokenizer.decode((token_id,))
+            return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": raw}
 
+        tokens = [token for token in tokens if token.id not in self._tokenizer.stop_ids]
         return {"content": [entry(t.id, t.logprob) | {"top_logprobs": [entry(*top) for top in t.top]} for t in tokens]}
 
 
@@ -132,27 +131,72 @@ def _chunk_choice(index: int, delta: Json, logprobs: Json | None = None, finish_
 
 
 class CompletionAnswer(Answer):
+    """With `echo`, each reply begins with its prompt. Special tokens are in the log probabilities, but not in texts."""
+
     whole_type, id_prefix = schema.Completion, "cmpl"
     object = chunk_object = "text_completion"
 
-    def __init__(self, *args: Any, **options: Any):
+    def __init__(self, *args: Any, echo: bool = False, **options: Any):
         super().__init__(*args, **options)
-        self._num_chars = [0] * len(self._job.replies)  # of the tokens described so far
+        self._to_echo = set(range(len(self._job.replies))) if echo else set()
+        self._lengths = [_Length(self._tokenizer) for _ in self._job.replies]
 
     def chunks(self, news: Mapping[int, Reply]) -> list[Json]:
         choices = (self._choice(index, reply) for index, reply in news.items())
         return [self._chunk([c]) for c in choices if c["text"] or c["logprobs"] or c["finish_reason"]]
 
     def _choice(self, index: int, reply: Reply) -> Json:
-        text, logprobs = "".join(delta.text for delta in reply.deltas), self._logprobs(index, reply)
+        text = "".join(delta.text for delta in reply.deltas)
+        if index not in self._to_echo:
+            logprobs = self._logprobs(index, reply)
+        else:
+            self._to_echo.remove(index)
+            number = index // self._job.work.num_samples
+            logprobs = self._logprobs(index, Reply(tokens=list(self._job.scored[number])))
+            special = set(self._tokenizer.special_ids.values())
+            text = self._tokenizer.decode(id_ for id_ in self._job.work.prompts[number] if id_ not in special) + text
+            self._lengths[index].end()  # a prompt may end within a character
+            if logprobs is not None:
+                for name, values in self._logprobs(index, reply).items():
+                    logprobs[name] += values
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reply.finish_reason}
 
     def _describe(self, index: int, tokens: Sequence[Token]) -> Json:
-        texts = [self._text(token.id) for token in tokens]
-        *offsets, self._num_chars[index] = accumulate(map(len, texts), initial=self._num_chars[index])
         return {
-            "tokens": texts,
-            "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in tokens],
-            "top_logprobs": [{self._text(id_): max(value, MIN_LOGPROB) for id_, value in t.top} for t in tokens],
-            "text_offset": offsets,
+            "tokens": [self._name(token.id) for token in tokens],
+            "token_logprobs": [None if t.logprob is None else max(t.logprob, MIN_LOGPROB) for t in tokens],
+            "top_logprobs": [None if t.logprob is None else self._top(t) for t in tokens],
+            "text_offset": [self._lengths[index].add(token.id) for token in tokens],
         }
+
+    def _top(self, token: Token) -> dict[str, float]:
+        """The likeliest tokens, and always the one that is there."""
+        return {self._name(id_): max(value, MIN_LOGPROB) for id_, value in (*token.top, (token.id, token.logprob))}
+
+    def _name(self, token_id: int) -> str:
+        """A token's text or, as at OpenAI, its bytes where these are no text: what is a key must not be ambiguous."""
+        raw = self._tokenizer.decode_bytes((token_id,))
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class _Length:
+    """Counts the characters of a text, which is given token by token."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._special = tokenizer, frozenset(tokenizer.special_ids.values())
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._num_chars = 0
+
+    def add(self, token_id: int) -> int:
+        """Where in the text a token begins: after the characters that were complete before it."""
+        before = self._num_chars
+        if token_id not in self._special:
+            self._num_chars += len(self._decoder.decode(self._tokenizer.decode_bytes((token_id,))))
+        return before
+
+    def end(self) -> None:
+        """Count what is left of an unfinished character."""
+        self._num_chars += len(self._decoder.decode(b"", final=True))

@@ -6,10 +6,12 @@ everywhere. Not here: flags, running the server.
 
 import asyncio
 import json
+import logging
+import re
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +20,33 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import generate_latest
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from nanochat.common import UserError
-from nanochat.data.chat import Conversation, Prompt, check_conversation, prompt_limit, render_for_completion
+from nanochat.data.chat import Prompt, prompt_limit, render_for_completion
+from nanochat.engine.sampling import CHAT_TEMPERATURE, CHAT_TOP_K
 from nanochat.serve import schema
 from nanochat.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from nanochat.serve.errors import ApiError, ClientGone, as_api_error
-from nanochat.serve.middleware import AccessLog, Gate, Metrics, Settings, page_policy
+from nanochat.serve.messages import Checked, Turns, ignored_fields, join_turns
+from nanochat.serve.middleware import IGNORED_HEADER, AccessLog, Gate, Metrics, Settings, page_policy, read_page
 from nanochat.serve.worker import LOADING_RETRY_SECONDS, Job, Pool
 from nanochat.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 PAGE_PATH = Path(__file__).with_name("ui.html")
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+MODEL_NAMES = (None, "", "default", "nanochat")  # by which the served model is known beside its own
+MAX_NAMED, MAX_NAME_CHARS, MAX_NAMES_KEPT = 16, 64, 256  # of ignored fields: in a header; of each; in the log
 HEALTH_MESSAGES = {"ok": "", "loading": "the model is being loaded", "failed": "see the server's log"}
 
 
 def create_app(pool: Pool, tokenizer: Tokenizer, settings: Settings, *, page_path: Path = PAGE_PATH) -> FastAPI:
     """The application; it starts and closes `pool`. Raises `UserError` when the page cannot be read."""
-    try:
-        html = page_path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the chat page {page_path}: {error}") from error
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -52,12 +57,14 @@ def create_app(pool: Pool, tokenizer: Tokenizer, settings: Settings, *, page_pat
             await pool.close()
 
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
-    metrics, policy, created = Metrics(pool), page_policy(html), int(time.time())
+    html, metrics, created = read_page(page_path), Metrics(pool), int(time.time())
+    policy = page_policy(html)
     server = _Server(pool, tokenizer, settings, metrics)
 
     app.add_middleware(Gate, settings=settings)
     if settings.cors_origins:
-        allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["authorization", "content-type"]}
+        allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["authorization", "content-type"],
+                   "expose_headers": [IGNORED_HEADER]}  # fmt: skip
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origins), **allowed)
     app.add_middleware(AccessLog, metrics=metrics)
     for kind in (ApiError, UserError, HTTPException, RequestValidationError):
@@ -92,10 +99,14 @@ def create_app(pool: Pool, tokenizer: Tokenizer, settings: Settings, *, page_pat
     @app.get("/v1/models", responses=errors, **key)
     async def models() -> schema.ModelList:
         """The one model that is served."""
-        sizes = {"context": settings.context_len, "max_tokens": settings.reply_limit}
-        return schema.ModelList(data=[schema.ModelCard(id=settings.model_name, created=created, nanochat=sizes)])
+        facts = schema.ModelFacts(
+            context=settings.context_len, max_tokens=settings.reply_limit, stage=settings.stage, step=settings.step,
+            parameters=settings.parameters, temperature=CHAT_TEMPERATURE, top_k=CHAT_TOP_K,
+            examples=list(settings.examples),
+        )  # fmt: skip
+        return schema.ModelList(data=[schema.ModelCard(id=settings.model_name, created=created, nanochat=facts)])
 
-    @app.get("/v1/models/{model}", responses=errors, **key)
+    @app.get("/v1/models/{model:path}", responses=errors, **key)
     async def model(model: str) -> schema.ModelCard:
         server.check_model(model)
         return (await models()).data[0]
@@ -103,6 +114,9 @@ def create_app(pool: Pool, tokenizer: Tokenizer, settings: Settings, *, page_pat
     post = {"methods": ["POST"], "responses": stream | errors, **key}
     app.add_api_route("/v1/chat/completions", server.chat, response_model=schema.ChatCompletion, **post)
     app.add_api_route("/v1/completions", server.completion, response_model=schema.Completion, **post)
+    post |= {"responses": errors}
+    app.add_api_route("/tokenize", server.tokenize, response_model=schema.TokenizeAnswer, **post)
+    app.add_api_route("/detokenize", server.detokenize, response_model=schema.DetokenizeAnswer, **post)
     return app
 
 
@@ -112,21 +126,22 @@ async def _error_response(_: Request, error: Exception) -> Response:
 
 @dataclass
 class _Server:
-    """The routes that generate."""
+    """The routes that take a request with a body."""
 
     pool: Pool
     tokenizer: Tokenizer
     settings: Settings
     metrics: Metrics
+    named: set[str] = field(default_factory=set)  # ignored fields that are in the log already
 
     async def chat(self, body: schema.ChatRequest, request: Request) -> Response:
         """The assistant's next reply in a conversation, or the rest of its last one."""
         log = self._check(body, request, num_prompts=1)
         sampling = body.sampling(self.settings.reply_limit)
-        prompt = await asyncio.to_thread(self._render, body.conversation, sampling.max_tokens)
+        prompt = await asyncio.to_thread(self._render, body.turns, sampling.max_tokens)
         log["num_dropped"] = prompt.num_dropped
         if self.settings.log_texts:
-            log["messages"] = body.conversation["messages"]
+            log["messages"] = body.turns.messages
         job = self.pool.submit([prompt.ids], sampling, num_samples=body.n or 1)
         return await self._respond(body, request, job, ChatAnswer, prompt=prompt)
 
@@ -138,18 +153,37 @@ class _Server:
         if self.settings.log_texts:
             log["prompts"] = body.prompts
         job = self.pool.submit(prompts, sampling, num_samples=body.n or 1)
-        return await self._respond(body, request, job, CompletionAnswer)
+        return await self._respond(body, request, job, CompletionAnswer, echo=bool(body.echo))
+
+    async def tokenize(self, body: schema.TokenizeRequest, request: Request) -> Response:
+        """The token ids of a text, or of messages as a chat request has them."""
+        self._admit(body, request)
+        if body.messages is not None:
+            conversation, opens = join_turns(body.messages).conversation, body.add_generation_prompt
+            prompt = await asyncio.to_thread(render_for_completion, self.tokenizer, conversation, opens=opens)
+            tokens = prompt.ids
+        else:
+            tokens = await asyncio.to_thread(self.tokenizer.encode, body.prompt)
+            tokens = [self.tokenizer.bos_id] * body.add_special_tokens + tokens
+        texts = [self.tokenizer.decode((token,)) for token in tokens] if body.return_token_strs else None
+        sizes = {"count": len(tokens), "max_model_len": self.settings.context_len}
+        return _json_response(schema.TokenizeAnswer(**sizes, tokens=tokens, token_strs=texts))
+
+    async def detokenize(self, body: schema.DetokenizeRequest, request: Request) -> Response:
+        """The text of token ids."""
+        self._admit(body, request)
+        self._check_ids(body.tokens, "tokens")
+        return _json_response(schema.DetokenizeAnswer(prompt=self.tokenizer.decode(body.tokens)))
 
     def check_model(self, name: str | None) -> None:
-        if name not in (None, self.settings.model_name):
+        if name not in (*MODEL_NAMES, self.settings.model_name):
             message = f"the model {name!r} does not exist; this server has {self.settings.model_name!r}"
             raise ApiError(404, message, code="model_not_found", param="model")
 
     def _check(self, body: schema.SamplingFields, request: Request, *, num_prompts: int) -> dict[str, Any]:
         """The request's log line, to add to. Raises `ApiError` for what can be refused before encoding."""
-        self.check_model(body.model)
-        if body.stream_options is not None and not body.stream:
-            raise ApiError(400, "stream_options requires stream: true", param="stream_options")
+        self._admit(body, request)
+        self._check_ids(map(int, body.logit_bias or ()), "logit_bias")
         num_replies, limit = num_prompts * (body.n or 1), self.settings.max_replies
         if num_replies > limit:
             message = f"the request asks for {num_replies} replies; the limit is {limit} per request"
@@ -158,27 +192,42 @@ class _Server:
         request.scope["log"]["stream"] = bool(body.stream)
         return request.scope["log"]
 
-    def _render(self, conversation: Conversation, max_tokens: int) -> Prompt:
-        """The prompt, with room for the reply. Raises `ApiError` for a conversation that is malformed or too long."""
-        limit, code = prompt_limit(self.settings.context_len, max_tokens), None
+    def _admit(self, body: Checked, request: Request) -> None:
+        """Check the model's name, and name the fields that are ignored: in a header, and once in the log."""
+        self.check_model(body.model)
+        names = [re.sub(r"[^\w.-]", "?", name, flags=re.A)[:MAX_NAME_CHARS] or "?" for name in ignored_fields(body)]
+        if names:
+            named = names[:MAX_NAMED] + ["..."] * (len(names) > MAX_NAMED)
+            request.scope["log"]["ignored"] = ", ".join(named)
+            new = [name for name in dict.fromkeys(names[:MAX_NAMED]) if name not in self.named]
+            if new and len(self.named) < MAX_NAMES_KEPT:
+                self.named.update(new)
+                logger.warning("ignored in requests, as it has no effect here: %s", ", ".join(new))
+
+    def _check_ids(self, ids: Iterable[int], param: str) -> None:
+        if (largest := max(ids, default=0)) >= self.tokenizer.vocab_size:
+            message = f"token id {largest} is outside the vocabulary of {self.tokenizer.vocab_size}"
+            raise ApiError(400, message, param=param)
+
+    def _render(self, turns: Turns, max_tokens: int) -> Prompt:
+        """The prompt, with room for the reply, and how many of the messages sent did not fit. Raises `ApiError` for a
+        conversation that is too long."""
+        limit = prompt_limit(self.settings.context_len, max_tokens)
         try:
-            check_conversation(conversation)
-            code = "context_length_exceeded"
-            return render_for_completion(self.tokenizer, conversation, max_tokens=limit)
+            prompt = render_for_completion(self.tokenizer, turns.conversation, max_tokens=limit)
         except UserError as error:
-            raise ApiError(400, str(error), code=code, param="messages") from error
+            raise ApiError(400, str(error), code="context_length_exceeded", param="messages") from error
+        return Prompt(prompt.ids, sum(turns.sizes[: prompt.num_dropped]))
 
     def _encode(self, prompts: Iterable[str | list[int]]) -> list[list[int]]:
         """Token ids of the prompts. Raises `ApiError` for one that is too long or has unknown ids."""
-        limit, vocab_size = self.settings.context_len, self.tokenizer.vocab_size
+        limit = self.settings.context_len
         encoded = [[self.tokenizer.bos_id, *self.tokenizer.encode(p)] if isinstance(p, str) else p for p in prompts]
         for ids in encoded:
             if len(ids) > limit:
                 message = f"the prompt has {len(ids)} tokens, but only {limit} fit"
                 raise ApiError(400, message, code="context_length_exceeded", param="prompt")
-            if max(ids) >= vocab_size:
-                message = f"token id {max(ids)} is outside the vocabulary of {vocab_size}"
-                raise ApiError(400, message, param="prompt")
+            self._check_ids(ids, "prompt")
         return encoded
 
     async def _respond(
@@ -192,7 +241,7 @@ class _Server:
         async with self._attended(request, job):
             while await job.next_news():
                 pass
-        return Response(answer.whole().model_dump_json(), media_type="application/json")
+        return _json_response(answer.whole())
 
     async def _events(self, request: Request, job: Job, answer: Answer) -> AsyncIterator[str]:
         """A streamed answer; events of the same engine step are yielded, and so sent, together."""
@@ -244,6 +293,10 @@ class _Server:
             num_steps = max(reply.num_tokens for reply in job.replies) - 1
             if num_steps > 0:
                 self.metrics.token_seconds.observe((job.last_token_time - job.first_token_time) / num_steps)
+
+
+def _json_response(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(), media_type="application/json")
 
 
 def _as_events(chunks: Iterable[dict[str, Any]]) -> str:

@@ -19,7 +19,7 @@ ROLES = ("system", "developer", "user", "assistant")
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _HTTP_MESSAGES = {
     400: "the request body is not JSON in UTF-8",
-    404: "no such path",
+    404: "no such path; the API is under /v1",
     405: "this path does not support this method",
 }
 
@@ -79,13 +79,18 @@ def _validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     param, kind, context = _param(error["loc"][1:]), error["type"], error.get("ctx", {})
     if kind == "json_invalid":
         return ApiError(400, f"the request is not valid JSON: {context.get('error', '')}")
-    if kind == "extra_forbidden":
-        message = f"unknown field {param}"
-    elif kind == "none_required" or (kind == "too_long" and context["max_length"] == 0):
-        message = f"{param} is not supported"
+    if kind == "none_required" or (kind == "too_long" and context["max_length"] == 0):
+        message = f"{param} is not supported; leave it out"
+    elif kind == "union_tag_invalid" and context["tag"] in ("tool", "function"):
+        param = f"{param}.role"
+        message = f"{param}: the model calls no functions of its clients; leave out messages with their results"
     elif kind == "union_tag_invalid":
         param = f"{param}.role"
         message = f"unknown {param}; use one of {context['expected_tags']}"
+    elif kind == "literal_error" and "content" in error["loc"]:
+        message = f"{param}: the model reads parts of the type {context['expected']} only; leave out others"
+    elif kind == "value_error":
+        message = f"{param}: {context['error']}"
     else:
         message = f"{param or 'the request'}: {error['msg']}"
     return ApiError(400, message, param=param or None)

@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -36,6 +37,7 @@ access_logger = logging.getLogger("nanochat.access")
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 PUBLIC_PATHS = ("/", "/health")  # served without a key
 MIN_KEY_CHARS = 8
+IGNORED_HEADER = "x-nanochat-ignored"  # names the fields of a request that had no effect
 DRAIN_BYTES = 1 << 26  # read and discard this much of a body that is too large, or the client never reads the answer
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 SECURITY_HEADERS = {
@@ -56,8 +58,12 @@ class Settings:
     model_name: str  # the id by which clients know the model
     context_len: int  # of the model, in tokens
     fingerprint: str = ""  # differs between models that may answer the same request differently
+    stage: str = ""  # of training, from which the model is
+    step: int = 0
+    parameters: int = 0
+    examples: tuple[str, ...] = ()  # questions that the model was trained to answer
     max_tokens: int = 0  # longest reply that a request may ask for, 0: the context
-    max_replies: int = 16  # per request: n times the number of prompts
+    max_replies: int = 64  # per request: n times the number of prompts
     max_body_bytes: int = 1 << 20
     body_seconds: float = 30.0  # time limit for receiving a request
     api_key: str | None = None
@@ -88,6 +94,17 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def read_page(path: Path) -> str:
+    """A page with the scripts that it names, which lie beside it, set into it: one file to send, one policy for it.
+    Raises `UserError` when one of them cannot be read."""
+    try:
+        html = path.read_text(encoding="utf-8")
+        named = re.compile(r' src="([\w.]+)"></script>')
+        return named.sub(lambda match: f">{path.with_name(match[1]).read_text(encoding='utf-8')}</script>", html)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the chat page {path}: {error}") from error
 
 
 def page_policy(html: str) -> str:
@@ -132,8 +149,9 @@ class Metrics:
 class AccessLog:
     """Logs one JSON line per request to `nanochat.access`, sets security headers, and answers unexpected exceptions.
 
-    Routes add fields to the line through `scope["log"]`. A client appears as a hash of its address under a key drawn
-    at each start: requests of one client can be related to each other, but not to an address.
+    Routes add fields to the line through `scope["log"]`; `ignored` becomes a header of the answer too. A client appears
+    as a hash of its address under a key drawn at each start: requests of one client can be related to each other, but
+    not to an address.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics):
@@ -151,6 +169,8 @@ class AccessLog:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                if log.get("ignored"):
+                    headers[IGNORED_HEADER] = log["ignored"]
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
@@ -179,7 +199,8 @@ class AccessLog:
                 "status": status,
                 "seconds": round(seconds, 4),
             }
-            access_logger.info(json.dumps(line | log))
+            if access_logger.isEnabledFor(logging.INFO):
+                access_logger.info(json.dumps(line | log))
 
 
 class Gate:

@@ -57,7 +57,8 @@ class Piece(NamedTuple):
     index: int  # of the reply: sample i of prompt p has p * num_samples + i
     deltas: Sequence[Delta]
     num_tokens: int
-    tokens: Sequence[Token]  # only when log probabilities were requested
+    tokens: Sequence[Token]  # only when log probabilities were requested; then also the special one that ends a reply
+    scored: Sequence[Token]  # the prompt's, when their log probabilities were requested; with its first piece
     num_cached: int  # prompt tokens that were in the cache already
     finish_reason: str | None
 
@@ -113,9 +114,12 @@ def _serve(engine: Engine, commands: queue.SimpleQueue, send: Callable[[Progress
         pieces = []
         for event in events:
             work_id, first_index = origins[event.request]
-            tokens = event.tokens if event.request.sampling.num_logprobs is not None else ()
+            request, end, tokens = event.request, event.request.completions[event.index].end, ()
+            if request.sampling.num_logprobs is not None:
+                tokens = event.tokens if end is None else (*event.tokens, end)
             pieces.append(Piece(work_id, first_index + event.index, event.deltas, len(event.tokens), tokens,
-                                event.request.num_reused, event.finish_reason))  # fmt: skip
+                                request.scored, request.num_reused, event.finish_reason))  # fmt: skip
+            request.scored = []
         send(Progress(pieces, asdict(engine.stats) | {"active": engine.num_active, "waiting": engine.num_waiting}))
 
     def cancel(work_id: int) -> None:
@@ -184,6 +188,7 @@ class Job:
         self.work, self.worker = work, worker
         self.num_unfinished = len(work.prompts) * work.num_samples
         self.replies = [Reply() for _ in range(self.num_unfinished)]
+        self.scored: list[Sequence[Token]] = [()] * len(work.prompts)
         self.num_cached = 0
         self.failure: ApiError | None = None
         self.started = time.perf_counter()
@@ -213,6 +218,8 @@ class Job:
             self.first_token_time = self.first_token_time or self.last_token_time
         self.num_cached = max(self.num_cached, piece.num_cached)
         self.num_unfinished -= piece.finish_reason is not None
+        if piece.scored:
+            self.scored[piece.index // self.work.num_samples] = piece.scored
         for reply in self.replies[piece.index], self._news.setdefault(piece.index, Reply()):
             reply.add(piece)
         self._has_news.set()
@@ -278,19 +285,21 @@ class Pool:
     """Workers, one for each of `make_engines`, that run from `start` to `close`; for the event loop's thread.
 
     Work goes to the worker with the least to do. `max_rows` replies are generated at a time in each, and `max_queue`
-    more may wait. A worker that dies while it serves is restarted; one that cannot load stays down, and when none is
-    left `on_failure(message)` is called. With `in_threads` the engines are threads of this process, for tests.
+    more may wait. `on_ready()` is called when the first can answer. A worker that dies while it serves is restarted;
+    one that cannot load stays down, and when none is left `on_failure(message)` is called. With `in_threads` the
+    engines are threads of this process, for tests.
     """
 
     def __init__(
         self, make_engines: Sequence[MakeEngine], *, max_rows: int, max_queue: int, in_threads: bool = False,
-        on_failure: Callable[[str], None] = lambda message: None,
+        on_ready: Callable[[], None] = lambda: None, on_failure: Callable[[str], None] = lambda message: None,
     ):  # fmt: skip
         assert make_engines
         assert max_rows > 0, max_rows
         assert max_queue >= 0, max_queue
         self.workers: list[Worker] = []
-        self._make_engines, self._in_threads, self._on_failure = make_engines, in_threads, on_failure
+        self._make_engines, self._in_threads = make_engines, in_threads
+        self._on_ready, self._on_failure, self._was_ready = on_ready, on_failure, False
         self._max_rows, self._capacity = max_rows, len(make_engines) * max_rows + max_queue
         self._num_works = 0
         self._is_closing = False
@@ -359,6 +368,9 @@ class Pool:
     def _on_message(self, worker: Worker, message: Progress | Failed) -> None:
         if isinstance(message, Progress):
             worker.state, worker.stats = "ready", message.stats
+            if not self._was_ready:
+                self._was_ready = True
+                self._on_ready()
             for piece in message.pieces:
                 if job := worker.jobs.get(piece.work_id):  # None: cancelled in the meantime
                     job.add(piece)

@@ -22,7 +22,7 @@ from nanochat.common import Runtime, print0
 from nanochat.data.dataloader import Batch
 from nanochat.evals.loss_eval import BpbResult
 from nanochat.model.gpt import GPT
-from nanochat.report import append_record
+from nanochat.records import append_record
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import schedule
 from nanochat.training.interrupts import Agreement, StopSignals, write_batches
@@ -57,6 +57,7 @@ class TrainingRun:
     resumed: Mapping
     results: dict = field(default_factory=dict)
     first_step: int = 0
+    examples: Sequence[str] = ()  # questions that the model learns to answer, for the chat page
     shards: dict | None = None  # the note of `run_shards`, for the checkpoints; None where there are no shards
 
     def __post_init__(self):
@@ -187,6 +188,8 @@ class TrainingRun:
             "results": self.results, "device_batch_size": self.device_batch_size, "stats": self.stats.state(),
             "scaler": self.scaler.state(), "wandb_id": self.metrics.wandb_id, "shards": self.shards,
         }  # fmt: skip
+        if self.examples:
+            meta["examples"] = list(self.examples)
         self.saver.start(
             step, model=self.model, tokenizer=self.tokenizer, meta=meta,
             optimizer_state=self.optimizer.state_dict(), loader_state=self.loader.state_dict(),
