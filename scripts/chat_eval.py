@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
     # output
     if runtime.is_main:
         print0(f"prompts, answers and verdicts: {base_dir() / 'chat_eval' / name}/")
-        numbers = {result.task: result.accuracy.value for result in results}
+        numbers = {name_in_report(result): result.accuracy.value for result in results}
         if core_results:
             numbers |= {"ChatCORE": core.value, "ChatCORE_low": core.low, "ChatCORE_high": core.high}
         numbers["elapsed_seconds"] = time.perf_counter() - begin
@@ -156,6 +156,12 @@ def of_chat_core(results: list[TaskResult]) -> list[TaskResult]:
     return found if len(found) == len(TASK_NAMES) else []
 
 
+def name_in_report(result: TaskResult) -> str:
+    """The name of a task's score, which says so where no question had room for all worked examples."""
+    most = max(result.given_shots, default=result.num_shots)
+    return result.task if most == result.num_shots else f"{result.task} ({most} fit)"
+
+
 def table_rows(result: TaskResult) -> list[dict]:
     """The rows of a task in the report: the task, then each further score."""
     estimates = {result.task: result.accuracy}
@@ -169,7 +175,7 @@ def table_rows(result: TaskResult) -> list[dict]:
     ]
     if num_samples > 1:
         rows[-1]["baseline"] = 1 - (1 - result.baseline) ** num_samples
-    rows[0] = {"task": result.task, "problems": len(result.items), **rows[0]}
+    rows[0] = {"task": result.task, "problems": len(result.items), **rows[0]} | {"task": name_in_report(result)}
     rows[0] |= {"centered": result.centered.value, "cut": result.num_cut}
     rows[0] |= {"unfinished": result.num_unfinished, "seconds": result.seconds}
     if given := result.given_shots:
@@ -195,7 +201,7 @@ def print_task(result: TaskResult) -> None:
     estimate = " {accuracy:>8.4f} {low:>7.4f} - {high:.4f} {baseline:>8.4f}"
     counts = " {centered:>8.4f} {cut:>5} {unfinished:>5} {seconds:>8.1f}"
     first, *further = table_rows(result)
-    print0(("{task:<24} {problems:>8}" + estimate + counts).format_map(first))
+    print0(("{task:<24} {problems:>8}" + estimate + counts).format_map(first | {"task": result.task}))
     for row in further:
         print0(("  {task:<31}" + estimate).format_map(row))
     if first.get("short_of_shots"):

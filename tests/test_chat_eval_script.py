@@ -181,7 +181,9 @@ def test_standard_prompts_have_results_names_and_a_record_of_their_own(workplace
     assert all(0 < item["num_shots"] < 25 and item["prompt"].count("Answer:") > 1 for item in items)
     record = json.loads((workplace.base / "report" / "records.jsonl").read_text().splitlines()[-1])
     assert (record["stage"], record["settings"]["prompts"]) == ("standard_eval", "standard")
-    assert set(record["results"]) == {"ARC-Challenge 25-shot", "elapsed_seconds"}
+    name = f"ARC-Challenge 25-shot ({max(item['num_shots'] for item in items)} fit)"
+    assert set(record["results"]) == {name, "elapsed_seconds"}
+    assert record["table"][0]["task"] == name
     assert record["table"][0]["baseline"] == 0.25
     assert record["table"][0]["short_of_shots"] == NUM_WORDS
     before = path.read_text()
