@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
     name = re.sub(r"[^\w.-]+", "_", f"{loaded.source}_{loaded.folder.parent.name}_{loaded.folder.name}{slow}")
     logs = [result_log(name, task, loaded, settings, runtime) for task in tasks]
     prepare_logs(logs, resume=args.resume)
-    print0("task                   problems accuracy    95 % interval guessing centered   cut  long  seconds")
+    print0("task                     problems accuracy    95 % interval guessing centered   cut  long  seconds")
     results = []
     for task, log in zip(tasks, logs, strict=True):
         # a progress bar in the first process, if it has a terminal
@@ -119,13 +119,13 @@ def main(args: argparse.Namespace) -> None:
     averaged, title = (core_results, "ChatCORE") if core_results else (results, "mean centred accuracy")
     core = chat_core(averaged)
     print0(f"{title} {core.value:.4f} ({core.low:.4f} - {core.high:.4f}) over {len(averaged)} tasks")
-    print0("intervals: 95 % confidence, Wilson's for a task; centered: 0 for guessing, 1 for all right; cut: prompts")
-    print0("shortened; long: answers without an end")
+    print0("intervals: 95 % confidence, Wilson's for a task; cut: prompts shortened; long: answers without an end")
+    print0("guessing: its accuracy, which is 0 when centered")
 
     # output
     if runtime.is_main:
         print0(f"prompts, answers and verdicts: {base_dir() / 'chat_eval' / name}/")
-        numbers = {result.task: result.accuracy.value for result in results}
+        numbers = {name_in_report(result): result.accuracy.value for result in results}
         if core_results:
             numbers |= {"ChatCORE": core.value, "ChatCORE_low": core.low, "ChatCORE_high": core.high}
         numbers["elapsed_seconds"] = time.perf_counter() - begin
@@ -156,6 +156,12 @@ def of_chat_core(results: list[TaskResult]) -> list[TaskResult]:
     return found if len(found) == len(TASK_NAMES) else []
 
 
+def name_in_report(result: TaskResult) -> str:
+    """The name of a task's score, which says so where no question had room for all worked examples."""
+    most = max(result.given_shots, default=result.num_shots)
+    return result.task if most == result.num_shots else f"{result.task} ({most} fit)"
+
+
 def table_rows(result: TaskResult) -> list[dict]:
     """The rows of a task in the report: the task, then each further score."""
     estimates = {result.task: result.accuracy}
@@ -169,7 +175,7 @@ def table_rows(result: TaskResult) -> list[dict]:
     ]
     if num_samples > 1:
         rows[-1]["baseline"] = 1 - (1 - result.baseline) ** num_samples
-    rows[0] = {"task": result.task, "problems": len(result.items), **rows[0]}
+    rows[0] = {"task": result.task, "problems": len(result.items), **rows[0]} | {"task": name_in_report(result)}
     rows[0] |= {"centered": result.centered.value, "cut": result.num_cut}
     rows[0] |= {"unfinished": result.num_unfinished, "seconds": result.seconds}
     if given := result.given_shots:
@@ -195,12 +201,14 @@ def print_task(result: TaskResult) -> None:
     estimate = " {accuracy:>8.4f} {low:>7.4f} - {high:.4f} {baseline:>8.4f}"
     counts = " {centered:>8.4f} {cut:>5} {unfinished:>5} {seconds:>8.1f}"
     first, *further = table_rows(result)
-    print0(("{task:<22} {problems:>8}" + estimate + counts).format_map(first))
+    print0(("{task:<24} {problems:>8}" + estimate + counts).format_map(first | {"task": result.task}))
     for row in further:
-        print0(("  {task:<29}" + estimate).format_map(row))
+        print0(("  {task:<31}" + estimate).format_map(row))
     if first.get("short_of_shots"):
-        told = "only {fewest_shots} to {most_shots} of {shots} worked examples fit the context before {short_of_shots}"
-        print0(f"  {told} of the problems".format_map(first))
+        fit = " to ".join(map(str, sorted({first["fewest_shots"], first["most_shots"]})))
+        print0(
+            f"  {fit} of {first['shots']} worked examples fit; {first['short_of_shots']:,} problems had room for fewer"
+        )
     if result.num_earlier:
         print0(f"  {result.num_earlier} of the problems were answered in an earlier run")
 
