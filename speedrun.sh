@@ -17,7 +17,7 @@
 #                      without GPUs assumes 8)
 #   GPU                kind of GPU for a dry run (default: this machine's, or H100)
 #   VOCAB_SIZE         tokens of the vocabulary
-#   NUM_STEPS          steps of every training stage, to try it out
+#   NUM_STEPS          steps of every training stage, to try it out, by default in ~/.cache/nanochat-trial
 #   TOKEN_RATIO        training tokens per parameter of matrices and head (default on GPUs: 12)
 #   BASE_STEPS         steps of pretraining, without a GPU only (default: 170); every stage says how long its steps take
 #   PRETRAIN_FLAGS     further flags of scripts.base_train, which win over those here
@@ -66,7 +66,7 @@ check '0|1' "0 or 1" CHAT RL
 check 'mixture|small_world' "mixture or small_world" CHAT_DATA
 
 default_base="$(cd ~ && pwd)/.cache/nanochat"
-NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$default_base}"
+NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$default_base${NUM_STEPS:+-trial}}" # its checkpoints fit no other run's steps
 if [[ $NANOCHAT_BASE_DIR != /* ]]; then NANOCHAT_BASE_DIR="$started_in/$NANOCHAT_BASE_DIR"; fi
 export NANOCHAT_BASE_DIR PYTHONUNBUFFERED=1
 notes="$NANOCHAT_BASE_DIR/speedrun" # of the stages that have ended or were skipped

@@ -106,12 +106,22 @@ def humaneval() -> dict[str, Any]:
     return config | {"task": "humaneval_texts", "metric_list": [{"metric": "bypass"}], "unsafe_code": False}
 
 
+@functools.cache
+def harness_tasks():
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def answer(lm, task: Mapping[str, Any], numbers: list[int], max_tokens: int) -> dict[int, dict[str, Any]]:
     """What the harness made of items `numbers`: prompt, answer (a text, or log-likelihoods), scores by our names."""
     from lm_eval import simple_evaluate
 
+    manager = harness_tasks()
+    entry = manager._entry(task["task"])  # one of the harness's own, which a dictionary alone would not be read from
+    built = manager._factory.build(entry, overrides=dict(task), registry=manager._index) if entry else dict(task)
     found = simple_evaluate(
-        lm, tasks=[dict(task)], samples={task["task"]: numbers}, bootstrap_iters=0, log_samples=True,
+        lm, tasks=[built], samples={task["task"]: numbers}, bootstrap_iters=0, log_samples=True,
         gen_kwargs={"max_gen_toks": max_tokens, "do_sample": False}, confirm_run_unsafe_code=True,
     )  # fmt: skip
     items: dict[int, dict[str, Any]] = {}

@@ -24,6 +24,7 @@ from nanochat.watch import Watch, group_hosts, this_host
 
 logger = logging.getLogger(__name__)
 
+DEVICES = ("cuda", "mps", "cpu")  # best first
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FP8 = "fp8"  # a further choice for training: bfloat16, but for the products of the blocks, which are of float8
 FP8_CAPABILITY = (8, 9)  # Ada; Hopper has (9, 0)
@@ -345,14 +346,6 @@ def print0(*args, **kwargs) -> None:
     """`print` on rank 0 only, flushed so that the log of a long run can be followed."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(*args, **kwargs, flush=True)
-
-
-def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every script that runs a model: the arguments of `init_runtime`."""
-    add = parser.add_argument_group("runtime").add_argument
-    add("--device-type", default="", help="cuda, mps or cpu (default: the best one present)")
-    choices = f"{', '.join(DTYPES)}, in training also {FP8}"
-    add("--dtype", default="", help=f"compute dtype: {choices} (default: what suits the device)")
 
 
 def run_main(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:

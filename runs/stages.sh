@@ -75,6 +75,7 @@ at_exit() {
     if [ -n "$download" ]; then kill "$download" 2>/dev/null || true; fi
     rm -f "$notes/pid"
     if [ "$status" -ne 0 ]; then
-        echo "stopped at $where, with status $status; the same command goes on from there" >&2
+        echo "stopped at $where, with status $status; the same command goes on from there, and with NANOCHAT_BASE_DIR" \
+            "set to another folder, a new run begins" >&2
     fi
 }

@@ -22,18 +22,10 @@ import torch
 from torch import Tensor
 
 from nanochat.checkpoint import add_checkpoint_flags
-from nanochat.common import (
-    UserError,
-    add_runtime_flags,
-    base_dir,
-    init_runtime,
-    print0,
-    run_main,
-    together,
-    write_atomic,
-)
+from nanochat.common import UserError, base_dir, init_runtime, print0, run_main, together, write_atomic
 from nanochat.evals.core_bundle import fetch_bundle
 from nanochat.evals.core_eval import TaskResult, evaluate_core
+from nanochat.flags import Parser, add_runtime_flags
 from nanochat.model.load import load_model
 from nanochat.records import append_record
 
@@ -42,18 +34,17 @@ PROBE_TOKENS = 8
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_runtime_flags(parser)
-    add = parser.add_argument
-    # model
+    parser = Parser(__doc__)
     add_checkpoint_flags(parser)
-    add("--hf-path", default="", help="evaluate this Hugging Face model (folder or name) instead")
-    # data
+    hf_help = "Hugging Face model to evaluate instead, folder or name (default: none)"
+    parser.add_argument_group("model").add_argument("--hf-path", default="", help=hf_help)
+    add = parser.add_argument_group("data").add_argument
     add("--bundle", default="", help="URL, zip or folder of tasks (default: $NANOCHAT_EVAL_BUNDLE or the public ones)")
-    add("--max-per-task", type=int, default=0, help="limit of examples per task, 0 for all")
-    # evaluation
+    add("--max-per-task", type=int, default=0, help="examples of each task at most, 0 for all")
+    add = parser.add_argument_group("evaluation").add_argument
     add("--batch-tokens", type=int, default=0, help="tokens of a batch, 0 for what suits the device")
     add("--slow", action="store_true", help="one choice at a time with all logits, to check the fast path")
+    add_runtime_flags(parser)
     return parser.parse_args()
 
 

@@ -22,10 +22,11 @@ from functools import partial
 from tqdm import tqdm
 
 from nanochat.checkpoint import SOURCES, add_checkpoint_flags
-from nanochat.common import Runtime, UserError, add_runtime_flags, base_dir, init_runtime, print0, run_main, together
+from nanochat.common import Runtime, UserError, base_dir, init_runtime, print0, run_main, together
 from nanochat.engine.engine import Engine
 from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task, prepare_logs
 from nanochat.evals.chat_results import ResultLog, TaskResult, chat_core
+from nanochat.flags import Parser, add_runtime_flags
 from nanochat.model.load import LoadedModel, load_model
 from nanochat.records import append_record
 from tasks.common import Task
@@ -38,29 +39,28 @@ MARKED = {"python": "<|python_start|>{}<|python_end|>", "python_output": "<|outp
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_runtime_flags(parser)
-    add = parser.add_argument
-    # model
-    add_checkpoint_flags(parser, source="sft")
-    add("-i", dest="source", choices=SOURCES, default=argparse.SUPPRESS, help="short for --source")
-    # data
+    parser = Parser(__doc__)
+    add_checkpoint_flags(parser, source="")
+    short = {"dest": "source", "choices": SOURCES, "default": argparse.SUPPRESS}
+    parser.add_argument_group("model").add_argument("-i", **short, help="short for --source, with its default")
+    add = parser.add_argument_group("data").add_argument
     tasks_help = f"tasks separated by |, {SMALL_WORLD} for the miniature's (default: {'|'.join(TASK_NAMES)})"
     add("-a", "--tasks", default="", metavar="TASK|TASK", help=tasks_help)
-    add("--prompts", choices=("ours", "standard"), default="ours", help="how questions are put (default: ours)")
-    add("--max-problems", type=int, default=0, help="limit of problems per task, always the same ones, 0 for all")
-    # evaluation
-    add("--temperature", type=float, default=0.0, help="of sampling written answers, 0 for greedy")
+    add("--prompts", choices=("ours", "standard"), default="ours", help="how questions are put")
+    add("--max-problems", type=int, default=0, help="problems of each task at most, always the same ones, 0 for all")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--temperature", type=float, default=0.0, help="randomness of written answers, 0 for greedy")
     add("--top-k", type=int, default=0, help="draw only from this many of the likeliest tokens, 0 for all")
     add("--max-tokens", type=int, default=512, help="longest written answer in tokens")
     add("--num-samples", type=int, default=1, help="written answers to each problem")
-    add("--seed", type=int, default=42, help="seed for sampling answers")
+    add("--seed", type=int, default=42, help="random seed of the answers")
     add("--batch-rows", type=int, default=0, help="answers written at a time, 0 for what suits the device")
     add("--slow", action="store_true", help="one problem at a time without a cache, to check the fast paths")
     unsafe_help = "run the code that the model writes for HumanEval even where this system cannot isolate it"
     add("--allow-unsafe-execution", action="store_true", help=unsafe_help)
-    # output
-    add("--resume", action="store_true", help="keep earlier results, ask only what is missing (else: replace them)")
+    resume_help = "keep earlier results and ask only what is missing, rather than replace them"
+    parser.add_argument_group("output").add_argument("--resume", action="store_true", help=resume_help)
+    add_runtime_flags(parser)
     return parser.parse_args()
 
 
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     except UserError:
         if runtime.is_main:
             results = {"not_run": f"{task.name} has no data or cannot be judged"}
-            append_record(stage, settings=vars(args), results=results)
+            append_record(stage, settings={**vars(args), "source": loaded.source}, results=results)
         raise
     print0(f"{loaded.folder}: {', '.join(f'{task.name} {len(task):,}' for task in tasks)} problems")
 
@@ -104,10 +104,10 @@ def main(args: argparse.Namespace) -> None:
 
     # evaluation
     slow = "_slow" if args.slow else ""
-    name = re.sub(r"[^\w.-]+", "_", f"{args.source}_{loaded.folder.parent.name}_{loaded.folder.name}{slow}")
+    name = re.sub(r"[^\w.-]+", "_", f"{loaded.source}_{loaded.folder.parent.name}_{loaded.folder.name}{slow}")
     logs = [result_log(name, task, loaded, settings, runtime) for task in tasks]
     prepare_logs(logs, resume=args.resume)
-    print0("task                   problems accuracy    95 % interval guessing centered   cut  long  seconds")
+    print0("task                     problems accuracy    95 % interval guessing centered   cut  long  seconds")
     results = []
     for task, log in zip(tasks, logs, strict=True):
         # a progress bar in the first process, if it has a terminal
@@ -119,18 +119,18 @@ def main(args: argparse.Namespace) -> None:
     averaged, title = (core_results, "ChatCORE") if core_results else (results, "mean centred accuracy")
     core = chat_core(averaged)
     print0(f"{title} {core.value:.4f} ({core.low:.4f} - {core.high:.4f}) over {len(averaged)} tasks")
-    print0("intervals: 95 % confidence, Wilson's for a task; centered: 0 for guessing, 1 for all right; cut: prompts")
-    print0("shortened; long: answers without an end")
+    print0("intervals: 95 % confidence, Wilson's for a task; cut: prompts shortened; long: answers without an end")
+    print0("guessing: its accuracy, which is 0 when centered")
 
     # output
     if runtime.is_main:
         print0(f"prompts, answers and verdicts: {base_dir() / 'chat_eval' / name}/")
-        numbers = {result.task: result.accuracy.value for result in results}
+        numbers = {name_in_report(result): result.accuracy.value for result in results}
         if core_results:
             numbers |= {"ChatCORE": core.value, "ChatCORE_low": core.low, "ChatCORE_high": core.high}
         numbers["elapsed_seconds"] = time.perf_counter() - begin
         table = [row for result in results for row in table_rows(result)]
-        settings = {**vars(args), "model": name}
+        settings = {**vars(args), "source": loaded.source, "model": name}
         append_record(stage, settings=settings, results=numbers, table=table, samples=sample_replies(results))
 
 
@@ -156,6 +156,12 @@ def of_chat_core(results: list[TaskResult]) -> list[TaskResult]:
     return found if len(found) == len(TASK_NAMES) else []
 
 
+def name_in_report(result: TaskResult) -> str:
+    """The name of a task's score, which says so where no question had room for all worked examples."""
+    most = max(result.given_shots, default=result.num_shots)
+    return result.task if most == result.num_shots else f"{result.task} ({most} fit)"
+
+
 def table_rows(result: TaskResult) -> list[dict]:
     """The rows of a task in the report: the task, then each further score."""
     estimates = {result.task: result.accuracy}
@@ -169,7 +175,7 @@ def table_rows(result: TaskResult) -> list[dict]:
     ]
     if num_samples > 1:
         rows[-1]["baseline"] = 1 - (1 - result.baseline) ** num_samples
-    rows[0] = {"task": result.task, "problems": len(result.items), **rows[0]}
+    rows[0] = {"task": result.task, "problems": len(result.items), **rows[0]} | {"task": name_in_report(result)}
     rows[0] |= {"centered": result.centered.value, "cut": result.num_cut}
     rows[0] |= {"unfinished": result.num_unfinished, "seconds": result.seconds}
     if given := result.given_shots:
@@ -195,12 +201,14 @@ def print_task(result: TaskResult) -> None:
     estimate = " {accuracy:>8.4f} {low:>7.4f} - {high:.4f} {baseline:>8.4f}"
     counts = " {centered:>8.4f} {cut:>5} {unfinished:>5} {seconds:>8.1f}"
     first, *further = table_rows(result)
-    print0(("{task:<22} {problems:>8}" + estimate + counts).format_map(first))
+    print0(("{task:<24} {problems:>8}" + estimate + counts).format_map(first | {"task": result.task}))
     for row in further:
-        print0(("  {task:<29}" + estimate).format_map(row))
+        print0(("  {task:<31}" + estimate).format_map(row))
     if first.get("short_of_shots"):
-        told = "only {fewest_shots} to {most_shots} of {shots} worked examples fit the context before {short_of_shots}"
-        print0(f"  {told} of the problems".format_map(first))
+        fit = " to ".join(map(str, sorted({first["fewest_shots"], first["most_shots"]})))
+        print0(
+            f"  {fit} of {first['shots']} worked examples fit; {first['short_of_shots']:,} problems had room for fewer"
+        )
     if result.num_earlier:
         print0(f"  {result.num_earlier} of the problems were answered in an earlier run")
 

@@ -13,7 +13,7 @@ import argparse
 import math
 import time
 
-from nanochat.common import UserError, add_runtime_flags, join_ranks, print0, run_main, together
+from nanochat.common import UserError, join_ranks, print0, run_main, together
 from nanochat.engine.engine import Engine
 from nanochat.engine.inference import add_weights_flag
 from nanochat.engine.sampling import Sampling
@@ -36,33 +36,39 @@ START_MEANS = "start_means"  # first rewards of the held-out questions, to compa
 SUMS = ("rollout_tokens", "train_tokens", "rollout_seconds")  # over all steps, for the report
 TWO_OR_MORE = Range("be at least 2", lambda value: value >= 2)
 
-FLAGS = (
-    *shared("run", "recompute", "attention", "seed"),
-    *shared("model_tag", "step", "output_tag", *RUN_FLAGS, source="sft"),
-    # data and horizon
-    Flag("tasks", str, "", "tasks with a reward (default: GSM8K, unless --data is given)", metavar="TASK|TASK"),
-    Flag("data", str, [], "own questions: a file or folder of jsonl, json or parquet, or a hub repository; the last "
-         "answer of each is the reference (default: none)", nargs="+", metavar="DATA"),
-    *shared("skip_bad_rows", "check_data", "epochs", "num_steps"),
-    # rollouts
-    Flag("questions_per_step", int, 16, "questions answered for each optimizer step", POSITIVE),
-    Flag("num_samples", int, 16, "replies to each question, which are compared with each other", TWO_OR_MORE),
-    Flag("max_tokens", int, 256, "maximum length of a reply, in tokens", POSITIVE),
-    Flag("temperature", float, 1.0, "of the replies; learning is on-policy only at 1 with --top-k 0", POSITIVE),
-    Flag("top_k", int, 0, "sample from this many of the likeliest tokens only, 0 for all", ZERO_OR_MORE),
-    Flag("engine_rows", int, 0, "replies generated at a time, 0 for what suits the device", **COUNT),
-    # optimization
-    Flag("device_batch_size", int, 8, "replies per micro-step on each device", POSITIVE, **FREE),
-    *shared("weight_decay", "warmup_steps", "warmdown_frac", "final_lr_frac", lr_mult=LR_MULT),
-    # evaluation
-    Flag("eval_every", int, 60, "period in steps of reward and pass@k on held-out questions, 0 for never", **COUNT),
-    Flag("eval_questions", int, 400, "held-out questions, 0 for all", **COUNT),
-    Flag("eval_samples", int, 8, "replies to each of them, for pass@1, pass@2, ...", POSITIVE, **FREE),
-)  # fmt: skip
+FLAGS = {
+    "model": shared("model_tag", "step", source="sft"),
+    "data": (
+        Flag("tasks", str, "", "tasks with a reward (default: GSM8K, unless --data is given)", metavar="TASK|TASK"),
+        Flag("data", str, [], "own questions: a file or folder of jsonl, json or parquet, or a hub repository; the "
+             "last answer of each is the reference (default: none)", nargs="+", metavar="DATA"),
+        *shared("skip_bad_rows", "check_data", "seed"),
+    ),
+    "horizon": shared("epochs", "num_steps"),
+    "replies": (
+        Flag("questions_per_step", int, 16, "questions answered for each optimizer step", POSITIVE),
+        Flag("num_samples", int, 16, "replies to each question, which are compared with each other", TWO_OR_MORE),
+        Flag("max_tokens", int, 256, "longest reply in tokens", POSITIVE),
+        Flag("temperature", float, 1.0, "of the replies; learning is on-policy only at 1 with --top-k 0", POSITIVE),
+        Flag("top_k", int, 0, "sample from this many of the likeliest tokens only, 0 for all", ZERO_OR_MORE),
+        Flag("engine_rows", int, 0, "replies generated at a time, 0 for what suits the device", **COUNT),
+    ),
+    "optimization": (
+        Flag("device_batch_size", int, 8, "replies per micro-step on each device", POSITIVE, **FREE),
+        *shared("weight_decay", "warmup_steps", "warmdown_frac", "final_lr_frac", lr_mult=LR_MULT),
+    ),
+    "evaluation": (
+        Flag("eval_every", int, 60, "period in steps of reward and pass@k on held-out questions, 0 for never", **COUNT),
+        Flag("eval_questions", int, 400, "held-out questions, 0 for all", **COUNT),
+        Flag("eval_samples", int, 8, "replies to each of them, for pass@1, pass@2, ...", POSITIVE, **FREE),
+    ),
+    "checkpoints": shared("output_tag", *RUN_FLAGS),
+    "runtime": shared("device_type", "dtype", "attention", "recompute", "run"),
+}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
-    return parse(__doc__, FLAGS, add_runtime_flags, add_weights_flag)
+    return parse(__doc__, FLAGS, add_weights_flag)
 
 
 def named_tasks(tasks: str) -> Corpus:

@@ -10,8 +10,8 @@ trained. Formats:
     gguf          one file for llama.cpp; only the first release's architecture. llama.cpp itself does not run it, only
                   forks of it that have the architecture "nanochat"
 
-    python -m scripts.export_hf --output d4-hf                                     # the base checkpoint saved last
-    python -m scripts.export_hf --source sft --model-tag d20 --output d20-hf       # a chat model by name
+    python -m scripts.export_hf --output d4-hf                                     # the chat model saved last
+    python -m scripts.export_hf --source base --model-tag d20 --output d20-hf      # a base model by name
     python -m scripts.export_hf --model-tag d20 --step 5000 --output d20-5000-hf   # an earlier step
     python -m scripts.export_hf --source sft --format gguf --output d20-gguf       # bfloat16, for forks of llama.cpp
 """
@@ -23,6 +23,7 @@ import torch
 
 from nanochat.checkpoint import add_checkpoint_flags
 from nanochat.common import init_runtime, print0, run_main, write_atomic
+from nanochat.flags import Parser
 from nanochat.model.gguf_file import save_gguf
 from nanochat.model.hf import CODE_FILES, README_FILE, save_hf
 from nanochat.model.load import load_model
@@ -32,14 +33,13 @@ FORMATS = {"transformers": "float32", "mlx": "float32", "gguf": "bfloat16"}  # w
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # model
-    add_checkpoint_flags(parser)
-    # output
-    parser.add_argument("--output", required=True, help="folder to write, new or empty")
-    parser.add_argument("--format", choices=FORMATS, default="transformers", help="for which program (transformers)")
-    defaults = "float32; of gguf bfloat16, half as large"
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=f"of the weights ({defaults})")
+    parser = Parser(__doc__)
+    add_checkpoint_flags(parser, source="")
+    add = parser.add_argument_group("output").add_argument
+    add("--output", required=True, help="folder to write, new or empty")
+    add("--format", choices=FORMATS, default="transformers", help="for which program")
+    dtype_help = "of the weights (default: float32; of gguf bfloat16, half as large)"
+    add("--dtype", choices=["float32", "bfloat16"], help=dtype_help)
     return parser.parse_args()
 
 

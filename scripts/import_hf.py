@@ -20,7 +20,7 @@ from nanochat.common import UserError, base_dir, init_runtime, only_one_process,
 from nanochat.data import hub
 from nanochat.data.dataset import check_disk
 from nanochat.data.hub import HubFile
-from nanochat.flags import SOURCES
+from nanochat.flags import SOURCES, Parser
 from nanochat.model.first_release import TOKEN_BYTES_FILE, find_release, load_release
 from nanochat.model.hf import CONFIG_FILE, load_hf, read_hf_config
 from nanochat.tokenizer import SPECIAL_TOKENS
@@ -28,11 +28,10 @@ from tasks.mixtures import GENERAL_EXAMPLES
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    # input
-    add("model", metavar="FOLDER|REPO", help="a folder, or a repository of the hub: owner/name or owner/name/folder")
-    # output
+    parser = Parser(__doc__, "FOLDER|REPO [flags]")
+    model_help = "a folder, or a repository of the hub: owner/name or owner/name/folder"
+    parser.add_argument("model", metavar="FOLDER|REPO", help=model_help)
+    add = parser.add_argument_group("output").add_argument
     add("--source", choices=SOURCES, help="stage of the checkpoint (default: what the folder's name tells, else sft)")
     add("--model-tag", default="", help="name of the checkpoint folder (default: that of the folder or repository)")
     return parser.parse_args()

@@ -280,6 +280,7 @@ def test_mlx_lm_finds_its_own_names_and_settings(model, tokenizer, tmp_path):
 
 @pytest.mark.parametrize(("format_", "weights"), [("transformers", "F32"), ("mlx", "F32"), ("gguf", "BF16")])
 def test_a_checkpoint_is_exported_by_the_command(model, tokenizer, tmp_path, monkeypatch, capsys, format_, weights):
+    gguf = pytest.importorskip("gguf") if format_ == "gguf" else None
     runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.float32)
     save_checkpoint(run_dir("base", "d3"), 7, runtime=runtime, model=model, tokenizer=tokenizer, meta={"results": {}})
     out = tmp_path / "out"
@@ -291,8 +292,8 @@ def test_a_checkpoint_is_exported_by_the_command(model, tokenizer, tmp_path, mon
     card = (out / "README.md").read_text()
     files = {path.name for path in out.iterdir()} - {"README.md"}
     assert all(f"`{name}`" in card for name in files)
-    if format_ == "gguf":
-        (tensor, *_) = pytest.importorskip("gguf").GGUFReader(out / "model-bf16.gguf").tensors
+    if gguf:
+        (tensor, *_) = gguf.GGUFReader(out / "model-bf16.gguf").tensors
         assert tensor.tensor_type.name == weights
     else:
         assert_same_function(model, load_hf(out)[0])

@@ -33,6 +33,7 @@ from nanochat.common import UserError, base_dir, disk_errors, only_one_process, 
 from nanochat.data import hub, localtext
 from nanochat.data.hub import CARD, HubFile, TransferError
 from nanochat.data.splits import Splits, split_files
+from nanochat.flags import Parser
 
 DEFAULT_DATA = "karpathy/climbmix-400b-shuffle"
 DEFAULT_TRAIN_SHARDS = 8  # of that data set: the two billion characters the tokenizer is trained on
@@ -374,10 +375,8 @@ def _convert(
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Fetch or convert pretraining text: shards for training and for validation."
-    )
-    add = parser.add_argument
+    parser = Parser("Fetch or convert pretraining text: shards for training and for validation.")
+    add = parser.add_argument_group("data").add_argument
     add("-n", "--num-train", type=int, default=DEFAULT_TRAIN_SHARDS, metavar="N",
         help="train shards to fetch from a hub repository, -1 for all (default: %(default)s); the "
         "validation shards always come with them, local text is always taken whole")  # fmt: skip
