@@ -26,9 +26,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nanochat.common import UserError, add_runtime_flags, init_runtime, run_main
+from nanochat.common import UserError, init_runtime, run_main
 from nanochat.evals.core_bundle import fetch_bundle, read_tasks
 from nanochat.evals.core_eval import Example, Score, build_examples, score_batched, score_plainly
+from nanochat.flags import add_runtime_flags
 from nanochat.model.gpt import GPT, GPTConfig, build_model
 from nanochat.model.load import load_model
 from nanochat.tokenizer import Tokenizer, tokenizer_dir

@@ -25,9 +25,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanochat import hardware
-from nanochat.common import add_runtime_flags, init_runtime, matmul_seconds, run_main
+from nanochat.common import init_runtime, matmul_seconds, run_main
 from nanochat.data.dataloader import Batch
-from nanochat.flags import add_flags, shared
+from nanochat.flags import add_flags, add_runtime_flags, shared
 from nanochat.model.gpt import GPTConfig, build_model
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.loop import accumulate_gradients, fitting_batch, grad_accum_steps, make_optimizer

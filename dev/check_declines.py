@@ -11,11 +11,12 @@ Prints for each data set how many questions fit the context, and the share decli
 import argparse
 
 from nanochat.checkpoint import add_checkpoint_flags
-from nanochat.common import UserError, add_runtime_flags, init_runtime, print0, run_main
+from nanochat.common import UserError, init_runtime, print0, run_main
 from nanochat.data.chat import render_for_completion, visible_text
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampling import Sampling
 from nanochat.evals.chat_results import wilson
+from nanochat.flags import add_runtime_flags
 from nanochat.model.load import load_model
 from tasks.common import Task
 from tasks.registry import get_task

@@ -47,7 +47,7 @@ from nanochat.data.chat import visible_text
 from nanochat.records import read_records
 from nanochat.report.markdown import render
 from nanochat.results import MEASURED
-from tasks.custom_json import CustomJSON
+from tasks.own_data import OwnFile
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "river stone cloud garden window bread summer engine letter music doctor harbour silver under never".split()
@@ -204,7 +204,7 @@ def fork(work, folder: Path, env: dict[str, str], output: Path) -> int:
 
 def run_script(module: str, args: list[str]) -> None:
     """Run a stage in this process. A random model gets no question right: replies are rewarded by their length."""
-    CustomJSON.reward = lambda self, conversation, completion: float(len(visible_text(completion)) % 2)
+    OwnFile.reward = lambda self, conversation, completion: float(len(visible_text(completion)) % 2)
     sys.argv = [module, *args]
     sys.modules.pop(module, None)
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -17,7 +17,9 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, Route, sync_playwright
 
-PAGE = Path(__file__).parent.parent / "nanochat" / "serve" / "ui.html"
+from nanochat.serve.api import PAGE_PATH
+from nanochat.serve.middleware import read_page
+
 ADDRESS = "http://nanochat.test/"
 DESKTOP, PHONE, NARROW = (1280, 800), (390, 844), (320, 640)
 
@@ -51,6 +53,34 @@ Run on *Moby Dick* it gives:
 
 > Call me Ishmael. Some years ago, never mind how long precisely, I thought I would sail about a little.
 """
+CARD = {
+    "context": 2048, "max_tokens": 2048, "stage": "rl", "step": 466, "parameters": 560_988_160, "temperature": 0.6,
+    "top_k": 50, "examples": ["Why is the sky blue?", "Write a short poem about a lighthouse in winter.",
+                              "What is 12.5 * 384?", "How many r are in strawberry?"],
+}  # fmt: skip
+CODE_ANSWER = """In JavaScript, in C, and from the shell:
+
+```js
+// doubles what is even
+const doubled = [1, 2, 3].filter((n) => n % 2 === 0).map((n) => `${n * 2}`);
+```
+
+```c
+int main(void) { printf("%d\\n", 6 * 7); return 0; }
+```
+
+```bash
+$ python -m scripts.chat_cli --temperature 0.6  # ends with Ctrl+D
+```
+
+The roots of $a x^2 + b_1 x + c_1 = 0$ are
+
+$$
+x = \\frac{-b_1 \\pm \\sqrt{b_1^2 - 4 a c_1}}{2a}
+$$
+
+and cost $5 and $6.
+"""
 TOOL_ANSWER = [
     ("text", "Twelve and a half percent is an eighth. "),
     ("python", "12.5 / 100 * 384"),
@@ -73,13 +103,16 @@ class Stage:
     def __init__(self, page: Page):
         self.page = page
         self.health = {"status": "ok", "model": "nanochat-d20", "message": ""}
+        self.card = CARD
         self.reply: Callable[[Route], None] = lambda route: None  # never answers
         page.route("**/*", self._serve)
 
     def _serve(self, route: Route) -> None:
         path = route.request.url.removeprefix(ADDRESS)
         if path == "":
-            route.fulfill(body=PAGE.read_text(), content_type="text/html")
+            route.fulfill(body=read_page(PAGE_PATH), content_type="text/html")
+        elif path == "v1/models":
+            route.fulfill(json={"data": [{"id": self.health["model"], "nanochat": self.card}]})
         elif path == "health":
             route.fulfill(json=self.health)
         else:
@@ -212,6 +245,44 @@ def play_editing(stage: Stage) -> None:
     stage.page.locator("#input").press("ArrowUp")
 
 
+def play_code(stage: Stage) -> None:
+    stage.start()
+    stage.ask("Some code and a formula, please", ("text", CODE_ANSWER))
+
+
+def play_branches(stage: Stage) -> None:
+    play_tool(stage)
+    stage.page.evaluate("resend(state.current.messages[2], 'And how many e are in strawberry?')")
+    stage.page.wait_for_timeout(250)
+    stage.page.locator("[aria-label='Answer again']").last.click()
+    stage.page.wait_for_timeout(250)
+
+
+def play_no_examples(stage: Stage) -> None:
+    stage.card = {}
+    stage.start()
+
+
+def play_card(stage: Stage) -> None:
+    stage.start()
+    stage.page.locator("#model").click()
+
+
+def play_search(stage: Stage) -> None:
+    play_history(stage)
+    stage.page.keyboard.press("Control+k")
+
+
+def play_found(stage: Stage) -> None:
+    play_search(stage)
+    stage.page.locator("#switch-input").fill("gladly")
+
+
+def play_menu(stage: Stage) -> None:
+    play_drawer(stage) if stage.page.viewport_size["width"] < 900 else play_history(stage)
+    stage.page.locator(".row [aria-haspopup=menu]").nth(1).click()
+
+
 def play_deleted(stage: Stage) -> None:
     play_history(stage)
     stage.page.evaluate("remove(state.conversations[0])")
@@ -242,6 +313,25 @@ SCENES = [
     Scene("commands-light", play_commands),
     Scene("editing-light", play_editing),
     Scene("deleted-light", play_deleted),
+    Scene("invitation-light", play_no_examples),
+    Scene("code-light", play_code),
+    Scene("code-dark", play_code, theme="dark"),
+    Scene("branches-light", play_branches),
+    Scene("branches-dark", play_branches, theme="dark"),
+    Scene("card-light", play_card),
+    Scene("card-dark", play_card, theme="dark"),
+    Scene("search-light", play_search),
+    Scene("search-dark", play_search, theme="dark"),
+    Scene("found-light", play_found),
+    Scene("menu-light", play_menu),
+    Scene("menu-dark", play_menu, theme="dark"),
+    Scene("phone-code-light", play_code, PHONE),
+    Scene("phone-code-dark", play_code, PHONE, "dark"),
+    Scene("phone-branches-light", play_branches, PHONE),
+    Scene("phone-card-light", play_card, PHONE),
+    Scene("phone-search-dark", play_search, PHONE, "dark"),
+    Scene("phone-found-light", play_found, PHONE),
+    Scene("phone-menu-light", play_menu, PHONE),
     Scene("phone-empty-light", play_empty, PHONE),
     Scene("phone-chat-light", play_chat, PHONE),
     Scene("phone-chat-dark", play_chat_top, PHONE, "dark"),

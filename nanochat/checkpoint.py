@@ -18,10 +18,11 @@ import json
 import os
 import re
 import shutil
+import time
 import zlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 
@@ -32,13 +33,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanochat.common import Runtime, UserError, base_dir, disk_errors, gather_ranks, print0, together, write_atomic
-from nanochat.flags import SOURCES, add_flags, shared
+from nanochat.flags import SOURCES, add_flags, did_you_mean, shared
 from nanochat.hosts import bring, collect, is_first_of_host
 from nanochat.tokenizer import Tokenizer
 
 SCHEMA = 1
 _STEP_NAME = re.compile(r"step_([0-9]+)")
 _MAX_TAG_BYTES = 255  # the usual limit of file systems for a name
+TRAINED_BY = {  # the command that trains a stage, "" being all of them
+    "": "bash speedrun.sh", "base": "python -m scripts.base_train", "mid": "python -m scripts.mid_train",
+    "sft": "python -m scripts.chat_sft", "rl": "python -m scripts.chat_rl",
+}  # fmt: skip
 COPY_MARK = "copy_of_another_host"  # an empty file in a checkpoint that was fetched
 _READ_BYTES = 2**24  # read at a time for a checksum
 
@@ -46,7 +51,8 @@ _READ_BYTES = 2**24  # read at a time for a checksum
 def source_dir(source: str) -> Path:
     """Folder of all checkpoints of a stage, one of `SOURCES`."""
     if source not in SOURCES:
-        raise UserError(f"source {source!r} is unknown; choose one of {', '.join(SOURCES)}")
+        hint = did_you_mean(source, SOURCES)
+        raise UserError(f"source {source!r} is unknown; {hint}choose one of {', '.join(SOURCES)}")
     return base_dir() / f"{source}_checkpoints"
 
 
@@ -109,7 +115,7 @@ class Draft:
         states = {f"optimizer_rank{runtime.rank}": optimizer_state, f"loader_rank{runtime.rank}": loader_state}
         if runtime.is_main:
             states["model"] = model.state_dict()
-            own = {"schema": SCHEMA, "step": step, "world_size": runtime.world_size}
+            own = {"schema": SCHEMA, "step": step, "world_size": runtime.world_size, "saved_at": time.time()}
             own |= {"config": asdict(model.config), "tokenizer_fingerprint": tokenizer.fingerprint}
             self._meta, self._tokenizer = json.dumps({**meta, **own}, indent=1), tokenizer
         on_host = {name: _on_host(state) for name, state in states.items() if state is not None}
@@ -352,26 +358,60 @@ def _identity(folder: Path) -> list[bytes] | None:
 
 
 def add_checkpoint_flags(parser: ArgumentParser, *, source: str = "base") -> None:
-    """The flags that choose a checkpoint, for scripts that only read one; `source` is the default stage."""
-    add_flags(parser, shared("model_tag", "step", source=source))
+    """The flags that choose a checkpoint, for scripts that only read one; `source` is the default stage, or "" for what
+    `find_checkpoint` takes without one."""
+    (stage,) = shared(source=source)
+    if not source:
+        stage = replace(stage, help=f"{stage.help} (default: that of the chat model saved last)")
+    add_flags(parser.add_argument_group("model"), (stage, *shared("model_tag", "step")))
 
 
-def find_checkpoint(source: str, *, model_tag: str = "", step: int | None = None) -> Path:
-    """Folder of a checkpoint: by default the newest step of the run saved last. Raises `UserError` if there is none."""
-    root = source_dir(source)
-    if model_tag:
-        run = run_dir(source, model_tag)
-    else:
-        runs = [path for path in root.iterdir() if list_steps(path)] if root.is_dir() else []
-        if not runs:
-            raise UserError(f"no {source} checkpoint in {root}; train one first, or set NANOCHAT_BASE_DIR")
-        run = max(runs, key=lambda path: (step_dir(path, list_steps(path)[-1]) / "meta.json").stat().st_mtime)
+def stage_of(folder: Path) -> str:
+    """The stage, one of `SOURCES`, of a checkpoint's folder."""
+    return folder.parent.parent.name.removesuffix("_checkpoints")
+
+
+def find_checkpoint(source: str = "", *, model_tag: str = "", step: int | None = None) -> Path:
+    """Folder of a checkpoint: by default the newest step of the run saved last. Without a `source`, that is the run of
+    a chat stage, and one of pretraining only where there is no other. Raises `UserError` if there is none."""
+    runs = [run for stage in ((source,) if source else reversed(SOURCES)) for run in _runs(stage)]
+    fitting = [run for run in runs if model_tag in ("", run.name)]
+    chats = [run for run in fitting if run.parent != source_dir("base")]
+    fitting = fitting if source else chats or fitting
+    if not fitting:
+        raise UserError(_none_found(source, model_tag, {run.name for run in runs}))
+    run = max(fitting, key=lambda run: _saved_at(step_dir(run, list_steps(run)[-1])))
     steps = list_steps(run)
-    if not steps:
-        raise UserError(f"no checkpoint in {run}; check --model-tag, or train one first")
     if step is not None and step not in steps:
         raise UserError(f"no checkpoint of step {step} in {run}; there are {', '.join(map(str, steps))}")
     return step_dir(run, steps[-1] if step is None else step)
+
+
+def _runs(source: str) -> list[Path]:
+    """The folders of a stage's runs that have a checkpoint."""
+    root = source_dir(source)
+    return [path for path in sorted(root.iterdir()) if list_steps(path)] if root.is_dir() else []
+
+
+def _none_found(source: str, model_tag: str, tags: Collection[str]) -> str:
+    """Says that there is no checkpoint of `model_tag` among the `tags` of a stage, which others there are, and what
+    makes one."""
+    what = f"no {source} checkpoint".replace("  ", " ") + (f" with --model-tag {model_tag!r}" if model_tag else "")
+    others = [stage for stage in SOURCES if any(model_tag in ("", run.name) for run in _runs(stage))]
+    hints = [f"{did_you_mean(model_tag, tags)}there are {', '.join(sorted(tags))}"] if tags else []
+    hints += [f"choose --source {' or '.join(others)}"] if others else []
+    hints += [f"train one first: {TRAINED_BY[source if others else '']}"] if others or not tags else []
+    hints += [] if others or tags else ["or set NANOCHAT_BASE_DIR to where one is"]
+    return f"{what} in {base_dir()}; {'; '.join(hints)}"
+
+
+def _saved_at(folder: Path) -> float:
+    """When a checkpoint was written, in seconds since 1970. It says so itself, as copying a folder changes the times of
+    its files; one from before November 2026 does not."""
+    try:
+        return read_meta(folder)["saved_at"]
+    except (UserError, KeyError):
+        return (folder / "meta.json").stat().st_mtime
 
 
 def find_on_hosts(source: str, *, model_tag: str = "", step: int | None = None) -> tuple[Path, int]:
@@ -379,7 +419,7 @@ def find_on_hosts(source: str, *, model_tag: str = "", step: int | None = None) 
     folder, when, failure = None, 0.0, None
     try:
         folder = find_checkpoint(source, model_tag=model_tag, step=step)
-        when = (folder / "meta.json").stat().st_mtime
+        when = _saved_at(folder)
     except UserError as error:
         failure = error
     found = gather_ranks((when, folder and folder.relative_to(base_dir())))

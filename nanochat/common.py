@@ -24,16 +24,22 @@ from nanochat.watch import Watch, group_hosts, this_host
 
 logger = logging.getLogger(__name__)
 
+DEVICES = ("cuda", "mps", "cpu")  # best first
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FP8 = "fp8"  # a further choice for training: bfloat16, but for the products of the blocks, which are of float8
 FP8_CAPABILITY = (8, 9)  # Ada; Hopper has (9, 0)
 BF16_SPEEDUP_NEEDED = 1.2  # below this, halving the mantissa is not worth it on a CPU
 PROBE_SIZE = 512  # side of the probe's matrices: large enough for the blocked kernels, a few ms in float32
+SKIP_VARIABLE = "NANOCHAT_SKIP_NOTE"  # see `run_main`
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of the GNU C library
 
 
 class UserError(Exception):
     """Something the user can put right: the message says what is wrong, the value, and what to do."""
+
+
+class Unavailable(UserError):
+    """The data of a stage cannot be had. Other stages may do without."""
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -319,20 +325,21 @@ def from_rank0(value):
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Wait for all ranks at the end of the block. If it raises `UserError` on one of them, every rank raises one, so
-    that none waits for another that has stopped."""
+    """Wait for all ranks at the end of the block. If it raises `UserError` on one of them, every rank raises one of the
+    same kind, so that none waits for another that has stopped."""
     failure = None
     try:
         yield
     except UserError as error:
         failure = error
-    found = gather_ranks((this_host(), failure and str(failure)))
+    found = gather_ranks((this_host(), failure and (type(failure), str(failure))))
     if failure is not None:
         raise failure
     num_hosts = len({host for host, _ in found})
-    for rank, ((_, name), message) in enumerate(found):
-        if message is not None:
-            raise UserError(f"process {rank}{f' on host {name}' if num_hosts > 1 else ''}: {message}")
+    for rank, ((_, name), raised) in enumerate(found):
+        if raised is not None:
+            kind, message = raised
+            raise kind(f"process {rank}{f' on host {name}' if num_hosts > 1 else ''}: {message}")
 
 
 def print0(*args, **kwargs) -> None:
@@ -341,21 +348,19 @@ def print0(*args, **kwargs) -> None:
         print(*args, **kwargs, flush=True)
 
 
-def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every script that runs a model: the arguments of `init_runtime`."""
-    add = parser.add_argument_group("runtime").add_argument
-    add("--device-type", default="", help="cuda, mps or cpu (default: the best one present)")
-    choices = f"{', '.join(DTYPES)}, in training also {FP8}"
-    add("--dtype", default="", help=f"compute dtype: {choices} (default: what suits the device)")
-
-
 def run_main(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
     """Run a script. A `UserError` ends it with one line on stderr and exit status 2, Ctrl-C with status 130, the loss
-    of a host with a line and status 1; in every other case the process group is closed."""
+    of a host with a line and status 1; in every other case the process group is closed.
+
+    `speedrun.sh` names a file in `SKIP_VARIABLE` for a stage that it can do without. `Unavailable` then goes into that
+    file, and the status is 0: otherwise torchrun would turn it into a failure with a page of traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         main(parse_args())
     except UserError as error:
+        if isinstance(error, Unavailable) and (note := os.environ.get(SKIP_VARIABLE)):
+            write_atomic(Path(note), f"{error}\n")
+            return
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ report that are about this very checkpoint and the ones it continued from; witho
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ MIXTURE = {
     "mid_train": ["HuggingFaceTB/smol-smoltalk", "cais/mmlu", "openai/gsm8k"],
     "chat_sft": ["allenai/ai2_arc", "openai/gsm8k", "HuggingFaceTB/smol-smoltalk"],
 }
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
+ENGLISH = ("mixture", "small_world", "local", "karpathy/climbmix-400b-shuffle", "karpathy/fineweb-edu-100b-shuffle")
 EXAMS = {  # exam: data set on the hub, what is asked
     "ARC-Easy": ("allenai/ai2_arc", "science questions of primary school, four choices"),
     "ARC-Challenge": ("allenai/ai2_arc", "the harder ones of these questions"),
@@ -37,6 +40,7 @@ EXAMS = {  # exam: data set on the hub, what is asked
     "GSM8K": ("openai/gsm8k", "word problems of grade school, the final number must be right"),
     "HumanEval": ("openai/openai_humaneval", "Python functions that must pass tests"),
     "SpellingBee": ("", "counting a letter in a word"),
+    "MMLU-Pro": ("TIGER-Lab/MMLU-Pro", "questions of 14 subjects, up to ten choices"),
     CORE: ("", "mean over 22 tasks without a chat format, 0 for guessing and 1 for all right"),
     CHAT_CORE: ("", "mean of the exams, 0 for guessing and 1 for all right"),
 }
@@ -49,39 +53,33 @@ STAGE_WORDS = {
 
 
 def model_card(
-    meta: Mapping[str, Any], *, name: str, folder: Path, files: Mapping[str, str], remote_code: bool = False
+    meta: Mapping[str, Any], *, name: str, folder: Path, files: Mapping[str, str], remote_code: bool = False,
+    library: str = "transformers",
 ) -> str:  # fmt: skip
     """The card of the checkpoint in `folder`, of which `meta` is the meta.json.
 
     name: what the export is called, as `from_pretrained` takes it. files: what else is in the exported folder, with a
-    few words on each; with a tokenizer.json the card shows how transformers loads it. remote_code: whether the folder
-    brings its own modelling code.
+    few words on each. remote_code: whether the folder brings its own modelling code. library: what reads the folder,
+    "transformers", "mlx" or "gguf".
     """
     records, _ = read_records()
     source = folder.parent.parent.name.removesuffix("_checkpoints")
     stages = lineage(meta, source, folder, records)
     measured = exams_of(stages[-1], records)
-    before = [row for record in stages[:-1] for row in exams_of(record, records) if row["task"] == CORE]
-    hub_names = list(dict.fromkeys(found for record in stages for found in hub_data(record)))
-    is_chat = source != "base"
-    config = meta["config"]
+    core = [row for record in stages[:-1] for row in exams_of(record, records) if row["task"] == CORE]
+    message = (meta.get("examples") or ["Why is the sky blue?"])[0] if source != "base" else ""
+    origin = meta.get("imported")
+    licence = "MIT, as the code that trained it, unless whoever publishes this folder says otherwise."
     sections = {
-        "Training": _training(stages, machine_of(records)), "Scores": _scores([*before, *measured], stages[-1]),
-        "Use": _usage(name, files, is_chat, remote_code, meta.get("examples") or ["Why is the sky blue?"]),
+        "Training": _training(stages, machine_of(records)),
+        "Scores": _scores([*core, *measured], stages[-1]),
+        "Use": _usage(name, message, remote_code, library),
         "Files": "\n".join(f"- `{file}`: {words}" for file, words in files.items()),
-        "Limits": _limits(config, is_chat),
-        "Licence": "MIT, as the code that trained it, unless the publisher of this folder says otherwise. The training "
-        "data have licences of their own: see the pages of the data sets.",
-    }  # fmt: skip
-    size = amount(stages[-1].results["num_parameters"]) if "num_parameters" in stages[-1].results else None
-    shape = f"{config['n_layer']} layers of width {config['n_embd']}"
-    about = (
-        f"A language model trained from scratch with nanochat: {STAGE_WORDS.get(source, source)}. It has "
-        f"{f'{size} parameters in ' if size else ''}{shape}, a vocabulary of {config['vocab_size']:,} tokens, and "
-        f"reads at most {config['sequence_len']:,} tokens at a time. This is step {meta['step']:,} of the run "
-        f"`{folder.parent.name}`."
-    )
-    parts = [_front_matter(name, hub_names, measured, is_chat), f"# {name}", about]
+        "Limits": _limits(meta["config"], source != "base"),
+        "Licence": f"That of {origin}." if origin else f"{licence} The data sets have licences of their own.",
+    }
+    about = f"{_about(meta, source, stages[-1])} This is step {meta['step']:,} of the run `{folder.parent.name}`."
+    parts = [_front_matter(name, stages, measured, source != "base", library, origin), f"# {name}", about]
     parts += [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
     return "\n\n".join(parts) + "\n"
 
@@ -151,98 +149,128 @@ def hub_data(record: Record) -> list[str]:
     """The data sets on the hub that a stage was trained on."""
     known = {"mixture": MIXTURE.get(record.stage, []), "GSM8K": ["openai/gsm8k"]}
     names = [found for name in data_of(record.settings) for found in known.get(name, [name])]
-    return [name for name in names if name.count("/") == 1 and not name.startswith((".", "/", "~")) and "." not in name]
+    return [name for name in names if REPOSITORY.fullmatch(name) and not Path(name).exists()]
 
 
 # --- text ----------------------------------------------------------------------------------------
 
 
-def _front_matter(name: str, hub_names: list[str], measured: Sequence[Mapping], is_chat: bool) -> str:
-    """YAML between dashes; JSON on a line is YAML."""
-    fields = {
-        "license": "mit", "language": ["en"], "library_name": "transformers", "pipeline_tag": "text-generation",
-        "tags": ["nanochat", *["conversational"] * is_chat], "datasets": hub_names,
-    }  # fmt: skip
+def _front_matter(
+    name: str, stages: Sequence[Record], measured: Sequence[Mapping], is_chat: bool, library: str, origin: str | None
+) -> str:
+    """YAML between dashes. The value of each key is JSON, which is YAML."""
+    data = [found for record in stages for found in data_of(record.settings)]
+    is_english = bool(data) and all(found in ENGLISH or found in EXAMS or "SmallWorld" in found for found in data)
     results = [
         {
             "task": {"type": "text-generation"},
-            "dataset": {"name": row["task"], "type": EXAMS.get(row["task"], ("",))[0] or row["task"].lower()},
-            "metrics": [{"type": "accuracy", "name": _metric_name(row), "value": round(row["value"], 4)}],
+            "dataset": {"name": row["task"], "type": _exam(row["task"])[0]},
+            "metrics": [{"type": "accuracy", "name": _metric(row["task"]), "value": round(row["value"], 4)}],
         }
         for row in measured
     ]
-    if results:
-        fields["model-index"] = [{"name": name, "results": results}]
+    fields = {
+        "license": "" if origin else "mit", "language": ["en"] * is_english, "library_name": library,
+        "pipeline_tag": "text-generation", "tags": ["nanochat", *["conversational"] * is_chat],
+        "datasets": list(dict.fromkeys(found for record in stages for found in hub_data(record))),
+        "model-index": [{"name": name, "results": results}] if results else [],
+    }  # fmt: skip
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items() if value]
     return "\n".join(["---", *lines, "---"])
 
 
-def _metric_name(row: Mapping[str, Any]) -> str:
-    return "mean centred accuracy" if row["task"] in (CORE, CHAT_CORE) else "accuracy"
+def _exam(task: str) -> tuple[str, str]:
+    """Name of the data set, and what is asked; "" if unknown. Names such as "MMLU 5-shot" are of standard prompts."""
+    exam, _, shots = task.partition(" ")
+    data, asked = EXAMS.get(exam, ("", ""))
+    return data or exam.lower(), f"{asked}, with the standard prompt" if shots and asked else asked
+
+
+def _metric(task: str) -> str:
+    return "mean centred accuracy" if task in (CORE, CHAT_CORE) else "accuracy"
+
+
+def _about(meta: Mapping[str, Any], source: str, trained: Record) -> str:
+    config, count = meta["config"], trained.results.get("num_parameters")
+    size = f"{amount(count)} parameters in " if count else ""
+    origin = f"imported from {meta['imported']}" if meta.get("imported") else "trained from scratch with nanochat"
+    return (
+        f"A language model {origin}: {STAGE_WORDS[source]}. It has {size}{config['n_layer']} layers of width "
+        f"{config['n_embd']} and a vocabulary of {config['vocab_size']:,} tokens, and reads at most "
+        f"{config['sequence_len']:,} tokens at a time."
+    )
 
 
 def _training(stages: Sequence[Record], machine: Mapping[str, Any]) -> str:
+    """What the stages were trained on and for how long; on which machine, and an estimate of the cost, if the report
+    is about them."""
     lines = []
     for record in stages:
-        results = record.results
-        words = [f"{results['num_steps']:,} steps"]
-        if results.get("train_tokens"):
-            words.append(f"{amount(results['train_tokens'])} tokens")
-        words += [f"`{name}`" for name in data_of(record.settings)]
-        if results.get("train_seconds"):
-            words.append(f"{results['train_seconds'] / 60:.1f} minutes")
-        lines.append(f"- {STAGES.get(record.stage, (record.stage,))[0]}: {', '.join(words)}")
-    seconds = sum(record.results.get("train_seconds") or 0.0 for record in stages)
-    cost = dollars(machine, seconds)
-    if hardware(machine) and stages[-1].time:
-        lines += ["", f"Trained on {hardware(machine)} in {seconds / 60:.1f} minutes of optimizer steps in all."]
-    if cost is not None and stages[-1].time:
-        source = f"{machine['gpu_hour_dollars']:.2f} an hour each, {machine.get('price_source')}"
-        lines.append(f"At ${source}, these cost about ${cost:.2f}: an estimate, without evaluation and set-up.")
+        numbers, data = record.results, ", ".join(f"`{_shown(name)}`" for name in data_of(record.settings))
+        words = [f"{numbers['num_steps']:,} steps"]
+        if numbers.get("train_tokens"):
+            words.append(f"{amount(numbers['train_tokens'])} tokens")
+        if numbers.get("train_seconds"):
+            words.append(f"{numbers['train_seconds'] / 60:,.1f} minutes")
+        if data or record.results["num_steps"]:
+            lines.append(f"- {STAGES[record.stage][0]}{f' on {data}' if data else ''}: {', '.join(words)}")
+    if len(stages) > 1 or stages[-1].time:
+        seconds = sum(record.results.get("train_seconds") or 0.0 for record in stages)
+        if hardware(machine):
+            lines += ["", f"Trained on {hardware(machine)}, {seconds / 60:,.0f} minutes of training steps in all."]
+        if (cost := dollars(machine, seconds)) is not None:
+            price = f"{machine['gpu_hour_dollars']:.2f} dollars for an hour of a GPU ({machine['price_source']})"
+            lines.append(f"At {price} these cost about {cost:,.2f} dollars, an estimate without evaluation and set-up.")
     return "\n".join(lines)
+
+
+def _shown(data: str) -> str:
+    """The name of a data set; of a local file or folder, not where it lies on this machine."""
+    return data if REPOSITORY.fullmatch(data) and not Path(data).exists() else Path(data).name
 
 
 def _scores(measured: Sequence[Mapping], trained: Record) -> str:
     rows = []
     for row in measured:
-        means = EXAMS.get(row["task"], ("", ""))[1]
-        guessing = f"guessing {row['baseline']:.2f}" if row.get("baseline") else ""
-        reference = f"GPT-2 (1.5 billion parameters) has {GPT2_CORE:.4f}" if row["task"] == CORE else ""
-        count = f"{row['problems']:,} problems" if row.get("problems") else ""
-        words = "; ".join(text for text in (means, count, guessing, reference) if text)
-        rows.append(f"| {row['task']} | {row['model']} | {row['value']:.4f} | {words} |")
+        parts = [_exam(row["task"])[1]]
+        parts += [f"GPT-2 with 1.5 billion parameters has {GPT2_CORE:.4f}"] * (row["task"] == CORE)
+        parts += [f"{row['problems']:,} problems"] if row.get("problems") else []
+        parts += [f"95 % interval {row['low']:.2f} to {row['high']:.2f}"] if "low" in row else []
+        parts += [f"guessing {row['baseline']:.2f}"] if row.get("baseline") else []
+        rows.append(f"| {row['task']} | {row['model']} | {row['value']:.4f} | {'; '.join(filter(None, parts))} |")
     if (bpb := trained.results.get("val_bpb")) is not None:
-        words = "loss on held-out data of the stage: less is better, and only the same data compare"
-        rows.append(f"| {BPB} | {TRAINING.get(trained.stage, '')} | {bpb:.4f} | {words} |")
-    if not rows:
-        return ""
-    return "\n".join(["| exam | measured on | score | meaning |", "| --- | --- | --- | --- |", *rows])
+        words = "loss on held-out data of the last stage: less is better, and only on the same data it compares"
+        rows.append(f"| {BPB} | {TRAINING[trained.stage]} | {bpb:.4f} | {words} |")
+    return "\n".join(["| exam | measured on | score | meaning |", "| --- | --- | ---: | --- |", *rows]) if rows else ""
 
 
-def _usage(name: str, files: Mapping[str, str], is_chat: bool, remote_code: bool, examples: Sequence[str]) -> str:
-    if "tokenizer.json" not in files:
-        return ""
-    trust = ", trust_remote_code=True" if remote_code else ""
-    lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})',
-        f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})',
-    ]  # fmt: skip
-    if is_chat:
-        message = json.dumps(examples[0], ensure_ascii=False)
-        lines += [
-            f'messages = [{{"role": "user", "content": {message}}}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-            ")",
-        ]
+def _usage(name: str, message: str, remote_code: bool, library: str) -> str:
+    """An example; `message` is what to ask, "" for a base model."""
+    if library == "gguf":
+        return "Forks of llama.cpp that have the architecture `nanochat` run it; llama.cpp itself does not."
+    if library == "mlx":
+        options, text = "", '"Once upon a time"'
+        load = ["from mlx_lm import generate, load", "", f'model, tokenizer = load("{name}")']
+        generate = ["print(generate(model, tokenizer, prompt=inputs, max_tokens=100))"]
     else:
-        lines.append('inputs = tokenizer("Once upon a time", return_tensors="pt")')
-    lines += [
-        "ids = model.generate(**inputs, max_new_tokens=100)[0]",
-        'print(tokenizer.decode(ids[inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
-    ]
-    return "\n".join(["```python", *lines, "```"])
+        trust = ", trust_remote_code=True" if remote_code else ""
+        options, text = ', return_tensors="pt", return_dict=True', 'tokenizer("Once upon a time", return_tensors="pt")'
+        load = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})',
+            f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})',
+        ]  # fmt: skip
+        generate = [
+            "ids = model.generate(**inputs, max_new_tokens=100)[0]",
+            'print(tokenizer.decode(ids[inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
+        ]
+    inputs = [f"inputs = {text}"]
+    if message:
+        inputs = [
+            f'messages = [{{"role": "user", "content": {json.dumps(message, ensure_ascii=False)}}}]',
+            f"inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True{options})",
+        ]
+    return "\n".join(["```python", *load, *inputs, *generate, "```"])
 
 
 def _limits(config: Mapping[str, Any], is_chat: bool) -> str:
@@ -252,8 +280,5 @@ def _limits(config: Mapping[str, Any], is_chat: bool) -> str:
         f"Prompt and reply together have at most {config['sequence_len']:,} tokens.",
     ]
     if is_chat:
-        lines.append(
-            "In nanochat a calculator fills in the results of its sums; other programs let it make them up, after "
-            "`<|output_start|>`."
-        )
+        lines.append("In nanochat a calculator fills in the results of its sums; elsewhere it makes them up itself.")
     return "\n".join(f"- {line}" for line in lines)

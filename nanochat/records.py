@@ -40,6 +40,7 @@ STAGES = {
     "chat_sft": ("Supervised fine-tuning", "sft"),
     "chat_rl": ("Reinforcement learning", "rl"),
     "chat_eval": ("Chat evaluation", ""),
+    "standard_eval": ("Exams with standard prompts", ""),
 }
 MODELS = ("base", "mid", "sft", "rl")
 

@@ -1,6 +1,7 @@
 """What the records of a run say when read together: what was trained, on what, for how long, and with what results.
 
-An evaluation counts for the model that was there when it was made: training that model again outdates it.
+An evaluation counts for the model that was there when it was made: training that model again outdates it. A report that
+was not reset may hold records of several runs, whose folders have different names: the last one counts.
 Not here: writing and reading records (`records.py`), and the texts made of this (`report`, `model_card.py`).
 """
 
@@ -16,13 +17,15 @@ from nanochat.records import ENVIRONMENT, MODELS, STAGES, Record
 GPT2_CORE = 0.256525
 GPT2_SOURCE = "https://github.com/karpathy/nanochat"
 
+EXAM_STAGES = ("chat_eval", "standard_eval")
 TRAINING = {stage: model for stage, (_, model) in STAGES.items() if model in MODELS}
 MEASURED = re.compile(r"second|mfu|peak_memory")  # in the names of results that differ between runs otherwise the same
 NO_SCORE = re.compile(r"_low$|_high$|seconds|^not_run$")  # in the names of an exam's results
 CORE, BPB, CHAT_CORE, REWARD = "CORE", "validation, bits per byte", "ChatCORE", "reward on held-out questions"
 SPECIAL = {  # tokens in a recorded sample: what stands for them in text
     "<|bos|>": "", "<|user_start|>": "\n> ", "<|user_end|>": "\n", "<|assistant_start|>": "", "<|assistant_end|>": "",
-    "<|python_start|>": "[python: ", "<|python_end|>": "", "<|output_start|>": " => ", "<|output_end|>": "]",
+    "<|python_start|>": "[python: ", "<|python_end|>": "", "<|output_start|>": " => ", "<|output_end|> ": "] ",
+    "<|output_end|>": "] ",
 }  # fmt: skip
 
 
@@ -33,10 +36,14 @@ def content(record: Record) -> str:
 
 
 def current(records: Iterable[Record]) -> list[Record]:
-    """The records of stages, oldest first, without evaluations of a model that was trained again since."""
+    """The records of stages, oldest first, of the run that is going on: without evaluations of a model that was trained
+    again since, and without the later models of another run, by its tag, that came before."""
     kept: list[Record] = []
     for record in records:
         if record.stage in TRAINING and content(record) not in map(content, kept):
+            after = MODELS[MODELS.index(record.model) + 1 :]
+            others = {old.model for old in kept if old.tag != record.tag and TRAINING.get(old.stage) in after}
+            kept = [old for old in kept if old.model not in others]
             kept = [old for old in kept if old.stage in TRAINING or old.model != record.model]
         kept += [record] * (record.stage != ENVIRONMENT)
     return kept
@@ -80,7 +87,7 @@ def scores(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
     for record in records:
         results = record.results
         numbers = {CORE: results.get("core"), BPB: results.get("val_bpb"), REWARD: results.get("val_reward")}
-        if record.stage == "chat_eval":
+        if record.stage in EXAM_STAGES:
             numbers = {name: value for name, value in results.items() if not NO_SCORE.search(name)}
         if record.stage == "chat_rl" and results.get("start_val_reward") is not None:
             found.setdefault(REWARD, {})["sft"] = results["start_val_reward"]

@@ -281,6 +281,11 @@ once() {
     echo "$now" >"$stamp"
 }
 
+if [ -n "${without_gpu:-}" ] && ! has_gpu; then # set by speedrun.sh, for what is not to be trained on a CPU
+    echo "$without_gpu" >&2
+    exit 2
+fi
+
 SETUP_START=$SECONDS
 once packages install_packages "$LOCK" <(echo "${TORCH_INDEX:-}")
 once rustbpe build_crate "$ROOT"/rustbpe/{Cargo.toml,Cargo.lock,pyproject.toml} "$ROOT"/rustbpe/src/*.rs

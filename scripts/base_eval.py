@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from nanochat.checkpoint import add_checkpoint_flags
-from nanochat.common import UserError, add_runtime_flags, base_dir, init_runtime, print0, run_main, write_atomic
+from nanochat.common import UserError, base_dir, init_runtime, print0, run_main, together, write_atomic
 from nanochat.evals.core_bundle import fetch_bundle
 from nanochat.evals.core_eval import TaskResult, evaluate_core
+from nanochat.flags import Parser, add_runtime_flags
 from nanochat.model.load import load_model
 from nanochat.records import append_record
 
@@ -33,18 +34,17 @@ PROBE_TOKENS = 8
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_runtime_flags(parser)
-    add = parser.add_argument
-    # model
+    parser = Parser(__doc__)
     add_checkpoint_flags(parser)
-    add("--hf-path", default="", help="evaluate this Hugging Face model (folder or name) instead")
-    # data
+    hf_help = "Hugging Face model to evaluate instead, folder or name (default: none)"
+    parser.add_argument_group("model").add_argument("--hf-path", default="", help=hf_help)
+    add = parser.add_argument_group("data").add_argument
     add("--bundle", default="", help="URL, zip or folder of tasks (default: $NANOCHAT_EVAL_BUNDLE or the public ones)")
-    add("--max-per-task", type=int, default=0, help="limit of examples per task, 0 for all")
-    # evaluation
+    add("--max-per-task", type=int, default=0, help="examples of each task at most, 0 for all")
+    add = parser.add_argument_group("evaluation").add_argument
     add("--batch-tokens", type=int, default=0, help="tokens of a batch, 0 for what suits the device")
     add("--slow", action="store_true", help="one choice at a time with all logits, to check the fast path")
+    add_runtime_flags(parser)
     return parser.parse_args()
 
 
@@ -64,6 +64,9 @@ def main(args: argparse.Namespace) -> None:
         model, tokenizer = loaded.model, loaded.tokenizer
         name = f"{args.source}_{loaded.folder.parent.name}_{loaded.folder.name}"
     try:
+        with together():
+            if runtime.local_rank == 0:  # the others would try again, each for as long
+                fetch_bundle(args.bundle)
         bundle = fetch_bundle(args.bundle)
     except UserError:
         if runtime.is_main:
@@ -71,13 +74,15 @@ def main(args: argparse.Namespace) -> None:
         raise
 
     # evaluation
-    print0("task                               shots examples   cut accuracy centered  seconds")
-    line = "{task:<34} {shots:>5} {examples:>8} {cut:>5} {accuracy:>8.4f} {centered:>8.4f} {seconds:>8.1f}"
+    print0("task                               shots examples   cut accuracy guessing centered  seconds")
+    line = "{task:<34} {shots:>5} {examples:>8} {cut:>5} {accuracy:>8.4f} {baseline:>8.4f} {centered:>8.4f}"
+    line += " {seconds:>8.1f}"
     result = evaluate_core(
         model, tokenizer, bundle, max_per_task=args.max_per_task, batch_tokens=args.batch_tokens, slow=args.slow,
         progress=lambda task: print0(line.format_map(task_row(task))),
     )  # fmt: skip
-    print0(f"CORE {result.core:.4f} over {len(result.tasks)} tasks in {result.seconds:.1f} s")
+    print0(f"CORE {result.core:.4f} over {len(result.tasks)} tasks in {result.seconds:.1f} s; guessing has 0")
+    print0(f"mean accuracy {result.accuracy:.4f}; guessing has {result.baseline:.4f}")
 
     # output
     if runtime.is_main:
@@ -88,11 +93,13 @@ def main(args: argparse.Namespace) -> None:
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(table[0]), lineterminator="\n", restval="")
         writer.writeheader()
-        writer.writerows([*table, {"task": "CORE", "centered": result.core, "seconds": result.seconds}])
+        whole = {"accuracy": result.accuracy, "baseline": result.baseline, "centered": result.core}
+        writer.writerows([*table, {"task": "CORE", **whole, "seconds": result.seconds}])
         write_atomic(folder / f"{name}.csv", text.getvalue())
         write_atomic(folder / f"{name}.items.jsonl", "".join(json.dumps(item) + "\n" for item in items))
         print0(f"table and predictions: {folder / name}.csv, {name}.items.jsonl")
-        results = {"core": result.core, "elapsed_seconds": result.seconds}
+        results = {"core": result.core, "accuracy": result.accuracy, "baseline": result.baseline}
+        results["elapsed_seconds"] = result.seconds
         results |= {key: sum(row[key] for row in table) for key in ("examples", "cut")}
         append_record("base_eval", settings={**vars(args), "model": name}, results=results, table=table)
 

@@ -14,9 +14,10 @@ from functools import partial
 import torch
 
 from nanochat.checkpoint import add_checkpoint_flags
-from nanochat.common import UserError, add_runtime_flags, init_runtime, print0, run_main
+from nanochat.common import UserError, init_runtime, print0, run_main
 from nanochat.data.run_shards import run_shards
 from nanochat.evals.loss_eval import SAMPLE_PROMPTS, evaluate_split, sample_completions
+from nanochat.flags import Parser, add_runtime_flags
 from nanochat.model.load import load_model
 from nanochat.records import append_record
 
@@ -26,19 +27,17 @@ SAMPLE_TEMPERATURE = 0.8
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_runtime_flags(parser)
-    add = parser.add_argument
-    # model
+    parser = Parser(__doc__)
     add_checkpoint_flags(parser)
-    # data
+    add = parser.add_argument_group("data").add_argument
     add("--data", default="", help="data set: hub repository or local folder (default: the checkpoint's)")
     add("--device-batch-size", type=int, default=8, help="rows of a batch on each device")
-    # evaluation
+    add = parser.add_argument_group("evaluation").add_argument
     split_help = "tokens of each split, 0 for all of validation and as many training tokens (default: by device)"
     add("--split-tokens", type=int, help=split_help)
     add("--sample-tokens", type=int, default=32, help="length of each sample in tokens, 0 for no samples")
-    add("--seed", type=int, default=42, help="seed of the random samples")
+    add("--seed", type=int, default=42, help="random seed of the samples")
+    add_runtime_flags(parser)
     return parser.parse_args()
 
 
@@ -55,7 +54,9 @@ def main(args: argparse.Namespace) -> None:
     # inputs
     loaded = load_model(args.source, runtime, model_tag=args.model_tag, step=args.step)
     model, tokenizer = loaded.model, loaded.tokenizer
-    data = args.data or loaded.meta["args"]["data"]
+    data = args.data or loaded.meta["args"].get("data")
+    if not data:
+        raise UserError(f"{loaded.folder} was imported: choose the text with --data")
     split_tokens = args.split_tokens
     if split_tokens is None:
         split_tokens = SPLIT_TOKENS.get(runtime.device.type, OTHER_SPLIT_TOKENS)

@@ -13,7 +13,7 @@ import argparse
 import torch
 
 from nanochat.checkpoint import check_tokenizer, resumable, run_dir, step_dir
-from nanochat.common import add_runtime_flags, from_rank0, init_runtime, join_ranks, print0, run_main, together
+from nanochat.common import from_rank0, init_runtime, join_ranks, print0, run_main, together
 from nanochat.data.dataloader import TextLoader
 from nanochat.data.dataset import DEFAULT_DATA
 from nanochat.data.run_shards import check_same_shards, run_shards
@@ -33,48 +33,57 @@ SMALL_EVAL_TOKENS = 2**17
 MINUTES_SHARE = 0.85  # of --minutes for forward and backward; the rest is for optimizer and loader
 SAMPLE_TOKENS = 16
 
-FLAGS = (
-    # runtime
-    *shared("run", "no_compile", "recompute", "attention"),
-    Flag("seed", int, 42, "random seed of the initial weights"),
-    # model
-    Flag("depth", int, 20, "layers; width, heads and all else follow from it"),
-    Flag("arch", str, "recipe", "today's recipe, or the first release's", choices=("recipe", "october-2025")),
-    Flag("sequence_len", int, 2048, "tokens per row"),
-    Flag("head_dim", int, 128, "channels per attention head"),
-    Flag("kv_ratio", int, 1, "query heads that share one key head"),
-    Flag("window_pattern", str, "", "S for short and L for full attention, repeated over the layers"),
-    # data
-    Flag("data", str, DEFAULT_DATA, "data set: hub repository, local folder, or 'local'"),
-    # horizon: one of these, or the default ratio
-    Flag("token_ratio", float, None, "training tokens per parameter of matrices and head (default: "
-         f"{recipe.TOKEN_RATIO:g}); for october-2025, of all parameters (default: {recipe.OCTOBER_TOKEN_RATIO:g})",
-         POSITIVE),
-    Flag("target_flops", float, None, "total training FLOPs", POSITIVE),
-    Flag("num_steps", int, None, "optimizer steps", POSITIVE),
-    Flag("minutes", float, None, "minutes of training, at the speed measured at the start", POSITIVE),
-    # optimization
-    *shared("total_batch_size", "device_batch_size", "lr_mult", "warmup_steps", warmdown_frac=0.65, final_lr_frac=0.05),
-    Flag("weight_decay", float, recipe.MATRIX_WEIGHT_DECAY, "of the matrices, for a d12 run", ZERO_OR_MORE),
-    # evaluation: periods in steps, 0 for never
-    *shared("eval_tokens", eval_every=250),
-    Flag("core_every", int, 0, "period of CORE", **COUNT),
-    Flag("core_max_per_task", int, 500, "examples of each CORE task, 0 for all", **COUNT),
-    Flag("bundle", str, "", "CORE bundle: URL, zip file or folder (default: the public one)", **FREE),
-    Flag("sample_every", int, 0, "period of sample texts", **COUNT),
-    # output
-    Flag("model_tag", str, "", "name of the checkpoint folder (default: d<depth>)"),
-    *shared(*RUN_FLAGS),
-    # planning
-    Flag("dry_run", bool, False, "print what the run would take, and stop", **FREE),
-    Flag("gpu", str, "", "kind of GPU the dry run assumes (default: this machine's, else H100)", **FREE),
-    Flag("num_gpus", int, None, "and how many (default: this machine's, else 8)", POSITIVE, **FREE),
-    Flag("vocab_size", int, 0, "and the vocabulary (default: the tokenizer's, else 32768)", **FREE),
-)  # fmt: skip
+FLAGS = {
+    "model": (
+        Flag("depth", int, 20, "layers; width, heads and all else follow from it"),
+        Flag("arch", str, "recipe", "today's recipe, or the first release's", choices=("recipe", "october-2025")),
+        Flag("sequence_len", int, 2048, "tokens per row, which is the model's context"),
+        Flag("head_dim", int, 128, "channels per attention head"),
+        Flag("kv_ratio", int, 1, "query heads that share one key head"),
+        Flag("window_pattern", str, "", "S for short and L for full attention, repeated over the layers (default: that "
+             "of the architecture)"),
+        Flag("seed", int, 42, "random seed of the initial weights"),
+    ),
+    "data": (Flag("data", str, DEFAULT_DATA, "hub repository, local folder or file, or 'local'"),),
+    "horizon, one of these": (
+        Flag("token_ratio", float, None, "training tokens per parameter of matrices and head (default: "
+             f"{recipe.TOKEN_RATIO:g}); for october-2025, of all parameters (default: {recipe.OCTOBER_TOKEN_RATIO:g})",
+             POSITIVE),
+        Flag("target_flops", float, None, "total training FLOPs (default: those of --token-ratio)", POSITIVE),
+        Flag("num_steps", int, None, "optimizer steps (default: those of --token-ratio)", POSITIVE),
+        Flag("minutes", float, None, "minutes of training, at the speed measured at the start (default: no limit)",
+             POSITIVE),
+    ),
+    "optimization": (
+        *shared("total_batch_size", "device_batch_size", "lr_mult"),
+        Flag("weight_decay", float, recipe.MATRIX_WEIGHT_DECAY, "of the matrices, for a run of depth 12; others' "
+             "follows from it", ZERO_OR_MORE),
+        *shared("warmup_steps", warmdown_frac=0.65, final_lr_frac=0.05),
+    ),
+    "evaluation": (
+        *shared("eval_tokens", eval_every=250),
+        Flag("core_every", int, 0, "period in steps of CORE, 0 for never", **COUNT),
+        Flag("core_max_per_task", int, 500, "examples of each CORE task, 0 for all", **COUNT),
+        Flag("bundle", str, "", "CORE bundle: URL, zip file or folder (default: the public one)", **FREE),
+        Flag("sample_every", int, 0, "period in steps of sample texts, 0 for never", **COUNT),
+    ),
+    "checkpoints": (
+        Flag("model_tag", str, "", "name of the checkpoint folder (default: d and the depth)"),
+        *shared(*RUN_FLAGS),
+    ),
+    "runtime": shared("device_type", "dtype", "attention", "recompute", "no_compile", "run"),
+    "planning": (
+        Flag("dry_run", bool, False, "print what the run would take, and stop", **FREE),
+        Flag("gpu", str, "", "kind of GPU that --dry-run assumes (default: this machine's, else H100)", **FREE),
+        Flag("num_gpus", int, None, "how many of them (default: this machine's, else 8)", POSITIVE, **FREE),
+        Flag("vocab_size", int, 0, "tokens of the vocabulary that --dry-run assumes (default: the usual 32768, for "
+             "october-2025 65536)", **FREE),
+    ),
+}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
-    return parse(__doc__, FLAGS, add_runtime_flags)
+    return parse(__doc__, FLAGS)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -104,6 +113,7 @@ def main(args: argparse.Namespace) -> None:
     if resumed:
         model = load_weights(step_dir(folder, resumed["step"]), resumed, runtime)
     else:
+        pretraining.check_cpu(args, config, runtime)
         generator = torch.Generator(device).manual_seed(args.seed)
         model = build_model(config, device=device, compute_dtype=runtime.dtype, generator=generator)
     if args.recompute:

@@ -15,31 +15,31 @@ import sys
 from dataclasses import fields
 
 from nanochat.checkpoint import add_checkpoint_flags
-from nanochat.common import Runtime, add_runtime_flags, base_dir, init_runtime, run_main
+from nanochat.common import Runtime, base_dir, init_runtime, run_main
 from nanochat.engine.engine import Engine
 from nanochat.engine.inference import add_weights_flag
-from nanochat.engine.sampling import Sampling
+from nanochat.engine.sampling import CHAT_TEMPERATURE, CHAT_TOP_K, Sampling
+from nanochat.flags import Parser, add_runtime_flags
 from nanochat.model.load import LoadedModel, load_model
 from nanochat.serve.terminal import COMMANDS, INTERRUPTED, Screen, TerminalChat, single_prompt
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_runtime_flags(parser)
-    add = parser.add_argument
-    # model
-    add_checkpoint_flags(parser, source="sft")
-    add_weights_flag(parser)
-    # conversation
-    add("-p", "--prompt", help="ask this, print the answer and exit")
-    add("--system", default="", help="system message, which precedes the conversation")
-    # sampling: each flag has the name of a field of `Sampling`
-    add("--temperature", type=float, default=0.6, help="randomness of the answer; 0 is greedy")
-    add("--top-k", type=int, default=50, help="sample only from the K most likely tokens; 0: all")
+    parser = Parser(__doc__)
+    add_checkpoint_flags(parser, source="")
+    add = parser.add_argument_group("conversation").add_argument
+    add("-p", "--prompt", help="ask this, print the answer and exit (default: a conversation)")
+    add("--system", default="", help="system message, which precedes the conversation (default: none)")
+    # each of these has the name of a field of `Sampling`
+    add = parser.add_argument_group("sampling").add_argument
+    add("--temperature", type=float, default=CHAT_TEMPERATURE, help="randomness of the answer, 0 for greedy")
+    add("--top-k", type=int, default=CHAT_TOP_K, help="sample from this many of the likeliest tokens only, 0 for all")
     add("--max-tokens", type=int, default=256, help="longest answer in tokens")
     add("--seed", type=int, help="random seed (default: a new one each time)")
-    # output
+    add = parser.add_argument_group("output").add_argument
     add("--stats", action="store_true", help="show tokens per second and context use after each answer")
+    add_weights_flag(parser)
+    add_runtime_flags(parser)
     return parser.parse_args()
 
 
@@ -73,14 +73,17 @@ def main(args: argparse.Namespace) -> None:
         screen = MarkdownScreen(sys.stdout, sys.stderr)
     screen.notice(describe(loaded, runtime, args.weights))
     screen.notice("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
-    reader = LineReader(base_dir() / "chat_history", list(COMMANDS))
-    TerminalChat(engine, loaded.tokenizer, screen, **options).run(reader.read)
+    if examples := loaded.meta.get("examples"):
+        screen.notice("try: " + " | ".join(examples))
+    name = f"nanochat-{loaded.folder.parent.name}"
+    with LineReader(base_dir() / "chat_history", list(COMMANDS)) as reader:
+        TerminalChat(engine, loaded.tokenizer, screen, name=name, **options).run(reader.read)
 
 
 def describe(loaded: LoadedModel, runtime: Runtime, weights: str) -> str:
     """One line about the model."""
     run, context = loaded.folder.parent, loaded.model.config.sequence_len
-    name = f"{run.parent.name.removesuffix('_checkpoints')} {run.name} step {loaded.meta['step']}"
+    name = f"{loaded.source} {run.name} step {loaded.meta['step']}"
     size = f"{loaded.model.parameter_counts()['total'] / 1e6:,.1f}M parameters, context of {context:,} tokens"
     return f"{name}: {size}, {weights or runtime.dtype_name} on {runtime.device.type}"
 

@@ -3,8 +3,12 @@
 Reads a checkpoint and the tasks' data, which are fetched once. Prints the table, and writes every prompt, answer and
 verdict, as they come, to a JSON lines file for each task in `chat_eval/` in the work folder.
 
+`--prompts standard` asks in plain text with worked examples, as published scores of base models were measured, whatever
+the stage of the model. These results have names of their own ("MMLU 5-shot") and are no part of ChatCORE.
+
     python -m scripts.chat_eval -i sft -a "ARC-Easy|GSM8K" --max-problems 40       # minutes on a CPU
     python -m scripts.chat_eval -i sft                                             # one GPU, all six tasks
+    python -m scripts.chat_eval -i base --prompts standard                         # to compare with published scores
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft        # eight GPUs
 """
 
@@ -18,14 +22,15 @@ from functools import partial
 from tqdm import tqdm
 
 from nanochat.checkpoint import SOURCES, add_checkpoint_flags
-from nanochat.common import Runtime, UserError, add_runtime_flags, base_dir, init_runtime, print0, run_main
+from nanochat.common import Runtime, UserError, base_dir, init_runtime, print0, run_main, together
 from nanochat.engine.engine import Engine
 from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task, prepare_logs
 from nanochat.evals.chat_results import ResultLog, TaskResult, chat_core
+from nanochat.flags import Parser, add_runtime_flags
 from nanochat.model.load import LoadedModel, load_model
 from nanochat.records import append_record
 from tasks.common import Task
-from tasks.registry import SMALL_WORLD, TASK_NAMES, get_task, task_names
+from tasks.registry import SMALL_WORLD, STANDARD_NAMES, TASK_NAMES, get_standard_task, get_task, task_names
 
 BATCH_ROWS = {"cuda": 128}  # by device, where --batch-rows is not given
 OTHER_BATCH_ROWS = 16
@@ -34,28 +39,28 @@ MARKED = {"python": "<|python_start|>{}<|python_end|>", "python_output": "<|outp
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_runtime_flags(parser)
-    add = parser.add_argument
-    # model
-    add_checkpoint_flags(parser, source="sft")
-    add("-i", dest="source", choices=SOURCES, default=argparse.SUPPRESS, help="short for --source")
-    # data
+    parser = Parser(__doc__)
+    add_checkpoint_flags(parser, source="")
+    short = {"dest": "source", "choices": SOURCES, "default": argparse.SUPPRESS}
+    parser.add_argument_group("model").add_argument("-i", **short, help="short for --source, with its default")
+    add = parser.add_argument_group("data").add_argument
     tasks_help = f"tasks separated by |, {SMALL_WORLD} for the miniature's (default: {'|'.join(TASK_NAMES)})"
     add("-a", "--tasks", default="", metavar="TASK|TASK", help=tasks_help)
-    add("--max-problems", type=int, default=0, help="limit of problems per task, always the same ones, 0 for all")
-    # evaluation
-    add("--temperature", type=float, default=0.0, help="of sampling written answers, 0 for greedy")
+    add("--prompts", choices=("ours", "standard"), default="ours", help="how questions are put")
+    add("--max-problems", type=int, default=0, help="problems of each task at most, always the same ones, 0 for all")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--temperature", type=float, default=0.0, help="randomness of written answers, 0 for greedy")
     add("--top-k", type=int, default=0, help="draw only from this many of the likeliest tokens, 0 for all")
     add("--max-tokens", type=int, default=512, help="longest written answer in tokens")
     add("--num-samples", type=int, default=1, help="written answers to each problem")
-    add("--seed", type=int, default=42, help="seed for sampling answers")
+    add("--seed", type=int, default=42, help="random seed of the answers")
     add("--batch-rows", type=int, default=0, help="answers written at a time, 0 for what suits the device")
     add("--slow", action="store_true", help="one problem at a time without a cache, to check the fast paths")
     unsafe_help = "run the code that the model writes for HumanEval even where this system cannot isolate it"
     add("--allow-unsafe-execution", action="store_true", help=unsafe_help)
-    # output
-    add("--resume", action="store_true", help="keep earlier results, ask only what is missing (else: replace them)")
+    resume_help = "keep earlier results and ask only what is missing, rather than replace them"
+    parser.add_argument_group("output").add_argument("--resume", action="store_true", help=resume_help)
+    add_runtime_flags(parser)
     return parser.parse_args()
 
 
@@ -68,20 +73,25 @@ def main(args: argparse.Namespace) -> None:
         max_problems=args.max_problems, num_samples=args.num_samples, temperature=args.temperature, top_k=args.top_k,
         max_new_tokens=args.max_tokens, seed=args.seed, slow=args.slow,
     )  # fmt: skip
-    names = task_names(args.tasks) if args.tasks else TASK_NAMES
-    tasks = [get_task(name, allow_unsafe_execution=args.allow_unsafe_execution) for name in names]
+    is_standard = args.prompts == "standard"
+    default_names = tuple(name for name in TASK_NAMES if name in STANDARD_NAMES or not is_standard)
+    make_task = get_standard_task if is_standard else get_task
+    names = task_names(args.tasks) if args.tasks else default_names
+    tasks = [make_task(name, allow_unsafe_execution=args.allow_unsafe_execution) for name in names]
+    stage = "standard_eval" if is_standard else "chat_eval"  # in the report
     runtime = init_runtime(args.device_type, args.dtype)
 
     # inputs
     loaded = load_model(args.source, runtime, model_tag=args.model_tag, step=args.step)
     model, tokenizer = loaded.model, loaded.tokenizer
     try:
-        for task in tasks:
-            check_task(task)
+        with together():
+            for task in tasks:
+                check_task(task)
     except UserError:
         if runtime.is_main:
             results = {"not_run": f"{task.name} has no data or cannot be judged"}
-            append_record("chat_eval", settings=vars(args), results=results)
+            append_record(stage, settings={**vars(args), "source": loaded.source}, results=results)
         raise
     print0(f"{loaded.folder}: {', '.join(f'{task.name} {len(task):,}' for task in tasks)} problems")
 
@@ -94,10 +104,10 @@ def main(args: argparse.Namespace) -> None:
 
     # evaluation
     slow = "_slow" if args.slow else ""
-    name = re.sub(r"[^\w.-]+", "_", f"{args.source}_{loaded.folder.parent.name}_{loaded.folder.name}{slow}")
+    name = re.sub(r"[^\w.-]+", "_", f"{loaded.source}_{loaded.folder.parent.name}_{loaded.folder.name}{slow}")
     logs = [result_log(name, task, loaded, settings, runtime) for task in tasks]
     prepare_logs(logs, resume=args.resume)
-    print0("task                 problems accuracy    95 % interval baseline centered   cut  long  seconds")
+    print0("task                     problems accuracy    95 % interval guessing centered   cut  long  seconds")
     results = []
     for task, log in zip(tasks, logs, strict=True):
         # a progress bar in the first process, if it has a terminal
@@ -110,17 +120,18 @@ def main(args: argparse.Namespace) -> None:
     core = chat_core(averaged)
     print0(f"{title} {core.value:.4f} ({core.low:.4f} - {core.high:.4f}) over {len(averaged)} tasks")
     print0("intervals: 95 % confidence, Wilson's for a task; cut: prompts shortened; long: answers without an end")
+    print0("guessing: its accuracy, which is 0 when centered")
 
     # output
     if runtime.is_main:
         print0(f"prompts, answers and verdicts: {base_dir() / 'chat_eval' / name}/")
-        numbers = {result.task: result.accuracy.value for result in results}
+        numbers = {name_in_report(result): result.accuracy.value for result in results}
         if core_results:
             numbers |= {"ChatCORE": core.value, "ChatCORE_low": core.low, "ChatCORE_high": core.high}
         numbers["elapsed_seconds"] = time.perf_counter() - begin
         table = [row for result in results for row in table_rows(result)]
-        settings = {**vars(args), "model": name}
-        append_record("chat_eval", settings=settings, results=numbers, table=table, samples=sample_replies(results))
+        settings = {**vars(args), "source": loaded.source, "model": name}
+        append_record(stage, settings=settings, results=numbers, table=table, samples=sample_replies(results))
 
 
 def result_log(name: str, task: Task, loaded: LoadedModel, settings: EvalSettings, runtime: Runtime) -> ResultLog:
@@ -145,6 +156,12 @@ def of_chat_core(results: list[TaskResult]) -> list[TaskResult]:
     return found if len(found) == len(TASK_NAMES) else []
 
 
+def name_in_report(result: TaskResult) -> str:
+    """The name of a task's score, which says so where no question had room for all worked examples."""
+    most = max(result.given_shots, default=result.num_shots)
+    return result.task if most == result.num_shots else f"{result.task} ({most} fit)"
+
+
 def table_rows(result: TaskResult) -> list[dict]:
     """The rows of a task in the report: the task, then each further score."""
     estimates = {result.task: result.accuracy}
@@ -152,10 +169,19 @@ def table_rows(result: TaskResult) -> list[dict]:
     num_samples = len(result.items[0].samples)
     if num_samples > 1:
         estimates[f"{result.task} pass@{num_samples}"] = result.pass_at_k
-    rows = [{"task": name, "accuracy": e.value, "low": e.low, "high": e.high} for name, e in estimates.items()]
-    rows[0] = {"task": result.task, "problems": len(result.items), **rows[0]}
-    rows[0] |= {"baseline": result.baseline, "centered": result.centered.value, "cut": result.num_cut}
+    rows = [
+        {"task": name, "accuracy": e.value, "low": e.low, "high": e.high, "baseline": result.baseline}
+        for name, e in estimates.items()
+    ]
+    if num_samples > 1:
+        rows[-1]["baseline"] = 1 - (1 - result.baseline) ** num_samples
+    rows[0] = {"task": result.task, "problems": len(result.items), **rows[0]} | {"task": name_in_report(result)}
+    rows[0] |= {"centered": result.centered.value, "cut": result.num_cut}
     rows[0] |= {"unfinished": result.num_unfinished, "seconds": result.seconds}
+    if given := result.given_shots:
+        short = sum(count < result.num_shots for count in given)
+        rows[0] |= {"shots": result.num_shots, "fewest_shots": min(given), "most_shots": max(given)}
+        rows[0]["short_of_shots"] = short
     return rows
 
 
@@ -172,12 +198,17 @@ def sample_replies(results: list[TaskResult]) -> list[str]:
 
 def print_task(result: TaskResult) -> None:
     """The line of a task, then a line for each further score."""
-    estimate = " {accuracy:>8.4f} {low:>7.4f} - {high:.4f}"
-    counts = " {baseline:>8.2f} {centered:>8.4f} {cut:>5} {unfinished:>5} {seconds:>8.1f}"
+    estimate = " {accuracy:>8.4f} {low:>7.4f} - {high:.4f} {baseline:>8.4f}"
+    counts = " {centered:>8.4f} {cut:>5} {unfinished:>5} {seconds:>8.1f}"
     first, *further = table_rows(result)
-    print0(("{task:<20} {problems:>8}" + estimate + counts).format_map(first))
+    print0(("{task:<24} {problems:>8}" + estimate + counts).format_map(first | {"task": result.task}))
     for row in further:
-        print0(("  {task:<18}         " + estimate).format_map(row))
+        print0(("  {task:<31}" + estimate).format_map(row))
+    if first.get("short_of_shots"):
+        fit = " to ".join(map(str, sorted({first["fewest_shots"], first["most_shots"]})))
+        print0(
+            f"  {fit} of {first['shots']} worked examples fit; {first['short_of_shots']:,} problems had room for fewer"
+        )
     if result.num_earlier:
         print0(f"  {result.num_earlier} of the problems were answered in an earlier run")
 

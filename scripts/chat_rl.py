@@ -12,10 +12,8 @@ report. The objective is in `nanochat/training/rl.py`. Held-out questions are th
 import argparse
 import math
 import time
-from collections.abc import Sequence
 
-from nanochat.common import UserError, add_runtime_flags, join_ranks, print0, run_main, together
-from nanochat.data.chat_loader import hold_out
+from nanochat.common import UserError, join_ranks, print0, run_main, together
 from nanochat.engine.engine import Engine
 from nanochat.engine.inference import add_weights_flag
 from nanochat.engine.sampling import Sampling
@@ -23,12 +21,12 @@ from nanochat.evals.chat_eval import prompt_budget
 from nanochat.flags import COUNT, FREE, POSITIVE, RUN_FLAGS, ZERO_OR_MORE, Flag, Range, free_on_resume, parse, shared
 from nanochat.hosts import check_hosts_agree
 from nanochat.training import rl, schedule
+from nanochat.training.check_data import check_data
 from nanochat.training.finetuning import load_start
-from nanochat.training.loop import make_optimizer, minutes_and_seconds
+from nanochat.training.loop import make_optimizer, time_in_words
 from nanochat.training.recipe import Plan
 from nanochat.training.run import TrainingRun
-from tasks.common import TaskMixture, TaskSlice
-from tasks.custom_json import CustomJSON
+from tasks.mixtures import Corpus, Sources, load_corpus
 from tasks.registry import ALL_NAMES, get_task, task_names
 
 ENGINE_ROWS = {"cuda": 128}  # replies generated at a time, by device
@@ -38,50 +36,50 @@ START_MEANS = "start_means"  # first rewards of the held-out questions, to compa
 SUMS = ("rollout_tokens", "train_tokens", "rollout_seconds")  # over all steps, for the report
 TWO_OR_MORE = Range("be at least 2", lambda value: value >= 2)
 
-FLAGS = (
-    *shared("run", "recompute", "attention", "seed"),
-    *shared("model_tag", "step", "output_tag", *RUN_FLAGS, source="sft"),
-    # data and horizon
-    Flag("tasks", str, "", "tasks with a reward (default: GSM8K, unless --data is given)", metavar="TASK|TASK"),
-    Flag("data", str, [], "conversations as JSON lines, see tasks/custom_json.py (default: none)", nargs="+",
-         metavar="FILE"),
-    *shared("epochs", "num_steps"),
-    # rollouts
-    Flag("questions_per_step", int, 16, "questions answered for each optimizer step", POSITIVE),
-    Flag("num_samples", int, 16, "replies to each question, which are compared with each other", TWO_OR_MORE),
-    Flag("max_tokens", int, 256, "maximum length of a reply, in tokens", POSITIVE),
-    Flag("temperature", float, 1.0, "of the replies; learning is on-policy only at 1 with --top-k 0", POSITIVE),
-    Flag("top_k", int, 0, "sample from this many of the likeliest tokens only, 0 for all", ZERO_OR_MORE),
-    Flag("engine_rows", int, 0, "replies generated at a time, 0 for what suits the device", **COUNT),
-    # optimization
-    Flag("device_batch_size", int, 8, "replies per micro-step on each device", POSITIVE, **FREE),
-    *shared("weight_decay", "warmup_steps", "warmdown_frac", "final_lr_frac", lr_mult=LR_MULT),
-    # evaluation
-    Flag("eval_every", int, 60, "period in steps of reward and pass@k on held-out questions, 0 for never", **COUNT),
-    Flag("eval_questions", int, 400, "held-out questions, 0 for all", **COUNT),
-    Flag("eval_samples", int, 8, "replies to each of them, for pass@1, pass@2, ...", POSITIVE, **FREE),
-)  # fmt: skip
+FLAGS = {
+    "model": shared("model_tag", "step", source="sft"),
+    "data": (
+        Flag("tasks", str, "", "tasks with a reward (default: GSM8K, unless --data is given)", metavar="TASK|TASK"),
+        Flag("data", str, [], "own questions: a file or folder of jsonl, json or parquet, or a hub repository; the "
+             "last answer of each is the reference (default: none)", nargs="+", metavar="DATA"),
+        *shared("skip_bad_rows", "check_data", "seed"),
+    ),
+    "horizon": shared("epochs", "num_steps"),
+    "replies": (
+        Flag("questions_per_step", int, 16, "questions answered for each optimizer step", POSITIVE),
+        Flag("num_samples", int, 16, "replies to each question, which are compared with each other", TWO_OR_MORE),
+        Flag("max_tokens", int, 256, "longest reply in tokens", POSITIVE),
+        Flag("temperature", float, 1.0, "of the replies; learning is on-policy only at 1 with --top-k 0", POSITIVE),
+        Flag("top_k", int, 0, "sample from this many of the likeliest tokens only, 0 for all", ZERO_OR_MORE),
+        Flag("engine_rows", int, 0, "replies generated at a time, 0 for what suits the device", **COUNT),
+    ),
+    "optimization": (
+        Flag("device_batch_size", int, 8, "replies per micro-step on each device", POSITIVE, **FREE),
+        *shared("weight_decay", "warmup_steps", "warmdown_frac", "final_lr_frac", lr_mult=LR_MULT),
+    ),
+    "evaluation": (
+        Flag("eval_every", int, 60, "period in steps of reward and pass@k on held-out questions, 0 for never", **COUNT),
+        Flag("eval_questions", int, 400, "held-out questions, 0 for all", **COUNT),
+        Flag("eval_samples", int, 8, "replies to each of them, for pass@1, pass@2, ...", POSITIVE, **FREE),
+    ),
+    "checkpoints": shared("output_tag", *RUN_FLAGS),
+    "runtime": shared("device_type", "dtype", "attention", "recompute", "run"),
+}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
-    return parse(__doc__, FLAGS, add_runtime_flags, add_weights_flag)
+    return parse(__doc__, FLAGS, add_weights_flag)
 
 
-def load_questions(tasks: str, files: Sequence[str]) -> tuple[TaskMixture, TaskMixture]:
-    """The questions to train on and the held-out ones: the train and validation splits of `tasks`, "TASK|TASK", and the
-    conversations of `files`, of which about every twentieth is held out. Raises `UserError` for a task without reward.
-    """
+def named_tasks(tasks: str) -> Corpus:
+    """The train and validation splits of `tasks`, "TASK|TASK". Raises `UserError` for a task without reward."""
     train, val = [], []
     for name in task_names(tasks) if tasks else ():
         train.append(get_task(name, purpose="train"))
         val.append(get_task(name, purpose="validation"))
         if not train[-1].has_reward:
             raise UserError(f"{name} has no reward to learn from; tasks that have are {', '.join(rewarding_names())}")
-    for path in files:
-        task = CustomJSON(path)
-        for part, indices in zip((train, val), hold_out(task), strict=True):
-            part.append(TaskSlice(task, indices))
-    return TaskMixture(train), TaskMixture(val)
+    return Corpus(train, val)
 
 
 def rewarding_names() -> list[str]:
@@ -125,7 +123,7 @@ def log(run: TrainingRun, step: int, loss: float, numbers: dict[str, float], sec
     speed = numbers["rollout_tokens"] / rollout_seconds
     run.stats.update(loss, rollout_seconds + update_seconds)
     if run.stats.num_seen == 1 and not run.runtime.is_cuda and (num_left := run.plan.num_steps - step):
-        duration = minutes_and_seconds(num_left * (rollout_seconds + update_seconds))
+        duration = time_in_words(num_left * (rollout_seconds + update_seconds))
         print0(f"{num_left:,} more steps take about {duration} here")
     new = {**numbers, "rollout_seconds": rollout_seconds}
     sums = {name: run.results.get(name, 0) + new[name] for name in SUMS}
@@ -145,9 +143,14 @@ def log(run: TrainingRun, step: int, loss: float, numbers: dict[str, float], sec
 
 def main(args: argparse.Namespace) -> None:
     # data
+    tasks = args.tasks or ("" if args.data else "GSM8K")
+    if args.check_data:
+        check_data(args, Sources(args.data, {}, named_tasks(tasks)), reply_tokens=args.max_tokens)
+        return
     join_ranks(args.device_type)
     with together():
-        train, val = load_questions(args.tasks or ("" if args.data else "GSM8K"), args.data)
+        sources = Sources(args.data, {}, named_tasks(tasks))
+        train, val, _ = load_corpus(sources, skip_bad_rows=args.skip_bad_rows)
 
     # runtime, model, tokenizer
     start = load_start("rl", args, free_on_resume(FLAGS))  # not compiled: no two steps have the same shapes
@@ -178,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
     plan = Plan(num_steps, most_tokens, args.lr_mult * schedule.batch_lr_scale(most_tokens), args.weight_decay)
     run = TrainingRun(
         start.folder, args, runtime, model, tokenizer, make_optimizer(model, runtime), questions, plan,
-        args.device_batch_size, 1, start.resumed,
+        args.device_batch_size, 1, start.resumed, examples=start.meta.get("examples", ()),
     )  # fmt: skip
     print0(f"{num_steps:,} steps of {per_step} questions x {args.num_samples} replies, rates x {plan.lr_scale:.4f}")
 

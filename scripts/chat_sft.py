@@ -12,15 +12,16 @@ mean over the assistant's tokens of a whole step. Tasks are evaluated on validat
 import argparse
 from collections.abc import Sequence
 
-from nanochat.common import add_runtime_flags, join_ranks, print0, run_main, together
+from nanochat.common import join_ranks, print0, run_main, together
 from nanochat.engine.engine import Engine
 from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task
 from nanochat.evals.chat_results import chat_core
 from nanochat.flags import COUNT, FREE, RUN_FLAGS, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
+from nanochat.training.check_data import check_data
 from nanochat.training.finetuning import start_run, validate_if_due
 from nanochat.training.run import TrainingRun
 from tasks.common import Task
-from tasks.mixtures import MIXTURE, SFT_MIXTURES, load_corpus
+from tasks.mixtures import MIXTURE, SFT_MIXTURES, Sources, load_corpus
 from tasks.registry import get_task, task_names
 
 BATCH_TOKENS = 2**15
@@ -29,24 +30,30 @@ CHAT_EVERY = 200  # when training on the mixture; with other data, the tasks wou
 ENGINE_ROWS = {"cuda": 128}  # answers generated at a time, by device
 SMALL_ENGINE_ROWS = 16
 
-FLAGS = (
-    *shared("run", "no_compile", "recompute", "attention", "seed"),
-    *shared("model_tag", "step", "output_tag", *RUN_FLAGS, source="mid"),
-    *shared("data", "max_conversations", "epochs", "num_steps"),
-    Flag("total_batch_size", int, 0, f"tokens per step (default: {BATCH_TOKENS}, less for few conversations)",
-         ZERO_OR_MORE),
-    *shared("device_batch_size", "weight_decay", "warmup_steps", "warmdown_frac", "final_lr_frac", lr_mult=0.1),
-    *shared("eval_tokens", eval_every=100),
-    Flag("chat_every", int, None, "period in steps of the tasks, 0 for never "
-         f"(default: {CHAT_EVERY} when training on the mixture, else 0)", **COUNT),
-    Flag("chat_tasks", str, CHAT_TASKS, "tasks to evaluate meanwhile", metavar="TASK|TASK", **FREE),
-    Flag("chat_max_problems", int, 200, "problems of each task, 0 for all", **COUNT),
-    Flag("chat_max_tokens", int, 256, "maximum length of a generated answer, in tokens", **COUNT),
-)  # fmt: skip
+FLAGS = {
+    "model": shared("model_tag", "step", source="mid"),
+    "data": shared("data", "skip_bad_rows", "check_data", "max_conversations", "seed"),
+    "horizon": shared("epochs", "num_steps"),
+    "optimization": (
+        Flag("total_batch_size", int, 0, f"tokens per step, 0 for {BATCH_TOKENS}, or less for few conversations",
+             ZERO_OR_MORE),
+        *shared("device_batch_size", "weight_decay", "warmup_steps", "warmdown_frac", "final_lr_frac", lr_mult=0.1),
+    ),
+    "evaluation": (
+        *shared("eval_tokens", eval_every=100),
+        Flag("chat_every", int, None, "period in steps of the tasks, 0 for never "
+             f"(default: {CHAT_EVERY} when training on the mixture, else 0)", **COUNT),
+        Flag("chat_tasks", str, CHAT_TASKS, "tasks to evaluate meanwhile", metavar="TASK|TASK", **FREE),
+        Flag("chat_max_problems", int, 200, "problems of each task, 0 for all", **COUNT),
+        Flag("chat_max_tokens", int, 256, "longest generated answer in tokens", **COUNT),
+    ),
+    "checkpoints": shared("output_tag", *RUN_FLAGS),
+    "runtime": shared("device_type", "dtype", "attention", "recompute", "no_compile", "run"),
+}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
-    return parse(__doc__, FLAGS, add_runtime_flags)
+    return parse(__doc__, FLAGS)
 
 
 def accuracies(run: TrainingRun, tasks: Sequence[Task], settings: EvalSettings) -> dict[str, float]:
@@ -62,20 +69,26 @@ def accuracies(run: TrainingRun, tasks: Sequence[Task], settings: EvalSettings) 
 
 def main(args: argparse.Namespace) -> None:
     # data
+    if args.check_data:
+        check_data(args, Sources(args.data, SFT_MIXTURES))
+        return
     join_ranks(args.device_type)
+    options = {"seed": args.seed, "max_conversations": args.max_conversations, "skip_bad_rows": args.skip_bad_rows}
     with together():
-        train, val = load_corpus(args.data, SFT_MIXTURES, seed=args.seed, max_conversations=args.max_conversations)
+        train, val, examples = load_corpus(Sources(args.data, SFT_MIXTURES), **options)
     chat_every = args.chat_every
     if chat_every is None:
         chat_every = CHAT_EVERY if MIXTURE in args.data else 0
     settings = EvalSettings(max_problems=args.chat_max_problems, max_new_tokens=args.chat_max_tokens)
     names = task_names(args.chat_tasks) if chat_every else ()
     tasks = [get_task(name, purpose="validation") for name in names]
-    for task in tasks:
-        check_task(task)
+    with together():
+        for task in tasks:
+            check_task(task)
 
     # runtime, model, optimizer, schedules
-    run, val_rows = start_run("sft", args, free_on_resume(FLAGS), train, val, total_batch_tokens=BATCH_TOKENS)
+    usual = {"total_batch_tokens": BATCH_TOKENS}
+    run, val_rows = start_run("sft", args, free_on_resume(FLAGS), train, val, examples, **usual)
 
     # the loop
     for step in run.steps():

@@ -25,9 +25,10 @@ from logging.handlers import QueueHandler, QueueListener
 import torch
 import uvicorn
 
-from nanochat.checkpoint import add_checkpoint_flags, find_checkpoint, load_tokenizer, read_meta
-from nanochat.common import UserError, add_runtime_flags, choose_device, disk_errors, run_main
+from nanochat.checkpoint import add_checkpoint_flags, find_checkpoint, load_tokenizer, read_meta, stage_of
+from nanochat.common import UserError, choose_device, disk_errors, run_main
 from nanochat.engine.inference import add_weights_flag
+from nanochat.flags import Parser, add_runtime_flags
 from nanochat.model.gpt import build_model
 from nanochat.model.load import read_config
 from nanochat.serve.api import create_app
@@ -41,31 +42,32 @@ MAX_EXAMPLES = 4  # questions that the page offers
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_runtime_flags(parser)
-    add = parser.add_argument
-    add("--num-gpus", type=int, default=1, help="number of GPUs, each with a copy of the model")
-    # model
-    add_checkpoint_flags(parser, source="sft")
-    add_weights_flag(parser)
+    parser = Parser(__doc__)
+    add_checkpoint_flags(parser, source="")
+    add = parser.add_argument_group("model").add_argument
     add("--model-name", default="", help="id by which clients know the model (default: nanochat-MODEL_TAG)")
-    # network
+    add = parser.add_argument_group("network").add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     add("--port", type=int, default=8000, help="port to listen on, 0 for any free one")
-    add("--api-key", default="", help=f"key that clients must send (better: {KEY_VARIABLE} in the environment)")
+    add("--api-key", default="", help=f"key that clients must send (default, and better: the variable {KEY_VARIABLE})")
     add("--no-api-key", action="store_true", help="let everyone who can reach --host use the server")
     add("--allowed-host", action="append", default=[], help="host name by which the server may be called, such as a "
         "proxy's; may be repeated (default: localhost and its addresses if it listens there, else any)")  # fmt: skip
-    add("--cors-origin", action="append", default=[], help="origin whose pages may use the server; may be repeated")
-    # limits
+    add("--cors-origin", action="append", default=[], help="origin whose pages may use the server; may be repeated "
+        "(default: none)")  # fmt: skip
+    add = parser.add_argument_group("limits").add_argument
     add("--max-rows", type=int, help="replies generated at a time on each device (default: by device)")
     add("--max-queue", type=int, default=128, help="replies that may wait; more are refused with status 429")
-    add("--max-tokens", type=int, default=0, help="longest reply that a request may ask for, 0: the context")
+    add("--max-tokens", type=int, default=0, help="most tokens of a reply that a request may ask for, 0: the context")
     add("--max-body-kib", type=int, default=1024, help="largest request in KiB")
-    add("--drain-seconds", type=int, default=30, help="time for running replies to finish at shutdown")
-    # output
+    add("--drain-seconds", type=int, default=30, help="seconds for running replies to finish at shutdown")
+    add = parser.add_argument_group("output").add_argument
     add("--access-log", default="", help='file for one JSON line per request, "-": standard output (default: none)')
     add("--log-texts", action="store_true", help="include prompts and replies in the access log")
+    add = parser.add_argument_group("runtime").add_argument
+    add("--num-gpus", type=int, default=1, help="number of GPUs, each with a copy of the model")
+    add_weights_flag(parser)
+    add_runtime_flags(parser)
     return parser.parse_args()
 
 
@@ -82,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
     folder = find_checkpoint(args.source, model_tag=args.model_tag, step=args.step)
     meta = read_meta(folder)
     tokenizer = load_tokenizer(folder, meta)
-    model_tag, stage = folder.parent.name, folder.parent.parent.name.removesuffix("_checkpoints")
+    model_tag, stage = folder.parent.name, stage_of(folder)
     examples = [text for text in meta.get("examples") or [] if isinstance(text, str)][:MAX_EXAMPLES]
 
     # model: the workers load it while the page is already served

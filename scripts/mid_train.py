@@ -11,34 +11,43 @@ assistant's text enters the loss; questions and tool results are context.
 
 import argparse
 
-from nanochat.common import add_runtime_flags, join_ranks, run_main, together
+from nanochat.common import join_ranks, run_main, together
 from nanochat.flags import RUN_FLAGS, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
+from nanochat.training.check_data import check_data
 from nanochat.training.finetuning import start_run, validate_if_due
-from tasks.mixtures import MID_MIXTURES, load_corpus
+from tasks.mixtures import MID_MIXTURES, Sources, load_corpus
 
-FLAGS = (
-    *shared("run", "no_compile", "recompute", "attention", "seed"),
-    *shared("model_tag", "step", "output_tag", *RUN_FLAGS, source="base"),
-    *shared("data", "max_conversations", "epochs", "num_steps"),
-    Flag("total_batch_size", int, 0, "tokens per step (default: the source's, less for few conversations)",
-         ZERO_OR_MORE),
-    *shared("device_batch_size", "lr_mult", "weight_decay", "warmup_steps", "final_lr_frac", warmdown_frac=0.5),
-    *shared("eval_tokens", eval_every=150),
-)  # fmt: skip
+FLAGS = {
+    "model": shared("model_tag", "step", source="base"),
+    "data": shared("data", "skip_bad_rows", "check_data", "max_conversations", "seed"),
+    "horizon": shared("epochs", "num_steps"),
+    "optimization": (
+        Flag("total_batch_size", int, 0, "tokens per step, 0 for the source's, or less for few conversations",
+             ZERO_OR_MORE),
+        *shared("device_batch_size", "lr_mult", "weight_decay", "warmup_steps", "final_lr_frac", warmdown_frac=0.5),
+    ),
+    "evaluation": shared("eval_tokens", eval_every=150),
+    "checkpoints": shared("output_tag", *RUN_FLAGS),
+    "runtime": shared("device_type", "dtype", "attention", "recompute", "no_compile", "run"),
+}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
-    return parse(__doc__, FLAGS, add_runtime_flags)
+    return parse(__doc__, FLAGS)
 
 
 def main(args: argparse.Namespace) -> None:
     # data
+    if args.check_data:
+        check_data(args, Sources(args.data, MID_MIXTURES))
+        return
     join_ranks(args.device_type)
+    options = {"seed": args.seed, "max_conversations": args.max_conversations, "skip_bad_rows": args.skip_bad_rows}
     with together():
-        train, val = load_corpus(args.data, MID_MIXTURES, seed=args.seed, max_conversations=args.max_conversations)
+        train, val, examples = load_corpus(Sources(args.data, MID_MIXTURES), **options)
 
     # runtime, model, optimizer, schedules
-    run, val_rows = start_run("mid", args, free_on_resume(FLAGS), train, val)
+    run, val_rows = start_run("mid", args, free_on_resume(FLAGS), train, val, examples)
 
     # the loop: evaluate, save, step and log
     for step in run.steps():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nanochat.common import base_dir, print0, run_main
 from nanochat.data.dataset import DEFAULT_DATA, document_batches, shard_paths
-from nanochat.flags import POSITIVE, Flag, parse
+from nanochat.flags import POSITIVE, ZERO_OR_MORE, Flag, parse
 from nanochat.records import append_record
 from nanochat.tokenizer import Tokenizer, tokenizer_dir
 
@@ -26,11 +26,13 @@ TEXTS_FOLDER = Path(__file__).parent / "tok_eval_texts"
 REFERENCES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}  # their names in tiktoken
 DOCUMENT_CHARS = 10_000  # of each document of the data set, so that one long book does not stand for all
 
-FLAGS = (
-    Flag("data", str, DEFAULT_DATA, "hub repository, local folder or file, or 'local'"),
-    Flag("max_chars", int, 1_000_000, "characters used of each split", POSITIVE),
-    Flag("timeout", float, 20.0, "seconds to wait for the other tokenizers' files"),
-)
+FLAGS = {
+    "data": (
+        Flag("data", str, DEFAULT_DATA, "hub repository, local folder or file, or 'local'"),
+        Flag("max_chars", int, 1_000_000, "characters used of each split", POSITIVE),
+    ),
+    "other tokenizers": (Flag("timeout", float, 20.0, "seconds to wait for their files", ZERO_OR_MORE),),
+}
 
 Count = Callable[[str], int]  # number of tokens of a text
 

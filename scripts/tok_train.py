@@ -26,15 +26,17 @@ from nanochat.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, TOKEN_BYTES_FILE,
 
 PROGRESS_UNITS = {"count": "B", "merge": " merges"}
 
-FLAGS = (
-    # data
-    Flag("data", str, DEFAULT_DATA, "hub repository, local folder or file, or 'local'"),
-    Flag("max_chars", int, 2_000_000_000, "characters to train on, 0 for all", ZERO_OR_MORE),
-    Flag("doc_cap", int, 10_000, "characters used of each document, 0 for all", ZERO_OR_MORE),
-    # vocabulary
-    Flag("vocab_size", int, 32_768, "number of tokens, special ones included",
-         Range(f"be {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}", lambda value: MIN_VOCAB_SIZE <= value <= MAX_VOCAB_SIZE)),
-)  # fmt: skip
+FLAGS = {
+    "data": (
+        Flag("data", str, DEFAULT_DATA, "hub repository, local folder or file, or 'local'"),
+        Flag("max_chars", int, 2_000_000_000, "characters to train on, 0 for all", ZERO_OR_MORE),
+        Flag("doc_cap", int, 10_000, "characters used of each document, 0 for all", ZERO_OR_MORE),
+    ),
+    "vocabulary": (
+        Flag("vocab_size", int, 32_768, "number of tokens, special ones included",
+             Range(f"be {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}", lambda size: MIN_VOCAB_SIZE <= size <= MAX_VOCAB_SIZE)),
+    ),
+}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:

@@ -37,6 +37,10 @@ class Task(ABC):
     baseline: float = 0.0  # accuracy of guessing, 0 to 1
     purpose: Purpose = "train"  # stages train on "train" and watch "validation"; only reported evaluations read "test"
     has_reward: bool = False  # whether `reward` may be called
+    is_text: bool = False  # asked in plain text after worked examples (`text_problem`), instead of in a chat
+    stops: tuple[str, ...] = ()  # texts that end an answer written in plain text
+    num_shots: int = 0  # of the worked examples before a question in plain text
+    by_length: bool = False  # in plain text, the likeliest choice per character is the answer, not the likeliest one
 
     @abstractmethod
     def conversation(self, index: int) -> Conversation:
@@ -86,7 +90,7 @@ class TaskSlice(Task):
 
     def __init__(self, task: Task, indices: Sequence[int]) -> None:
         self.task, self.rows = task, indices
-        for name in ("name", "kind", "baseline", "purpose", "has_reward"):
+        for name in ("name", "kind", "baseline", "purpose", "has_reward", "is_text", "stops", "num_shots", "by_length"):
             setattr(self, name, getattr(task, name))
         for judge in ("letters", "evaluate", "evaluate_many", "score", "reward"):
             setattr(self, judge, getattr(task, judge))
@@ -150,6 +154,20 @@ def choice_conversation(
     """A multiple-choice question answered with the letter `right`, with `letters` and `extra` as further keys."""
     assert right in letters, (right, letters)
     return single_turn(render_choices(question, choices, letters), right, letters=tuple(letters), **extra)
+
+
+def text_problem(
+    question: str, answer: str, *, intro: str = "", shots: Sequence[str] = (), **extra: Any
+) -> Conversation:
+    """A problem for a model that continues plain text: `intro`, then the first of `shots` (worked examples with what
+    separates them), as many as fit, then `question`. Of multiple choice, `options` are the continuations offered, and
+    `letters` their names, of which `answer` is one."""
+    return single_turn(question, answer, intro=intro, shots=tuple(shots), **extra)
+
+
+def lettered(choices: Sequence[str], letters: Sequence[str]) -> str:
+    """Choices as most published prompts list them, a line each: `lettered(["red"], "A") == "A. red\\n"`."""
+    return "".join(f"{letter}. {choice}\n" for letter, choice in zip(letters, choices, strict=True))
 
 
 ANSWER_MARK = "####"  # stands before the number at the end of an answer, as in GSM8K

@@ -2,6 +2,10 @@
 
 Chen et al., "Evaluating Large Language Models Trained on Code", arXiv 2107.03374. Hub: openai/openai_humaneval, MIT.
 Its one split is for reporting only. Not here: running untrusted code (`nanochat.evals.execution`).
+
+The standard prompt is the paper's: the model continues the beginning of the function as plain text, up to one of its
+stops, and all it wrote is run. The paper samples 200 answers at temperatures of 0.2 to 0.8; greedy ones are the default
+here, as in lm-evaluation-harness (task humaneval, version 1.0).
 """
 
 import re
@@ -10,7 +14,7 @@ from collections.abc import Sequence
 
 from nanochat.data.chat import visible_text
 from nanochat.evals import execution
-from tasks.common import Completion, Conversation, Task, single_turn
+from tasks.common import Completion, Conversation, Task, single_turn, text_problem
 from tasks.loading import HubSplit, Rows
 
 REPO = "openai/openai_humaneval"
@@ -54,13 +58,32 @@ class HumanEval(Task):
         """Whether the program in each completion passes the tests; several run at a time."""
         problems = [
             execution.Problem(
-                program=extract_program(question, completion),
+                program=self.program(question, completion),
                 tests=execution.with_helpers(question["tests"], question["prompt"], question["entry_point"]),
                 entry_point=question["entry_point"],
             )
             for question, completion in pairs
         ]
         return [verdict.passed for verdict in execution.grade_many(problems, allow_unsafe=self.allow_unsafe_execution)]
+
+    def program(self, conversation: Conversation, completion: Completion) -> str:
+        """The source text that is judged."""
+        return extract_program(conversation, completion)
+
+
+class StandardHumanEval(HumanEval):
+    """The benchmark with its standard prompt."""
+
+    name = "HumanEval 0-shot"
+    is_text = True
+    stops = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+
+    def conversation(self, index: int) -> Conversation:
+        chat, solution = super().conversation(index), self.rows[index]["canonical_solution"]
+        return chat | text_problem(chat["prompt"], solution)
+
+    def program(self, conversation: Conversation, completion: Completion) -> str:
+        return conversation["prompt"] + visible_text(completion)
 
 
 def extract_program(conversation: Conversation, completion: Completion) -> str:

@@ -5,12 +5,11 @@
 
 from pathlib import Path
 
-from tasks.custom_json import CustomJSON
+from tasks.own_data import OwnFile
 
 PATH = Path(__file__).with_name("identity.jsonl")
 
 
-class Identity(CustomJSON):
+class Identity(OwnFile):
     def __init__(self) -> None:
-        super().__init__(PATH)
-        self.name = "Identity"
+        super().__init__(PATH, name="Identity")

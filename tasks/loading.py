@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from nanochat.common import UserError
+from nanochat.common import Unavailable, UserError
 from nanochat.data.hub import endpoint
 
 logger = logging.getLogger(__name__)
@@ -75,8 +75,8 @@ class Rows:
 
 
 def load_split(source: HubSplit):
-    """The `datasets.Dataset` of `source`, from the cache or fetched. Raises `UserError` when it cannot be had, lacks a
-    column, or is measured on and has another number of rows."""
+    """The `datasets.Dataset` of `source`, from the cache or fetched. Raises `Unavailable` when it cannot be had, lacks
+    a column, or is measured on and has another number of rows."""
     from datasets.exceptions import DatasetsError  # importing `datasets` takes 1.5 s
     from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
     from httpx import HTTPError
@@ -87,7 +87,7 @@ def load_split(source: HubSplit):
         dataset = _fetch(source)
     except (OSError, ValueError, DatasetsError, HTTPError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(
+        raise Unavailable(
             f"cannot load {source} from {endpoint()} ({reason}); check the network, set HF_ENDPOINT to a mirror "
             f"before the start, or copy the cache of a machine that has it to HF_HOME and set HF_HUB_OFFLINE=1"
         ) from error
@@ -95,14 +95,14 @@ def load_split(source: HubSplit):
         if had_progress_bars:
             enable_progress_bars()
     if missing := [name for name in source.columns if name not in dataset.column_names]:
-        raise UserError(
+        raise Unavailable(
             f"{source} has no column {', '.join(missing)}, only {', '.join(dataset.column_names)}; "
             f"is {endpoint()} the hub, or a true mirror of it?"
         )
     if len(dataset) != source.num_rows:
         what = f"{source} has {len(dataset):,} rows at {endpoint()} instead of the {source.num_rows:,} it is known for"
         if source.is_measured:
-            raise UserError(f"{what}: scores on it could not be compared; set HF_ENDPOINT to a complete copy")
+            raise Unavailable(f"{what}: scores on it could not be compared; set HF_ENDPOINT to a complete copy")
         logger.warning("%s; training on what is there", what)
     return dataset
 

@@ -9,8 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from chat_page import LONGEST_WAIT_SECONDS, PAGE, FakeServer, Reply, says
+from chat_page import LONGEST_WAIT_SECONDS, FakeServer, Reply, says
 from live_server import wait_until
+
+from nanochat.serve.api import PAGE_PATH
+from nanochat.serve.middleware import read_page
 
 
 @pytest.fixture
@@ -50,6 +53,11 @@ class Chat:
         """The messages of the last request."""
         return self.server.requests[-1]["messages"]
 
+    @property
+    def texts(self) -> list[str]:
+        """The questions and answers in view."""
+        return self.page.locator(".message .body").all_inner_texts()
+
     def label(self, text: str):
         return self.page.get_by_label(text, exact=True)
 
@@ -79,6 +87,16 @@ class Chat:
     def ask(self, text: str, answer: str | Reply) -> None:
         self.send(text, says(answer) if isinstance(answer, str) else answer)
         self.wait_until_done()
+
+    def edit(self, i: int, text: str, answer: str | Reply, *, wait: bool = True) -> None:
+        """Sends the question in place `i` again in other words."""
+        self.server.script.append(says(answer) if isinstance(answer, str) else answer)
+        self.questions.nth(i).hover()
+        self.button("Edit the message and send it again").nth(i).click()
+        self.label("Edit the message").fill(text)
+        self.label("Edit the message").press("Enter")
+        if wait:
+            self.wait_until_done()
 
     def command(self, text: str) -> None:
         self.input.fill(text)
@@ -127,6 +145,6 @@ def chat(open_chat) -> Chat:
 def script(browser):
     """A page to try the functions of the script in."""
     page = browser.new_page()
-    page.set_content(PAGE.read_text())
+    page.set_content(read_page(PAGE_PATH))
     yield page
     page.close()

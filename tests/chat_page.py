@@ -6,11 +6,10 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
-from nanochat.serve.middleware import page_policy
+from nanochat.serve.api import PAGE_PATH
+from nanochat.serve.middleware import page_policy, read_page
 
-PAGE = Path(__file__).parent.parent / "nanochat" / "serve" / "ui.html"
 LONGEST_WAIT_SECONDS = 20  # of a scripted reply for its test, and of a test for the page
 NEVER = threading.Event()  # a reply that waits for it has no end
 
@@ -77,7 +76,8 @@ class FakeServer(ThreadingHTTPServer):
         self.key = ""
         self.requests: list[dict] = []
         self.num_disconnects = 0
-        self.page = PAGE.read_bytes()
+        self.card: dict | None = None  # what it says of its model; an older server says nothing
+        self.page = read_page(PAGE_PATH)
 
     def handle_error(self, request, client_address):
         pass  # a browser that goes away is part of the tests
@@ -91,18 +91,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/":
-            security = {"Content-Security-Policy": page_policy(self.server.page.decode())}
+            security = {"Content-Security-Policy": page_policy(self.server.page)}
             self._answer(200, {"Content-Type": "text/html", **security})
-            self.wfile.write(self.server.page)
+            self.wfile.write(self.server.page.encode())
         elif self.path == "/health":
             self._answer(200 if self.server.health["status"] == "ok" else 503, {"Content-Type": "application/json"})
             self.wfile.write(json.dumps(self.server.health).encode())
+        elif self.path == "/v1/models" and not self._lacks_key():
+            self._answer(200, {"Content-Type": "application/json"})
+            card = {} if self.server.card is None else {"nanochat": self.server.card}
+            self.wfile.write(json.dumps({"data": [{"id": self.server.health["model"], **card}]}).encode())
         else:
             self._answer(404, {})
 
+    def _lacks_key(self) -> bool:
+        return bool(self.server.key) and self.headers["Authorization"] != f"Bearer {self.server.key}"
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
+        if self._lacks_key():
             reply = refuses(401, "The API key is missing or wrong.", "invalid_api_key")
         else:
             self.server.requests.append(body)

@@ -61,6 +61,15 @@ def tokenizer_folder(tokenizer, tmp_path) -> Path:
     return tmp_path / "tokenizer"
 
 
+@pytest.fixture(scope="session")
+def code_folder(tmp_path_factory):
+    """Where transformers keeps the code that models bring: one place for all tests, since it is imported from there."""
+    module = pytest.importorskip("transformers.dynamic_module_utils")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("code")))
+        yield
+
+
 @pytest.fixture
 def shards(tmp_path, texts) -> list[Path]:
     """Three training shards and a validation shard in one folder, in order."""

@@ -1,4 +1,4 @@
-"""A tiny hub for tests: serves the files of one data set repository on this machine, with faults on request."""
+"""A tiny hub for tests: serves the files of one repository, as data set and as model, with faults on request."""
 
 import hashlib
 import json
@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, _, query = unquote(self.path).partition("?")
-        content = re.fullmatch(rf"/datasets/{REPO}/resolve/{REVISION}/(.*)", path)
+        content = re.fullmatch(rf"(?:/datasets)?/{REPO}/resolve/{REVISION}/(.*)", path)
         name = content[1] if content else "listing"
         fault = self.hub.faults[name].pop(0) if self.hub.faults[name] else ""
         self.hub.tokens.add(self.headers.get("Authorization", ""))
@@ -116,9 +116,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(name, 200, HTML, "text/html; charset=utf-8")
         elif content:
             self.send_content(name, fault)
-        elif path == f"/api/datasets/{REPO}":
+        elif path in (f"/api/datasets/{REPO}", f"/api/models/{REPO}"):
             self.answer(name, 200, json.dumps({"id": REPO, "sha": REVISION}).encode(), "application/json")
-        elif path == f"/api/datasets/{REPO}/tree/{REVISION}":
+        elif path in (f"/api/datasets/{REPO}/tree/{REVISION}", f"/api/models/{REPO}/tree/{REVISION}"):
             self.send_page(int(query.partition("page=")[2] or 0))
         else:
             self.answer(name, 404, b"{}", "application/json")

@@ -47,6 +47,16 @@ def mmlu_row(subject: str, answer: int, *, number: int = 0) -> dict[str, Any]:
     return {"question": f"Question {number}?", "subject": subject, "choices": choices, "answer": answer}
 
 
+def mmlu_pro_row(
+    category: str, answer: int, *, num_options: int = 10, number: int = 0, worked: bool = False
+) -> dict[str, Any]:
+    letter = "ABCDEFGHIJ"[answer]
+    cot = f"A: Let's think step by step. It is {answer}. The answer is ({letter})." if worked else ""
+    row = {"question_id": number, "question": f"Question {number}?", "category": category, "src": "tests"}
+    row["options"] = [f"choice {i} of {number}" for i in range(num_options)]
+    return row | {"answer": letter, "answer_index": answer, "cot_content": cot}
+
+
 def gsm8k_row(a: int, b: int) -> dict[str, str]:
     total, half = a + b, f"{(a + b) / 2:g}"
     answer = f"There are {a}+{b} = <<{a}+{b}={total}>>{total} pens.\nHalf is <<{total}/2={half}>>{half}.\n#### {half}"

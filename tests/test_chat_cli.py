@@ -176,22 +176,27 @@ def open_terminal(monkeypatch):
 
 def test_a_session_answers_in_turns_and_obeys_its_commands(command, open_terminal, base, tmp_path):
     terminal, saved = open_terminal(command("parrot", "--seed", "1")), tmp_path / "talk.json"
-    terminal.expect("sft parrot step 7", "context of 256 tokens, float32 on cpu", "\n>")
-    terminal.type(f"{QUESTION}\r", "It is [python: 12*34 => 408]408 in 東京 🌿.\n")
+    terminal.expect("sft parrot step 7", "context of 256 tokens, float32 on cpu", "\nYou: ")
+    terminal.type(f"{QUESTION}\r", "\n\nnanochat-parrot: ", "It is [python: 12*34 => 408] 408 in 東京 🌿.\n", "\nYou: ")
     assert "\ufffd" not in terminal.text
     terminal.type("/stats\r", "shown after each answer")
-    terminal.type("Thank you!\r", "Gladly.\n(", "of 256 tokens of context used)\n>")
+    terminal.type("Thank you!\r", "Gladly.\n(", "of 256 tokens of context used)\n", "\nYou: ")
 
     terminal.type("/temperature cold\r", "error: temperature must be a number, not 'cold'")
-    terminal.type("/topk 3\r", "(top_k 3)")
+    terminal.type("/topk 3\r", "(top_k 3)", "\nYou: ")
+    terminal.type("/system be \\\r", "\n   .")
+    terminal.type("brief\r", "(system message: be \nbrief)", "\nYou: ")
+    terminal.type("/system -\r", "(no system message)", "\nYou: ")
     terminal.type(f"/save {saved}\r", "4 messages saved")
     assert json.loads(saved.read_text()) == CONVERSATION
     terminal.type("/clear\r", "new conversation")
-    terminal.type(f"/load {saved}\r", "4 messages loaded", "> Thank you!\n", "Gladly.", "\n>")
+    terminal.type(
+        f"/load {saved}\r", "4 messages loaded", "\n\nYou: Thank you!\n\n", "nanochat-parrot: Gladly.", "\nYou: "
+    )
 
     terminal.type("half a line", "half a line")  # at the prompt: before it, Ctrl-C would be a signal and no key
-    terminal.type(CTRL_C, "\n>")
-    terminal.type(UP + UP + "\r", "new conversation", "\n>")  # before the last line, which was given up: /clear
+    terminal.type(CTRL_C, "\nYou: ")
+    terminal.type(UP + UP + "\r", "new conversation", "\nYou: ")  # before the last line, which was given up: /clear
     terminal.type(CTRL_D)
     assert terminal.wait() == 0
 
@@ -202,10 +207,10 @@ def test_a_session_answers_in_turns_and_obeys_its_commands(command, open_termina
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_session(command, open_terminal, tmp_path):
     terminal, saved = open_terminal(command("endless", "--max-tokens", "16000")), tmp_path / "talk.json"
-    terminal.expect("\n>")
+    terminal.expect("\nYou: ")
     terminal.type("river\r", "river")
     terminal.expect_more(200)
-    terminal.type(CTRL_C, "(stopped; the answer so far is kept)\n>")
+    terminal.type(CTRL_C, "(stopped; the answer so far is kept)\n", "\nYou: ")
     terminal.type(f"/save {saved}\r", "2 messages saved")
     question, answer = json.loads(saved.read_text())["messages"]
     assert (question["content"], answer["role"]) == ("river", "assistant")

@@ -172,6 +172,29 @@ def test_the_plain_paths_have_the_results_of_the_fast_ones_in_a_folder_of_their_
     assert without_logits(results(workplace, FOLDER + "_slow"), 1) == without_logits(finished[1], 1)
 
 
+def test_standard_prompts_have_results_names_and_a_record_of_their_own(workplace, finished):
+    out = evaluate_well(workplace, *LIMIT, "--prompts", "standard", tasks="ARC-Challenge")
+    assert "ARC-Challenge 25-shot" in out
+    assert re.search(r"acc_norm .* 0\.2500\n  .*\d of 25 worked examples fit; 6 problems", out)
+    path = workplace.base / FOLDER / "ARC-Challenge_25-shot.jsonl"
+    items = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    assert all(0 < item["num_shots"] < 25 and item["prompt"].count("Answer:") > 1 for item in items)
+    record = json.loads((workplace.base / "report" / "records.jsonl").read_text().splitlines()[-1])
+    assert (record["stage"], record["settings"]["prompts"]) == ("standard_eval", "standard")
+    name = f"ARC-Challenge 25-shot ({max(item['num_shots'] for item in items)} fit)"
+    assert set(record["results"]) == {name, "elapsed_seconds"}
+    assert record["table"][0]["task"] == name
+    assert record["table"][0]["baseline"] == 0.25
+    assert record["table"][0]["short_of_shots"] == NUM_WORDS
+    before = path.read_text()
+    assert "6 of the problems were answered" in evaluate_well(
+        workplace, *LIMIT, "--prompts", "standard", "--resume", tasks="ARC-Challenge"
+    )
+    assert path.read_text() == before
+    path.unlink()
+    assert results(workplace) == finished[1]
+
+
 def test_several_samples_give_pass_at_k(workplace):
     out = evaluate_well(workplace, "--max-problems", 2, "--num-samples", 3, "--temperature", 1, tasks="SpellingBee")
     assert "pass@3" in out
@@ -181,6 +204,7 @@ def test_several_samples_give_pass_at_k(workplace):
     ("args", "words"),
     [
         (["-a", "Quiz"], "no task 'Quiz'"), (["-a", "ARC-Easy||SpellingBee"], "no task ''"),
+        (["--prompts", "standard"], "SpellingBee has no standard prompt"),
         (["--model-tag", "other"], "other"), (["--num-samples", "4"], "set --temperature"),
         (["--batch-rows", "-1"], "--batch-rows"),
         (["--seed", "3", "--resume"], "seed 42, which is 3 now"),  # before ARC-Easy is asked again

@@ -16,8 +16,8 @@ TINY = (
 
 # in the child: a reward that replies of a random model differ in
 ODD = """
-import tasks.custom_json
-tasks.custom_json.CustomJSON.reward = lambda self, conversation, completion: float(
+import tasks.own_data
+tasks.own_data.OwnFile.reward = lambda self, conversation, completion: float(
     len("".join(part["text"] for part in completion)) % 2
 )
 """

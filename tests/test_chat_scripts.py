@@ -95,6 +95,10 @@ def test_a_stage_leaves_checkpoints_metrics_and_a_record(workplace, source):
     (record,) = [one for one in records(workplace.base) if one["stage"] == stage]
     assert record["results"]["val_bpb"] == found[LAST, "val_bpb"]
     assert record["settings"]["data"] == ["own.jsonl"]
+    examples = json.loads((run / "step_000006" / "meta.json").read_text())["examples"]
+    asked = [one["messages"][0]["content"].strip() for one in make_conversations(60)]
+    assert len(set(examples)) == 4
+    assert set(examples) <= set(asked)
 
 
 def test_finetuning_starts_from_the_weights_of_mid_training_and_watches_tasks_on_their_validation_split(workplace):
@@ -151,7 +155,7 @@ def test_an_epoch_is_the_default_and_the_batch_then_small(workplace):
 
 
 @pytest.mark.parametrize(("command", "words"), [
-    ("mid_train --source sft --model-tag none", ["no checkpoint in", "none"]),
+    ("mid_train --source sft --model-tag none", ["no sft checkpoint with --model-tag 'none' in", "there are tiny"]),
     ("mid_train --step 5 --output-tag new", ["no checkpoint of step 5"]),
     ("mid_train --data missing.jsonl", ["cannot read the conversations in missing.jsonl"]),
     ("mid_train --epochs 0", ["--epochs must be a number above 0"]),

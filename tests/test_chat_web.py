@@ -17,6 +17,8 @@ from live_server import KEY, ask, events, question
 from nanochat.checkpoint import load_tensors, run_dir, save_checkpoint
 from nanochat.common import Runtime, UserError
 from nanochat.model.gpt import GPTConfig, build_model
+from nanochat.serve.api import PAGE_PATH
+from nanochat.serve.middleware import read_page
 from scripts.chat_web import main, parse_args
 
 pytestmark = pytest.mark.slow
@@ -56,7 +58,7 @@ def test_the_server_loads_answers_and_ends_when_its_answers_have_ended(base):
         pattern = r"nanochat-tiny \(sft, step 7\) is ready at http://127\.0\.0\.1:(\d+), Ctrl-C stops\n"
         port = int(re.fullmatch(pattern, line)[1])
         assert ask(port, "/health").status == 200
-        assert ask(port, "/").text == (ROOT / "nanochat" / "serve" / "ui.html").read_text()
+        assert ask(port, "/").text == read_page(PAGE_PATH)
         assert ask(port, CHAT, question("hello")).status == 401
         key = {"authorization": f"Bearer {KEY}"}
         [card] = ask(port, "/v1/models", headers=key).json["data"]

@@ -105,8 +105,8 @@ def test_a_tag_that_is_no_file_name_and_an_unknown_source_are_refused():
     for tag in ("", ".", "..", "a/b", "/etc", "../x", "a\0b", "x" * 256, "é" * 128):
         with pytest.raises(UserError, match="--model-tag"):
             run_dir("base", tag)
-    with pytest.raises(UserError, match="'basic' is unknown; choose one of base, mid, sft, rl"):
-        run_dir("basic", "d4")
+    with pytest.raises(UserError, match="'xyz' is unknown; choose one of base, mid, sft, rl"):
+        run_dir("xyz", "d4")
 
 
 def test_steps_sort_as_numbers_and_only_complete_checkpoints_are_listed(run, tiny_model, tokenizer):
@@ -124,22 +124,73 @@ def test_steps_sort_as_numbers_and_only_complete_checkpoints_are_listed(run, tin
 
 
 # --- choice ---
-def test_the_run_saved_last_is_taken_unless_one_is_named(tiny_model, tokenizer):
-    for seconds, tag, step in ((100, "older", 900), (200, "newer", 10), (50, "oldest", 20)):
-        folder = save(run_dir("base", tag), step, tiny_model, tokenizer)
-        os.utime(folder / "meta.json", (seconds, seconds))
+@pytest.fixture
+def save_at(tiny_model, tokenizer):
+    """Saves a checkpoint as one that says it was written at that second."""
+
+    def save_at(second: int, source: str, tag: str, step: int) -> Path:
+        folder = save(run_dir(source, tag), step, tiny_model, tokenizer)
+        (folder / "meta.json").write_text(json.dumps(read_meta(folder) | {"saved_at": second}))
+        return folder
+
+    return save_at
+
+
+def test_the_run_saved_last_is_taken_unless_one_is_named_whenever_its_files_were_copied(save_at):
+    for second, tag, step in ((100, "older", 900), (200, "newer", 10), (50, "oldest", 20)):
+        os.utime(save_at(second, "base", tag, step) / "meta.json", (-second, -second))
     assert find_checkpoint("base").parent.name == "newer"
     assert find_checkpoint("base", model_tag="oldest").name == "step_000020"
+    meta_path = run_dir("base", "oldest") / "step_000020" / "meta.json"
+    meta = json.loads(meta_path.read_text())
+    del meta["saved_at"]  # of before November 2026, where the file's time must do
+    meta_path.write_text(json.dumps(meta))
+    os.utime(meta_path, (300, 300))
+    assert find_checkpoint("base").parent.name == "oldest"
 
 
-def test_a_missing_checkpoint_is_named_with_what_to_do(run, tiny_model, tokenizer):
-    for tag, words in (("", r"no base checkpoint in .*train one first"), ("d4", r"no .* in .*d4; check --model-tag")):
-        with pytest.raises(UserError, match=words):
-            load_model("base", RUNTIME, model_tag=tag)
-    for step in (5, 70):
-        save(run, step, tiny_model, tokenizer)
-    with pytest.raises(UserError, match=r"no checkpoint of step 6 in .*; there are 5, 70"):
-        load_model("base", RUNTIME, step=6)
+def test_without_a_source_it_is_the_chat_model_saved_last_and_a_base_model_where_there_is_none(save_at):
+    found = lambda **chosen: checkpoint.stage_of(find_checkpoint(**chosen))  # noqa: E731
+    save_at(900, "base", "d4", 100)
+    assert found() == "base"
+    for second, source in ((100, "mid"), (200, "sft"), (300, "rl")):
+        save_at(second, source, "d4", 10)
+        assert found() == source
+    save_at(400, "sft", "d4", 20)  # finetuned anew
+    assert found() == "sft"
+    save_at(950, "base", "d8", 100)
+    assert found() == "sft"
+    assert found(model_tag="d8") == "base"
+    save_at(500, "mid", "d8", 10)
+    assert find_checkpoint() == run_dir("mid", "d8") / "step_000010"
+    assert find_checkpoint("rl") == run_dir("rl", "d4") / "step_000010"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ({"source": "mid"}, "no mid checkpoint in {}; choose --source base or sft; train one first: "
+         "python -m scripts.mid_train"),
+        ({"source": "sft", "model_tag": "d20"}, "no sft checkpoint with --model-tag 'd20' in {}; did you mean d12? "
+         "there are d12; choose --source base; train one first: python -m scripts.chat_sft"),
+        ({"model_tag": "d21"}, "no checkpoint with --model-tag 'd21' in {}; did you mean d20? there are d12, d20"),
+        ({"model_tag": "a/b"}, "no checkpoint with --model-tag 'a/b' in {}; there are d12, d20"),
+        ({"source": "stf"}, "source 'stf' is unknown; did you mean sft? choose one of base, mid, sft, rl"),
+        ({"source": "base", "step": 6}, "no checkpoint of step 6 in {}/base_checkpoints/d20; there are 5, 70"),
+    ],
+)  # fmt: skip
+def test_a_missing_checkpoint_is_named_with_those_that_exist(chosen, words, save_at, base_folder):
+    for source, tag, step in (("base", "d20", 5), ("base", "d20", 70), ("sft", "d12", 9)):
+        save_at(1, source, tag, step)
+    with pytest.raises(UserError) as refused:
+        find_checkpoint(**chosen)
+    assert str(refused.value) == words.format(base_folder)
+
+
+@pytest.mark.parametrize("source", ["", "base", "rl"])
+def test_where_there_is_no_checkpoint_at_all_the_command_that_makes_one_is_named(source):
+    with pytest.raises(UserError, match=r"train one first: bash speedrun.sh; or set NANOCHAT_BASE_DIR"):
+        load_model(source, RUNTIME)
 
 
 # --- failures while writing ---

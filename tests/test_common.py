@@ -1,8 +1,13 @@
 """Files that are whole or absent, one download for many processes, and a runtime that rank 0 decides."""
 
 import argparse
+import ast
 import errno
 import os
+import re
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +18,10 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from nanochat import common
-from nanochat.common import Runtime, UserError
+from nanochat.common import Runtime, Unavailable, UserError
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 # --- files ---
@@ -220,7 +226,9 @@ def test_only_rank_0_prints(monkeypatch, capsys):
 
 
 # --- scripts ---
-def test_a_stage_that_cannot_go_on_ends_with_one_line_and_a_status_and_a_bug_shows_itself(capsys):
+def test_a_stage_that_cannot_go_on_ends_with_one_line_and_a_status_and_a_bug_shows_itself(
+    capsys, tmp_path, monkeypatch
+):
     def run_with(error: BaseException | None) -> None:
         def main(args: argparse.Namespace) -> None:
             assert args.number == 3
@@ -240,3 +248,36 @@ def test_a_stage_that_cannot_go_on_ends_with_one_line_and_a_status_and_a_bug_sho
     with pytest.raises(ZeroDivisionError):
         run_with(ZeroDivisionError())
     assert capsys.readouterr() == ("", "")
+
+    # a stage that speedrun.sh can do without, when it is its data that cannot be had
+    note = tmp_path / "skipped"
+    monkeypatch.setenv(common.SKIP_VARIABLE, str(note))
+    run_with(Unavailable("no data: ask the hub"))
+    assert capsys.readouterr() == ("", "")
+    assert note.read_text() == "no data: ask the hub\n"
+    note.unlink()
+    with pytest.raises(SystemExit):
+        run_with(UserError("the disk is full"))
+    assert not note.exists()
+
+
+def test_outside_of_the_environment_a_command_says_so_in_one_line_and_a_bug_still_shows_itself(tmp_path):
+    def run(*args: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, *args], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    for package, module, line in (
+        ("nanochat", "tool", "import torch_of_nobody"), ("scripts", "tool", "import torch_of_nobody"),
+        ("nanochat", "bug", "from nanochat import nothing_there"),
+    ):  # fmt: skip
+        (tmp_path / package).mkdir(exist_ok=True)
+        shutil.copy(ROOT / package / "__init__.py", tmp_path / package)
+        (tmp_path / package / f"{module}.py").write_text(line)
+        ended = run("-m", f"{package}.{module}")
+        assert ended.returncode == 1
+        if module == "bug":
+            assert ended.stderr.startswith("Traceback")
+        else:
+            assert re.fullmatch(r"error: .* cannot import torch_of_nobody; .*source \.venv.*\n", ended.stderr)
+    assert run("-c", "import nanochat.tool").stderr.startswith("Traceback")  # the library changes nothing of Python's
+    for package in ("nanochat", "scripts"):  # and Pythons too old to run the rest can read the advice
+        ast.parse((ROOT / package / "__init__.py").read_text(), feature_version=(3, 4))

@@ -19,25 +19,32 @@ UP = "\x1b[A"
 
 @pytest.fixture
 def read_typed(tmp_path):
-    """What a reader with that history returns for what is typed."""
+    """What a reader with that history returns for what is typed, or pasted, all at once."""
 
-    def read(typed, num_messages=1, history=tmp_path / "history"):
+    def read(typed, history=tmp_path / "history"):
         with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
             keyboard.send_text(typed)
-            reader = LineReader(history, [])
-            return [reader.read() for _ in range(num_messages)]
+            return LineReader(history, []).read()
 
     return read
 
 
-def test_a_backslash_at_the_end_of_a_line_continues_the_message(read_typed):
-    assert read_typed("one \\\rtwo\rthree\r", 2) == ["one \ntwo", "three"]
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "\x1b[200~one\rtwo\r\n\nthree\x1b[201~\r",  # how most terminals mark a paste
+        "one\rtwo\r\rthree\r",  # others do not
+        "one\x1b\rtwo\x1b\r\x1b\rthree\r",  # Alt+Enter
+    ],
+)
+def test_pasted_lines_and_those_ended_with_alt_enter_are_one_message(typed, read_typed):
+    assert read_typed(typed) == "one\ntwo\n\nthree"
 
 
 def test_lines_can_be_edited_and_taken_from_the_history_of_an_earlier_session(read_typed, tmp_path):
-    assert read_typed("stone\x01the \r") == ["the stone"]  # Ctrl-A goes to the beginning
+    assert read_typed("stone\x01the \r") == "the stone"  # Ctrl-A goes to the beginning
     assert (tmp_path / "history").stat().st_mode & 0o777 == 0o600
-    assert read_typed(f"{UP}\r") == ["the stone"]
+    assert read_typed(f"{UP}\r") == "the stone"
 
 
 def test_ctrl_c_and_ctrl_d_are_exceptions(read_typed):
@@ -48,10 +55,10 @@ def test_ctrl_c_and_ctrl_d_are_exceptions(read_typed):
 
 def test_a_history_of_before_becomes_private_and_one_that_cannot_be_written_is_a_warning(read_typed, tmp_path, capsys):
     (tmp_path / "history").touch(mode=0o644)
-    assert read_typed("stone\r") == ["stone"]
+    assert read_typed("stone\r") == "stone"
     assert (tmp_path / "history").stat().st_mode & 0o777 == 0o600
     assert capsys.readouterr().out == ""
-    assert read_typed("stone\r", history=tmp_path / "absent" / "history") == ["stone"]
+    assert read_typed("stone\r", history=tmp_path / "absent" / "history") == "stone"
     assert "no history in" in capsys.readouterr().out
 
 
@@ -74,12 +81,15 @@ class Tty(io.StringIO):
         return True
 
 
-def rendered(monkeypatch, *deltas, height=25, width=40):
+def rendered(monkeypatch, *deltas, height=25, width=40, speaker=""):
     """What a terminal shows in the end, without styles; and all that was written to it."""
     for name, value in {"TERM": "xterm", "COLUMNS": str(width), "LINES": str(height)}.items():
         monkeypatch.setenv(name, value)
     out = Tty()
-    print_reply(MarkdownScreen(out, out), deltas)
+    screen = MarkdownScreen(out, out)
+    if speaker:
+        screen.begin_reply(speaker)
+    print_reply(screen, deltas)
     return screen_after(out.getvalue(), height), out.getvalue()
 
 
@@ -112,8 +122,19 @@ def test_markdown_is_rendered_and_other_text_stays(monkeypatch):
 
 def test_tool_calls_are_not_taken_for_markdown_and_control_characters_do_not_reach_the_terminal(monkeypatch):
     deltas = [Delta("python", "2**3*_4_"), Delta("python_output", "32"), Delta("text", "(http://x.y)")]
-    assert rendered(monkeypatch, *deltas)[0] == "[python: 2**3*_4_ => 32](http://x.y)\n"
+    assert rendered(monkeypatch, *deltas)[0] == "[python: 2**3*_4_ => 32] (http://x.y)\n"
     assert rendered(monkeypatch, Delta("text", "a\x1b[2J\x07\x9bb"))[0] == "a\u241b[2J\u2407\ufffdb\n"
+
+
+def test_the_speaker_is_named_once_before_words_and_above_blocks(monkeypatch):
+    pieces = ["One", " word.", "\n\n", "- two"]
+    shown, written = rendered(monkeypatch, *(Delta("text", piece) for piece in pieces), speaker="my_d*4")
+    assert shown == "\nmy_d*4: One word.\n\n \u2022 two\n"
+    assert "\x1b[1;35mmy_d*4:" in written
+    for text in ("```\na = 1\n```", "- a = 1", "1. a = 1", "# a = 1"):
+        lines = rendered(monkeypatch, *(Delta("text", piece) for piece in text), speaker="d4")[0].splitlines()
+        assert lines[:3] == ["", "d4:", ""]
+        assert "a = 1" in lines[-1]
 
 
 def test_a_block_taller_than_the_terminal_is_shown_once(monkeypatch):

@@ -313,7 +313,13 @@ def test_how_long_the_steps_take_is_said_in_the_unit_that_suits_it(monkeypatch, 
     model = make_model()
     tokens = 100 * (32 + training.OPTIMIZER_TOKENS * model.config.n_embd)
     runtime = Runtime(0, 0, 1, CPU, torch.float32)
-    for seconds, words in ((20, "20 seconds"), (89.4, "89 seconds"), (90, "1.5 minutes"), (9000, "150.0 minutes")):
+    for seconds, words in (
+        (20, "20 seconds"),
+        (89.4, "89 seconds"),
+        (90, "1.5 minutes"),
+        (9000, "2.5 hours"),
+        (9e8, "10,417 days"),
+    ):
         monkeypatch.setattr(training, "measure_tokens_per_second", lambda *args, seconds=seconds: tokens / seconds)
         training.say_how_long(model, runtime, 2, 100, 32)
         assert capsys.readouterr().out == f"100 steps take about {words} here\n"

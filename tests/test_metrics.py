@@ -190,6 +190,17 @@ def test_every_step_is_logged_once_in_order(metrics, capsys):
     assert "of peak" not in printed[1]
 
 
+def test_the_steps_own_loss_is_shown_with_its_average_and_a_high_one_of_a_step_that_was_not_shown(metrics, capsys):
+    log = run_steps(metrics, [4.5, 4.5, 8.0, 4.5, 4.75, 4.5], num_steps=6)
+    first, last = capsys.readouterr().out.splitlines()
+    assert "| loss 4.5000 (average 4.5000) |" in first
+    assert f"| loss 4.5000 (average {log.stats.smooth_loss:.4f}, 8.0000 at step 3) |" in last
+    assert read_lines(metrics.path)[-1]["train_loss_average"] == log.stats.smooth_loss > 4.6
+    log.progress.num_steps = 7
+    log.end(7, torch.tensor([4.5, 1.0]), [])
+    assert "at step" not in capsys.readouterr().out
+
+
 def test_time_between_steps_does_not_count(metrics, monkeypatch):
     clock = iter([1000.0, 1002.0, 2000.0, 2002.0])  # with an evaluation between
     monkeypatch.setattr("nanochat.training.metrics.time.perf_counter", lambda: next(clock))

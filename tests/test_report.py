@@ -127,7 +127,8 @@ def test_a_yardstick_model_never_stands_in_for_ours():
 def test_replies_of_the_last_chat_model_are_shown_without_special_tokens():
     sample = (
         "<|bos|><|user_start|>1+1?<|user_end|><|assistant_start|><|python_start|>1+1<|python_end|><|output_start|>2"
-        "<|output_end|>It is 2.<|assistant_end|><|user_start|>Sure?<|user_end|><|assistant_start|>Yes.\n(right)"
+        "<|output_end|>It is <|python_start|>2*1<|python_end|><|output_start|>2<|output_end|> too.<|assistant_end|>"
+        "<|user_start|>Sure?<|user_end|><|assistant_start|>Yes.\n(right)"
     )
     append_record("base_loss", settings={"source": "base"}, results={}, samples=["Once upon\na time"])
     assert (
@@ -138,7 +139,7 @@ def test_replies_of_the_last_chat_model_are_shown_without_special_tokens():
         "chat_eval", settings={"source": "rl"}, results={"GSM8K": 0.2}, samples=[sample, "x" * 2000, *"abcdefg"]
     )
     page_one = first_page(rendered())
-    assert "> 1+1?\n[python: 1+1 => 2]It is 2.\n> Sure?\nYes.\n(right)\n\nxxx" in page_one
+    assert "> 1+1?\n[python: 1+1 => 2] It is [python: 2*1 => 2] too.\n> Sure?\nYes.\n(right)\n\nxxx" in page_one
     assert "Replies of the model after RL (8 of 9)" in page_one
     assert "x" * 801 not in page_one
 
@@ -181,10 +182,24 @@ def test_exams_of_a_model_that_was_trained_again_since_do_not_count_and_partial_
     append_record("chat_sft", settings={"lr": 1}, results={"num_steps": 5, "train_seconds": 3.0})
     append_record("chat_eval", settings=settings, results={"GSM8K": 0.1, "MMLU": 0.3})
     append_record("chat_eval", settings=settings, results={"GSM8K": 0.2})
+    append_record("standard_eval", settings=settings, results={"MMLU 5-shot": 0.4})
     append_record("chat_sft", settings={"lr": 1}, results={"num_steps": 5, "train_seconds": 4.0})  # resumed at its end
-    assert [row(rendered(), name) for name in ("GSM8K", "MMLU")] == [{"finetuned": "0.2000"}, {"finetuned": "0.3000"}]
+    found = [row(rendered(), name)["finetuned"] for name in ("GSM8K", "MMLU", "MMLU 5-shot")]
+    assert found == ["0.2000", "0.3000", "0.4000"]
     append_record("chat_sft", settings={"lr": 2}, results={"num_steps": 5})
     assert "GSM8K" not in rendered()
+
+
+def test_of_a_run_of_another_name_before_only_the_models_not_trained_since_are_left():
+    for tag, stages in (("d4", ("base_train", "chat_sft")), ("d6", ("base_train",))):
+        for stage in stages:
+            path = base_dir() / f"{stage}_checkpoints" / tag / "metrics.jsonl"
+            append_record(stage, settings={"tag": tag}, results={"num_steps": 5, "val_bpb": 0.5}, metrics_path=path)
+        if "chat_sft" in stages:
+            append_record("chat_eval", settings={"source": "sft"}, results={"GSM8K": 0.1})
+    markdown = first_page(rendered())
+    assert "# nanochat report: d6\n\nA base model" in markdown
+    assert row(markdown, "validation, bits per byte") == {"base": "0.5000"}
 
 
 # --- sections ---

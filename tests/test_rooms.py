@@ -47,7 +47,7 @@ def test_a_room_imports_only_from_itself_and_earlier_ones(path):
 def test_no_two_files_of_the_library_import_each_other():
     modules = {".".join(path.relative_to(ROOT / "nanochat").with_suffix("").parts): path for path in LIBRARY}
     edges = {
-        name: {m for m in modules for i in imports_of(path, "nanochat") if i == m or i.startswith(f"{m}.")} - {name}
+        name: {m for i in imports_of(path, "nanochat") for m in modules if i == m or i.startswith(f"{m}.")} - {name}
         for name, path in modules.items()
     }
     while free := {name for name, used in edges.items() if not used & edges.keys()}:

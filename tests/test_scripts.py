@@ -250,7 +250,7 @@ def write_bundle(folder):
     for kind, lines in tasks.items():
         (folder / "eval_data" / f"{kind}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "core.yaml").write_text(json.dumps({"icl_tasks": entries}))  # JSON is YAML
-    baselines = "".join(f"{kind},mini,0\n" for kind in tasks)
+    baselines = "".join(f"{kind},mini,{25 * (kind == 'multiple_choice')}\n" for kind in tasks)
     (folder / "eval_meta_data.csv").write_text(f"Eval Task,Task Category,Random baseline\n{baselines}")
 
 
@@ -277,7 +277,13 @@ def test_each_stage_runs_and_the_report_shows_it(workplace):
     assert "val" in out
     assert "train" in out
     bundle = workplace.folder / "bundle"
-    assert "CORE" in workplace.run_well("scripts.base_eval", *on_cpu, "--bundle", bundle, "--max-per-task", 3)
+    out = workplace.run_well("scripts.base_eval", *on_cpu, "--bundle", bundle, "--max-per-task", 3)
+    assert "; guessing has 0\n" in out
+    (record,) = (record for record in records(workplace.base) if record.get("stage") == "base_eval")
+    assert f"guessing has {record['results']['baseline']:.4f}" in out
+    assert record["results"]["baseline"] == pytest.approx(
+        sum(row["baseline"] for row in record["table"]) / len(record["table"])
+    )
     flags = ["--data", workplace.data, "--max-chars", 500]
     out = workplace.run_well("scripts.tok_eval", *flags, before=NO_REFERENCES)
     assert all(name in out for name in ("news", "Korean", "data, val", "GPT-4: skipped, cannot be loaded"))
@@ -298,14 +304,32 @@ def test_core_is_evaluated_while_training(workplace):
     assert losses(base) == losses(workplace.base)  # looking on changes nothing
 
 
-def test_a_dry_run_needs_nothing_writes_nothing_and_plans_for_the_vocabulary_at_hand(workplace):
+def test_a_dry_run_needs_nothing_writes_nothing_and_plans_for_the_usual_vocabulary_whatever_is_at_hand(workplace):
     base = workplace.folder / "dry"
     out = workplace.run_well("scripts.base_train", "--dry-run", "--depth", 4, "--num-gpus", 8, base=base)
     plan = json.loads(out.splitlines()[-1])
     assert plan["num_steps"] > 0
     assert plan["num_shards"] > 0
     assert not list(base.rglob("*.*"))
-    assert "vocabulary 400" in workplace.run_well("scripts.base_train", "--dry-run", "--depth", 4)
+    assert "vocabulary 32,768\n" in out
+    told = workplace.run_well("scripts.base_train", "--dry-run", "--depth", 4)
+    assert "vocabulary 32,768 (the usual one; for that of the tokenizer here: --vocab-size 400)\n" in told
+    assert "vocabulary 400\n" in workplace.run_well(
+        "scripts.base_train", "--dry-run", "--depth", 4, "--vocab-size", 400
+    )
+    assert "vocabulary 65,536 (" in workplace.run_well("scripts.base_train", "--dry-run", "--arch", "october-2025")
+
+
+def test_a_model_far_too_large_for_a_cpu_is_refused_before_it_is_made(workplace):
+    base, data = workplace.copy_part("cpu", "tokenizer"), ("--data", workplace.data, "--device-type", "cpu")
+    slow = workplace.run("scripts.base_train", *data, "--depth", 12, base=base)
+    assert (slow.status, slow.stderr.count("\n")) == (2, 1)
+    assert re.search(r"error: --depth 12: [\d,]+ tokens take [\d,]+ days or more on this CPU; .*--dry-run", slow.stderr)
+    for flags in (("--num-steps", 3), ("--minutes", 1)):
+        large = workplace.run("scripts.base_train", *data, "--depth", 96, *flags, base=base)
+        assert large.status == 2
+        assert re.search(r"--depth 96 needs \d+ GiB of memory at least, and this machine has \d+; ", large.stderr)
+    assert not (base / "base_checkpoints").exists()
 
 
 # --- resuming ---
@@ -534,8 +558,8 @@ def test_a_flag_out_of_range_is_refused(workplace, flags):
     ("scripts.base_loss --device-batch-size 0", ["--device-batch-size"]),
     ("scripts.base_loss --sample-tokens -1", ["--sample-tokens"]),
     ("scripts.base_loss --step 5", ["no checkpoint of step 5", "3, 6, 9"]),
-    ("scripts.base_loss --model-tag other", ["no checkpoint in", "other"]),
-    ("scripts.base_loss --dtype float12", ["--dtype 'float12' is unknown"]),
+    ("scripts.base_loss --model-tag other", ["no base checkpoint with --model-tag 'other' in", "there are tiny"]),
+    ("scripts.base_loss --dtype float12", ["--dtype must be one of", "not 'float12'"]),
     ("scripts.base_eval --max-per-task -1", ["--max-per-task -1"]),
     ("scripts.base_eval --batch-tokens -1", ["--batch-tokens -1"]),
     ("scripts.base_eval --bundle missing.zip", ["no evaluation bundle at missing.zip"]),

@@ -23,17 +23,25 @@ MODELS = {  # of each recipe: configuration, tokens per parameter, batch where i
     "runs/october2025.sh": (GPTConfig.october_2025(20), 20, 2**19),
 }
 RECIPES = [*MODELS, "runs/laptop.sh"]
+SETUP = """PATH="$PWD/bin:$PATH"
+if [ -n "$without_gpu" ] && [ "$FAKE_GPUS" = 0 ]; then echo "$without_gpu" >&2; exit 2; fi
+"""
 
 # Answers what speedrun.sh asks about the machine, plans for real, and writes down the stages instead of running them.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
 *device_count*) echo "$FAKE_GPUS" ;;
-*isolation*) ;;
+*isolation*) echo "${FAKE_NO_ISOLATION:-}" ;;
+*append_record*) echo "$3: $4" >>"$FAKE_LOG.skipped" ;;
+*wandb.login*) exit "${FAKE_WANDB:-0}" ;;
 *--dry-run*) if [ -n "${FAKE_PLAN:-}" ]; then echo "$FAKE_PLAN"; else exec "$REAL_PYTHON" "$@"; fi ;;
 *json.load*) exec "$REAL_PYTHON" "$@" ;;
 *)
     echo "$(basename "$0") $*" >>"$FAKE_LOG"
     if [[ -n ${FAKE_FAILURE:-} && $* == *"$FAKE_FAILURE"* ]]; then exit 2; fi
+    if [[ -n ${FAKE_NO_DATA:-} && $* == *"$FAKE_NO_DATA"* ]]; then
+        echo "no $FAKE_NO_DATA; ask" >"$NANOCHAT_SKIP_NOTE"
+    fi
     ;;
 esac
 """
@@ -56,14 +64,14 @@ class Checkout:
         self.folder, self.base, self.log = folder, folder / "base", folder / "log"
         for name in ("runs", "bin"):
             (folder / name).mkdir()
-        for name in RECIPES:
+        for name in (*RECIPES, "runs/stages.sh"):
             shutil.copy(ROOT / name, folder / name)
         for name in ("nanochat", "scripts", "tasks"):
             (folder / name).symlink_to(ROOT / name)
         for name in ("python", "torchrun"):
             (folder / "bin" / name).write_text(PYTHON)
             (folder / "bin" / name).chmod(0o755)
-        (folder / "runs" / "setup.sh").write_text(f'PATH="{folder / "bin"}:$PATH"\n')
+        (folder / "runs" / "setup.sh").write_text(SETUP)
 
     def start(self, name: str, *args: str, **variables: str) -> subprocess.Popen:
         inherited = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
@@ -89,12 +97,21 @@ class Checkout:
         return ended.stderr
 
     def stages(self, name: str = "speedrun.sh", **variables: str) -> list[str]:
-        """The commands of a run on 8 GPUs, or as `variables` say."""
+        """The commands of a run on 8 GPUs, or as `variables` say. What it printed is kept in `said`."""
         self.log.unlink(missing_ok=True)
-        plan = 'what it takes\n{"num_shards": 92}'
+        plan = 'what it takes\n{"num_shards": 92, "hours": 3.21, "mid_hours": 0.2, "total_hours": 4.2}'
         ended = self.run(name, **{"FAKE_GPUS": "8", "FAKE_PLAN": plan, **variables})
         assert ended.returncode == 0, ended.stderr
+        self.said = ended.stdout
+        self.check_headers()
         return self.log.read_text().splitlines()
+
+    def check_headers(self) -> None:
+        """The headers in `said` count to the number of stages announced, or to one after which the rest is skipped."""
+        announced = int(re.search(r"^(\d+) stages", self.said, re.MULTILINE)[1])
+        numbers = [tuple(map(int, pair)) for pair in re.findall(r"^== (\d+) of (\d+) · \w", self.said, re.MULTILINE)]
+        assert numbers == [(number, announced) for number in range(1, len(numbers) + 1)]
+        assert len(numbers) == announced or "skipped, and tried again at the next start: " in self.said
 
 
 @pytest.fixture
@@ -197,7 +214,7 @@ def test_without_a_depth_the_deepest_model_that_fits_is_planned(checkout):
 @pytest.mark.parametrize("name", MODELS)
 def test_unknown_arguments_are_refused_in_one_line(checkout, name):
     told = checkout.refusal(name, "--dry-run", "--depth")
-    assert re.fullmatch(r"unknown argument --depth: .*--dry-run.*--help.*\n", told)
+    assert re.fullmatch(r"error: unknown argument --depth: .*--dry-run.*--help.*\n", told)
 
 
 def test_help_is_the_header(checkout):
@@ -205,15 +222,49 @@ def test_help_is_the_header(checkout):
     assert ended.returncode == 0
     names = set(re.findall(r"\$\{([A-Z_]+)[:}-]", (ROOT / "speedrun.sh").read_text()))
     assert {"DEPTH", "RL", "TOKEN_RATIO"} < names
-    for name in names - {"HOME", "BASH_SOURCE", "RECIPE"}:
+    for name in names - {"BASH_SOURCE", "BASH_VERSION", "OMP_NUM_THREADS", "RECIPE", "VIRTUAL_ENV"}:
         assert name in ended.stdout
     assert "set -euo" not in ended.stdout
 
 
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"DEPTH": "abc"}, "DEPTH=abc must be a whole number above 0"),
+        ({"NUM_STEPS": "0"}, "NUM_STEPS=0 must be a whole number above 0"),
+        ({"TOKEN_RATIO": "1e3"}, "TOKEN_RATIO=1e3 must be a number"),
+        ({"RL": "yes"}, "RL=yes must be 0 or 1"),
+        ({"CHAT_DATA": "mine"}, "CHAT_DATA=mine must be mixture or small_world"),
+        ({"NANOCHAT_BASE_DIR": "/proc/none"}, "cannot write to the work folder /proc/none: set NANOCHAT_BASE_DIR .*"),
+        ({"NPROC": "9", "FAKE_GPUS": "8"}, "NPROC=9 is more than the 8 GPUs of this machine"),
+        ({"DEPTH": "26"}, "DEPTH=26 needs GPUs, and this machine has none: leave it out .*--dry-run.*"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line_before_anything_is_done(checkout, variables, words):
+    told = checkout.run("speedrun.sh", **variables)
+    assert (told.returncode, told.stdout) == (2, "")
+    assert re.fullmatch(rf"error: {words}\n", told.stderr)
+    assert not checkout.log.exists()
+
+
 def test_a_recipe_is_not_trained_without_gpus_and_the_laptops_run_has_nothing_to_plan(checkout):
     told = checkout.refusal("runs/d26.sh")
-    assert told == "runs/d26.sh needs GPUs, and this machine has none; --dry-run says what it takes\n"
+    assert told == "error: runs/d26.sh needs GPUs, and this machine has none: --dry-run says what it takes\n"
     assert "BASE_STEPS=450" in checkout.refusal("runs/laptop.sh", "--dry-run")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_is_alive(checkout):
+    checkout.stages()
+    pid = checkout.base / "speedrun" / "pid"
+    assert not pid.exists()
+    pid.write_text(f"{os.getpid()}\n")
+    told = checkout.run("speedrun.sh")
+    assert told.returncode == 2
+    assert f"already: process {os.getpid()} " in told.stderr
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    pid.write_text(f"{ended.pid}\n")
+    checkout.stages()
 
 
 def test_all_stages_run_on_all_gpus(checkout):
@@ -224,6 +275,7 @@ def test_all_stages_run_on_all_gpus(checkout):
     assert [script for script in scripts if script != "nanochat.data.dataset"] == [
         "nanochat.report", "scripts.tok_train", "scripts.tok_eval", "scripts.base_train", "scripts.base_loss",
         "scripts.base_eval", "scripts.mid_train", "scripts.chat_sft", "scripts.chat_eval", "nanochat.report",
+        "nanochat.report",
     ]  # fmt: skip
     assert only(stages, "scripts.base_train") == (
         "torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --data karpathy/climbmix-400b-shuffle "
@@ -233,7 +285,7 @@ def test_all_stages_run_on_all_gpus(checkout):
 
 def test_reinforcement_learning_comes_last_when_asked_for(checkout):
     stages = [stage.partition(" -m ")[2] for stage in checkout.stages(RL="1", WANDB_RUN="mine")]
-    assert stages[-3:-1] == [
+    assert stages[-4:-2] == [
         "scripts.chat_rl -- --model-tag d24 --run mine --resume --tasks GSM8K",
         f"scripts.chat_eval -- -i rl --model-tag d24 --tasks {'|'.join(TASK_NAMES)} --resume",
     ]
@@ -251,17 +303,75 @@ def test_the_recipe_of_october_2025_trains_as_it_plans(checkout):
 
 def test_stages_are_not_repeated_unless_their_command_changed(checkout):
     everything = checkout.stages()
-    assert checkout.stages() == everything[-1:]  # the report
+    assert checkout.stages() == everything[-2:]  # the report
+    assert checkout.said.count(" · finished before\n") == 9
     changed = checkout.stages(SAVE_EVERY="500", RL="1")
     rerun = "base_train base_loss base_eval chat_rl chat_eval"  # what is evaluated may be another model
-    assert [script_of(stage) for stage in changed[:-1]] == [f"scripts.{name}" for name in rerun.split()]
+    assert [script_of(stage) for stage in changed[:-2]] == [f"scripts.{name}" for name in rerun.split()]
 
 
-def test_without_the_chat_stages_data_the_base_model_remains(checkout):
-    stages = checkout.stages(FAKE_FAILURE="mid_train")
-    assert "mid_train" in stages[-2]
-    assert "nanochat.report generate" in stages[-1]
-    assert "mid_train" in checkout.stages()[0]  # tried again
+def test_headers_say_how_long_a_stage_takes_where_that_is_known(checkout):
+    checkout.stages()
+    assert "== 4 of 9 · pretraining · about 3.2 hours\n" in checkout.said
+    assert "== 7 of 9 · mid-training · about 12 minutes\n" in checkout.said
+    assert "== 8 of 9 · finetuning\n" in checkout.said
+    checkout.stages(FAKE_GPUS="0")
+    assert "== 4 of 11 · pretraining · about 2 minutes\n" in checkout.said
+    assert "    python -m scripts.base_train --data local --depth 4 " in checkout.said
+    checkout.stages(FAKE_GPUS="0", NUM_STEPS="3")
+    assert "== 4 of 11 · pretraining\n" in checkout.said
+    checkout.stages(CHAT="0", SAVE_EVERY="7")
+    assert "== 4 of 6 · pretraining" in checkout.said
+
+
+def test_what_has_no_data_is_skipped_by_name_and_tried_again(checkout):
+    stages = checkout.stages(FAKE_NO_DATA="mid_train")
+    assert "mid_train" in stages[-3]  # the base model remains
+    assert "nanochat.report generate" in stages[-2]
+    assert "\nskipped: no mid_train; ask\n" in checkout.said
+    last = "skipped, and tried again at the next start: mid-training (no mid_train) and all stages after it\n"
+    assert last in checkout.said
+    skipped = Path(f"{checkout.log}.skipped")
+    assert skipped.read_text() == "mid_train: no mid_train; ask\n"
+    assert "mid_train" in checkout.stages()[0]
+    assert "skipped" not in checkout.said
+
+    skipped.unlink()
+    changed = checkout.stages(SAVE_EVERY="7", FAKE_NO_DATA="eval", RL="1")  # exams are nothing that others need
+    assert [script_of(stage) for stage in changed[2:-2]] == [
+        "scripts.base_eval", "scripts.chat_rl", "scripts.chat_eval"
+    ]  # fmt: skip
+    assert "CORE (no eval); chat evaluation after RL (no eval)\n" in checkout.said
+    assert not skipped.exists()  # they tell the report themselves
+
+
+def test_humaneval_is_left_out_where_code_cannot_be_isolated(checkout):
+    stages = checkout.stages(FAKE_NO_ISOLATION="no namespaces")
+    assert "HumanEval" not in only(stages, "chat_eval")
+    assert "skipped: HumanEval: no isolation here for code that a model writes; no namespaces\n" in checkout.said
+    assert "the next start: HumanEval (HumanEval: no isolation here" in checkout.said
+
+
+def test_a_stage_that_fails_stops_the_run_and_says_where(checkout):
+    ended = checkout.run("speedrun.sh", FAKE_FAILURE="chat_sft")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(
+        "stopped at stage 8 of 11, finetuning, with status 2; the same command goes on from "
+    )
+    assert "chat_sft" in checkout.stages(FAKE_GPUS="0")[0]
+
+
+def test_wandb_is_asked_before_the_first_stage(checkout):
+    ended = checkout.run("speedrun.sh", WANDB_RUN="mine", FAKE_WANDB="1")
+    assert ended.returncode == 2
+    assert not checkout.log.exists()
+
+
+def test_the_run_ends_with_a_command_for_a_chat_with_this_model(checkout):
+    checkout.stages(FAKE_GPUS="0")
+    *_, activate, chat = checkout.said.splitlines()
+    assert activate == f"    cd {checkout.folder} && source .venv/bin/activate"
+    assert chat == f"    NANOCHAT_BASE_DIR={checkout.base} python -m scripts.chat_web"
 
 
 def test_without_a_gpu_it_is_a_miniature(checkout):
@@ -270,9 +380,9 @@ def test_without_a_gpu_it_is_a_miniature(checkout):
     assert train.startswith("python -m scripts.base_train --data local --depth 4 --sequence-len 256")
     assert "--num-steps 170 --total-batch-size 4096 " in train
     assert "--token-ratio 3 --save-every" in only(checkout.stages(FAKE_GPUS="0", TOKEN_RATIO="3"), "base_train")
-    assert list(map(script_of, stages[-6:])) == [
+    assert list(map(script_of, stages[-7:])) == [
         "scripts.mid_train", "scripts.chat_sft", "scripts.chat_eval", "scripts.chat_rl", "scripts.chat_eval",
-        "nanochat.report",
+        "nanochat.report", "nanochat.report",
     ]  # fmt: skip
     assert all("--data small_world" in stage for stage in stages if "mid_train" in stage or "chat_sft" in stage)
 
@@ -302,7 +412,7 @@ def test_the_laptops_run_is_small_and_on_real_data_whatever_the_machine(checkout
     assert 'export CUDA_VISIBLE_DEVICES=""' in (ROOT / "runs/laptop.sh").read_text()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, "runs/stages.sh"])
 def test_scripts_are_sound_bash(name):
     subprocess.run(["bash", "-n", ROOT / name], check=True)
     if shutil.which("shellcheck"):

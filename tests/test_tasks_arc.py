@@ -3,7 +3,7 @@ from hub_fixtures import arc_row, serve_rows
 
 from nanochat.common import UserError
 from tasks import arc
-from tasks.arc import ARC
+from tasks.arc import ARC, StandardARC
 
 
 @pytest.fixture
@@ -38,6 +38,23 @@ def test_labels_that_do_not_fit_are_an_error_with_the_row(monkeypatch, labels, a
     serve_rows(monkeypatch, {(arc.REPO, "ARC-Easy", "train"): [arc_row(labels, answer)]})
     with pytest.raises(UserError, match="in row 0, "):
         ARC("ARC-Easy", "train")[0]
+
+
+def test_the_standard_prompt_scores_the_choices_and_hides_them(monkeypatch):
+    train = [arc_row("ABCD", "B", number=i) for i in range(30)]
+    key = (arc.REPO, "ARC-Challenge")
+    serve_rows(monkeypatch, {(*key, "test"): [arc_row("123", "3", number=99)], (*key, "train"): train})
+    monkeypatch.setattr(arc, "NUM_ROWS", {("ARC-Challenge", "test"): 1, ("ARC-Challenge", "train"): 30})
+    task = StandardARC("ARC-Challenge")
+    problem = task[0]
+    assert problem["messages"][0]["content"] == "Question: Question 99?\nAnswer:"
+    assert problem["options"] == [" choice 1 of 99", " choice 2 of 99", " choice 3 of 99"]
+    assert problem["shots"] == tuple(f"Question: Question {i}?\nAnswer: choice B of {i}\n\n" for i in range(25))
+    assert [task.evaluate(problem, letter) for letter in task.letters(problem)] == [False, False, True]
+    assert task.by_length
+    arc.NUM_ROWS["ARC-Challenge", "train"] = 31  # a warning where it is for training
+    with pytest.raises(UserError, match=r"has 30 rows at .* instead of the 31"):
+        StandardARC("ARC-Challenge")[0]
 
 
 @pytest.mark.parametrize(("subset", "split"), [("ARC-Hard", "test"), ("ARC-Easy", "dev")])

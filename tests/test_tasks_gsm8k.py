@@ -5,7 +5,7 @@ from nanochat.common import UserError
 from nanochat.data.chat import check_conversation, visible_text
 from nanochat.engine.calculator import calculate
 from tasks import gsm8k
-from tasks.gsm8k import GSM8K, answer_parts
+from tasks.gsm8k import GSM8K, StandardGSM8K, answer_parts
 
 
 @pytest.fixture
@@ -59,6 +59,29 @@ def test_training_and_validation_share_no_row_and_no_test_row(rows):
             answer = conversation["messages"][-1]["content"]
             assert task.score(conversation, answer) == {"flexible": 1, "strict": 1}
             assert task.evaluate_many([(conversation, answer), (conversation, "#### 77")]) == [True, False]
+
+
+def test_the_standard_prompt_has_five_worked_answers_as_they_are_in_the_data(rows):
+    train, test = rows
+    problem = StandardGSM8K()[1]
+    assert problem["messages"][0]["content"] == "Question: 1 pens and 8 pens, halved?\nAnswer:"
+    assert problem["shots"] == tuple(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in train[:5])
+    assert problem["messages"][-1]["content"] == test[1]["answer"]
+
+
+@pytest.mark.parametrize(
+    ("completion", "strict", "flexible"),
+    [
+        ("#### 1,450.", 1, 1), ("so #### 1450 and #### 7", 1, 0), ("It is $1,450.", 0, 1), ("#### $1450", 0, 1),
+        ("#### 1450.00", 0, 0), ("#### 7\nor 1450", 0, 1), ("", 0, 0), ("none", 0, 0),
+    ],
+)  # fmt: skip
+def test_standard_answers_are_compared_as_texts(rows, completion, strict, flexible):
+    task = StandardGSM8K()
+    problem = task[0]
+    problem["messages"][-1]["content"] = "It is <<1000+450=1450>>1450.\n#### 1,450"
+    assert task.score(problem, completion) == {"strict": strict, "flexible": flexible}
+    assert task.evaluate(problem, completion) == strict
 
 
 def test_the_real_split_points():

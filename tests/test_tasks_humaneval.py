@@ -7,7 +7,7 @@ from nanochat.common import UserError
 from nanochat.data.chat import check_conversation
 from nanochat.evals import execution
 from tasks import humaneval
-from tasks.humaneval import HumanEval, extract_program
+from tasks.humaneval import HumanEval, StandardHumanEval, extract_program
 
 PROMPT, SOLUTION = HUMANEVAL_ROW["prompt"], HUMANEVAL_ROW["canonical_solution"]
 FUNCTION = PROMPT[PROMPT.index("def double") :] + SOLUTION
@@ -65,6 +65,16 @@ def test_a_conversation_asks_for_the_function_and_answers_with_it(task):
     assert SOLUTION.strip() not in question
     assert answer == f"```python\n{(PROMPT + SOLUTION).strip()}\n```"
     assert (task.kind, task.purpose, conversation["task_id"]) == ("generative", "test", "HumanEval/0")
+
+
+def test_the_standard_prompt_is_the_function_s_beginning_and_all_that_follows_is_run(task):
+    standard = StandardHumanEval()
+    problem = standard[0]
+    assert (problem["messages"][0]["content"], problem["shots"]) == (PROMPT, ())
+    assert problem["messages"][-1]["content"] == SOLUTION
+    prose = SOLUTION + "That is it."
+    assert standard.program(problem, prose) == PROMPT + prose
+    assert (standard.kind, standard.stops[0]) == ("generative", "\nclass")
 
 
 def test_all_answers_are_graded_in_one_go_with_the_helpers_of_the_prompt(task, monkeypatch):

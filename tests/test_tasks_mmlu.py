@@ -3,7 +3,7 @@ from hub_fixtures import mmlu_row, serve_rows
 
 from nanochat.common import UserError
 from tasks import mmlu
-from tasks.mmlu import MMLU, NUM_SUBJECTS
+from tasks.mmlu import MMLU, NUM_SUBJECTS, StandardMMLU
 
 SUBJECTS = [f"subject {i}" for i in range(NUM_SUBJECTS)]
 
@@ -30,6 +30,20 @@ def test_answers_are_the_letters_of_the_right_choices(asked):
 def test_a_split_that_lacks_a_subject_is_not_taken_for_mmlu(asked):
     with pytest.raises(UserError, match="has 56 subjects instead of 57"):
         len(MMLU("all", "dev"))
+
+
+def test_the_standard_prompt_names_the_subject_and_has_its_first_five_dev_questions(monkeypatch):
+    dev = [mmlu_row(f"{subject}_law", i % 4, number=i) for i, subject in enumerate(SUBJECTS * 6)]
+    test = [mmlu_row(f"{subject}_law", 2, number=i) for i, subject in enumerate(SUBJECTS)]
+    serve_rows(monkeypatch, {(mmlu.REPO, "all", "test"): test, (mmlu.REPO, "all", "dev"): dev})
+    monkeypatch.setattr(mmlu, "NUM_ROWS", {("all", "test"): len(test), ("all", "dev"): len(dev)})
+    problem = StandardMMLU()[3]
+    assert problem["intro"] == "The following are multiple choice questions (with answers) about subject 3 law.\n\n"
+    lines = "A. choice 0 of {0}\nB. choice 1 of {0}\nC. choice 2 of {0}\nD. choice 3 of {0}\nAnswer:"
+    asked = [("Question {0}?\n" + lines).format(number) for number in range(3, len(dev), NUM_SUBJECTS)]
+    assert problem["messages"][0]["content"] == asked[0]
+    assert problem["shots"] == tuple(f"{one} {letter}\n\n" for one, letter in zip(asked, "DABCD", strict=False))
+    assert (problem["letters"], problem["options"]) == (tuple("ABCD"), [" A", " B", " C", " D"])
 
 
 def test_training_questions_come_from_the_auxiliary_split_and_from_no_other(asked):

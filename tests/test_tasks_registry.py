@@ -1,7 +1,15 @@
 import pytest
 
 from nanochat.common import UserError
-from tasks.registry import ALL_NAMES, SMALL_WORLD_NAMES, TASK_NAMES, get_task, task_names
+from tasks.registry import (
+    ALL_NAMES,
+    SMALL_WORLD_NAMES,
+    STANDARD_NAMES,
+    TASK_NAMES,
+    get_standard_task,
+    get_task,
+    task_names,
+)
 
 
 def test_the_six_tasks_are_there_without_loading_anything():
@@ -16,7 +24,7 @@ def test_the_six_tasks_are_there_without_loading_anything():
 @pytest.mark.parametrize("purpose", ["train", "validation", "test"])
 def test_every_purpose_has_rows_of_its_own(purpose):
     for name in ALL_NAMES:
-        if name != "HumanEval":
+        if name not in ("HumanEval", "MMLU-Pro"):
             task = get_task(name, purpose=purpose)
             assert (task.name, task.purpose) == (name, purpose)
             assert task.has_reward or name not in ("Spelling", *SMALL_WORLD_NAMES)
@@ -25,8 +33,23 @@ def test_every_purpose_has_rows_of_its_own(purpose):
 def test_an_unknown_name_and_a_missing_split_are_errors():
     with pytest.raises(UserError, match=r"no task 'arc'; there are ARC-Easy, ARC-Challenge, MMLU"):
         get_task("arc")
-    with pytest.raises(UserError, match="HumanEval is only for the purpose 'test'"):
-        get_task("HumanEval", purpose="train")
+    with pytest.raises(UserError, match=r"no task 'mmlu-por'; did you mean MMLU-Pro\?"):
+        get_task("mmlu-por")
+    for name in ("HumanEval", "MMLU-Pro"):
+        with pytest.raises(UserError, match=f"{name} is only for the purpose 'test'"):
+            get_task(name, purpose="train")
+
+
+def test_a_standard_prompt_has_a_name_that_tells_its_shots_and_is_no_part_of_chat_core():
+    tasks = {name: get_standard_task(name) for name in STANDARD_NAMES}
+    assert [f"{name} {task.num_shots}-shot" for name, task in tasks.items()] == [task.name for task in tasks.values()]
+    assert [task.num_shots for task in tasks.values()] == [0, 25, 5, 5, 0, 5]
+    assert all(task.is_text and task.purpose == "test" for task in tasks.values())
+    assert not {task.name for task in tasks.values()} & set(ALL_NAMES)
+    with pytest.raises(UserError, match="SpellingBee has no standard prompt; ARC-Easy, "):
+        get_standard_task("SpellingBee")
+    with pytest.raises(UserError, match=r"no task 'GSM8'; did you mean GSM8K\?"):
+        get_standard_task("GSM8")
 
 
 def test_code_runs_without_isolation_only_when_that_was_allowed():

@@ -98,9 +98,9 @@ def run_lines(chat, *lines):
 
 
 def test_a_tool_call_stands_in_brackets_between_the_words_but_not_in_the_answer_to_a_single_question(make_chat):
-    chat = make_chat((TOOL_PIECES, "stop"))
+    chat = make_chat((TOOL_PIECES, "stop"), name="d4")
     assert chat.ask("How much?") == "stop"
-    assert chat.out.getvalue() == "It is [python: 12*34 => 408]408.\n"
+    assert chat.out.getvalue() == "\nd4: It is [python: 12*34 => 408] 408.\n"
     assert chat.messages == [user("How much?"), assistant(TOOL_PARTS)]
     single = make_chat((TOOL_PIECES, "length"), is_dialogue=False)
     single.ask("How much?")
@@ -111,15 +111,30 @@ def test_a_tool_call_stands_in_brackets_between_the_words_but_not_in_the_answer_
 @pytest.mark.parametrize(
     ("pieces", "printed"),
     [
-        ([("python", "1+")], "[python: 1+]\n"), ([("python_output", "3"), ("text", "!")], "[3]!\n"),
+        ([("python", "1+")], "[python: 1+]"), ([("python_output", "3"), ("text", "!")], "[3]!"),
         ([("python", "1"), ("python_output", "1"), ("python", "2"), ("python_output", "2")],
-         "[python: 1 => 1][python: 2 => 2]\n"),
+         "[python: 1 => 1] [python: 2 => 2]"),
+        ([("text", "First."), ("python", "1"), ("text", "Then"), ("text", "ce")], "First. [python: 1] Thence"),
+        ([("text", "1+1="), ("python", "1+1"), ("python_output", "2"), ("text", ""), ("text", "2\n")],
+         "1+1=[python: 1+1 => 2] 2\n"),
     ],
 )  # fmt: skip
-def test_brackets_close_whatever_follows(pieces, printed):
+def test_brackets_close_whatever_follows_with_spaces_between_them_and_words(pieces, printed):
     out = io.StringIO()
     print_reply(Screen(out, out), (Delta(*piece) for piece in pieces))
-    assert out.getvalue() == printed
+    assert out.getvalue() == printed + "\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "printed"),
+    [(("1+1=", "2 in all."), "1+1=2 in all."), (("Wait.", "That is 2"), "Wait. That is 2"),
+     (("Wait. ", "So"), "Wait. So"), (("It costs $", "2"), "It costs $2"), (("", "That is 2"), "That is 2")],
+)  # fmt: skip
+def test_words_around_a_tool_call_that_is_not_shown_are_not_run_together(pieces, printed):
+    out = io.StringIO()
+    deltas = [Delta("text", pieces[0]), Delta("python", "1+1"), Delta("python_output", "2"), Delta("text", pieces[1])]
+    print_reply(Screen(out, out), deltas, show_tools=False)
+    assert out.getvalue() == printed + "\n"
 
 
 def test_control_characters_reach_a_file_but_not_a_terminal():
@@ -272,24 +287,28 @@ def test_help_lists_every_command_and_quit_leaves_and_two_slashes_begin_a_messag
 def test_a_conversation_is_saved_and_loaded_whole(make_chat, tmp_path):
     path = tmp_path / "my talks" / "talk.json"
     chat = make_chat((TOOL_PIECES, "stop"), says("Gern. 東京 🌿"), system="Be kind.")
-    run_lines(chat, "How much?", f"/save {path}", "Danke!", f"/save {path}")
+    printed = run_lines(chat, "How much?", f"/save {path}", "Danke!")
+    assert f"error: there is no folder {path.parent}; make it first" in printed
+    assert not path.parent.exists()
+    path.parent.mkdir()
+    run_lines(chat, f"/save {path}")
     saved = json.loads(path.read_text(encoding="utf-8"))
     assert saved == chat.conversation
     assert "東京 🌿" in path.read_text(encoding="utf-8")
 
-    other = make_chat()
+    other = make_chat(name="d4")
     printed = run_lines(other, f"/load {path}")
     assert other.conversation == saved
-    assert "> Danke!\nGern. 東京 🌿\n" in printed
+    assert "\nYou: Danke!\n\nd4: Gern. 東京 🌿\n" in printed
 
 
 def test_a_question_at_the_end_of_a_loaded_conversation_is_answered(make_chat, tmp_path):
     path = tmp_path / "talk.json"
     path.write_text(json.dumps({"messages": [user("Hi"), assistant("Hello"), user("How much?")]}))
-    chat = make_chat(says("408"), system="to be replaced")
+    chat = make_chat(says("408"), system="to be replaced", name="d4")
     printed = run_lines(chat, f"/load {path}")
     assert chat.conversation == {"messages": [user("Hi"), assistant("Hello"), user("How much?"), assistant("408")]}
-    assert "> How much?\n408\n" in printed
+    assert "\nYou: How much?\n\nd4: 408\n" in printed
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import pytest
 from chat_page import NEVER, Reply, end, head, piece, refuses, says, sse
 from live_server import wait_until
 
+from nanochat.engine.sampling import CHAT_TEMPERATURE, CHAT_TOP_K
+
 pytest_plugins = ("chat_browser",)
 
 
@@ -21,7 +23,8 @@ def test_a_message_is_sent_and_its_answer_streams_in(chat):
     chat.wait_until_done()
     (request,) = chat.server.requests
     assert request["messages"] == [{"role": "user", "content": "Hello there"}]
-    assert (request["temperature"], request["top_k"], request["max_tokens"], request["stream"]) == (0.8, 50, 512, True)
+    assert (request["temperature"], request["top_k"]) == (CHAT_TEMPERATURE, CHAT_TOP_K), "as in the terminal"
+    assert (request["max_tokens"], request["stream"]) == (512, True)
     assert "12 tokens" in chat.page.locator(".stats").inner_text()
     assert chat.page.locator("#live").inner_text() == "Answer: Good morning."
 
@@ -69,7 +72,7 @@ def test_an_answer_that_was_stopped_or_cut_by_its_limit_can_be_continued(chat):
     wait_until(lambda: chat.server.num_disconnects == 2)
 
 
-def test_a_question_is_edited_and_sent_again_and_that_can_be_undone(chat):
+def test_a_question_that_is_edited_keeps_its_earlier_version_with_what_followed(chat):
     chat.ask("First", "Answer one")
     chat.input.press("ArrowUp")
     editor = chat.label("Edit the message")
@@ -79,24 +82,28 @@ def test_a_question_is_edited_and_sent_again_and_that_can_be_undone(chat):
     assert chat.questions.all_inner_texts() == ["First"]
     assert chat.input.evaluate("node => node === document.activeElement")
     chat.ask("Second", "Answer two")
-    chat.questions.first.hover()
-    chat.button("Edit the message and send it again").first.click()
-    assert editor.input_value() == "First"
-    editor.fill("First, mended")
-    chat.server.script.append(says("Answer three"))
-    editor.press("Enter")
-    chat.wait_for("Answer three")
-    chat.wait_until_done()
+    chat.edit(0, "First, mended", "Answer three")
     assert chat.sent == [{"role": "user", "content": "First, mended"}]
-    assert chat.answers.all_inner_texts() == ["Answer three"]
+    assert chat.texts == ["First, mended", "Answer three"]
     assert chat.page.locator(".row").all_inner_texts() == ["First, mended"]
-    chat.click("Undo")
+    chat.ask("Third", "Answer four")
+    chat.click("Earlier version")
     chat.wait_for("Answer two")
-    assert chat.questions.all_inner_texts() == ["First", "Second"]
-    assert chat.page.locator(".row").all_inner_texts() == ["First"]
+    assert chat.texts == ["First", "Answer one", "Second", "Answer two"]
+    assert chat.page.locator(".count").all_inner_texts() == ["1 / 2"]
+    chat.ask("Fourth", "Answer five")
+    assert [message["content"] for message in chat.sent[::2]] == ["First", "Second", "Fourth"]
+    chat.page.reload()
+    chat.click("Later version")
+    chat.wait_for("Answer four")
+    assert chat.texts == ["First, mended", "Answer three", "Third", "Answer four"]
+    assert chat.button("Later version").evaluate(
+        "node => node.ariaDisabled === 'true' && node === document.activeElement"
+    )
+    assert chat.button("Earlier version").evaluate("node => node.ariaDisabled") == "false"
 
 
-def test_regenerating_keeps_the_earlier_versions(chat):
+def test_answering_again_keeps_the_earlier_versions_and_what_followed_them(chat):
     chat.ask("Name a colour", "Red")
     chat.click("Answer again", says("Turquoise"))
     chat.wait_for("Turquoise")
@@ -104,9 +111,57 @@ def test_regenerating_keeps_the_earlier_versions(chat):
     assert chat.sent == [{"role": "user", "content": "Name a colour"}]
     chat.click("Earlier version")
     chat.wait_for("Red")
-    assert chat.page.locator(".count").inner_text() == "1/2"
+    assert chat.page.locator(".count").inner_text() == "1 / 2"
     chat.ask("Why?", "Because.")
     assert chat.sent[1] == {"role": "assistant", "content": "Red"}, "what is shown is sent"
+    chat.click("Later version")
+    chat.wait_for("Turquoise")
+    assert chat.texts == ["Name a colour", "Turquoise"]
+    chat.click("Earlier version")
+    chat.wait_for("Because.")
+    chat.server.script.append(says("Blue"))
+    chat.button("Answer again").first.click()  # of an answer that others follow
+    chat.wait_for("Blue")
+    chat.wait_until_done()
+    assert chat.texts == ["Name a colour", "Blue"]
+    assert chat.page.locator(".count").inner_text() == "3 / 3"
+
+
+def test_versions_are_not_turned_while_an_answer_comes_in(chat):
+    gate = threading.Event()
+    chat.ask("One", "Two")
+    chat.edit(0, "Three", says("Fo", gate, "ur"), wait=False)
+    chat.wait_for("Fo")
+    chat.button("Earlier version").dispatch_event("click")
+    assert chat.button("Earlier version").evaluate("node => node.ariaDisabled") == "true"
+    assert chat.texts == ["Three", "Fo"]
+    gate.set()
+    chat.wait_until_done()
+    chat.click("Earlier version")
+    chat.wait_for("Two")
+
+
+def test_chats_that_an_earlier_page_stored_are_loaded(chat):
+    answers = [{"parts": [{"type": "text", "text": text}], "meta": {"finish": "stop"}} for text in ("Red", "Blue")]
+    messages = [
+        {"role": "user", "text": "A colour?"}, {"role": "assistant", "versions": answers, "shown": 0},
+        {"role": "user", "text": "Why?"}, {"role": "assistant", "versions": answers[:1], "shown": 0},
+    ]  # fmt: skip
+    old = {"id": "old", "title": "Old chat", "system": "", "updated": 1.7e12, "messages": messages}
+    settings = {"temperature": 0.8, "topK": 7, "maxTokens": 512, "system": "", "theme": "dark"}
+    store = "([key, value]) => localStorage.setItem(key, JSON.stringify(value))"
+    chat.page.evaluate(store, ["nanochat.conversation.old", old])
+    chat.page.evaluate(store, ["nanochat.settings", settings])
+    chat.page.reload()
+    chat.click("Old chat", exact=True)
+    chat.wait_for("Why?")
+    assert chat.texts == ["A colour?", "Red", "Why?", "Red"]
+    chat.click("Later version")
+    chat.wait_for("Blue")
+    chat.ask("And now?", "Yes.")
+    assert [message["content"] for message in chat.sent] == ["A colour?", "Blue", "And now?"]
+    request = chat.server.requests[-1]
+    assert (request["temperature"], request["top_k"]) == (0.6, 7), "what was chosen stays, a former default does not"
 
 
 def test_two_conversations_answer_at_once_without_mixing(chat):
@@ -182,6 +237,53 @@ def test_an_export_imports_as_the_same_conversations_once(chat, open_chat, tmp_p
     assert other.sent == [*exported["messages"], {"role": "user", "content": "More?"}]
 
 
+def test_an_export_holds_all_branches(chat, open_chat, tmp_path):
+    chat.ask("One", "a")
+    chat.ask("Two", "b")
+    chat.edit(0, "One, mended", "c")
+    chat.click("Answer again", says("d"))
+    chat.wait_for("d")
+    chat.wait_until_done()
+    with chat.page.expect_download() as download:
+        chat.click("Export")
+    path = tmp_path / "export.json"
+    download.value.save_as(path)
+    (exported,) = json.loads(path.read_text())["conversations"]
+    assert exported["messages"] == [{"role": "user", "content": "One, mended"}, {"role": "assistant", "content": "d"}]
+    former = {key: value for key, value in exported.items() if key != "branches"}
+    (tmp_path / "former.json").write_text(json.dumps([former]))
+    for known in (path, tmp_path / "former.json"):
+        chat.label("File of conversations").set_input_files(known)
+        chat.wait_for("1 already here")
+        chat.click("Dismiss")
+    other = open_chat()
+    other.label("File of conversations").set_input_files(path)
+    other.click("One, mended", exact=True)
+    other.wait_for("d")
+    assert other.page.locator(".count").all_inner_texts() == ["2 / 2", "2 / 2"]
+    other.button("Earlier version").first.click()
+    other.wait_for("Two")
+    assert other.texts == ["One", "a", "Two", "b"]
+
+
+def test_a_chat_is_saved_as_markdown(chat, tmp_path):
+    chat.command("/system Be brief.")
+    tool = [{"python": ""}, {"python": "12*7"}, {"python_output": ""}, {"python_output": "84"}]
+    chat.ask("What is 12*7?", says("Let me see:\n", *tool, "It is **84**."))
+    chat.click("Menu of What is 12*7?")
+    with chat.page.expect_download() as download:
+        chat.page.get_by_role("menuitem", name="Save as Markdown").click()
+    assert download.value.suggested_filename == "What-is-12-7.md"
+    download.value.save_as(tmp_path / "chat.md")
+    title, date, *rest = (tmp_path / "chat.md").read_text().rstrip().split("\n\n")
+    assert title == "# What is 12*7?"
+    assert date[0] == date[-1] == "*"
+    assert rest == [
+        "> System prompt: Be brief.", "## You", "What is 12*7?", "## nanochat", "Let me see:", "Calculator:",
+        "    12*7 = 84", "It is **84**.",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -191,6 +293,8 @@ def test_an_export_imports_as_the_same_conversations_once(chat, open_chat, tmp_p
         ('[{"messages": [{"role": "user", "content": {}}]}, null]', "2 refused: conversation 1 has a question"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n[{"role": "user", "content": "b"}]\n',
          "2 conversations imported."),
+        ('[{"messages": [], "branches": [{"role": "user", "shown": 1, "versions": [{"content": "a"}]}]}]',
+         "1 refused: conversation 1 has a message without the version to show"),
     ],
 )  # fmt: skip
 def test_an_import_says_what_it_refuses(chat, tmp_path, text, words):
@@ -203,12 +307,17 @@ def test_an_import_says_what_it_refuses(chat, tmp_path, text, words):
 def test_a_conversation_is_renamed_and_comes_back_by_undo_when_deleted(chat):
     chat.ask("Old name", "Yes.")
     chat.button("Old name", exact=True).hover()
-    chat.click("Rename Old name")
+    chat.click("Menu of Old name")
+    chat.page.get_by_role("menuitem", name="Rename").click()
     chat.label("Title").fill("New name")
     chat.page.keyboard.press("Enter")
-    chat.button("New name", exact=True).hover()
-    assert chat.page.title() == "New name · nanochat"
-    chat.click("Delete New name")
+    chat.until("document.title === 'New name · nanochat'")
+    chat.button("Menu of New name").focus()
+    chat.page.keyboard.press("Enter")
+    chat.page.keyboard.press("Escape")
+    assert chat.button("Menu of New name").evaluate("node => node === document.activeElement")
+    for key in ("Enter", "ArrowUp", "Enter"):  # the last one is Delete
+        chat.page.keyboard.press(key)
     chat.wait_for("No conversations yet")
     assert chat.page.evaluate("Object.keys(localStorage).filter((key) => key.startsWith(PREFIX))") == []
     chat.click("Undo")
@@ -375,3 +484,127 @@ def test_commands_are_offered_completed_and_run(chat):
     assert chat.sent[0]["content"] == "/nonsense"
     chat.command("/help")
     assert chat.page.get_by_role("dialog").is_visible()
+
+
+def test_numbers_come_from_the_models_card_and_never_exceed_it(open_chat, server):
+    server.card = {"context": 256, "max_tokens": 200, "temperature": 0.9, "top_k": 40}
+    chat = open_chat()
+    chat.until("state.card.context === 256")
+    chat.ask("Hello", "Hi.")
+    asked = ("temperature", "top_k", "max_tokens")
+    assert [server.requests[-1][name] for name in asked] == [0.9, 40, 200]
+    chat.click("Settings")
+    chat.wait_for("It shares the context of 256 tokens with the conversation.")
+    assert chat.label("Longest answer").input_value() == "200"
+    chat.label("Longest answer").fill("512")
+    chat.wait_for("The longest answer must be a whole number from 1 to 200.")
+    chat.label("Longest answer").fill("150")
+    chat.label("Temperature").fill("0.1")
+    chat.click("Done")
+    chat.ask("Hello", "Hi.")
+    assert [server.requests[-1][name] for name in asked] == [0.1, 40, 150]
+    server.card["max_tokens"] = 100
+    chat.page.reload()
+    chat.until("state.card.max_tokens === 100")
+    chat.ask("Hello", "Hi.")
+    assert [server.requests[-1][name] for name in asked] == [0.1, 40, 100]
+    chat.click("Settings")
+    chat.click("Restore defaults")
+    assert chat.label("Temperature").input_value() == "0.9"
+
+
+def test_the_models_name_opens_what_is_known_of_it(open_chat, server):
+    server.card = {"context": 256, "max_tokens": 200, "stage": "rl", "step": 1200, "parameters": 4_200_000}
+    for options in ({}, {"width": 390, "height": 844, "has_touch": True, "is_mobile": True}):
+        chat = open_chat(**options)
+        chat.until("state.card.context === 256")
+        chat.click("nanochat-d4")
+        known = chat.page.get_by_role("dialog", name="nanochat-d4").locator("dd").all_inner_texts()
+        assert known == ["Reinforcement learning", "1,200", "4.2 million", "256 tokens", "200 tokens"]
+    server.card = None  # as an older server
+    chat = open_chat()
+    chat.click("nanochat-d4")
+    chat.wait_for("The server says no more about it.")
+
+
+def test_the_card_of_a_server_with_a_key_is_read_once_the_key_is_known(chat):
+    chat.server.key, chat.server.card = "sesame", {"examples": ["What is 2+2?"]}
+    chat.page.reload()
+    chat.click("Settings")
+    chat.page.get_by_role("textbox", name="API key").fill("sesame")
+    chat.click("Done")
+    chat.button("What is 2+2?").wait_for()
+
+
+def test_examples_are_those_of_the_model(open_chat, server):
+    chat = open_chat()
+    chat.wait_for("What would you like to talk about?")
+    assert chat.page.locator("#examples button").count() == 0
+    server.card = {"examples": ["Who are you?", "2+2", "What <b>is</b> it?", "a" * 900, "a fifth"]}
+    chat.page.reload()
+    chat.button("Who are you?").wait_for()
+    assert chat.page.locator("#examples button").all_inner_texts() == server.card["examples"][:4]
+    server.script.append(says("I am nanochat."))
+    chat.click("Who are you?")
+    chat.wait_for("I am nanochat.")
+    assert chat.sent == [{"role": "user", "content": "Who are you?"}]
+
+
+def test_speed_and_time_to_the_first_token_are_shown_and_kept(chat):
+    texts = [part for _ in range(5) for part in (piece("word "), 0.1)]
+    chat.send("Go", Reply([head(), 0.3, *texts, end("length", num_tokens=5)]))
+    stats = chat.page.locator(".stats")
+    stats.wait_for()
+    tokens, rate, first = stats.inner_text().split(" · ")
+    assert tokens == "5 tokens"
+    assert 2 < float(rate.removesuffix(" tokens/s")) <= 10
+    assert 0.3 <= float(first.removeprefix("first token after ").removesuffix(" s")) < 3
+    chat.page.reload()
+    chat.wait_for(first)
+    chat.click("Continue", Reply([head(), 0.6, piece("more "), 1.0, piece("words"), end(num_tokens=2)]))
+    chat.wait_for("7 tokens")
+    _, slower, same = stats.inner_text().split(" · ")
+    assert float(slower.removesuffix(" tokens/s")) < float(rate.removesuffix(" tokens/s"))
+    assert same == first, "the first token of the whole answer"
+
+
+def test_a_search_over_chats_and_commands_is_used_by_keyboard(chat):
+    for i in range(3):
+        chat.ask(f"Question {i}", f"The answer is {i * 111}.")
+        chat.click("New chat")
+    field, options = chat.page.get_by_role("combobox", name="Search"), chat.page.get_by_role("option")
+    chat.page.keyboard.press("Control+k")
+    assert field.evaluate("node => node === document.activeElement")
+    assert options.first.inner_text().startswith("Question 2")
+    for _ in range(3):  # the dialog keeps the focus
+        chat.page.keyboard.press("Tab")
+        assert chat.page.evaluate("!document.activeElement.closest('#sidebar, #main')")
+    field.fill("ANSWER 111")
+    assert options.count() == 1
+    assert "The answer is 111." in options.inner_text()
+    field.press("Enter")
+    chat.wait_for("The answer is 111.")
+    chat.page.keyboard.press("Control+k")
+    field.fill("settings")
+    chat.page.keyboard.press("Escape")
+    field.wait_for(state="hidden")
+    chat.page.keyboard.press("Control+k")
+    assert field.input_value() == ""
+    field.fill("/")
+    for key in ("ArrowDown", "ArrowUp", "ArrowUp", "Enter"):  # from the first to the last one
+        field.press(key)
+    chat.page.get_by_role("dialog", name="Commands and keys").wait_for()
+    chat.page.keyboard.press("Escape")
+    chat.page.keyboard.press("Control+k")
+    field.fill("/max")
+    assert field.evaluate(
+        "node => document.getElementById(node.getAttribute('aria-activedescendant')).innerText"
+    ).startswith("/max")
+    field.press("Enter")
+    assert chat.input.input_value() == "/max "
+    chat.page.keyboard.type("9")
+    chat.input.press("Enter")
+    chat.wait_for("The longest answer is now 9.")
+    chat.page.keyboard.press("Control+k")
+    field.fill("nowhere to be found")
+    assert options.count() == 0

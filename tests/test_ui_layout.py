@@ -1,31 +1,43 @@
 """The chat page: what its file may hold, colours, widths from a phone's to a desktop's, scrolling, keyboard."""
 
+import hashlib
 import re
 import threading
 
 import pytest
-from chat_page import PAGE, says
+from chat_page import says
+
+from nanochat.serve.api import PAGE_PATH
 
 pytest_plugins = ("chat_browser",)
 
 
 def test_the_page_is_one_file_that_builds_no_html_from_text():
-    page = PAGE.read_text()
+    page = PAGE_PATH.read_text()
     assert page.count("<script>") == page.count("<style>") == 1
+    assert re.findall(r"<script [^>]*>", page) == ['<script data-manual src="prism.js">']
     for forbidden in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "DOMParser"):
         assert forbidden not in page
-    markup = page[: page.index("<script>")]
+    markup = page[: page.index("<script ")]
     assert not re.search(r"\s(on\w+|style)=", markup)
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", markup)
 
 
+def test_the_library_for_the_colours_of_code_is_the_one_that_was_looked_at():
+    library = PAGE_PATH.with_name("prism.js").read_bytes()
+    assert hashlib.sha256(library).hexdigest() == "653584f7b791e21c80badb4033d232f9fc0dee4e32c28cd984b95e76ee5d811d"
+    assert len(library) < 30_000
+    assert b"</script" not in library.lower(), "it would end the script that it is set into"
+
+
 def test_text_keeps_its_contrast_in_light_and_dark():
     """WCAG AA: 4.5 to 1 for text on every surface it stands on, 3 to 1 for the borders of fields."""
-    found = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", PAGE.read_text())
+    found = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", PAGE_PATH.read_text())
     colours = {name: {"light": light, "dark": dark} for name, light, dark in found}
     pairs = [("text", surface, 4.5) for surface in ("page", "side", "card", "raised", "hover", "tint", "danger-tint")]
     pairs += [("soft", surface, 4.5) for surface in ("page", "side", "card", "raised", "hover")]
     pairs += [("accent", surface, 4.5) for surface in ("page", "raised", "tint")]
+    pairs += [(f"code-{name}", "raised", 4.5) for name in ("word", "text", "number", "name")]
     pairs += [("on-accent", "accent", 4.5), ("warn", "warn-tint", 4.5), ("warn", "page", 4.5)]
     pairs += [("danger", "danger-tint", 4.5), ("danger", "page", 4.5), ("edge", "page", 3), ("edge", "raised", 3)]
     for name, surface, least in pairs:
@@ -111,7 +123,7 @@ def test_everything_that_can_be_used_has_a_name_and_is_reached_by_keyboard(chat)
     for _ in range(40):
         chat.page.keyboard.press("Tab")
         seen.add(chat.page.evaluate(name))
-    assert {"Skip to the message field", "New chat", "Hello", "Delete Hello"} <= seen
+    assert {"Skip to the message field", "New chat", "Hello", "Menu of Hello"} <= seen
     assert {"Copy the message", "Copy", "Table", "Settings"} <= seen
 
 

@@ -64,12 +64,23 @@ def test_only_web_and_mail_addresses_become_links(chat):
          "<tbody><tr><td>1</td><td><code>x|y</code></td></tr></tbody></table>"),
         ("a | b\nno table", "<p>a | b<br>no table</p>"),
         ("- [x] done\n- [ ] open", "<ul><li>☑ done</li><li>☐ open</li></ul>"),
+        ("so $a_1 * b_2 * c_1$ and \\(x_1\\), **$y^*$**",
+         "<p>so <span>a_1 * b_2 * c_1</span> and <span>x_1</span>, <strong><span>y^*</span></strong></p>"),
+        ("Then\n$$\n\\frac{a_1}{b_1} \\\\\n- 3\n$$\nholds; \\[ x_1 * y_1 \\]",
+         "<p>Then</p><math>\\frac{a_1}{b_1} \\\\\n- 3</math><p>holds; <span>x_1 * y_1</span></p>"),
+        ("$5 and $6, US$7 *or* $8 to 9$, $ 1$, $PATH and $HOME", 
+         "<p>$5 and $6, US$7 <em>or</em> $8 to 9$, $ 1$, $PATH and $HOME</p>"),
+        ("\\$x$ and $y, US$a$ b", "<p>$x$ and $y, US$a$ b</p>"),
+        ("$2 \\times 4 = 8$, $3$, $\\$5$", "<p><span>2 \\times 4 = 8</span>, <span>3</span>, <span>\\$5</span></p>"),
+        ("\\[1\\] \\[a\\](b) \\(open `$x$`", "<p>[1] [a](b) (open <code>$x$</code></p>"),
+        ("$$\nx_1 + x_2 still coming", "<math>x_1 + x_2 still coming</math>"),
         ("&amp; <b>x</b>", "<p>&amp;amp; &lt;b&gt;x&lt;/b&gt;</p>"),
     ],
 )  # fmt: skip
 def test_markdown_becomes_elements(script, source, html):
     show = "(text) => { const node = h('div'); showMarkdown(node, text); return node.innerHTML; }"
     shown = script.evaluate(show, source)
+    shown = re.sub(r'<div class="math">(.*?)</div>', r"<math>\1</math>", shown, flags=re.DOTALL)
     shown = re.sub(r' (class|scope|start|tabindex|role|aria-label)="[^"]*"', "", shown)
     assert shown.replace("<div>", "").replace("</div>", "") == html
 
@@ -80,18 +91,49 @@ def test_an_unfinished_code_block_is_shown_and_copied(chat):
     chat.send("Code?", says("Here:\n```python\nprint(1)\n", gate, "print(2)\n```\nDone."))
     chat.page.locator("pre").wait_for()
     block = chat.page.locator("pre").element_handle()
+    assert chat.page.locator("pre span").count() == 0, "colours wait for the end of the block"
     gate.set()
     chat.wait_until_done()
     assert block.inner_text() == "print(1)\nprint(2)", "the block stays the same element while it grows"
+    assert chat.page.locator("pre span.is-number").all_inner_texts() == ["1", "2"]
     chat.click("Copy", exact=True)
     chat.page.locator(".code").get_by_text("Copied").wait_for()
     assert chat.page.evaluate("navigator.clipboard.readText()") == "print(1)\nprint(2)"
 
 
 @pytest.mark.parametrize(
+    ("language", "code", "coloured"),
+    [
+        ("python", 'def f(x):\n    return "a"  # b', {"def": "keyword", '"a"': "string", "# b": "comment"}),
+        ("JS", "let a = `x`;", {"let": "keyword", "`": "template-punctuation"}),
+        ("json", '{"a": [1, null]}', {'"a"': "property", "null": "null"}),
+        ("sh", "$ pip x # it's \"y\"\nin $A", {"# it's \"y\"": "comment", "in": "keyword", "$A": "variable"}),
+        ("html", "<b class='c'>", {"class": "attr-name"}),
+        ("cpp", "int main() { return 0; }", {"int": "keyword", "main": "function"}),
+        ("rust", "fn main() { let x = 1.5; }", {"main": "function", "1.5": "number"}),
+        ("diff", "+a\n-b", {"+": "prefix"}),
+        ("constructor", "a = 1", {}), ("extend", "a = 1", {}), ("", "a = 1", {}), ("brainfuck", "+[-]", {}),
+    ],
+)  # fmt: skip
+def test_code_is_coloured_and_stays_the_same_text(script, language, code, coloured):
+    show = """(text) => {
+      const node = h("div");
+      showMarkdown(node, text);
+      const spans = [...node.querySelectorAll("code span")];
+      return [node.querySelector("code").textContent, spans.map((span) => [span.textContent, span.className])];
+    }"""
+    text, spans = script.evaluate(show, f"```{language}\n{code}\n```")
+    assert text == code
+    found = {text: kind.removeprefix("is-") for text, kind in spans}
+    assert {text: found.get(text) for text in coloured} == coloured
+    if not coloured:
+        assert spans == []
+
+
+@pytest.mark.parametrize(
     "unit",
     ["*", "_", "`", "[", "](", "**a ", "~~", "> ", "- ", "  - a\n", "|", "|-", "#", "<", "\n", " ", "![x](", "http://",
-     "``` \n"],
+     "``` \n", "$", "$x ", "\\(", "\\[ x\n", "$$ x\n", "$$\n", "\\$"],
 )  # fmt: skip
 def test_no_text_freezes_the_page(script, unit):
     milliseconds = script.evaluate(
@@ -101,5 +143,19 @@ def test_no_text_freezes_the_page(script, unit):
           return performance.now() - begun;
         }""",
         (unit * 50_000)[:50_000],
+    )
+    assert milliseconds < 1500
+
+
+@pytest.mark.parametrize("language", ["python", "js", "html", "css", "json", "c", "go", "sh", "diff"])
+def test_no_code_freezes_the_page(script, language):
+    units = ('"', "'", "/*", "#", "<a ", "(", "{", "`${", "\\", "a", "f'{", "$(", "/", "a b\n")
+    milliseconds = script.evaluate(
+        """([language, units]) => Math.max(...units.map((unit) => {
+          const begun = performance.now();
+          showMarkdown(h("div"), `\\`\\`\\`${language}\n${unit.repeat(MAX_COLOURED).slice(0, MAX_COLOURED)}`);
+          return performance.now() - begun;
+        }))""",
+        [language, units],
     )
     assert milliseconds < 1500

@@ -33,9 +33,11 @@ from nanochat.common import UserError, base_dir, disk_errors, only_one_process, 
 from nanochat.data import hub, localtext
 from nanochat.data.hub import CARD, HubFile, TransferError
 from nanochat.data.splits import Splits, split_files
+from nanochat.flags import Parser
 
 DEFAULT_DATA = "karpathy/climbmix-400b-shuffle"
 DEFAULT_TRAIN_SHARDS = 8  # of that data set: the two billion characters the tokenizer is trained on
+DEFAULT_WORKERS = 8  # files fetched at a time
 LOCAL_TEXT = "local"  # the name of the data set made of documentation found on this machine
 MANIFEST = "nanochat-shards.json"  # a name no folder of the user will have for something else
 SUFFIXES = (".parquet", *localtext.SUFFIXES)
@@ -87,7 +89,7 @@ def _split_folder(folder: Path, suffixes: str | tuple[str, ...]) -> Splits:
     """The files below a local folder that have one of the `suffixes`, by split."""
     card = folder / CARD
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    return split_files([file.relative_to(folder).as_posix() for file in _files_of(folder, suffixes)], text)
+    return split_files([file.relative_to(folder).as_posix() for file in files_of(folder, suffixes)], text)
 
 
 def document_batches(
@@ -131,7 +133,7 @@ def _check_columns(parquet: pq.ParquetFile, name: str) -> None:
         raise UserError(f"the shard {name} has no column text of strings, only {listed}; {remedy}")
 
 
-def _files_of(path: Path, suffixes: str | tuple[str, ...]) -> list[Path]:
+def files_of(path: Path, suffixes: str | tuple[str, ...]) -> list[Path]:
     """`path`, or the files at any depth below it, if they have one of the `suffixes`, in natural order (2 before 10).
     Below a folder, hidden files and those in hidden folders are left out."""
     found = [path] if path.is_file() else sorted(path.rglob("*"))
@@ -191,7 +193,7 @@ class Manifest:
     def save(self, folder: Path) -> None:
         write_atomic(folder / MANIFEST, json.dumps(asdict(self)))
 
-    def update(self, folder: Path, wanted: Sequence[HubFile]) -> list[HubFile]:
+    def update(self, folder: Path, wanted: Sequence[HubFile], check: hub.Check) -> list[HubFile]:
         """Bring `verified` up to date and return those of `wanted` that are not in `folder` or not whole. A file that
         changed, or was never noted, is hashed. One that was deleted and is not wanted is forgotten."""
         names = {file.name for file in wanted}
@@ -202,7 +204,7 @@ class Manifest:
             self.verified.pop(file.name, None)
             if file.name in names and path.exists():
                 try:
-                    hub.verify_or_discard(path, file, _check_fetched)
+                    hub.verify_or_discard(path, file, check)
                     self.verified[file.name] = path.stat().st_mtime_ns
                 except TransferError as error:
                     print0(f"{path} is not whole ({error}): fetching it again")
@@ -210,7 +212,7 @@ class Manifest:
         return [file for file in wanted if file.name not in self.verified]
 
 
-def prepare(data: str, num_train: int, *, workers: int = 8) -> Path:
+def prepare(data: str, num_train: int, *, workers: int = DEFAULT_WORKERS) -> Path:
     """Make the shards of `data` ready and return their folder: download a hub repository (the first `num_train` train
     shards, -1 for all, and always those for validation), or convert local text, or check a local folder of shards. Of
     many processes that ask for the same, one does the work and the others wait. Doing it again only checks. Raises
@@ -273,13 +275,32 @@ def _list_usable(data: str) -> Manifest:
     return Manifest.of_splits(data, revision, files, splits)
 
 
-def _fetch_missing(manifest: Manifest, folder: Path, wanted: list[HubFile], workers: int) -> None:
+def fetch_splits(data: str, folder: Path, choose: Callable[[Sequence[str], str], Splits]) -> Splits:
+    """Fetch the files of a hub repository that `choose` takes, given all names in natural order and the card, for
+    training and validation into `folder`, and return them. The hub is not asked when nothing is missing. Raises
+    `UserError` when they cannot be had whole."""
+    with only_one_process(folder):
+        manifest = Manifest.load(folder)
+        if manifest is None:
+            revision, files, card = hub.list_files(data)
+            splits = choose(sorted((file.name for file in files), key=natural_key), card)
+            manifest = Manifest.of_splits(data, revision, files, splits)
+        _fetch_missing(manifest, folder, manifest.files, DEFAULT_WORKERS, lambda *_: None)
+    names = [file.name for file in manifest.files]
+    num_train = len(names) - manifest.num_val
+    return Splits(names[:num_train], names[num_train:])
+
+
+def _fetch_missing(
+    manifest: Manifest, folder: Path, wanted: list[HubFile], workers: int, check: hub.Check | None = None
+) -> None:
     """Fetch those of `wanted` that are not in `folder` and whole. Raises `UserError` when some remain missing."""
-    missing = manifest.update(folder, wanted)
+    check = check or _check_fetched
+    missing = manifest.update(folder, wanted, check)
     if not missing:
         return
     check_disk(folder, sum(file.size for file in missing))
-    failed = hub.fetch_files(manifest.source, manifest.version, missing, folder, workers=workers, check=_check_fetched)
+    failed = hub.fetch_files(manifest.source, manifest.version, missing, folder, workers=workers, check=check)
     fetched = (file.name for file in missing if file.name not in failed)
     manifest.verified |= {name: (folder / name).stat().st_mtime_ns for name in fetched}
     manifest.save(folder)
@@ -354,17 +375,15 @@ def _convert(
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Fetch or convert pretraining text: shards for training and for validation."
-    )
-    add = parser.add_argument
+    parser = Parser("Fetch or convert pretraining text: shards for training and for validation.")
+    add = parser.add_argument_group("data").add_argument
     add("-n", "--num-train", type=int, default=DEFAULT_TRAIN_SHARDS, metavar="N",
         help="train shards to fetch from a hub repository, -1 for all (default: %(default)s); the "
         "validation shards always come with them, local text is always taken whole")  # fmt: skip
     add("--data", default=DEFAULT_DATA,
         help="hub repository owner/name or owner/name/folder, a local folder or file of parquet, jsonl "
         "or text, or 'local' for documentation found on this machine (default: %(default)s)")  # fmt: skip
-    add("--workers", type=int, default=8, help="files fetched at a time (default: %(default)s)")
+    add("--workers", type=int, default=DEFAULT_WORKERS, help="files fetched at a time (default: %(default)s)")
     return parser.parse_args()
 
 

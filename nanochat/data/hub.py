@@ -1,4 +1,4 @@
-"""Files of a data set repository on the Hugging Face hub, or on a mirror of it: list them, fetch them whole.
+"""Files of a repository on the Hugging Face hub, or on a mirror of it: list them, fetch them whole.
 
 `huggingface_hub` makes the requests, continues broken transfers, and waits as long as a busy hub asks for. Its settings
 hold: HF_ENDPOINT, HF_TOKEN, HF_HUB_DOWNLOAD_TIMEOUT, HF_HUB_ETAG_TIMEOUT. Added here are a time limit for listings,
@@ -36,6 +36,7 @@ GIVE_UP_FAILURES = 8  # files in a row that could not be fetched: the network is
 RETRY_STATUSES = (408, 416, 425, 429)  # of the 4xx; asking again does not change the others
 REQUEST_SECONDS = 60  # limit of each network operation where huggingface_hub has none
 CARD = "README.md"
+REMEDIES = {"dataset": ", or for pretraining --data local: text found on this machine", "model": ""}
 STAGING = ".fetching"  # folder, beside the files, of those that are not yet whole
 
 T = TypeVar("T")
@@ -85,9 +86,9 @@ def _limit_requests() -> None:
     set_client_factory(lambda: httpx.Client(follow_redirects=True, event_hooks={"request": [limit]}))
 
 
-def list_files(data: str) -> tuple[str, list[HubFile], str]:
-    """Newest commit of a data set repository (or of a folder of it), its files as the hub lists them, and the text of
-    the repository's card ("" if it has none).
+def list_files(data: str, *, kind: str = "dataset") -> tuple[str, list[HubFile], str]:
+    """Newest commit of a repository (or of a folder of it) of the `kind` "dataset" or "model", its files as the hub
+    lists them, and the text of the repository's card ("" if it has none).
 
     Raises `UserError` when the hub cannot be reached or does not have it.
     """
@@ -100,14 +101,14 @@ def list_files(data: str) -> tuple[str, list[HubFile], str]:
     api = HfApi(endpoint=endpoint(), library_name="nanochat")
 
     def listing() -> tuple[str, list[HubFile], str]:
-        revision = api.dataset_info(repo).sha
-        entries = api.list_repo_tree(repo, folder or None, recursive=True, revision=revision, repo_type="dataset")
+        revision = api.repo_info(repo, repo_type=kind).sha
+        entries = api.list_repo_tree(repo, folder or None, recursive=True, revision=revision, repo_type=kind)
         files = [entry for entry in entries if isinstance(entry, RepoFile)]
         listed = [HubFile(file.path, file.size, file.lfs.sha256 if file.lfs else "") for file in files]
         card = ""
         if folder or any(file.name == CARD for file in listed):
             with tempfile.TemporaryDirectory() as scratch, suppress(RemoteEntryNotFoundError):
-                path = api.hf_hub_download(repo, CARD, revision=revision, repo_type="dataset", local_dir=scratch)
+                path = api.hf_hub_download(repo, CARD, revision=revision, repo_type=kind, local_dir=scratch)
                 card = Path(path).read_text(encoding="utf-8", errors="replace")
         return revision, listed, card
 
@@ -118,7 +119,7 @@ def list_files(data: str) -> tuple[str, list[HubFile], str]:
     except TransferError as error:
         raise UserError(
             f"cannot list {data} on the hub at {endpoint()} ({error}); check the name and the network, set "
-            f"HF_ENDPOINT to a mirror, or give --data a local folder, or 'local' for text found on this machine"
+            f"HF_ENDPOINT to a mirror, or give a local folder{REMEDIES[kind]}"
         ) from error
     # A name from outside must not lead out of the folder it is written to.
     safe = [f for f in files if not f.name.startswith("/") and ".." not in PurePosixPath(f.name).parts]
@@ -126,8 +127,9 @@ def list_files(data: str) -> tuple[str, list[HubFile], str]:
 
 
 def fetch_files(
-    data: str, revision: str, files: Sequence[HubFile], folder: Path, *, workers: int, check: Check
-) -> dict[str, str]:
+    data: str, revision: str, files: Sequence[HubFile], folder: Path, *, workers: int, check: Check,
+    kind: str = "dataset",
+) -> dict[str, str]:  # fmt: skip
     """Fetch `files` of commit `revision` into `folder`, `workers` at a time, with a progress bar.
 
     A file gets its name when it has its size and sha256 and passes `check`; what arrived of it is kept for the next
@@ -139,7 +141,7 @@ def fetch_files(
 
     repo, _ = split_repository(data)
     _limit_requests()
-    source = {"repo_id": repo, "repo_type": "dataset", "revision": revision, "endpoint": endpoint()}
+    source = {"repo_id": repo, "repo_type": kind, "revision": revision, "endpoint": endpoint()}
     stop = threading.Event()
     bar = tqdm(
         desc=f"{len(files)} files", total=sum(file.size for file in files), unit="B", unit_scale=True,

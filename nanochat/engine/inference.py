@@ -116,8 +116,8 @@ def lay_out(pieces: Sequence[Piece]) -> list[list[int]]:
 
 def add_weights_flag(parser: ArgumentParser) -> None:
     """The flag for the form in which a serving model's weights are kept."""
-    parser.add_argument(
-        "--weights", default="", choices=["", *WEIGHTS],
+    parser.add_argument_group("runtime").add_argument(
+        "--weights", default="", choices=WEIGHTS,
         help="form in which the serving model's weights are kept (default: --dtype). Smaller is faster and a little "
         "less exact: bfloat16 and int8 added less than 0.001 nats a token to the loss where measured (dev/LOG.md)",
     )  # fmt: skip

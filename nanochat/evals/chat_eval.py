@@ -1,7 +1,15 @@
-"""Chat tasks: how often a model answers correctly. Every question is asked by itself, without worked examples.
+"""Chat tasks: how often a model answers correctly.
 
-- Categorical tasks: the answer is the offered letter with the highest logit after the prompt.
-- Generative tasks: the model writes an answer through the engine, tool calls included, and the task judges it.
+In a chat, every question is asked by itself, without worked examples:
+- categorical tasks: the answer is the offered letter with the highest logit after the prompt;
+- generative tasks: the model writes an answer through the engine, tool calls included, and the task judges it.
+
+Tasks that are plain text (`Task.is_text`, the prompts of published scores) are put to any model in the same way, also
+to one that never saw a chat: the beginning-of-sequence token, worked examples ("shots"), the question. Of these come
+the first ones, as many as fit, which is the rule of MMLU's own code.
+- categorical tasks: the answer is the choice that continues the text with the highest probability, or with the highest
+  log probability per character;
+- generative tasks: the model continues the text, without tools, up to one of the task's stops.
 
 Not here: the tasks (passed in as objects), sums and result files (`chat_results.py`), flags, printing.
 """
@@ -10,11 +18,12 @@ import functools
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from nanochat.common import UserError, from_rank0
@@ -25,6 +34,7 @@ from nanochat.engine.generation import Completion, Token
 from nanochat.engine.sampling import Sampling
 from nanochat.evals import scoring
 from nanochat.evals.chat_results import Item, ResultLog, Sample, TaskResult
+from nanochat.evals.core_eval import Example, score_batched, score_plainly
 from nanochat.tokenizer import Tokenizer
 
 ORDER_SEED = 1234  # decides which problems a limited run asks: always the same ones, whatever the other settings
@@ -66,10 +76,12 @@ class EvalSettings:
         del everything["max_problems"]
         return everything if kind == "generative" else {"slow": self.slow}
 
-    def sampling(self, index: int) -> Sampling:
+    def sampling(self, index: int, **options: Any) -> Sampling:
         """How the answers to problem `index` are drawn."""
         seed = problem_seed(self.seed, index)
-        return Sampling(max_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, seed=seed)
+        return Sampling(
+            max_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, seed=seed, **options
+        )
 
 
 def problem_seed(seed: int, index: int) -> int:
@@ -115,15 +127,35 @@ def fit_prompt(tokenizer: Tokenizer, conversation: Mapping[str, Any], max_tokens
         return whole[:2] + whole[2 - max_tokens :], True
 
 
+def fit_text(tokenizer: Tokenizer, problem: Mapping[str, Any], max_tokens: int) -> tuple[list[int], int, bool]:
+    """The prompt of a plain-text `problem` (`tasks.common.text_problem`), at most `max_tokens` long with the longest of
+    its choices, how many of its shots are in it, and whether it was cut.
+
+    It has the first shots, as many as fit. If it is too long without any it loses its beginning, as in `fit_prompt`.
+    """
+    intro, shots, question = problem["intro"], problem["shots"], problem["messages"][0]["content"]
+    room = max_tokens - max((len(tokenizer.encode(option)) for option in problem.get("options", ())), default=0)
+    for num_shots in range(len(shots), -1, -1):
+        ids = [tokenizer.bos_id, *tokenizer.encode("".join((intro, *shots[:num_shots], question)))]
+        if len(ids) <= room:
+            return ids, num_shots, False
+    assert room > 1, max_tokens
+    return ids[:1] + ids[1 - room :], 0, True
+
+
 @functools.lru_cache(maxsize=16)
 def _questions(task, tokenizer: Tokenizer, indices: tuple[int, ...], max_tokens: int) -> tuple[Question, ...]:
     """The questions of `task` at `indices`, made once for all evaluations of a training run."""
     questions = []
     for index in indices:
-        conversation = task[index]
-        ids, is_cut = fit_prompt(tokenizer, conversation, max_tokens)
+        conversation, num_shots = task[index], None
+        if task.is_text:
+            ids, num_shots, is_cut = fit_text(tokenizer, conversation, max_tokens)
+        else:
+            ids, is_cut = fit_prompt(tokenizer, conversation, max_tokens)
         expected = visible_text(conversation["messages"][-1]["content"])
-        questions.append(Question(conversation, ids, Item(index, tokenizer.decode(ids), is_cut, expected)))
+        item = Item(index, tokenizer.decode(ids), is_cut, expected, num_shots=num_shots)
+        questions.append(Question(conversation, ids, item))
     return tuple(questions)
 
 
@@ -140,30 +172,56 @@ def letter_ids(tokenizer: Tokenizer, letters: Sequence[str]) -> list[int]:
 def _answer_categorical(model, tokenizer: Tokenizer, task, questions: Sequence[Question], slow: bool) -> Iterator[Item]:
     """The questions with the letter chosen, longest first. In a tie the first letter wins. Raises `UserError` for a
     logit that is NaN: no comparison with NaN is true, so a broken model would choose a letter."""
-    score = scoring.last_position_logits_plainly if slow else scoring.last_position_logits
+    score = _likelihoods if task.is_text else _letter_logits
     group_tokens = 1 if slow else GROUP_BATCHES * scoring.default_batch_tokens(model.device)
     for indices in scoring.batches_by_length([len(question.ids) for question in questions], group_tokens):
         group = [questions[i] for i in indices]
         letters = [task.letters(question.conversation) for question in group]
-        candidates = [letter_ids(tokenizer, offered) for offered in letters]
-        scores = score(model, [question.ids for question in group], candidates)
-        for question, offered, values in zip(group, letters, scores, strict=True):
+        for question, offered, values in zip(
+            group, letters, score(model, tokenizer, group, letters, slow), strict=True
+        ):
             logits = dict(zip(offered, map(float, values), strict=True))
             if any(map(math.isnan, logits.values())):
                 where = f"{task.name}, problem {question.item.index}"
                 raise UserError(f"{where}: the logits are {logits}; the model's weights are broken")
-            letter = max(logits, key=logits.__getitem__)
-            sample = Sample(letter, task.evaluate(question.conversation, letter))
+            letter, scores = max(logits, key=logits.__getitem__), {}
+            if task.by_length:
+                scores["acc"] = float(task.evaluate(question.conversation, letter))
+                sizes = {name: len(o) - 1 for name, o in zip(offered, question.conversation["options"], strict=True)}
+                letter = max(logits, key=lambda name: logits[name] / sizes[name])
+                scores["acc_norm"] = float(task.evaluate(question.conversation, letter))
+            sample = Sample(letter, task.evaluate(question.conversation, letter), scores)
             yield replace(question.item, logits=logits, samples=(sample,))
+
+
+def _letter_logits(model, tokenizer: Tokenizer, group: Sequence[Question], letters, slow: bool) -> list[np.ndarray]:
+    """The logits of each question's letters as the next token."""
+    score = scoring.last_position_logits_plainly if slow else scoring.last_position_logits
+    candidates = [letter_ids(tokenizer, offered) for offered in letters]
+    return score(model, [question.ids for question in group], candidates)
+
+
+def _likelihoods(model, tokenizer: Tokenizer, group: Sequence[Question], letters, slow: bool) -> list[np.ndarray]:
+    """The log-likelihoods in nats of each question's choices, whose tokens follow those of the prompt: a choice begins
+    with a blank, where the tokenizer cuts in any case."""
+    options = [[tokenizer.encode(option) for option in question.conversation["options"]] for question in group]
+    examples = []
+    for question, choices in zip(group, options, strict=True):
+        rows = tuple(np.array(question.ids + choice, dtype=np.int32) for choice in choices)
+        examples.append(Example(rows, (len(question.ids),) * len(rows), 0))
+    scores = (score_plainly if slow else score_batched)(model, examples)
+    lengths = [np.array(list(map(len, choices))) for choices in options]
+    return [-np.array(score.nats) * length for score, length in zip(scores, lengths, strict=True)]
 
 
 def _answer_generative(model, tokenizer: Tokenizer, engine, task, questions, settings: EvalSettings) -> Iterator[Item]:
     """The questions with their answers and verdicts, in the order in which they are done."""
+    options = {"stop": task.stops, "use_tool": not task.is_text}
     if settings.slow:
-        plain = functools.partial(complete_plainly, model, tokenizer, max_tokens=settings.max_new_tokens)
+        plain = functools.partial(complete_plainly, model, tokenizer, max_tokens=settings.max_new_tokens, **options)
         answers = ((question, [plain(question.ids)]) for question in questions)
     else:
-        answers = _complete_all(engine, questions, settings)
+        answers = _complete_all(engine, questions, settings, options)
     while done := list(islice(answers, GRADE_PROBLEMS)):
         pairs = [(question.conversation, one.parts) for question, completions in done for one in completions]
         verdicts = iter(task.evaluate_many(pairs))
@@ -176,10 +234,14 @@ def _answer_generative(model, tokenizer: Tokenizer, engine, task, questions, set
             yield replace(question.item, seed=seed, samples=tuple(samples))
 
 
-def _complete_all(engine: Engine, questions, settings: EvalSettings) -> Iterator[tuple[Question, list[Completion]]]:
+def _complete_all(
+    engine: Engine, questions, settings: EvalSettings, options: Mapping[str, Any]
+) -> Iterator[tuple[Question, list[Completion]]]:
     """All questions through the engine at the same time, each yielded when its last sample is done."""
-    options = {"num_samples": settings.num_samples}
-    waiting = {engine.submit(one.ids, settings.sampling(one.item.index), **options): one for one in questions}
+    waiting = {}
+    for question in questions:
+        sampling = settings.sampling(question.item.index, **options)
+        waiting[engine.submit(question.ids, sampling, num_samples=settings.num_samples)] = question
     try:
         while waiting:
             for event in engine.step():
@@ -191,34 +253,38 @@ def _complete_all(engine: Engine, questions, settings: EvalSettings) -> Iterator
 
 
 @torch.no_grad()
-def complete_plainly(model, tokenizer: Tokenizer, prompt: Sequence[int], *, max_tokens: int) -> Completion:
+def complete_plainly(
+    model, tokenizer: Tokenizer, prompt: Sequence[int], *, max_tokens: int, stop: Collection[str] = (),
+    use_tool: bool = True,
+) -> Completion:  # fmt: skip
     """The reference for the engine at temperature 0: one answer at a time, the whole text through the model for each
-    token, without a cache. A tool call is followed by the tool's answer, which the model does not write itself."""
-    special = tokenizer.special_ids
+    token, without a cache. It ends before a text of `stop`. With `use_tool` a tool call is followed by the tool's
+    answer, which the model does not write itself."""
+    special, reader = tokenizer.special_ids, ReplyReader(tokenizer, stop)
     tool_marks = [special["<|output_start|>"], special["<|output_end|>"]]
     ids, tokens, forced, call = list(prompt), [], [], None
     # the model reads at most one context, which leaves room to say one more token
     limit = min(len(ids) + max_tokens, model.config.sequence_len + 1)
-    while len(ids) < limit:
+    while len(ids) < limit and not reader.is_stopped:
         if is_forced := bool(forced):
             token = forced.pop(0)
         else:
             logits = model(torch.tensor([ids], device=model.device))[0, -1].clone()  # (V,)
-            logits[tool_marks] = -torch.inf
+            if use_tool:
+                logits[tool_marks] = -torch.inf
             token = logits.argmax().item()
             if token in tokenizer.stop_ids:
                 break
         ids.append(token)
         tokens.append(Token(token, is_forced))
+        reader.add([token])
         if token == special["<|python_start|>"]:
             call = len(ids)
-        elif token == special["<|python_end|>"] and call is not None:
+        elif token == special["<|python_end|>"] and call is not None and use_tool:
             answer = tokenizer.encode(calculate(tokenizer.decode(ids[call:-1])) or TOOL_ERROR)
             forced, call = [tool_marks[0], *answer[:MAX_TOOL_TOKENS], tool_marks[1]], None
-    reader = ReplyReader(tokenizer)
-    reader.add(one.id for one in tokens)
     reader.finish()
-    return Completion(tokens, reader.parts, "length" if len(ids) == limit else "stop")
+    return Completion(tokens, reader.parts, "stop" if reader.is_stopped or len(ids) < limit else "length")
 
 
 def check_task(task) -> None:
@@ -262,6 +328,8 @@ def evaluate_task(
     answered = {item.index for item in earlier}
     todo = tuple(index for index in chosen if index not in answered)[rank::world_size]
     budget = prompt_budget(task.kind, model.config.sequence_len, settings.max_new_tokens)
+    if task.is_text and task.kind == "categorical":
+        budget += 1  # the last token of a choice is only predicted, never read
     questions = _questions(task, tokenizer, todo, budget)
     if task.kind == "categorical":
         answers = _answer_categorical(model, tokenizer, task, questions, settings.slow)
@@ -277,7 +345,8 @@ def evaluate_task(
         _on_rank0(lambda: log.write_whole(items.values()))
     num_earlier = sum(index in answered for index in chosen)
     asked = tuple(items[index] for index in chosen)
-    return TaskResult(task.name, task.baseline, asked, num_earlier, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    return TaskResult(task.name, task.baseline, asked, num_earlier, seconds, task.num_shots)
 
 
 def _on_rank0(work: Callable[[], Any]) -> Any:

@@ -68,7 +68,8 @@ class Sample:
 @dataclass(frozen=True)
 class Item:
     """A problem by its index in the task: the prompt as the model saw it, special tokens by name; whether it was cut
-    to fit; the right answer; the logits by letter or the seed of the samples; the samples."""
+    to fit; the right answer; the logits by letter (in plain text the log-likelihoods of the choices, in nats) or the
+    seed of the samples; the samples; of a plain text with worked examples, how many of these there was room for."""
 
     index: int
     prompt: str
@@ -77,6 +78,7 @@ class Item:
     logits: dict[str, float] | None = None
     seed: int | None = None
     samples: tuple[Sample, ...] = ()
+    num_shots: int | None = None
 
     @property
     def share(self) -> float:
@@ -87,13 +89,14 @@ class Item:
 @dataclass(frozen=True)
 class TaskResult:
     """The results of a task's problems, at least one. `num_earlier` of the `items` come from an earlier run; `seconds`
-    is the time of this one."""
+    is the time of this one; `num_shots` worked examples should precede each question in plain text."""
 
     task: str
     baseline: float
     items: tuple[Item, ...]
     num_earlier: int
     seconds: float
+    num_shots: int = 0
 
     @property
     def accuracy(self) -> Estimate:
@@ -120,6 +123,11 @@ class TaskResult:
     @property
     def num_cut(self) -> int:
         return sum(item.is_cut for item in self.items)
+
+    @property
+    def given_shots(self) -> tuple[int, ...]:
+        """The number of worked examples before each question in plain text."""
+        return tuple(item.num_shots for item in self.items if item.num_shots is not None)
 
     @property
     def num_unfinished(self) -> int:

@@ -17,7 +17,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UserError, base_dir, fetch_once
+from nanochat.common import Unavailable, UserError, base_dir, fetch_once
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 BUNDLE_VARIABLE = "NANOCHAT_EVAL_BUNDLE"
@@ -66,7 +66,7 @@ def _download(url: str, partial: Path) -> None:
             raise UserError(f"cannot write the evaluation bundle to {partial.parent}: {error.strerror}") from error
         if not fault:
             return
-    raise UserError(
+    raise Unavailable(
         f"cannot fetch the evaluation bundle from {url} ({fault}); check the network, or give --bundle (or "
         f"{BUNDLE_VARIABLE}) another URL, a zip file or a folder"
     )

@@ -213,6 +213,16 @@ class CoreResult:
     core: float
     seconds: float
 
+    @property
+    def accuracy(self) -> float:
+        """The mean of the tasks' accuracies."""
+        return sum(task.accuracy for task in self.tasks) / len(self.tasks)
+
+    @property
+    def baseline(self) -> float:
+        """What guessing would give for `accuracy`; for `core` it gives 0."""
+        return sum(task.baseline for task in self.tasks) / len(self.tasks)
+
 
 def evaluate_core(
     model, tokenizer, bundle: Path, *, max_per_task: int = 0, batch_tokens: int = 0, slow: bool = False,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.checkpoint import find_checkpoint, load_tensors, load_tokenizer, read_meta
+from nanochat.checkpoint import find_checkpoint, load_tensors, load_tokenizer, read_meta, stage_of
 from nanochat.common import Runtime, UserError, from_rank0
 from nanochat.model.gpt import GPT, GPTConfig, build_model
 from nanochat.tokenizer import Tokenizer
@@ -20,10 +20,15 @@ class LoadedModel:
     meta: dict
     folder: Path
 
+    @property
+    def source(self) -> str:
+        """The stage that the model is of."""
+        return stage_of(self.folder)
+
 
 def load_model(source: str, runtime: Runtime, *, model_tag: str = "", step: int | None = None) -> LoadedModel:
-    """A stage's model with its tokenizer, in eval mode: by default the newest step of the run saved last. Raises
-    `UserError` if there is none or it is damaged."""
+    """The model that `find_checkpoint` chooses, with its tokenizer, in eval mode. Raises `UserError` if there is none
+    or it is damaged."""
     folder = from_rank0(find_checkpoint(source, model_tag=model_tag, step=step))  # a new one may appear meanwhile
     meta = read_meta(folder)
     model = load_weights(folder, meta, runtime).eval().requires_grad_(False)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nanochat.common import UserError, disk_errors, print0, run_main, write_atomic
+from nanochat.flags import Parser
 from nanochat.records import PICTURES, Record, read_records, records_path, reset
 from nanochat.report.markdown import render
 from nanochat.report.page import page
@@ -48,12 +49,10 @@ def _records() -> tuple[list[Record], int]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m nanochat.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__, "ACTION [flags]")
     parser.add_argument("action", choices=("reset", "generate", "summary"), help="see above")
-    parser.add_argument("--dollars-per-gpu-hour", type=float, default=None,
-                        help="price for the cost estimate, with reset (default: a table by GPU name)")  # fmt: skip
+    price_help = "price for the cost estimate, with reset (default: a table by GPU name)"
+    parser.add_argument_group("cost").add_argument("--dollars-per-gpu-hour", type=float, help=price_help)
     return parser.parse_args()
 
 

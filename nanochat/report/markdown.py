@@ -56,8 +56,9 @@ def _stage(record: Record, num_earlier: int, pictures: Pictures) -> Iterator[str
     yield f"### {escape(name if produced else f'{name} ({record.model})')}"
     earlier = f"; {num_earlier} earlier attempt(s) not shown" if num_earlier else ""
     yield f"`{record.stage}`, recorded {utc(record.time)}{earlier}."
-    if record.results:
-        yield pairs("Result", record.results)
+    in_table = {row.get("task") for row in record.table or []}
+    if alone := {name: value for name, value in record.results.items() if name not in in_table}:
+        yield pairs("Result", alone)
     if record.table:
         columns = list(dict.fromkeys(column for row in record.table for column in row))
         rows = [[format_value(row.get(column, "")) for column in columns] for row in record.table]

@@ -12,6 +12,7 @@ from nanochat.report.tables import escape, fenced, score, table, text_table
 from nanochat.results import (
     BPB,
     CORE,
+    EXAM_STAGES,
     GPT2_CORE,
     GPT2_SOURCE,
     REWARD,
@@ -34,7 +35,7 @@ MODEL_NAMES = {"base": "base", "mid": "mid-trained", "sft": "finetuned", "rl": "
 
 def title(records: Sequence[Record]) -> str:
     """The name of what was trained last."""
-    tags = [stage.tag for stage in trained(records) if stage.tag]
+    tags = [stage.tag for stage in trained(current(records)) if stage.tag]
     return f"nanochat report: {escape(tags[-1])}" if tags else "nanochat report"
 
 
@@ -100,7 +101,7 @@ def _model(stages: Sequence[Record]) -> str:
 
 
 def _on(machine: Mapping[str, Any]) -> str:
-    return f" on {escape(hardware(machine))}" if hardware(machine) else ""
+    return f", on {escape(hardware(machine))}" if hardware(machine) else ""
 
 
 def _minutes(seconds: float) -> str:
@@ -114,7 +115,7 @@ def _tokens(stage: Record) -> str:
 
 def _time(stages: Sequence[Record], seconds: float) -> str:
     training = sum(stage.results.get("train_seconds") or 0.0 for stage in stages)
-    return f"{_minutes(seconds)} from start to end, {_minutes(training)} of it in training steps,"
+    return f"{_minutes(seconds)} from start to end, {_minutes(training)} of it in training steps"
 
 
 def _cost(machine: Mapping[str, Any], seconds: float) -> dict[str, str]:
@@ -169,7 +170,9 @@ def _results(now: Sequence[Record]) -> Iterator[str]:
             [escape(name), *(score(values[m]) if m in values else "" for m in models)] for name, values in found.items()
         ]
         yield table(["Measured", *(MODEL_NAMES[model] for model in models)], rows, num_text=1)
-        notes = ["Exams: the part of the answers that is right; CORE and ChatCORE: 0 for guessing, 1 for all right."]
+        notes = []
+        if found.keys() - {BPB, REWARD}:
+            notes.append("Exams: the share of right answers; CORE and ChatCORE: 0 for guessing, 1 for all right.")
         if BPB in found:
             notes.append("Bits per byte: on text for the base model, on conversations after that; less is better.")
         if REWARD in found:
@@ -178,5 +181,5 @@ def _results(now: Sequence[Record]) -> Iterator[str]:
     missing = [f"{escape(name)} ({escape(reason)})" for name, reason in _not_run(now)]
     if missing:
         yield f"Not run: {', '.join(missing)}."
-    elif not any(record.stage in ("base_eval", "chat_eval") for record in now):
+    elif not any(record.stage in ("base_eval", *EXAM_STAGES) for record in now):
         yield "No exams were run."

@@ -32,7 +32,7 @@ from nanochat.serve import schema
 from nanochat.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from nanochat.serve.errors import ApiError, ClientGone, as_api_error
 from nanochat.serve.messages import Checked, Turns, ignored_fields, join_turns
-from nanochat.serve.middleware import IGNORED_HEADER, AccessLog, Gate, Metrics, Settings, page_policy
+from nanochat.serve.middleware import IGNORED_HEADER, AccessLog, Gate, Metrics, Settings, page_policy, read_page
 from nanochat.serve.worker import LOADING_RETRY_SECONDS, Job, Pool
 from nanochat.tokenizer import Tokenizer
 
@@ -47,10 +47,6 @@ HEALTH_MESSAGES = {"ok": "", "loading": "the model is being loaded", "failed": "
 
 def create_app(pool: Pool, tokenizer: Tokenizer, settings: Settings, *, page_path: Path = PAGE_PATH) -> FastAPI:
     """The application; it starts and closes `pool`. Raises `UserError` when the page cannot be read."""
-    try:
-        html = page_path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the chat page {page_path}: {error}") from error
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -61,7 +57,8 @@ def create_app(pool: Pool, tokenizer: Tokenizer, settings: Settings, *, page_pat
             await pool.close()
 
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
-    metrics, policy, created = Metrics(pool), page_policy(html), int(time.time())
+    html, metrics, created = read_page(page_path), Metrics(pool), int(time.time())
+    policy = page_policy(html)
     server = _Server(pool, tokenizer, settings, metrics)
 
     app.add_middleware(Gate, settings=settings)

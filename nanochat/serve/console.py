@@ -5,6 +5,7 @@ Not here: commands and the conversation (`terminal.py`).
 """
 
 import re
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,32 +17,52 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
+from prompt_toolkit.output import create_output
 from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment, SegmentLines
+from rich.style import Style
 from rich.theme import Theme
 
-from nanochat.serve.terminal import PROMPT, Screen, printable
+from nanochat.serve.terminal import YOU, Screen, printable
 
-CONTINUATION_PROMPT = ". "
+PROMPT = [("", "\n"), ("bold ansigreen", YOU)]
+CONTINUATION_PROMPT = "   . "
+NAME_STYLE = Style(color="magenta", bold=True)
 REFRESH_SECONDS = 0.05  # at most this often
+
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None
 
 # HTML stays text, which rich would drop otherwise
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 
 
 class LineReader:
-    """Reads messages from the terminal, with line editing, a history kept in a file, and completion by Tab."""
+    """Reads messages from the terminal, with line editing, a history kept in a file, and completion by Tab.
+
+    As a context manager, it has what is typed while an answer comes shown at the next prompt, not amid the answer.
+    """
 
     def __init__(self, history: Path, commands: Sequence[str]):
         keys = KeyBindings()
 
+        @keys.add("escape", "enter")
+        def on_alt_enter(event: KeyPressEvent) -> None:
+            event.current_buffer.insert_text("\n")
+
         @keys.add("enter")
         def on_enter(event: KeyPressEvent) -> None:
-            """Send the message, or begin a new line in place of a backslash."""
+            """Send the message, or begin a new line: in place of a backslash, and where more has come at once, which is
+            a paste in a terminal that does not tell (most do, and prompt_toolkit then inserts it whole)."""
             buffer = event.current_buffer
-            if buffer.document.text_before_cursor.endswith("\\"):
+            if any(press.key != Keys.CPRResponse for press in event.key_processor.input_queue):
+                buffer.insert_text("\n")
+            elif buffer.document.text_before_cursor.endswith("\\"):
                 buffer.delete_before_cursor()
                 buffer.insert_text("\n")
             else:
@@ -50,7 +71,21 @@ class LineReader:
         self._session: PromptSession[str] = PromptSession(
             history=_open_history(history), completer=_ChatCompleter(commands), complete_while_typing=False,
             key_bindings=keys, multiline=True, prompt_continuation=CONTINUATION_PROMPT,
+            output=create_output(always_prefer_tty=True) if sys.stderr.isatty() and not sys.stdout.isatty() else None,
         )  # fmt: skip
+        self._terminal_mode: list | None = None  # of before
+
+    def __enter__(self) -> "LineReader":
+        if termios and sys.stdin.isatty():
+            self._terminal_mode = termios.tcgetattr(sys.stdin)
+            mode = list(self._terminal_mode)
+            mode[3] &= ~termios.ECHO
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, mode)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._terminal_mode is not None:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._terminal_mode)
 
     def read(self) -> str:
         """The next message. Raises `EOFError` on Ctrl-D and `KeyboardInterrupt` on Ctrl-C."""
@@ -94,16 +129,21 @@ class MarkdownScreen(Screen):
         plain_streams = {"redirect_stdout": False, "redirect_stderr": False}
         self._live = Live(console=self._console, auto_refresh=False, transient=True, **plain_streams)
         self._pending, self._show_at = "", 0.0
+        self._name = ""  # of the speaker, until it is printed
+
+    def begin_reply(self, name: str) -> None:
+        self._console.print()
+        self._name = name
 
     def write(self, text: str, color: str = "") -> None:
         """More of a reply; with a colour it is no Markdown."""
         text = printable(text)
         self._live.start()
-        self._pending += re.sub(r"([\\`*_~\[\]()<>#+.!|-])", r"\\\1", text) if color else text
+        self._pending += _escaped(text) if color else text
         end = _finished_length(self._pending)
         if end:
             self._console.print(SegmentLines([*self._lines(self._pending[:end]), []], new_lines=True), end="")
-            self._pending = self._pending[end:]
+            self._pending, self._name = self._pending[end:], ""
         begin = time.perf_counter()
         if end or begin >= self._show_at:
             lines = self._lines(self._pending)[1 - self._console.height :]
@@ -115,14 +155,28 @@ class MarkdownScreen(Screen):
         self._live.update("")
         self._live.stop()
         self._console.print(SegmentLines(self._lines(self._pending), new_lines=True), end="")
-        self._pending = ""
+        self._pending = self._name = ""
 
     def _lines(self, text: str) -> list[list[Segment]]:
+        """`text` as it appears, below each other the lines from the first to the last that is not empty."""
         markdown = Markdown("", code_theme="ansi_dark", justify="default", hyperlinks=False)
-        markdown.parsed = _PARSER.parse(text.replace("\n", "  \n"))  # two spaces keep the end of a line
+        text = text.replace("\n", "  \n")  # two spaces keep the end of a line
+        parsed = _PARSER.parse(text)
+        if self._name and parsed:  # on the first line if that is one of words
+            gap = " " if parsed[0].type == "paragraph_open" else "\n\n"
+            parsed = _PARSER.parse(f"**{_escaped(self._name)}:**{gap}{text}")
+        markdown.parsed = parsed
         lines = self._console.render_lines(markdown, pad=False)
         full = [number for number, line in enumerate(lines) if any(segment.text.strip() for segment in line)]
+        if self._name and full:
+            first = lines[full[0]]
+            first[0] = Segment(first[0].text, NAME_STYLE)
         return lines[full[0] : full[-1] + 1] if full else []
+
+
+def _escaped(text: str) -> str:
+    """`text` as Markdown that shows it as it is."""
+    return re.sub(r"([\\`*_~\[\]()<>#+.!|-])", r"\\\1", text)
 
 
 def _finished_length(text: str) -> int:

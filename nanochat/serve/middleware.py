@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -93,6 +94,17 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def read_page(path: Path) -> str:
+    """A page with the scripts that it names, which lie beside it, set into it: one file to send, one policy for it.
+    Raises `UserError` when one of them cannot be read."""
+    try:
+        html = path.read_text(encoding="utf-8")
+        named = re.compile(r' src="([\w.]+)"></script>')
+        return named.sub(lambda match: f">{path.with_name(match[1]).read_text(encoding='utf-8')}</script>", html)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the chat page {path}: {error}") from error
 
 
 def page_policy(html: str) -> str:

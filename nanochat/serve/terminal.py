@@ -4,7 +4,6 @@
 script), editing lines and rendering Markdown (`console.py`).
 """
 
-import difflib
 import json
 import os
 import signal
@@ -18,11 +17,12 @@ from nanochat.common import UserError, write_atomic
 from nanochat.data.chat import Delta, as_parts, check_conversation, prompt_limit, render_for_completion, visible_text
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampling import Sampling
+from nanochat.flags import did_you_mean
 from nanochat.tokenizer import Tokenizer
 
 INTERRUPTED = "interrupted"  # how an answer ended, besides the engine's "stop" and "length"
-PROMPT = "> "
-DIM, CYAN, RED, PLAIN = "\x1b[2m", "\x1b[36m", "\x1b[31m", "\x1b[0m"
+YOU = "You: "
+DIM, CYAN, RED, GREEN, MAGENTA, PLAIN = "\x1b[2m", "\x1b[36m", "\x1b[31m", "\x1b[1;32m", "\x1b[1;35m", "\x1b[0m"
 
 # A model can write any byte, and a terminal obeys some of them: those are replaced by visible characters.
 _CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
@@ -48,6 +48,17 @@ class Screen:
     def is_styled(self) -> bool:
         """Whether replies go to a terminal with colours."""
         return self._has_color and self._out.isatty()
+
+    def question(self, text: str) -> None:
+        """A question of an earlier session, as if it were typed."""
+        self._put(self._out, "\n")
+        self._put(self._out, YOU, GREEN)
+        self._put(self._out, text + "\n")
+
+    def begin_reply(self, name: str) -> None:
+        """Say that it is `name` who speaks from here on."""
+        self._put(self._out, "\n")
+        self._put(self._out, f"{name}: ", MAGENTA)
 
     def write(self, text: str, color: str = "") -> None:
         """More of a reply, at once."""
@@ -78,21 +89,40 @@ def print_reply(screen: Screen, deltas: Iterable[Delta], *, show_tools: bool = T
     """Print the pieces of a reply as they come.
 
     A tool call and its result appear in brackets, `[python: 12*34 => 408]`; without `show_tools` only the words do.
+    Where the model writes none, a space separates them from the words beside them.
     """
-    openings, open_type = {"text": "", "python": "[python: ", "python_output": "["}, "text"
-    shown = deltas if show_tools else (delta for delta in deltas if delta.type == "text")
+    openings, open_type, last, is_new = {"text": "", "python": "[python: ", "python_output": "["}, "text", "", False
+
+    def put(text: str, color: str = "") -> None:
+        nonlocal last
+        if text:
+            screen.write(text, color)
+            last = text[-1]
+
     try:
-        for type_, text in shown:
+        for type_, text in deltas:
             if type_ != open_type:
                 is_answered = (open_type, type_) == ("python", "python_output")
-                closing = "]" if open_type != "text" else ""
-                screen.write(" => " if is_answered else closing + openings[type_], CYAN)
-                open_type = type_
-            screen.write(text, CYAN if type_ != "text" else "")
+                if show_tools and open_type != "text" and not is_answered:
+                    put("]", CYAN)
+                if show_tools:
+                    put(" => " if is_answered else _gap(last, openings[type_]) + openings[type_], CYAN)
+                open_type, is_new = type_, True
+            if type_ == "text" and text:
+                put(_gap(last, text) + text if is_new else text)
+                is_new = False
+            elif type_ != "text" and show_tools:
+                put(text, CYAN)
     finally:
-        if open_type != "text":
-            screen.write("]", CYAN)
+        if show_tools and open_type != "text":
+            put("]", CYAN)
         screen.end_reply()
+
+
+def _gap(last: str, text: str) -> str:
+    """The space that belongs between the `last` character and `text`, if any: "48/2=" and "24" need none."""
+    is_end, is_begin = last.isalpha() or last in tuple(".,;:!?)]"), text[:1].isalnum() or text[:1] in tuple("[(\"'")
+    return " " if is_end and is_begin else ""
 
 
 def single_prompt(given: str | None, stdin: TextIO) -> str | None:
@@ -116,16 +146,16 @@ class TerminalChat:
     """One conversation with a model, and the commands that steer it.
 
     With a seed in `sampling` the same inputs give the same session; each answer draws from a seed of its own, so that
-    `/retry` gives another answer. For a single question (`is_dialogue` False) only the words of the answer are printed,
-    and no notice mentions commands.
+    `/retry` gives another answer. `name` is that of the model. For a single question (`is_dialogue` False) only the
+    words of the answer are printed, and no notice mentions commands.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, screen: Screen, *, sampling: Sampling, system: str = "",
-        show_stats: bool = False, is_dialogue: bool = True,
+        self, engine: Engine, tokenizer: Tokenizer, screen: Screen, *, sampling: Sampling, name: str = "",
+        system: str = "", show_stats: bool = False, is_dialogue: bool = True,
     ):  # fmt: skip
         self.engine, self.tokenizer, self.screen = engine, tokenizer, screen
-        self.sampling, self.system = sampling, system
+        self.sampling, self.name, self.system = sampling, name, system
         self.show_stats, self.is_dialogue = show_stats, is_dialogue
         self.messages: list[dict[str, Any]] = []  # without the system message
         self._num_answers = 0
@@ -204,6 +234,8 @@ class TerminalChat:
 
         try:
             request = self.engine.submit(prompt_ids, sampling)
+            if self.is_dialogue:
+                self.screen.begin_reply(self.name)
             print_reply(self.screen, deltas(), show_tools=self.is_dialogue)
         finally:
             signal.signal(signal.SIGINT, before)
@@ -236,6 +268,7 @@ class TerminalChat:
         """A command or a message. Raises `UserError` when it cannot be done, `EOFError` to end the chat."""
         if not line.strip():
             return
+        line = line.rstrip()
         if not line.startswith("/"):
             self.ask(line)
         elif line.startswith("//"):
@@ -244,8 +277,7 @@ class TerminalChat:
             name, *argument = line.split(maxsplit=1)
             argument = "".join(argument).strip()
             if name not in COMMANDS:
-                near = difflib.get_close_matches(name, COMMANDS, n=1)
-                hint = f"did you mean {near[0]}? " if near else ""
+                hint = did_you_mean(name, COMMANDS)
                 raise UserError(f"unknown command {name}; {hint}/help lists them, and // begins a message with a slash")
             if COMMANDS[name].argument == "FILE" and not argument:
                 raise UserError(f"{name} needs the name of a file: {name} talk.json")
@@ -262,7 +294,7 @@ def _help(chat: TerminalChat, _: str) -> None:
     usages = [f"{name} {command.argument}".strip() for name, command in COMMANDS.items()]
     for usage, command in zip(usages, COMMANDS.values(), strict=True):
         chat.screen.line(f"{usage:<{max(map(len, usages))}}  {command.help}")
-    chat.screen.line("A backslash at the end of a line continues the message on the next one.")
+    chat.screen.line("Alt+Enter begins a new line, as does Enter after a backslash; pasted lines are one message.")
     chat.screen.line("// begins a message with a slash. Ctrl-C stops an answer, Ctrl-D leaves.")
 
 
@@ -314,6 +346,8 @@ def _save(chat: TerminalChat, argument: str) -> None:
     path = Path(argument).expanduser()
     if not chat.messages:
         raise UserError("there is nothing to save yet")
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent}; make it first, or give another name")
     if path.exists():
         try:
             load_conversation(path)
@@ -335,8 +369,9 @@ def _load(chat: TerminalChat, argument: str) -> None:
     chat.screen.notice(f"{len(messages)} messages loaded from {path}")
     for message in turns[-3 if is_open else -2 :]:
         if message["role"] == "user":
-            chat.screen.line(PROMPT + message["content"])
+            chat.screen.question(message["content"])
         else:
+            chat.screen.begin_reply(chat.name)
             print_reply(chat.screen, (Delta(**part) for part in as_parts(message["content"])))
     if is_open:
         chat.answer(turns)

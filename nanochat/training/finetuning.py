@@ -5,7 +5,7 @@ These two differ in data, defaults and evaluation; everything else before their 
 """
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,12 +74,13 @@ def load_start(stage: str, args: argparse.Namespace, free: Collection[str], *, c
 
 def start_run(
     stage: str, args: argparse.Namespace, free: Collection[str], train: Conversations, val: Conversations,
-    *, total_batch_tokens: int = 0,
+    examples: Sequence[str], *, total_batch_tokens: int = 0,
 ) -> tuple[TrainingRun, Rows | None]:  # fmt: skip
     """The run of a stage, "mid" or "sft", from the weights of its source or from its own last checkpoint, and the
     packed validation conversations (None: there are none).
 
-    free: see `load_start`. total_batch_tokens: the stage's usual batch; 0 is the one its source was pretrained with.
+    free: see `load_start`. examples: questions that the stage teaches, for the checkpoints. total_batch_tokens: the
+    stage's usual batch; 0 is the one its source was pretrained with.
     Raises `UserError` if there is no source, a flag differs from that of the resumed run, or no conversation fits.
     """
     # runtime, model and tokenizer
@@ -126,7 +127,7 @@ def start_run(
     )  # fmt: skip
     run = TrainingRun(
         start.folder, args, runtime, model, tokenizer, optimizer, loader, plan, device_batch_size, num_micro_steps,
-        start.resumed,
+        start.resumed, examples=examples,
     )  # fmt: skip
     return run, val_rows if val_rows and val_rows.rows else None
 

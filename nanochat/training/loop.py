@@ -236,12 +236,15 @@ def say_how_long(model: GPT, runtime: Runtime, num_rows: int, num_steps: int, st
         return
     tokens = num_steps * (step_tokens + OPTIMIZER_TOKENS * model.config.n_embd)
     seconds = tokens / measure_tokens_per_second(model, num_rows, runtime.world_size)
-    print0(f"{num_steps:,} steps take about {minutes_and_seconds(seconds)} here")
+    print0(f"{num_steps:,} steps take about {time_in_words(seconds)} here")
 
 
-def minutes_and_seconds(seconds: float) -> str:
+def time_in_words(seconds: float) -> str:
     """`seconds` in the unit that suits them, in words."""
-    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.1f} minutes"
+    for limit, unit, name in ((90, 1, "seconds"), (90 * 60, 60, "minutes"), (48 * 3600, 3600, "hours")):
+        if seconds < limit:
+            return f"{seconds / unit:.{int(unit > 1)}f} {name}"
+    return f"{seconds / 86400:,.0f} days"
 
 
 def _forward_backward(model: GPT, num_rows: int) -> float:

@@ -22,6 +22,7 @@ from nanochat.training.progress import Progress
 
 LOSS_EMA_DECAY = 0.9  # of the training loss's average
 SPIKE_WINDOW, SPIKE_SCORE = 64, 6.0  # recent losses compared with, and from which distance to them one is reported
+HIGH_LOSS = 1.1  # times the average before it: such a loss of a step that is not shown is told with the next one
 WARMUP_STEPS_UNTIMED = 3  # of each process, as they include compilation and first allocations
 
 
@@ -167,6 +168,7 @@ class StepLog:
     ):  # fmt: skip
         self.stats, self.metrics, self.progress, self.examine = stats, metrics, progress, examine
         self.val_bpb: float | None = None  # the last known, to show
+        self._highest = (0.0, 0)  # high loss and its step, since one was shown
         self._pending: tuple[int, Tensor, torch.cuda.Event | None, Sequence[Batch], dict] | None = None
         self._mark = 0.0
 
@@ -204,18 +206,24 @@ class StepLog:
         if is_spike:
             where = f"{score:.1f} robust standard deviations above the median of the last {len(stats.recent)} steps"
             print0(f"step {step:>5} | loss spike: {loss:.4f}, {where}")
+        if loss > HIGH_LOSS * stats.smooth_loss:
+            self._highest = max(self._highest, (loss, step))
         stats.update(loss, now - self._mark)
         self._mark = now
         self.metrics.log(
-            step=step, train_loss=loss if math.isfinite(loss) else None, **numbers, tokens=step * stats.tokens_per_step,
+            step=step, train_loss=loss if math.isfinite(loss) else None,
+            train_loss_average=stats.smooth_loss if stats.ema_weight else None, **numbers,
+            tokens=step * stats.tokens_per_step,
             tokens_per_second=stats.tokens_per_second, mfu=stats.mfu, elapsed_seconds=stats.seconds,
             loss_spike=score if is_spike else None,
         )  # fmt: skip
-        self.progress.show(step, self._parts(step, loss))
+        if self.progress.show(step, self._parts(step, loss)):
+            self._highest = (0.0, 0)
 
     def _parts(self, step: int, loss: float) -> list[str]:
-        stats = self.stats
-        parts = [f"loss {loss:.4f} (average {stats.smooth_loss:.4f})"]
+        stats, (highest, where) = self.stats, self._highest
+        hidden = f", {highest:.4f} at step {where}" if 0 < where < step else ""
+        parts = [f"loss {loss:.4f} (average {stats.smooth_loss:.4f}{hidden})"]
         left = stats.seconds_left(self.progress.num_steps - step)
         parts.append(_clock(stats.seconds) + (f", {_clock(left)} left" if left is not None else ""))
         if stats.tokens_per_second is not None:

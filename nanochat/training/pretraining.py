@@ -5,19 +5,21 @@ Not here: the arithmetic behind a plan (`recipe.py`), and the loop (`scripts/bas
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 
 import torch
 
 from nanochat import hardware
-from nanochat.common import UserError, print0
+from nanochat.common import PROBE_SIZE, Runtime, UserError, from_rank0, matmul_seconds, print0
 from nanochat.model.gpt import GPTConfig
 from nanochat.tokenizer import Tokenizer, tokenizer_dir
 from nanochat.training import recipe
-from nanochat.training.loop import DEVICE_BATCH_SIZE, choose_device_batch
+from nanochat.training.loop import DEVICE_BATCH_SIZE, choose_device_batch, time_in_words
 
 DRY_RUN_GPU, DRY_RUN_GPUS = "H100", 8  # where the machine has none
-DRY_RUN_VOCAB_SIZE = 32768  # where there is no tokenizer
+VOCAB_SIZES = {"recipe": 32768, "october-2025": 65536}  # of a dry run, by architecture
+MAX_CPU_DAYS = 7.0
 HORIZONS = ("token_ratio", "target_flops", "num_steps", "minutes")
 
 
@@ -50,11 +52,34 @@ def make_plan(args: argparse.Namespace, config: GPTConfig, num_ranks: int, speed
     )  # fmt: skip
 
 
+def check_cpu(args: argparse.Namespace, config: GPTConfig, runtime: Runtime) -> None:
+    """Raise `UserError` for a run on a CPU that would not come to an end: for want of memory, or after more than
+    `MAX_CPU_DAYS` at the full speed of its matrix products, which training does not reach. To be called before the
+    model is made, which takes minutes where it is far too large."""
+    if runtime.device.type != "cpu":
+        return
+    remedy = "take a GPU (--dry-run says what that takes), or less --depth: 4 suits two cores"
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = num_local * recipe.training_bytes(config, num_gpus=runtime.world_size, device_batch_size=1)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        found = f"needs {needed / 2**30:.0f} GiB of memory at least, and this machine has {memory / 2**30:.0f}"
+        raise UserError(f"--depth {args.depth} {found}; {remedy}")
+    if not args.minutes:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # several would wait for each other where other programs run
+        flops_per_second = 2 * PROBE_SIZE**3 / from_rank0(matmul_seconds(runtime.dtype)) * threads * runtime.world_size
+        torch.set_num_threads(threads)
+        tokens = make_plan(args, config, runtime.world_size).train_tokens
+        seconds = tokens * recipe.count_model(config).flops_per_token() / flops_per_second
+        if seconds > MAX_CPU_DAYS * 86400:
+            found = f"{tokens:,} tokens take {time_in_words(seconds)} or more on this CPU"
+            raise UserError(f"--depth {args.depth}: {found}; {remedy}, or fewer steps (--num-steps, --minutes)")
+
+
 def dry_run(args: argparse.Namespace) -> None:
     """Print what a run with these flags takes: a table for people, then a JSON line for scripts. Writes nothing."""
-    vocab_size = args.vocab_size
-    if not vocab_size:
-        vocab_size = Tokenizer.load(tokenizer_dir()).vocab_size if tokenizer_dir().exists() else DRY_RUN_VOCAB_SIZE
+    vocab_size = args.vocab_size or VOCAB_SIZES[args.arch]
     config = model_config(args, vocab_size)
     here = torch.cuda.is_available()
     gpu = torch.cuda.get_device_name() if here and not args.gpu else hardware.full_name(args.gpu or DRY_RUN_GPU)
@@ -82,7 +107,8 @@ def dry_run(args: argparse.Namespace) -> None:
     tables, counted = counts["wte"] + counts["value_embeds"], recipe.scaling_parameters(config)
     dollars = "price not known" if price is None else f"${price:.2f} per GPU hour ({hardware.PRICES_AS_OF})"
     lines = {
-        "model": f"depth {args.depth}, {args.arch} architecture, vocabulary {vocab_size:,}",
+        "model": f"depth {args.depth}, {args.arch} architecture, vocabulary {vocab_size:,}"
+        + ("" if args.vocab_size else _vocabulary_in_words(vocab_size)),
         "parameters": f"{counts['total']:,}: matrices {counts['matrices']:,}, head {counts['head']:,}, "
         f"embeddings {tables:,}",
         "tokens": f"{plan.train_tokens:,}, {plan.train_tokens / counted:.1f} for each of {counted:,} parameters",
@@ -105,6 +131,12 @@ def dry_run(args: argparse.Namespace) -> None:
     print0("\n".join(f"{name:<20} {text}" for name, text in lines.items()))
     facts = {"gpu": gpu, "num_gpus": num_gpus, "device_batch_size": num_rows, "num_micro_steps": num_micro_steps}
     print0(json.dumps({**asdict(plan), **asdict(estimate), **facts, "fits": fits, "parameters": counts["total"]}))
+
+
+def _vocabulary_in_words(vocab_size: int) -> str:
+    """Why the dry run takes this vocabulary, and what the tokenizer in the base folder has, if that is another."""
+    here = Tokenizer.load(tokenizer_dir()).vocab_size if tokenizer_dir().exists() else vocab_size
+    return "" if here == vocab_size else f" (the usual one; for that of the tokenizer here: --vocab-size {here})"
 
 
 def _memory_in_words(needed: int, memory: int | None, fitting: int, recompute: bool) -> str:

@@ -58,20 +58,22 @@ class Progress:
         self.num_steps, self._is_main, self._shown = num_steps, runtime.is_main, -LINE_SECONDS
         self._bar: bars.Progress | None = None
 
-    def show(self, step: int, parts: Sequence[str]) -> None:
-        """Show step `step`, counted from 1, with `parts` that say something about it."""
+    def show(self, step: int, parts: Sequence[str]) -> bool:
+        """Show step `step`, counted from 1, with `parts` that say something about it, unless one was shown just now.
+        Returns whether it is shown."""
         now, is_terminal = time.monotonic(), sys.stdout.isatty() or self._bar is not None
         is_due = step == self.num_steps or now >= self._shown + (BAR_SECONDS if is_terminal else LINE_SECONDS)
         if not self._is_main or not is_due:
-            return
+            return False
         self._shown = now
         if not is_terminal:
             print(" | ".join((f"step {step:>5}/{self.num_steps} ({step / self.num_steps:.1%})", *parts)), flush=True)
-            return
+            return True
         if self._bar is None:
             self._start()
         self._bar.update(self._task, completed=step, description=" | ".join((f"step {step}/{self.num_steps}", *parts)))
         self._bar.refresh()
+        return True
 
     def _start(self) -> None:
         text = bars.TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))

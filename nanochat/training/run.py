@@ -57,6 +57,7 @@ class TrainingRun:
     resumed: Mapping
     results: dict = field(default_factory=dict)
     first_step: int = 0
+    examples: Sequence[str] = ()  # questions that the model learns to answer, for the chat page
     shards: dict | None = None  # the note of `run_shards`, for the checkpoints; None where there are no shards
 
     def __post_init__(self):
@@ -187,6 +188,8 @@ class TrainingRun:
             "results": self.results, "device_batch_size": self.device_batch_size, "stats": self.stats.state(),
             "scaler": self.scaler.state(), "wandb_id": self.metrics.wandb_id, "shards": self.shards,
         }  # fmt: skip
+        if self.examples:
+            meta["examples"] = list(self.examples)
         self.saver.start(
             step, model=self.model, tokenizer=self.tokenizer, meta=meta,
             optimizer_state=self.optimizer.state_dict(), loader_state=self.loader.state_dict(),
