@@ -58,7 +58,8 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
         "model": "nanochat", "temperature": 1, "frequency_penalty": 0, "presence_penalty": 0, "top_p": 1,
         "max_tokens": 60, "stream": True, "logit_bias": {}, "stop": [], "chat_completion_source": "custom",
         "user_name": "User", "char_name": "Assistant", "group_names": [], "include_reasoning": True,
-        "reasoning_effort": "auto", "enable_web_search": False, "request_images": False, "custom_prompt_post_processing": "", "seed": 7, "n": 1,
+        "reasoning_effort": "auto", "enable_web_search": False, "request_images": False,
+        "custom_prompt_post_processing": "", "seed": 7, "n": 1,
     }),
     "SillyTavern, text completion": (COMPLETION, {
         "prompt": QUESTION, "max_new_tokens": 40, "max_tokens": 40, "temperature": 0.7, "top_p": 0.9, "typical_p": 1,

@@ -85,8 +85,8 @@ def test_an_engine_that_cannot_load_ends_the_server_with_its_message(base, tmp_p
     [weights] = broken.rglob("model.safetensors")
     os.truncate(weights, weights.stat().st_size // 2)
     process = start(broken)
-    _, messages = process.communicate(timeout=TIMEOUT_SECONDS)
-    assert process.returncode == 2
+    log, messages = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert (process.returncode, log) == (2, "loading nanochat-tiny (sft, step 7) ...\n")
     assert re.fullmatch(r"error: .*model\.safetensors.*\n", messages)
 
 

@@ -185,7 +185,7 @@ class Engine:
         events: list[Event] = []
         self._prefill(events)
         # a penalty has to know the token before, so steps with one cannot overlap
-        overlap = self._overlap and not any(sample.sampling.reweighs for sample in self._slots.decoding)
+        overlap = self._overlap and not any(sample.reweighs for sample in self._slots.decoding)
         if not overlap:
             self._land(self._take_flying(), events)
         before = self._take_flying()
@@ -326,7 +326,7 @@ class Engine:
             sample.num_cached += 1
         self.stats.decode_tokens += len(samples)
         self.stats.decode_steps += 1
-        if any(sample.sampling.reweighs for sample in samples):
+        if any(sample.reweighs for sample in samples):
             return self._draw(samples, self.model.decode(idx, inputs[1], positions))
         logits, ids = self.model.decode_and_draw(idx, inputs[1], positions, self._drawing(samples))
         return self._drawn(samples, logits, ids)
@@ -334,7 +334,7 @@ class Engine:
     def _draw(self, samples: list[Sample], logits: Tensor) -> _Drawn:
         """Draw the next token of each sample from logits (N, V)."""
         weighed = logits
-        if any(sample.sampling.reweighs for sample in samples):
+        if any(sample.reweighs for sample in samples):
             weighed = logits.clone()
             for row, sample in zip(weighed, samples, strict=True):
                 reweigh_(row, sample.sampling, sample.seen, sample.counts)
@@ -372,8 +372,9 @@ class Engine:
         added = [token, *self._tool_answer(sample, token)][:room]
         sample.tokens += [one.id for one in added]
         sample.completion.tokens += added
-        sample.seen.update(one.id for one in added)
-        sample.counts.update(one.id for one in added if not one.is_forced)
+        if sample.reweighs:
+            sample.seen.update(one.id for one in added)
+            sample.counts.update(one.id for one in added if not one.is_forced)
         if len(added) == room:
             sample.completion.finish_reason = "length"
         event = self._event(sample, added)

@@ -95,7 +95,8 @@ class Sample:
         self.reader = ReplyReader(tokenizer, request.sampling.stop)
         self.completion.parts = self.reader.parts
         self.scores_prompt = request.sampling.prompt_logprobs and index == 0
-        self.seen, self.counts = set(self.tokens), Counter()  # tokens so far, and how often each was sampled
+        self.reweighs = request.sampling.reweighs
+        self.seen, self.counts = set(self.tokens), Counter()  # for that: tokens so far, and how often each was sampled
         self.call_start: int | None = None  # where in `tokens` the expression of an open tool call begins
         self._random = random.Random(f"{seed}/{index}")
         self._uniforms: list[float] = []

@@ -35,6 +35,7 @@ class Answer:
 
     def __init__(self, tokenizer: Tokenizer, job: Job, settings: Settings, *, wants_usage: bool):
         self._tokenizer, self._job, self._settings, self._wants_usage = tokenizer, job, settings, wants_usage
+        self._special = frozenset(tokenizer.special_ids.values())
         self._head = {
             "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -117,12 +118,12 @@ class ChatAnswer(Answer):
 
     def _describe(self, _: int, tokens: Sequence[Token]) -> Json:
         def entry(token_id: int, logprob: float) -> Json:
-            is_special = token_id in self._tokenizer.special_ids.values()
-            raw = None if is_special else list(self._tokenizer.decode_bytes((token_id,)))
+            raw = None if token_id in self._special else list(self._tokenizer.decode_bytes((token_id,)))
             text = self._tokenizer.decode((token_id,))
             return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": raw}
 
-        tokens = [token for token in tokens if token.id not in self._tokenizer.stop_ids]
+        ends = self._tokenizer.stop_ids
+        tokens = [token for token in tokens if token.id not in ends]
         return {"content": [entry(t.id, t.logprob) | {"top_logprobs": [entry(*top) for top in t.top]} for t in tokens]}
 
 
@@ -153,8 +154,8 @@ class CompletionAnswer(Answer):
             self._to_echo.remove(index)
             number = index // self._job.work.num_samples
             logprobs = self._logprobs(index, Reply(tokens=list(self._job.scored[number])))
-            special = set(self._tokenizer.special_ids.values())
-            text = self._tokenizer.decode(id_ for id_ in self._job.work.prompts[number] if id_ not in special) + text
+            prompt = (token for token in self._job.work.prompts[number] if token not in self._special)
+            text = self._tokenizer.decode(prompt) + text
             self._lengths[index].end()  # a prompt may end within a character
             if logprobs is not None:
                 for name, values in self._logprobs(index, reply).items():
