@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# How speedrun.sh, which sources this file, runs its stages: each under a header, once, or not if its data cannot be had.
+# How speedrun.sh, which sources this file, runs its stages: each under a header and once, or not if it has no data.
 # It sets `num_stages`, `notes` (the folder that says what has ended), NPROC, and `about NAME`: how long a stage takes.
 # shellcheck disable=SC2154
 number=0 where="the start" download="" skipped=""
 dim="" plain=""
 if [ -t 1 ]; then dim=$'\e[2m' plain=$'\e[0m'; fi
 
-# Whether a stage, `NAME COMMAND...`, was finished with this command, and, where the variable `after` names another, that
-# one was not run again since: what is evaluated has to be the model that it left.
+# Whether a stage, `NAME COMMAND...`, was finished with this command, and, where the variable `after` names another,
+# that one was not run again since: what is evaluated has to be the model that it left.
 is_finished() {
     local stamp="$notes/$1.done" before="$notes/${after:-}.done"
     shift
@@ -20,8 +20,8 @@ note_finished() {
     echo "$*" >"$stamp"
 }
 
-# Runs a stage, `stage NAME TITLE COMMAND...`, unless it is finished. `train SCRIPT...` is a stage script on all GPUs, or
-# in one process.
+# Runs a stage, `stage NAME TITLE COMMAND...`, unless it is finished. `train SCRIPT...` is a stage script on all GPUs,
+# or in one process.
 stage() {
     local name="$1" title="$2" how_long command
     shift 2
