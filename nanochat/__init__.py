@@ -17,11 +17,15 @@ import sys
 
 
 def _explain_import_errors():
-    """Have a command that runs outside of the environment end with one line. In words that older Pythons know too."""
+    """Have a command that runs outside of the environment, or is stopped by Ctrl-C while it imports, end with one line.
+    In words that older Pythons know too."""
     remedy = "activate the environment: source .venv/bin/activate (if there is none yet, first: bash runs/setup.sh)"
     show = sys.excepthook
 
     def explain(kind, error, traceback):
+        if issubclass(kind, KeyboardInterrupt):
+            sys.stderr.write("stopped\n")
+            return
         package = (getattr(error, "name", None) or "").split(".")[0]
         if not isinstance(error, ImportError) or package in ("", "nanochat", "scripts", "tasks"):
             show(kind, error, traceback)

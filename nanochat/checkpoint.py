@@ -270,6 +270,8 @@ def load_rank_states(folder: Path, meta: Mapping, name: str) -> list[dict[str, T
 
 def load_tokenizer(folder: Path, meta: Mapping) -> Tokenizer:
     """The checkpoint's own tokenizer, checked against the model it was saved with."""
+    if not (folder / "tokenizer").is_dir():
+        raise UserError(f"{folder} has no folder tokenizer; choose another checkpoint with --step or --model-tag")
     tokenizer = Tokenizer.load(folder / "tokenizer")
     check_tokenizer(tokenizer, meta, folder)
     return tokenizer

@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
     screen.notice(describe(loaded, runtime, args.weights))
     screen.notice("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     if examples := loaded.meta.get("examples"):
-        screen.notice("try: " + " | ".join(examples))
+        screen.notice("try: " + " | ".join(map(str, examples)))
     name = f"nanochat-{loaded.folder.parent.name}"
     with LineReader(base_dir() / "chat_history", list(COMMANDS)) as reader:
         TerminalChat(engine, loaded.tokenizer, screen, name=name, **options).run(reader.read)

@@ -13,7 +13,7 @@ import argparse
 import math
 import time
 
-from nanochat.common import UserError, join_ranks, print0, run_main, together
+from nanochat.common import UserError, print0, run_main, together
 from nanochat.engine.engine import Engine
 from nanochat.engine.inference import add_weights_flag
 from nanochat.engine.sampling import Sampling
@@ -22,7 +22,7 @@ from nanochat.flags import COUNT, FREE, POSITIVE, RUN_FLAGS, ZERO_OR_MORE, Flag,
 from nanochat.hosts import check_hosts_agree
 from nanochat.training import rl, schedule
 from nanochat.training.check_data import check_data
-from nanochat.training.finetuning import load_start
+from nanochat.training.finetuning import check_source, load_start
 from nanochat.training.loop import make_optimizer, time_in_words
 from nanochat.training.recipe import Plan
 from nanochat.training.run import TrainingRun
@@ -147,7 +147,7 @@ def main(args: argparse.Namespace) -> None:
     if args.check_data:
         check_data(args, Sources(args.data, {}, named_tasks(tasks)), reply_tokens=args.max_tokens)
         return
-    join_ranks(args.device_type)
+    check_source(args)
     with together():
         sources = Sources(args.data, {}, named_tasks(tasks))
         train, val, _ = load_corpus(sources, skip_bad_rows=args.skip_bad_rows)

@@ -12,13 +12,13 @@ mean over the assistant's tokens of a whole step. Tasks are evaluated on validat
 import argparse
 from collections.abc import Sequence
 
-from nanochat.common import join_ranks, print0, run_main, together
+from nanochat.common import print0, run_main, together
 from nanochat.engine.engine import Engine
 from nanochat.evals.chat_eval import EvalSettings, check_task, evaluate_task
 from nanochat.evals.chat_results import chat_core
 from nanochat.flags import COUNT, FREE, RUN_FLAGS, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
 from nanochat.training.check_data import check_data
-from nanochat.training.finetuning import start_run, validate_if_due
+from nanochat.training.finetuning import check_source, start_run, validate_if_due
 from nanochat.training.run import TrainingRun
 from tasks.common import Task
 from tasks.mixtures import MIXTURE, SFT_MIXTURES, Sources, load_corpus
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
     if args.check_data:
         check_data(args, Sources(args.data, SFT_MIXTURES))
         return
-    join_ranks(args.device_type)
+    check_source(args)
     options = {"seed": args.seed, "max_conversations": args.max_conversations, "skip_bad_rows": args.skip_bad_rows}
     with together():
         train, val, examples = load_corpus(Sources(args.data, SFT_MIXTURES), **options)

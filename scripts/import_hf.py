@@ -76,12 +76,12 @@ def find_place(model: str) -> Place:
     """The folder `model` or, if there is none, the repository of that name. Raises `UserError` for neither."""
     path = Path(model).expanduser()
     if path.is_dir():
-        path, root = path.resolve(), Path(path.resolve().anchor)
+        path = path.resolve()
         above = [place for parent in path.parents[:2] for place in (parent, parent / "tokenizer")]  # of its tokenizer
         files = [*path.rglob("*"), *(file for place in above for file in place.glob("tokenizer*.*"))]
         files += [place / TOKEN_BYTES_FILE for place in above]
-        names = [file.relative_to(root).as_posix() for file in files if file.is_file()]
-        return Place(root, path.relative_to(root).as_posix(), dict.fromkeys(names))
+        names = [file.as_posix() for file in files if file.is_file()]  # below the root of the system, so whole paths
+        return Place(Path(path.anchor), path.as_posix(), dict.fromkeys(names))
     if path.exists():
         raise UserError(f"{model} is a file; give the folder that it is in")
     repo, folder = hub.split_repository(model)

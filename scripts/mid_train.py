@@ -11,10 +11,10 @@ assistant's text enters the loss; questions and tool results are context.
 
 import argparse
 
-from nanochat.common import join_ranks, run_main, together
+from nanochat.common import run_main, together
 from nanochat.flags import RUN_FLAGS, ZERO_OR_MORE, Flag, free_on_resume, parse, shared
 from nanochat.training.check_data import check_data
-from nanochat.training.finetuning import start_run, validate_if_due
+from nanochat.training.finetuning import check_source, start_run, validate_if_due
 from tasks.mixtures import MID_MIXTURES, Sources, load_corpus
 
 FLAGS = {
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
     if args.check_data:
         check_data(args, Sources(args.data, MID_MIXTURES))
         return
-    join_ranks(args.device_type)
+    check_source(args)
     options = {"seed": args.seed, "max_conversations": args.max_conversations, "skip_bad_rows": args.skip_bad_rows}
     with together():
         train, val, examples = load_corpus(Sources(args.data, MID_MIXTURES), **options)

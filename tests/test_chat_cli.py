@@ -67,8 +67,8 @@ def base(tmp_path_factory, tokenizer) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         for name, model in (("endless", endless), ("parrot", parrot)):
-            run = source_dir("sft") / name
-            save_checkpoint(run, 7, runtime=runtime, model=model, tokenizer=tokenizer, meta={"args": {}})
+            run, meta = source_dir("sft") / name, {"args": {}, "examples": [QUESTION, "Thank you!"]}
+            save_checkpoint(run, 7, runtime=runtime, model=model, tokenizer=tokenizer, meta=meta)
     return folder
 
 
@@ -176,7 +176,8 @@ def open_terminal(monkeypatch):
 
 def test_a_session_answers_in_turns_and_obeys_its_commands(command, open_terminal, base, tmp_path):
     terminal, saved = open_terminal(command("parrot", "--seed", "1")), tmp_path / "talk.json"
-    terminal.expect("sft parrot step 7", "context of 256 tokens, float32 on cpu", "\nYou: ")
+    terminal.expect("sft parrot step 7", "context of 256 tokens, float32 on cpu")
+    terminal.expect(f"(try: {QUESTION} | Thank you!)", "\nYou: ")
     terminal.type(f"{QUESTION}\r", "\n\nnanochat-parrot: ", "It is [python: 12*34 => 408] 408 in 東京 🌿.\n", "\nYou: ")
     assert "\ufffd" not in terminal.text
     terminal.type("/stats\r", "shown after each answer")

@@ -157,6 +157,7 @@ def test_an_epoch_is_the_default_and_the_batch_then_small(workplace):
 @pytest.mark.parametrize(("command", "words"), [
     ("mid_train --source sft --model-tag none", ["no sft checkpoint with --model-tag 'none' in", "there are tiny"]),
     ("mid_train --step 5 --output-tag new", ["no checkpoint of step 5"]),
+    ("mid_train --source rl --data missing.jsonl", ["no rl checkpoint", "choose --source base or mid or sft"]),
     ("mid_train --data missing.jsonl", ["cannot read the conversations in missing.jsonl"]),
     ("mid_train --epochs 0", ["--epochs must be a number above 0"]),
     ("mid_train", ["holds checkpoints of an earlier run", "--resume"]),

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -267,14 +268,16 @@ def test_outside_of_the_environment_a_command_says_so_in_one_line_and_a_bug_stil
 
     for package, module, line in (
         ("nanochat", "tool", "import torch_of_nobody"), ("scripts", "tool", "import torch_of_nobody"),
-        ("nanochat", "bug", "from nanochat import nothing_there"),
+        ("nanochat", "bug", "from nanochat import nothing_there"), ("nanochat", "stopped", "raise KeyboardInterrupt"),
     ):  # fmt: skip
         (tmp_path / package).mkdir(exist_ok=True)
         shutil.copy(ROOT / package / "__init__.py", tmp_path / package)
         (tmp_path / package / f"{module}.py").write_text(line)
         ended = run("-m", f"{package}.{module}")
-        assert ended.returncode == 1
-        if module == "bug":
+        assert ended.returncode == (-signal.SIGINT if module == "stopped" else 1)
+        if module == "stopped":
+            assert ended.stderr == "stopped\n"
+        elif module == "bug":
             assert ended.stderr.startswith("Traceback")
         else:
             assert re.fullmatch(r"error: .* cannot import torch_of_nobody; .*source \.venv.*\n", ended.stderr)

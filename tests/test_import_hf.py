@@ -174,6 +174,12 @@ def test_a_folder_that_cannot_be_imported_is_refused_in_a_line_and_leaves_nothin
     assert not list(base_dir().rglob("*"))
 
 
+def test_a_missing_file_of_a_release_is_named_by_its_whole_path(release, monkeypatch):
+    (release / PICKLE).unlink()
+    with pytest.raises(UserError, match=f"^{release}/tokenizer/token_bytes.pt has only .*: {release / MODEL} needs"):
+        command(monkeypatch, import_hf, release)
+
+
 def test_neither_a_file_nor_what_is_nowhere_is_taken_for_a_model(published, tmp_path, monkeypatch):
     for model, words in (
         (published / "model.safetensors", "is a file; give the folder that it is in"), ("nowhere", "no hub repository"),

@@ -38,6 +38,14 @@ class Start:
     resumed: dict
 
 
+def check_source(args: argparse.Namespace) -> None:
+    """Join the other ranks, and raise `UserError` if there is no checkpoint to start from, before data are fetched for
+    a stage that cannot begin. With `--resume` the run's own may do, which `load_start` sees to."""
+    join_ranks(args.device_type)
+    if not args.resume:
+        find_on_hosts(args.source, model_tag=args.model_tag, step=args.step)
+
+
 def load_start(stage: str, args: argparse.Namespace, free: Collection[str], *, compile_trunk: bool = False) -> Start:
     """Set up this process and load the checkpoint that `args` choose: the newest of the stage's own run if there is one
     and `--resume` is given, else that of the source.
