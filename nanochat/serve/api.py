@@ -202,7 +202,7 @@ class _Server:
             new = [name for name in dict.fromkeys(names[:MAX_NAMED]) if name not in self.named]
             if new and len(self.named) < MAX_NAMES_KEPT:
                 self.named.update(new)
-                logger.warning("ignored in requests, as it has no effect here: %s", ", ".join(new))
+                logger.warning("fields of requests that have no effect here: %s", ", ".join(new))
 
     def _check_ids(self, ids: Iterable[int], param: str) -> None:
         if (largest := max(ids, default=0)) >= self.tokenizer.vocab_size:
