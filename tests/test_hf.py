@@ -286,7 +286,7 @@ def test_a_checkpoint_is_exported_by_the_command(model, tokenizer, tmp_path, mon
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["export_hf", "--output", str(out), "--format", format_])
     args = export_hf.parse_args()
-    assert args == Namespace(source="base", model_tag="", step=None, output=str(out), format=format_, dtype=None)
+    assert args == Namespace(source="", model_tag="", step=None, output=str(out), format=format_, dtype=None)
     export_hf.main(args)
     assert f"step_000007 is now in {out} for {format_}" in capsys.readouterr().out
     card = (out / "README.md").read_text()
