@@ -1,9 +1,9 @@
 """Check the standard prompts and their scores against lm-evaluation-harness, item by item: a table, then one JSON line.
 
     pip install lm-eval                              # 0.4.13 was used; not a dependency of the project
-    python -m scripts.chat_eval -i base --prompts standard --dtype float32 --max-problems 200 --max-tokens 64
+    python -m scripts.chat_eval -i base --prompts standard --dtype float32 --max-problems 30
     python -m scripts.export_hf --output d4-hf
-    python dev/check_prompts.py d4-hf --results ~/.cache/nanochat/chat_eval/base_d4_step_000500 --max-tokens 64
+    python dev/check_prompts.py d4-hf --results ~/.cache/nanochat/chat_eval/base_d4_step_000500
 
 The harness loads the exported folder with transformers, its own task definitions, and the data sets from the hub or
 HF_ENDPOINT, and answers the questions that our results are about. Two of its settings are ours: worked examples are the
