@@ -51,9 +51,9 @@ MEMORY_BANDWIDTH = 2.7e12  # bytes/s that elementwise kernels reach on an H100, 
 
 FLAGS = {
     "what was measured": (
-        Flag("measured", str, "", "saved output of dev/gpu_check.py or dev/bench_train.py, on one H100 (default: none)"),
+        Flag("measured", str, "", "output of dev/gpu_check.py or dev/bench_train.py, on one H100 (default: none)"),
         Flag("dtype", str, "", "of the measured runs, as their flag (default: those without the flag)"),
-        Flag("tokens_per_second", float, None, "of one H100 at --depth, instead of --measured (default: those measured)",
+        Flag("tokens_per_second", float, None, "of one H100 at --depth, in place of --measured (default: measured)",
              POSITIVE),
         Flag("depth", int, ANCHOR_DEPTH, "that --tokens-per-second is of", POSITIVE),
     ),
