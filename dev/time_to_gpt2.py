@@ -49,17 +49,22 @@ BENCH_BATCH = 524_288  # tokens a step of one card, where no measurement says it
 MUON_FLOPS_SHARE = 0.5  # of peak
 MEMORY_BANDWIDTH = 2.7e12  # bytes/s that elementwise kernels reach on an H100, of 3.35e12
 
-FLAGS = (
-    Flag("measured", str, "", "saved output of dev/gpu_check.py or dev/bench_train.py, on one H100"),
-    Flag("dtype", str, "", "of the measured runs, as their flag (default: those without the flag)"),
-    Flag("tokens_per_second", float, None, "of one H100 at --depth, instead of --measured", POSITIVE),
-    Flag("depth", int, ANCHOR_DEPTH, "that --tokens-per-second is of", POSITIVE),
-    Flag("token_ratio", float, None, f"tokens per parameter with which d{ANCHOR_DEPTH} is there (default: "
-         f"{TOKEN_RATIOS[1]:g}, from {TOKEN_RATIOS[0]:g} to {TOKEN_RATIOS[2]:g})", POSITIVE),
-    Flag("num_gpus", int, 8, "GPUs of one machine", POSITIVE),
-    Flag("bandwidth", float, 360.0, "GB/s of a collective, each way; NVLink's", POSITIVE),
-    Flag("overlap", float, 0.5, "share of the gradients' way that backward hides", SHARE),
-)  # fmt: skip
+FLAGS = {
+    "what was measured": (
+        Flag("measured", str, "", "output of dev/gpu_check.py or dev/bench_train.py, on one H100 (default: none)"),
+        Flag("dtype", str, "", "of the measured runs, as their flag (default: those without the flag)"),
+        Flag("tokens_per_second", float, None, "of one H100 at --depth, in place of --measured (default: measured)",
+             POSITIVE),
+        Flag("depth", int, ANCHOR_DEPTH, "that --tokens-per-second is of", POSITIVE),
+    ),
+    "what is assumed": (
+        Flag("token_ratio", float, None, f"tokens per parameter with which d{ANCHOR_DEPTH} is there (default: "
+             f"{TOKEN_RATIOS[1]:g}, from {TOKEN_RATIOS[0]:g} to {TOKEN_RATIOS[2]:g})", POSITIVE),
+        Flag("num_gpus", int, 8, "GPUs of one machine", POSITIVE),
+        Flag("bandwidth", float, 360.0, "GB/s of a collective, each way; NVLink's", POSITIVE),
+        Flag("overlap", float, 0.5, "share of the gradients' way that backward hides", SHARE),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
