@@ -140,7 +140,8 @@ class Draft:
             while self._parts:
                 rank, states = self._parts.popitem()
                 for name, tensors in states.items():
-                    _save_tensors(partial / f"{name}.safetensors", tensors)
+                    save_tensors(partial / f"{name}.safetensors", tensors)
+                    _sync(partial / f"{name}.safetensors")
                 names = [f"{name}.safetensors" for name in states]
                 del states
                 if rank == 0:
@@ -192,12 +193,15 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to(**as_own) for name, tensor in tensors.items()}
 
 
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. Raises `UserError` when it cannot be written, `OSError` for a full disk."""
     try:
-        save_file(tensors, path)
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(tensors, path, metadata)
+        path.chmod(mode)  # safetensors makes files that only their owner may read
     except SafetensorError as error:
-        raise UserError(f"cannot write {path.name} to {path.parent.parent}: {error}") from error
-    _sync(path)
+        raise UserError(f"cannot write {path.name} to {path.parent}: {error}") from error
 
 
 def _checksum(path: Path) -> int:

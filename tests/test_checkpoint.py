@@ -52,6 +52,11 @@ def folder(run, tiny_model, tokenizer) -> Path:
 
 
 # --- identity ---
+def test_whoever_may_read_the_folder_may_read_all_its_files(folder):
+    modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+    assert modes == {(folder / "meta.json").stat().st_mode}
+
+
 def test_loading_gives_back_all_that_was_saved_without_unpickling(run, tiny_model, tokenizer):
     optimizer = MuonAdamW(parameter_groups(tiny_model))  # from here on, parameters share storage
     idx = torch.randint(tokenizer.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))

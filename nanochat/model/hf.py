@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from nanochat.checkpoint import save_tensors
 from nanochat.common import UserError, disk_errors, write_atomic
 from nanochat.model.gpt import GPT, NORM_EPS, GPTConfig, build_model
 from nanochat.model.hf_tokenizer import check_pattern, parse_tokenizer_spec, template, tokenizer_spec
@@ -272,13 +272,8 @@ def _save_weights(weights: dict[str, Tensor], path: Path, dtype: torch.dtype, ki
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with disk_errors("the weights", path):
-            partial.touch()
-            mode = partial.stat().st_mode
-            save_file(tensors, partial, metadata={"format": kind})
-            partial.chmod(mode)  # safetensors makes files that only their owner may read
+            save_tensors(partial, tensors, {"format": kind})
             os.replace(partial, path)
-    except SafetensorError as error:  # a full disk, among others
-        raise UserError(f"cannot write the weights to {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
