@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import fill_randomly
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nanochat.checkpoint import run_dir, save_checkpoint
 from nanochat.common import Runtime, UserError
@@ -141,7 +141,7 @@ def test_rows_that_the_tokenizer_has_no_ids_for_are_left_out(model, folder):
     for name, weight in weights.items():
         if name.endswith(hf.TABLES):
             weights[name] = torch.cat((weight, torch.full((48, weight.size(1)), 9.0)))
-    hf.save_file(weights, folder / "model.safetensors")
+    save_file(weights, folder / "model.safetensors")
     change_json(folder / "config.json", lambda content: content.update(vocab_size=448))
     loaded, _ = load_hf(folder)
     assert (loaded.wte.weight[400:] == 0).all()
@@ -258,7 +258,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(folder, fault):
         weights["model.layers.1.mlp.fc1.weight"] = weight if fault == "too many" else weight[:-1].clone()
     if fault == "too many":
         weights["model.layers.3.mlp.fc1.weight"] = weight.clone()
-    hf.save_file(weights, folder / "model.safetensors")
+    save_file(weights, folder / "model.safetensors")
     with pytest.raises(UserError, match="fc1"):
         load_hf(folder)
 
