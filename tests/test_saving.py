@@ -23,7 +23,7 @@ def gate(monkeypatch) -> threading.Event:
     """Files are written once this is set."""
     gate, save_file = threading.Event(), checkpoint.save_file
 
-    def wait_and_save(tensors, path):
+    def wait_and_save(tensors, path, metadata):
         assert gate.wait(20)
         save_file(tensors, path)
 
@@ -65,7 +65,7 @@ def test_what_is_saved_is_what_was_there_when_saving_began(run, gate, parts, tin
 
 
 def test_an_error_of_the_thread_is_raised_when_the_checkpoint_would_be_complete(run, parts, monkeypatch):
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         raise OSError(28, "No space left on device")
 
     saver = make_saver(run)
