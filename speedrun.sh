@@ -211,10 +211,10 @@ watch_exit
 echo "$num_stages stages${total_time:+, about $total_time in all}, in $NANOCHAT_BASE_DIR"
 echo "Ctrl-C stops at any time, and the same command goes on from there."
 
-# --- report: notes the machine and the time ---
-if ! is_finished report_reset python -m nanochat.report reset; then
+# --- report: notes the machine and the time; one for each depth ---
+if ! is_finished "report_reset_d$DEPTH" python -m nanochat.report reset; then
     python -m nanochat.report reset
-    note_finished report_reset python -m nanochat.report reset
+    note_finished "report_reset_d$DEPTH" python -m nanochat.report reset
 fi
 
 # --- data: a few shards for the tokenizer, the rest meanwhile; 100 MB each, minutes ---
