@@ -404,6 +404,13 @@ def run_command(monkeypatch, *arguments: str) -> int:
         return stop.code
 
 
+def test_a_working_folder_that_may_not_be_written_to_gets_no_copy(monkeypatch):
+    append_record("base_train", settings={}, results={"num_steps": 30})
+    monkeypatch.setattr(command.os, "access", lambda path, _: path != Path.cwd())  # root may write anywhere
+    assert command.generate() == [base_dir() / "report" / "report.md"]
+    assert not list(Path.cwd().iterdir())
+
+
 def test_the_command_resets_generates_and_sums_up_or_says_what_to_run_when_there_is_nothing(monkeypatch, capsys):
     for action in ("generate", "summary"):
         assert run_command(monkeypatch, action) == 2
