@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanochat.checkpoint import stage_of
 from nanochat.records import STAGES, Record, read_records
 from nanochat.results import (
     BPB,
@@ -63,7 +64,7 @@ def model_card(
     "transformers", "mlx" or "gguf".
     """
     records, _ = read_records()
-    source = folder.parent.parent.name.removesuffix("_checkpoints")
+    source = stage_of(folder)
     stages = lineage(meta, source, folder, records)
     measured = exams_of(stages[-1], records)
     core = [row for record in stages[:-1] for row in exams_of(record, records) if row["task"] == CORE]
