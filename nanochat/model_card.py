@@ -97,7 +97,8 @@ def lineage(meta: Mapping[str, Any], source: str, folder: Path, records: Sequenc
     while index is not None and (source := records[index].settings.get("source")):
         settings = records[index].settings
         tag = settings.get("model_tag") or ("" if settings.get("output_tag") else records[index].tag)
-        before = [i for i in range(index) if TRAINING.get(records[i].stage) == source and records[i].tag == tag]
+        stages_before = [i for i in range(index) if TRAINING.get(records[i].stage) == source]
+        before = [i for i in stages_before if records[i].tag == tag and "num_steps" in records[i].results]
         index = before[-1] if before else None
         if index is not None and settings.get("step") in (None, records[index].results["num_steps"]):
             stages.insert(0, records[index])

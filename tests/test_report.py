@@ -186,6 +186,8 @@ def test_exams_of_a_model_that_was_trained_again_since_do_not_count_and_partial_
     append_record("chat_sft", settings={"lr": 1}, results={"num_steps": 5, "train_seconds": 4.0})  # resumed at its end
     found = [row(rendered(), name)["finetuned"] for name in ("GSM8K", "MMLU", "MMLU 5-shot")]
     assert found == ["0.2000", "0.3000", "0.4000"]
+    append_record("chat_sft", settings={}, results={"not_run": "no data"})
+    assert row(rendered(), "MMLU")["finetuned"] == "0.3000"  # a stage that was skipped trained nothing
     append_record("chat_sft", settings={"lr": 2}, results={"num_steps": 5})
     assert "GSM8K" not in rendered()
 
