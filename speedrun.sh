@@ -82,7 +82,8 @@ if [ "$dry_run" = 0 ]; then
     if ! mkdir -p "$notes" 2>/dev/null || ! [ -w "$notes" ]; then
         refuse "cannot write to the work folder $NANOCHAT_BASE_DIR: set NANOCHAT_BASE_DIR to another one"
     fi
-    if other="$(cat "$notes/pid" 2>/dev/null)" && kill -0 "$other" 2>/dev/null; then
+    # In a container that was killed and started again, this process has the number of that of before.
+    if other="$(cat "$notes/pid" 2>/dev/null)" && [ "$other" != $$ ] && kill -0 "$other" 2>/dev/null; then
         refuse "speedrun.sh is at work in $NANOCHAT_BASE_DIR already: process $other (if that is another, delete" \
             "$notes/pid)"
     fi

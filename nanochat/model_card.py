@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanochat.checkpoint import stage_of
 from nanochat.records import STAGES, Record, read_records
 from nanochat.results import (
     BPB,
@@ -63,7 +64,7 @@ def model_card(
     "transformers", "mlx" or "gguf".
     """
     records, _ = read_records()
-    source = folder.parent.parent.name.removesuffix("_checkpoints")
+    source = stage_of(folder)
     stages = lineage(meta, source, folder, records)
     measured = exams_of(stages[-1], records)
     core = [row for record in stages[:-1] for row in exams_of(record, records) if row["task"] == CORE]
@@ -96,7 +97,8 @@ def lineage(meta: Mapping[str, Any], source: str, folder: Path, records: Sequenc
     while index is not None and (source := records[index].settings.get("source")):
         settings = records[index].settings
         tag = settings.get("model_tag") or ("" if settings.get("output_tag") else records[index].tag)
-        before = [i for i in range(index) if TRAINING.get(records[i].stage) == source and records[i].tag == tag]
+        stages_before = [i for i in range(index) if TRAINING.get(records[i].stage) == source]
+        before = [i for i in stages_before if records[i].tag == tag and "num_steps" in records[i].results]
         index = before[-1] if before else None
         if index is not None and settings.get("step") in (None, records[index].results["num_steps"]):
             stages.insert(0, records[index])

@@ -40,7 +40,8 @@ def current(records: Iterable[Record]) -> list[Record]:
     again since, and without the later models of another run, by its tag, that came before."""
     kept: list[Record] = []
     for record in records:
-        if record.stage in TRAINING and content(record) not in map(content, kept):
+        is_new = record.stage in TRAINING and content(record) not in map(content, kept)
+        if is_new and "not_run" not in record.results:  # a stage that was skipped left its model as it was
             after = MODELS[MODELS.index(record.model) + 1 :]
             others = {old.model for old in kept if old.tag != record.tag and TRAINING.get(old.stage) in after}
             kept = [old for old in kept if old.model not in others]

@@ -136,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
     if source != "base":
         meta["examples"] = GENERAL_EXAMPLES
     save_checkpoint(run, step, runtime=runtime, model=model, tokenizer=tokenizer, meta=meta)
-    if place.repo:
+    if place.repo and runtime.is_main:
         shutil.rmtree(place.root)
     size = model.parameter_counts()["total"]
     print0(f"{args.model} is now {run.parent.name}/{run.name}, step {step}: {size:,} parameters")

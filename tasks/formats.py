@@ -99,7 +99,7 @@ def _read_content(content: Any, role: str, what: str) -> str | list[dict[str, st
         if set(kinds) & set(own):
             names = ("text" if kind in TEXT_PARTS else kind for kind in kinds)
             return [{"type": kind, "text": text} for kind, text in zip(names, texts, strict=True)]
-        content = "".join(texts)
+        content = ("" if role == "assistant" else "\n").join(texts)  # as in the server and in exported templates
     if not isinstance(content, str):
         raise UserError(f"{what} has a content of type {type(content).__name__}, not a text")
     if not content.strip() and role != "system":

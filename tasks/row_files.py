@@ -81,6 +81,9 @@ def _array_rows(file: BinaryIO, path: Path) -> Iterator[Row]:
         while at < len(buffer) and buffer[at] in " \t\r\n,":
             at += 1
         if at < len(buffer) and buffer[at] == "]":
+            if buffer[at + 1 :].strip() or text.read(CHUNK_CHARS).strip():
+                fault = f"after row {number}, where its array ends, comes more"
+                raise UserError(f"{path}: {fault}; it must be one array of conversations, or one in each line")
             return
         try:
             row, at = decoder.raw_decode(buffer, at)

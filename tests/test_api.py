@@ -3,6 +3,7 @@ import json
 import logging
 import random
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,6 +12,7 @@ import pytest
 from live_server import CONTEXT, KEY, MODEL, PAGE, ask, events, live_server, question, server_fixture, wait_until
 
 from nanochat.common import UserError
+from nanochat.serve.answers import ChatAnswer
 from nanochat.serve.api import PAGE_PATH, create_app
 from nanochat.serve.middleware import Settings
 from nanochat.serve.worker import Pool
@@ -211,6 +213,22 @@ def test_a_model_is_found_by_a_name_with_slashes(serve):
     with serve(model_name="me/nanochat-d4") as server:
         assert ask(server.port, "/v1/models/me/nanochat-d4").json["id"] == "me/nanochat-d4"
         assert ask(server.port, "/v1/models/me/other").status == 404
+
+
+def test_the_server_answers_others_while_it_writes_a_long_answer(server, monkeypatch):
+    has_begun, may_end, whole = threading.Event(), threading.Event(), ChatAnswer.whole
+
+    def slow_whole(answer):
+        has_begun.set()
+        return whole(answer) if may_end.wait(10) else None
+
+    monkeypatch.setattr(ChatAnswer, "whole", slow_whole)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(chat, server)
+        assert has_begun.wait(10)
+        assert ask(server.port, "/health").status == 200
+        may_end.set()
+        assert asked.result().status == 200
 
 
 def test_a_last_assistant_message_is_continued(server, tokenizer):

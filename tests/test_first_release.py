@@ -152,6 +152,14 @@ def test_other_pickles_are_no_tokenizer(tokenizer, tmp_path):
             read_encoding(tmp_path / "tokenizer.pkl")
 
 
+def test_a_small_pickle_cannot_make_an_endless_text(tmp_path):
+    """Forty dictionaries, each twice in the next, whose text as the name of a function would have 2 ** 40 parts."""
+    nested = b"\x80\x04}\x94" + b"".join(b"}(K\x00h%cK\x01h%cu\x94" % (i, i) for i in range(40))
+    (tmp_path / "tokenizer.pkl").write_bytes(nested + b"\x8c\x08Encoding\x93.")
+    with pytest.raises(UserError, match="no whole pickle"):
+        read_encoding(tmp_path / "tokenizer.pkl")
+
+
 def change_state(root, change):
     state = torch.load(root / MODEL, weights_only=True)
     change(state)

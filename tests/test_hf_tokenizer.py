@@ -225,6 +225,8 @@ OTHER_IDS = {
     "split otherwise": lambda spec: spec["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+|\W+"),
     "split once": lambda spec: spec.update(pre_tokenizer=spec["pre_tokenizer"]["pretokenizers"][1]),
     "no model": lambda spec: spec.update(model=None),
+    "of the kind Unigram": lambda spec: spec["model"].update(type="Unigram", vocab=[["a", -1.5]]),
+    "a pattern that is no text": lambda spec: spec["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=[1]),
 }
 
 

@@ -149,6 +149,10 @@ def drop_special(spec):
 
 DAMAGE = {
     "another architecture": lambda at: change_json(at / "config.json", lambda c: c.update(model_type="gpt2")),
+    "another architecture: model_type is 't5'": lambda at: (
+        change_json(at / "config.json", lambda config: config.update(model_type="t5")),
+        (at / "tokenizer.json").unlink(),  # it has a spiece.model instead
+    ),
     "no model that can be imported": lambda at: (at / "config.json").unlink(),
     "cannot read .*tokenizer.json": lambda at: (at / "tokenizer.json").unlink(),
     "cannot read .*model.safetensors": lambda at: os.truncate(at / "model.safetensors", 5000),

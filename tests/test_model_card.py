@@ -141,6 +141,14 @@ def test_an_earlier_step_of_a_run_has_its_own_numbers_and_no_later_scores(runs):
     assert "ARC-Easy" not in card
 
 
+def test_a_stage_that_was_skipped_is_no_origin_of_a_model(runs):
+    append_record("mid_train", settings={}, results={"not_run": "no data"})
+    mine = Run("sft", "chat_sft", steps=70, val_bpb=0.3, tag="mine", source="mid", data=["own.jsonl"])
+    mine.args |= {"model_tag": "", "output_tag": "mine"}
+    mine.record()
+    assert "Mid-training" not in mine.card()
+
+
 def test_an_imported_model_is_not_said_to_be_ours(runs):
     meta = {"args": {}, "results": {}, "imported": "owner/model", "config": CONFIG, "step": 0}
     folder = base_dir() / "sft_checkpoints" / "theirs" / "step_000000"

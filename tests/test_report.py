@@ -186,6 +186,8 @@ def test_exams_of_a_model_that_was_trained_again_since_do_not_count_and_partial_
     append_record("chat_sft", settings={"lr": 1}, results={"num_steps": 5, "train_seconds": 4.0})  # resumed at its end
     found = [row(rendered(), name)["finetuned"] for name in ("GSM8K", "MMLU", "MMLU 5-shot")]
     assert found == ["0.2000", "0.3000", "0.4000"]
+    append_record("chat_sft", settings={}, results={"not_run": "no data"})
+    assert row(rendered(), "MMLU")["finetuned"] == "0.3000"  # a stage that was skipped trained nothing
     append_record("chat_sft", settings={"lr": 2}, results={"num_steps": 5})
     assert "GSM8K" not in rendered()
 
@@ -402,6 +404,13 @@ def run_command(monkeypatch, *arguments: str) -> int:
         return run_main(command.main, command.parse_args) or 0
     except SystemExit as stop:
         return stop.code
+
+
+def test_a_working_folder_that_may_not_be_written_to_gets_no_copy(monkeypatch):
+    append_record("base_train", settings={}, results={"num_steps": 30})
+    monkeypatch.setattr(command.os, "access", lambda path, _: path != Path.cwd())  # root may write anywhere
+    assert command.generate() == [base_dir() / "report" / "report.md"]
+    assert not list(Path.cwd().iterdir())
 
 
 def test_the_command_resets_generates_and_sums_up_or_says_what_to_run_when_there_is_nothing(monkeypatch, capsys):

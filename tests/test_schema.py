@@ -3,7 +3,7 @@ from pydantic import ValidationError
 
 from nanochat.common import UserError
 from nanochat.engine.sampling import Sampling
-from nanochat.serve.schema import ChatRequest, CompletionRequest, SamplingFields
+from nanochat.serve.schema import ChatRequest, CompletionRequest, DetokenizeRequest, SamplingFields
 
 USER = {"role": "user", "content": "Hello"}
 
@@ -52,6 +52,22 @@ def test_extreme_values_that_the_schema_takes_are_taken_by_the_sampling():
     chat(repetition_penalty=0.01, top_k=2**62).sampling(100)
     with pytest.raises(UserError, match="repetition_penalty"):  # what only the engine refuses
         chat(repetition_penalty=1e-9).sampling(100)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionRequest, {"prompt": [""] * 5000}), (CompletionRequest, {"prompt": [[""] * 5000]}),
+        (DetokenizeRequest, {"tokens": [""] * 5000}), (ChatRequest, {"messages": [USER], "modalities": [1] * 5000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 5000}]}),
+        (ChatRequest, {"messages": [USER, {"role": "assistant", "content": [{}] * 5000}]}),
+    ],
+)  # fmt: skip
+def test_a_long_list_of_faults_is_not_noted_one_by_one(kind, body):
+    """With 350,000 of them, which is a request of 1 MiB, that held up all streams for seconds."""
+    with pytest.raises(ValidationError) as refusal:
+        kind.model_validate(body)
+    assert refusal.value.error_count() < 5
 
 
 @pytest.mark.parametrize(

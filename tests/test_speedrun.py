@@ -267,6 +267,14 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_is_alive
     checkout.stages()
 
 
+def test_a_killed_run_that_had_the_same_process_number_is_no_other_one(checkout):
+    """As in a container that is started again."""
+    notes = checkout.base / "speedrun"
+    notes.mkdir(parents=True)
+    (checkout.folder / "again.sh").write_text(f'echo $$ >"{notes}/pid"; exec bash "{checkout.folder}/speedrun.sh"')
+    assert "stages, about" in checkout.run("again.sh").stdout
+
+
 def test_all_stages_run_on_all_gpus(checkout):
     stages = checkout.stages()
     scripts = list(map(script_of, stages))

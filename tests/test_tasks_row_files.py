@@ -57,6 +57,7 @@ def test_lines_that_are_no_json_come_as_errors_among_the_others(tmp_path):
     ("content", "words"),
     [
         (json.dumps(ROWS).encode()[:-30], "after row 8 comes no JSON"), (b"[[" * 9999, "after row 0 comes no JSON"),
+        (b"\n".join([json.dumps(ROWS[:3]).encode()] * 2), "after row 3, where its array ends, comes more"),
         ("é\n".encode("latin-1"), "line 1 is not UTF-8"), (b'[{"a": "\xe9"}]', "is not UTF-8"),
         (gzip.compress(in_lines(ROWS))[:-20], "the file is damaged"), (as_parquet(ROWS)[:-20], "cannot read"),
         (as_parquet([{"text": "Hi"}]), "has the columns id, text; a conversation must have messages"),

@@ -295,6 +295,8 @@ def test_a_chat_is_saved_as_markdown(chat, tmp_path):
          "2 conversations imported."),
         ('[{"messages": [], "branches": [{"role": "user", "shown": 1, "versions": [{"content": "a"}]}]}]',
          "1 refused: conversation 1 has a message without the version to show"),
+        ('[{"messages": [], "branches": [{"role": "user", "shown": "0", "versions": [{"content": "a"}]}]}]',
+         "1 refused: conversation 1 has a message without the version to show"),
     ],
 )  # fmt: skip
 def test_an_import_says_what_it_refuses(chat, tmp_path, text, words):

@@ -231,7 +231,7 @@ def _read_state(data: bytes) -> Any:
             del stack[at:]
             stack[-1].update(zip(items[::2], items[1::2], strict=True))
         elif name in ("GLOBAL", "STACK_GLOBAL"):
-            called = value.replace(" ", ".") if value else "{}.{}".format(*(stack.pop(i) for i in (-2, -1)))
+            called = value.replace(" ", ".") if value else ".".join(stack.pop(i) for i in (-2, -1))
             if called != ENCODING:
                 raise UserError(f"it would call {' '.join(called.split())[:80]}")
             stack.append(ENCODING)

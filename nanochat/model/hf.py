@@ -118,8 +118,11 @@ def read_hf_config(folder: Path) -> tuple[GPTConfig, Tokenizer, int]:
     """What `load_hf` reads before the weights: the model's config, the tokenizer, and the rows of the tables."""
     path = folder / CONFIG_FILE
     settings = _read_json(path)
+    is_recipe = settings.get("model_type") == RECIPE
+    if not is_recipe:
+        _check_architecture(settings, path)  # first, as another one mostly has another tokenizer too
     tokenizer = parse_tokenizer_spec(_read_json(folder / TOKENIZER_FILE), folder / TOKENIZER_FILE)
-    parse = _parse_recipe_settings if settings.get("model_type") == RECIPE else _parse_plain_settings
+    parse = _parse_recipe_settings if is_recipe else _parse_plain_settings
     config, num_rows = parse(settings, tokenizer.vocab_size, path), settings["vocab_size"]
     if not config.vocab_size <= num_rows <= config.vocab_size + MAX_PADDED_ROWS:
         fault = f"{path} says that the tables have {num_rows} rows, but the tokenizer has {config.vocab_size} ids"
@@ -218,13 +221,16 @@ def _parse_recipe_settings(settings: dict[str, Any], vocab_size: int, path: Path
     return GPTConfig(**values | {"vocab_size": vocab_size})
 
 
-def _parse_plain_settings(settings: dict[str, Any], vocab_size: int, path: Path) -> GPTConfig:
-    """The config for `vocab_size` ids. Raises a `UserError` that names the offending setting of config.json."""
+def _check_architecture(settings: dict[str, Any], path: Path) -> None:
     fixed = template(CONFIG_FILE)
     for name in FIXED_SETTINGS:
         value = fixed[name]
         if settings.get(name, None if name == "model_type" else value) != value:
             raise UserError(f"{path} is of another architecture: {name} is {settings.get(name)!r}, not {value!r}")
+
+
+def _parse_plain_settings(settings: dict[str, Any], vocab_size: int, path: Path) -> GPTConfig:
+    """The config for `vocab_size` ids. Raises a `UserError` that names the offending setting of config.json."""
     try:
         rope = settings.get("rope_parameters") or {"rope_theta": settings["rope_theta"]}
         heads, width = settings["num_attention_heads"], settings["hidden_size"]

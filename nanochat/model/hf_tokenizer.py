@@ -66,7 +66,7 @@ def _last_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] 
 
 def check_pattern(pattern: str) -> None:
     """Only for these patterns is it known that the `tokenizers` package splits every text as we do."""
-    if pattern not in {rustbpe.split_pattern(digits) for digits in (1, 2, 3)}:
+    if pattern not in [rustbpe.split_pattern(digits) for digits in (1, 2, 3)]:
         raise UserError(f"the tokenizer's split pattern {pattern!r} is not one that Hugging Face folders can have here")
 
 
@@ -93,7 +93,7 @@ def parse_tokenizer_spec(spec: dict[str, Any], path: Path) -> Tokenizer:
         fault = _spec_fault(spec, tokens) if ids == list(range(len(ids))) else "its ids are not 0, 1, 2, ..."
         pattern = "" if fault else spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
         special_names = [token["content"] for token in special]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         fault = f"{type(error).__name__}: {error}"
     if fault:
         raise UserError(f"{path} is not a byte-level tokenizer like ours ({fault})")

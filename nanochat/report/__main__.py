@@ -7,6 +7,7 @@ python -m nanochat.report summary     # the results as a small table in the term
 
 import argparse
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from nanochat.report.summary import summary_text
 
 
 def generate() -> list[Path]:
-    """Write report.md, its pictures and report.html to the report folder and to the working directory; returns the
-    paths of report.md. Pictures of an earlier report are removed."""
+    """Write report.md, its pictures and report.html to the report folder and to the working directory, if that may be
+    written to: in a container it may belong to another user. Returns the paths of report.md. Pictures of an earlier
+    report are removed."""
     markdown, pictures = render(*_records())
     html = page(markdown, pictures)
-    folders = [records_path().parent, Path.cwd()]
+    folders = [records_path().parent, *[Path.cwd()] * os.access(Path.cwd(), os.W_OK)]
     for folder in folders:
         _write_pictures(folder / PICTURES, pictures)
         write_atomic(folder / "report.html", html)
@@ -64,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
             print0(f"kept the last report in {kept}")
         print0(f"new report: {records_path()}")
     elif args.action == "generate":
-        print0("wrote " + " and ".join(map(str, generate())) + ", and report.html beside them")
+        print0("wrote " + " and ".join(map(str, generate())) + ", with report.html and pictures beside it")
     else:
         print0(summary_text(_records()[0]))
 

@@ -158,16 +158,7 @@ class _Server:
     async def tokenize(self, body: schema.TokenizeRequest, request: Request) -> Response:
         """The token ids of a text, or of messages as a chat request has them."""
         self._admit(body, request)
-        if body.messages is not None:
-            conversation, opens = join_turns(body.messages).conversation, body.add_generation_prompt
-            prompt = await asyncio.to_thread(render_for_completion, self.tokenizer, conversation, opens=opens)
-            tokens = prompt.ids
-        else:
-            tokens = await asyncio.to_thread(self.tokenizer.encode, body.prompt)
-            tokens = [self.tokenizer.bos_id] * body.add_special_tokens + tokens
-        texts = [self.tokenizer.decode((token,)) for token in tokens] if body.return_token_strs else None
-        sizes = {"count": len(tokens), "max_model_len": self.settings.context_len}
-        return _json_response(schema.TokenizeAnswer(**sizes, tokens=tokens, token_strs=texts))
+        return await asyncio.to_thread(self._tokenize, body)
 
     async def detokenize(self, body: schema.DetokenizeRequest, request: Request) -> Response:
         """The text of token ids."""
@@ -219,6 +210,16 @@ class _Server:
             raise ApiError(400, str(error), code="context_length_exceeded", param="messages") from error
         return Prompt(prompt.ids, sum(turns.sizes[: prompt.num_dropped]))
 
+    def _tokenize(self, body: schema.TokenizeRequest) -> Response:
+        if body.messages is not None:
+            conversation, opens = join_turns(body.messages).conversation, body.add_generation_prompt
+            tokens = render_for_completion(self.tokenizer, conversation, opens=opens).ids
+        else:
+            tokens = [self.tokenizer.bos_id] * body.add_special_tokens + self.tokenizer.encode(body.prompt)
+        texts = [self.tokenizer.decode((token,)) for token in tokens] if body.return_token_strs else None
+        sizes = {"count": len(tokens), "max_model_len": self.settings.context_len}
+        return _json_response(schema.TokenizeAnswer(**sizes, tokens=tokens, token_strs=texts))
+
     def _encode(self, prompts: Iterable[str | list[int]]) -> list[list[int]]:
         """Token ids of the prompts. Raises `ApiError` for one that is too long or has unknown ids."""
         limit = self.settings.context_len
@@ -241,7 +242,8 @@ class _Server:
         async with self._attended(request, job):
             while await job.next_news():
                 pass
-        return _json_response(answer.whole())
+        # in a thread: log probabilities of a whole batch of prompts take a second, in which other streams go on
+        return await asyncio.to_thread(lambda: _json_response(answer.whole()))
 
     async def _events(self, request: Request, job: Job, answer: Answer) -> AsyncIterator[str]:
         """A streamed answer; events of the same engine step are yielded, and so sent, together."""

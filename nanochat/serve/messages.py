@@ -10,7 +10,7 @@ names them. Not here: the rest of a request (`schema.py`), tokens (`data/chat.py
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -29,6 +29,8 @@ def _unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]  # noting every fault of a large request takes seconds
 
 
 class Checked(BaseModel):
@@ -70,12 +72,12 @@ class ReplyPart(Checked):
 
 
 class ReplyParts(Checked):
-    parts: list[ReplyPart]
+    parts: Items[ReplyPart]
 
 
 class InputMessage(Checked):
     role: Literal["system", "developer", "user"]
-    content: Text | list[TextPart]
+    content: Text | Items[TextPart]
 
     def said(self) -> tuple[str, Content]:
         """Role and content."""
@@ -88,7 +90,7 @@ class AssistantMessage(Checked):
     content as long as they say the same."""
 
     role: Literal["assistant"]
-    content: Text | list[ReplyPart] | None = None
+    content: Text | Items[ReplyPart] | None = None
     refusal: Text | None = Field(None, description="what was said instead of the content")
     nanochat: ReplyParts | None = None
     # not supported: the values that ask for nothing

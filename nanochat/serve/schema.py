@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from nanochat.engine.sampling import MAX_BIAS, MAX_STOPS, Sampling
 from nanochat.serve.errors import ApiError
-from nanochat.serve.messages import Checked, Messages, ReplyParts, Text, Turns, join_turns
+from nanochat.serve.messages import Checked, Items, Messages, ReplyParts, Text, Turns, join_turns
 
 MAX_STOP_CHARS = 256
 MAX_TOP_LOGPROBS = 20
@@ -33,7 +33,7 @@ _INT64 = 2**63
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Count = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[Items[TokenId], Field(min_length=1)]
 Prompts = Field(min_length=1, max_length=MAX_PROMPTS)
 Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
 Biases = Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias], Field(max_length=MAX_BIASED_TOKENS)]
@@ -107,7 +107,7 @@ class ChatRequest(SamplingFields):
     functions: list[Any] | None = None
     function_call: str | dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
-    modalities: list[str] | None = None
+    modalities: Items[str] | None = None
     audio: None = None
     web_search_options: None = None
 
@@ -192,7 +192,7 @@ class TokenizeRequest(Checked):
 
 class DetokenizeRequest(Checked):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Items[TokenId]
 
 
 class TokenizeAnswer(BaseModel):
