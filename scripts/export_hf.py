@@ -57,7 +57,9 @@ def main(args: argparse.Namespace) -> None:
     if args.format == "gguf":
         files = save_gguf(loaded.model, loaded.tokenizer, folder, title=name, dtype=dtype)
     else:
-        files = save_hf(loaded.model, loaded.tokenizer, folder, dtype=dtype, for_mlx=args.format == "mlx")
+        origin = {"stage": loaded.source, "examples": loaded.meta.get("examples", [])}
+        options = {"dtype": dtype, "for_mlx": args.format == "mlx", "origin": origin}
+        files = save_hf(loaded.model, loaded.tokenizer, folder, **options)
     remote_code = CODE_FILES.keys() <= files.keys()
     about = {"name": name, "folder": loaded.folder, "library": args.format, "remote_code": remote_code}
     write_atomic(folder / README_FILE, model_card(loaded.meta, files=files, **about))

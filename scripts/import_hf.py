@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from nanochat.checkpoint import list_steps, run_dir, save_checkpoint
 from nanochat.common import UserError, base_dir, init_runtime, only_one_process, print0, run_main
@@ -22,9 +23,10 @@ from nanochat.data.dataset import check_disk
 from nanochat.data.hub import HubFile
 from nanochat.flags import SOURCES, Parser
 from nanochat.model.first_release import TOKEN_BYTES_FILE, find_release, load_release
-from nanochat.model.hf import CONFIG_FILE, load_hf, read_hf_config
+from nanochat.model.hf import CONFIG_FILE, load_hf, read_hf_config, read_origin
 from nanochat.tokenizer import SPECIAL_TOKENS
 from tasks.mixtures import GENERAL_EXAMPLES
+from tasks.own_data import NUM_EXAMPLES
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     model_help = "a folder, or a repository of the hub: owner/name or owner/name/folder"
     parser.add_argument("model", metavar="FOLDER|REPO", help=model_help)
     add = parser.add_argument_group("output").add_argument
-    add("--source", choices=SOURCES, help="stage of the checkpoint (default: what the folder's name tells, else sft)")
+    add("--source", choices=SOURCES, help="stage of the checkpoint (default: what the folder tells, else sft)")
     add("--model-tag", default="", help="name of the checkpoint folder (default: that of the folder or repository)")
     return parser.parse_args()
 
@@ -98,6 +100,12 @@ def free_run(source: str, tag: str) -> Path:
     return run
 
 
+def examples_in(origin: Mapping[str, Any]) -> list[str]:
+    """The example questions that an export of ours names."""
+    found = origin.get("examples")
+    return [text for text in found if isinstance(text, str)][:NUM_EXAMPLES] if isinstance(found, list) else []
+
+
 def main(args: argparse.Namespace) -> None:
     # which files
     place = find_place(args.model)
@@ -107,7 +115,14 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{args.model} holds no model that can be imported; that is {formats}")
 
     # where to
-    source = args.source or (release and release.stage) or "sft"
+    origin = {}
+    if release is None:
+        folder = place.root / place.folder
+        place.bring(place.named(".json"))
+        read_hf_config(folder)  # tells whether the rest is worth fetching
+        origin = read_origin(folder)
+    told = release.stage if release else origin.get("stage")
+    source = args.source or (told if told in SOURCES else "sft")
     inner = PurePosixPath(release.model).parent.name if release else PurePosixPath(place.folder).name
     tag = args.model_tag or inner or PurePosixPath(place.repo).name
     run = free_run(source, tag)
@@ -115,9 +130,6 @@ def main(args: argparse.Namespace) -> None:
     # the model
     runtime = init_runtime("cpu", "float32")
     if release is None:
-        folder = place.root / place.folder
-        place.bring(place.named(".json"))
-        read_hf_config(folder)  # tells whether the rest is worth fetching
         place.bring(place.named(".safetensors"))
         (model, tokenizer), step, results = load_hf(folder), 0, {}
     else:
@@ -134,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
         "imported": PurePosixPath(place.folder).name if not place.repo else args.model,
     }
     if source != "base":
-        meta["examples"] = GENERAL_EXAMPLES
+        meta["examples"] = examples_in(origin) or GENERAL_EXAMPLES
     save_checkpoint(run, step, runtime=runtime, model=model, tokenizer=tokenizer, meta=meta)
     if place.repo and runtime.is_main:
         shutil.rmtree(place.root)

@@ -99,7 +99,7 @@ class OwnFile(Task):
     def __str__(self) -> str:
         """Such as `mine.jsonl: 1,234 ShareGPT conversations, 2 rows refused`."""
         kinds = " and ".join(f"{count:,} {name}" for name, count in self.formats.most_common()) or "0"
-        refused = f", {self.num_refused:,} rows refused" if self.num_refused else ""
+        refused = f", {self.num_refused:,} row{'s' * (self.num_refused > 1)} refused" if self.num_refused else ""
         return f"{self.label}: {kinds} conversations{refused}"
 
 

@@ -77,7 +77,8 @@ def test_windows_and_value_embeddings_lie_where_they_should():
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"vocab_size": 0}, "vocab_size"), ({"n_head": 5}, "n_embd 96 over n_head 5"), ({"n_kv_head": 2}, "n_kv_head 2"),
-     ({"window_pattern": "SX"}, "SX"), ({"sequence_len": -1}, "-1")],
+     ({"window_pattern": "SX"}, "SX"), ({"sequence_len": -1}, "-1"),
+     ({"softcap": 0.0}, "softcap"), ({"rope_base": -1.0}, "rope_base"), ({"qk_scale": float("nan")}, "qk_scale")],
 )  # fmt: skip
 def test_a_config_that_cannot_be_names_the_field(tiny_config, change, named):
     with pytest.raises(UserError, match=named):

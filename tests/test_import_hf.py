@@ -17,7 +17,7 @@ from test_first_release import MODEL, PICKLE, random_model, write_release
 from test_hf import change_json
 from test_scripts import assert_refused, run_folder, working_in
 
-from nanochat.checkpoint import read_meta, run_dir, step_dir
+from nanochat.checkpoint import read_meta, run_dir, save_checkpoint, step_dir
 from nanochat.common import Runtime, UserError, base_dir
 from nanochat.model.gpt import GPTConfig
 from nanochat.model.hf_tokenizer import tokenizer_spec
@@ -56,6 +56,15 @@ def command(monkeypatch, script, *args):
 def published(tokenizer, tmp_path):
     publish(tmp_path / "d2-chat", tokenizer)
     return tmp_path / "d2-chat"
+
+
+def test_an_export_tells_its_stage_and_what_to_ask(tmp_path, monkeypatch, tokenizer, base_folder):
+    config = GPTConfig.from_depth(1, vocab_size=tokenizer.vocab_size, sequence_len=32, head_dim=64)
+    model, meta = random_model(config), {"args": {}, "examples": ["What is 2 + 3?"]}
+    save_checkpoint(run_dir("rl", "d1"), 3, runtime=CPU, model=model, tokenizer=tokenizer, meta=meta)
+    command(monkeypatch, export_hf, "--output", tmp_path / "out")
+    command(monkeypatch, import_hf, tmp_path / "out", "--model-tag", "again")
+    assert read_meta(step_dir(run_dir("rl", "again"), 0))["examples"] == ["What is 2 + 3?"]
 
 
 @pytest.mark.parametrize(("dtype", "shard_size"), [(torch.bfloat16, "50GB"), (torch.float32, "100KB")])

@@ -57,7 +57,7 @@ def test_the_file_is_read_at_the_first_use_and_conversations_may_be_changed(tmp_
 def test_a_refused_row_is_left_out_and_named_unless_so_many_may_be(write, line, fault):
     task = write(json.dumps(TURNS), "", line)
     assert list(task) == [{"messages": TURNS}]
-    assert str(task).endswith("mine.jsonl: 1 OpenAI conversations, 1 rows refused")
+    assert str(task).endswith("mine.jsonl: 1 OpenAI conversations, 1 row refused")
     with pytest.raises(UserError, match=rf"1 of 2 rows .*mine\.jsonl, line 3: {fault}.*--skip-bad-rows 1$"):
         check_refused([task], 0)
     check_refused([task], 1)

@@ -74,6 +74,9 @@ class GPTConfig:
         for name in ("sequence_len", "vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head", "short_window"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("rope_base", "qk_scale", "softcap"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be a number above 0, not {getattr(self, name)}")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
             raise UserError(f"n_embd {self.n_embd} over n_head {self.n_head} must be an even whole head size")
         if self.n_head % self.n_kv_head:

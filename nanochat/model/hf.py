@@ -20,6 +20,7 @@ Not here: downloads, GGUF files (`gguf_file.py`), and the README of a folder (`n
 
 import json
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -58,6 +59,7 @@ SOFTCAP = 15.0  # transformers' default: the first published folders name none, 
 MAX_PADDED_ROWS = 255  # of the tables beyond the tokenizer's ids
 MLX_SOFTCAP = 15.0  # of mlx-lm's model, which has no setting for it
 FIXED_SETTINGS = ("model_type", "hidden_act", "attention_bias", "tie_word_embeddings")
+ORIGIN = "nanochat"  # a setting of our exports, which other programs leave alone
 RECIPE = "nanochat_recipe"  # the model_type of models with code of their own
 RECIPE_SETTINGS = {  # our field: its name there, where that is another one
     "sequence_len": "max_position_embeddings", "n_layer": "num_hidden_layers", "n_embd": "hidden_size",
@@ -72,11 +74,13 @@ TABLES = ("wte.weight", "embed_tokens.weight", "value_embeds.weight", "lm_head.w
 
 
 def save_hf(
-    model: GPT, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype = torch.float32, for_mlx: bool = False
-) -> dict[str, str]:
-    """Write `model`, its weights in `dtype`, and `tokenizer` to `folder`, which is new or empty. Returns the files and
-    a few words on each. Raises `UserError` when mlx-lm has no counterpart of the model, the tokenizer is not the
-    model's or splits text by an unknown pattern, or the folder cannot be written or is not empty."""
+    model: GPT, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype = torch.float32, for_mlx: bool = False,
+    origin: Mapping[str, Any] | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """Write `model`, its weights in `dtype`, and `tokenizer` to `folder`, which is new or empty. `origin` is what else
+    an import should find: stage and examples. Returns the files and a few words on each. Raises `UserError` when mlx-lm
+    has no counterpart of the model, the tokenizer is not the model's or splits text by an unknown pattern, or the
+    folder cannot be written or is not empty."""
     config = model.config
     check_tokenizer(model, tokenizer)
     if for_mlx:
@@ -93,7 +97,8 @@ def save_hf(
         SETTINGS_FILE: template(SETTINGS_FILE) | settings,
         GENERATION_FILE: {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids),
                           "pad_token_id": end},
-        CONFIG_FILE: _model_settings(config, dtype, bos_id=tokenizer.bos_id, end_id=end),
+        CONFIG_FILE: _model_settings(config, dtype, bos_id=tokenizer.bos_id, end_id=end)
+        | ({ORIGIN: origin} if origin else {}),
     }  # fmt: skip
     for name in CODE_FILES if has_code else ():
         write_atomic(folder / name, Path(__file__).with_name(name).read_bytes())
@@ -128,6 +133,12 @@ def read_hf_config(folder: Path) -> tuple[GPTConfig, Tokenizer, int]:
         fault = f"{path} says that the tables have {num_rows} rows, but the tokenizer has {config.vocab_size} ids"
         raise UserError(f"{fault}; take the tokenizer that the model was trained with")
     return config, tokenizer, num_rows
+
+
+def read_origin(folder: Path) -> dict[str, Any]:
+    """The `origin` that `save_hf` wrote; empty for a folder that others made."""
+    origin = _read_json(folder / CONFIG_FILE).get(ORIGIN)
+    return origin if isinstance(origin, dict) else {}
 
 
 def chat_template(tokenizer: Tokenizer) -> str:
@@ -245,7 +256,7 @@ def _parse_plain_settings(settings: dict[str, Any], vocab_size: int, path: Path)
             "head_dim": settings.get("head_dim", config.head_dim) != config.head_dim,
             "rope_parameters": rope.get("rope_type", "default") != "default",
             "rms_norm_eps": not 0 <= settings.get("rms_norm_eps", MAX_NORM_EPS) <= MAX_NORM_EPS,
-            "vocab_size": type(settings["vocab_size"]) is not int,
+            **{name: type(settings[name]) is not int for name in ("vocab_size", "num_hidden_layers", "hidden_size")},
         }
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not the config of a NanoChat model ({type(error).__name__}: {error})") from error

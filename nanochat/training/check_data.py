@@ -47,7 +47,7 @@ def check_data(args: argparse.Namespace, sources: Sources, *, reply_tokens: int 
         for fault in task.faults if is_own else ():
             print0(f"    refused, {fault}")
         if is_own and (unnamed := task.num_refused - len(task.faults)):
-            print0(f"    and {unnamed:,} more rows are refused")
+            print0(f"    refused rows that are not listed: {unnamed:,}")
     sources.check(args.skip_bad_rows)
     print0("the data are in order")
 
