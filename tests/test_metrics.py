@@ -194,7 +194,7 @@ def test_the_steps_own_loss_is_shown_with_its_average_and_a_high_one_of_a_step_t
     log = run_steps(metrics, [4.5, 4.5, 8.0, 4.5, 4.75, 4.5], num_steps=6)
     first, last = capsys.readouterr().out.splitlines()
     assert "| loss 4.5000 (average 4.5000) |" in first
-    assert f"| loss 4.5000 (average {log.stats.smooth_loss:.4f}, 8.0000 at step 3) |" in last
+    assert f"| loss 4.5000 (average {log.stats.smooth_loss:.4f}, highest 8.0000 at step 3) |" in last
     assert read_lines(metrics.path)[-1]["train_loss_average"] == log.stats.smooth_loss > 4.6
     log.progress.num_steps = 7
     log.end(7, torch.tensor([4.5, 1.0]), [])

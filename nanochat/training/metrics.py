@@ -222,7 +222,7 @@ class StepLog:
 
     def _parts(self, step: int, loss: float) -> list[str]:
         stats, (highest, where) = self.stats, self._highest
-        hidden = f", {highest:.4f} at step {where}" if 0 < where < step else ""
+        hidden = f", highest {highest:.4f} at step {where}" if 0 < where < step else ""
         parts = [f"loss {loss:.4f} (average {stats.smooth_loss:.4f}{hidden})"]
         left = stats.seconds_left(self.progress.num_steps - step)
         parts.append(_clock(stats.seconds) + (f", {_clock(left)} left" if left is not None else ""))
