@@ -115,10 +115,10 @@ RUN_FLAGS = ("save_every", "save_minutes", "keep_last", "keep_every", "skip_bad_
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The beginning of a sentence that offers the one of the `known` words that `word` was probably meant to be, as it
-    begins with it or is much like it; empty if there is none."""
-    known = list(known)
-    near = [each for each in known if word and each.startswith(word)] or difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {min(near, key=len)}? " if near else ""
+    begins with it or is much like it, in whatever case; empty if there is none."""
+    by_lower, word = {each.lower(): each for each in known}, word.lower()
+    near = [low for low in by_lower if word and low.startswith(word)] or difflib.get_close_matches(word, by_lower, n=1)
+    return f"did you mean {by_lower[min(near, key=len)]}? " if near else ""
 
 
 def shared(*names: str, **defaults: Any) -> tuple[Flag, ...]:

@@ -60,10 +60,15 @@ def machine_of(records: Iterable[Record]) -> dict[str, Any]:
     return next((record.results for record in records if record.stage == ENVIRONMENT), {})
 
 
+def gpu_kinds(machine: Mapping[str, Any]) -> list[str]:
+    """The GPUs of a machine, such as ["8 x NVIDIA H100 80GB HBM3"]."""
+    gpus = machine.get("gpus") or []
+    return [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
+
+
 def hardware(machine: Mapping[str, Any]) -> str:
     """The GPUs of a machine, or else its processor, in words; "" if unknown."""
-    gpus = machine.get("gpus") or []
-    kinds = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
+    kinds = gpu_kinds(machine)
     if not kinds and machine.get("cores"):
         kinds = [f"{machine['cores']} CPU cores ({machine.get('cpu', 'unknown')}), without a GPU"]
     return ", ".join(kinds)

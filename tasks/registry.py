@@ -1,9 +1,9 @@
 """The tasks a model is examined in, by the names that tables and the flag `--tasks` use."""
 
-import difflib
 from collections.abc import Sequence
 
 from nanochat.common import UserError
+from nanochat.flags import did_you_mean
 from tasks.arc import ARC, StandardARC
 from tasks.common import Purpose, Task
 from tasks.gsm8k import GSM8K, StandardGSM8K
@@ -73,7 +73,4 @@ def get_standard_task(name: str, *, allow_unsafe_execution: bool = False) -> Tas
 
 def _check_name(name: str, names: Sequence[str]) -> None:
     if name not in names:
-        near = difflib.get_close_matches(name.lower(), [known.lower() for known in names], n=1)
-        meant = [known for known in names if [known.lower()] == near]
-        hint = f"did you mean {meant[0]}?" if meant else f"there are {', '.join(names)}"
-        raise UserError(f"there is no task {name!r}; {hint}")
+        raise UserError(f"there is no task {name!r}; {did_you_mean(name, names)}there are {', '.join(names)}")

@@ -31,7 +31,7 @@ def test_every_purpose_has_rows_of_its_own(purpose):
 
 
 def test_an_unknown_name_and_a_missing_split_are_errors():
-    with pytest.raises(UserError, match=r"no task 'arc'; there are ARC-Easy, ARC-Challenge, MMLU"):
+    with pytest.raises(UserError, match=r"no task 'arc'; did you mean ARC-Easy\? there are ARC-Easy, ARC"):
         get_task("arc")
     with pytest.raises(UserError, match=r"no task 'mmlu-por'; did you mean MMLU-Pro\?"):
         get_task("mmlu-por")

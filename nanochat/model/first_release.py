@@ -11,7 +11,6 @@ and `read_encoding` follows the few instructions of a pickled encoding itself, u
 Not here: downloads, and later releases, whose models have parts that the first one lacks (a `UserError` names them).
 """
 
-import json
 import pickle
 import pickletools
 import re
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.model.gpt import GPT, GPTConfig, build_model
+from nanochat.model.hf import read_json
 from nanochat.model.hf_tokenizer import parse_tokenizer_spec
 from nanochat.tokenizer import Tokenizer
 
@@ -96,7 +96,7 @@ def load_release(root: Path, files: ReleaseFiles) -> tuple[GPT, Tokenizer, dict]
     """The model in float32 on the CPU, the tokenizer, and what the release's meta says, of `files` below `root`. Raises
     `UserError` when a file is missing or broken, would run code, is of a later release, or does not fit the others."""
     meta_path, model_path, tokenizer_path = root / files.meta, root / files.model, root / files.tokenizer
-    meta = _read_object(meta_path)
+    meta = read_json(meta_path)
     tokenizer = read_tokenizer(tokenizer_path)
     if files.token_bytes:
         check_token_bytes(root / files.token_bytes, tokenizer, tokenizer_path)
@@ -107,16 +107,6 @@ def load_release(root: Path, files: ReleaseFiles) -> tuple[GPT, Tokenizer, dict]
     model = build_model(config)
     _fill(model, model_path)
     return model, tokenizer, meta
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return content
 
 
 def _some(names: Collection[str]) -> str:
@@ -179,7 +169,7 @@ def _fill(model: GPT, path: Path) -> None:
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.pkl or tokenizer.json. Raises `UserError` when it is broken or would run code."""
-    return parse_tokenizer_spec(_read_object(path), path) if path.suffix == ".json" else read_encoding(path)
+    return parse_tokenizer_spec(read_json(path), path) if path.suffix == ".json" else read_encoding(path)
 
 
 def read_encoding(path: Path) -> Tokenizer:

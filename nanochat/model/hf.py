@@ -122,11 +122,11 @@ def load_hf(
 def read_hf_config(folder: Path) -> tuple[GPTConfig, Tokenizer, int]:
     """What `load_hf` reads before the weights: the model's config, the tokenizer, and the rows of the tables."""
     path = folder / CONFIG_FILE
-    settings = _read_json(path)
+    settings = read_json(path)
     is_recipe = settings.get("model_type") == RECIPE
     if not is_recipe:
         _check_architecture(settings, path)  # first, as another one mostly has another tokenizer too
-    tokenizer = parse_tokenizer_spec(_read_json(folder / TOKENIZER_FILE), folder / TOKENIZER_FILE)
+    tokenizer = parse_tokenizer_spec(read_json(folder / TOKENIZER_FILE), folder / TOKENIZER_FILE)
     parse = _parse_recipe_settings if is_recipe else _parse_plain_settings
     config, num_rows = parse(settings, tokenizer.vocab_size, path), settings["vocab_size"]
     if not config.vocab_size <= num_rows <= config.vocab_size + MAX_PADDED_ROWS:
@@ -137,7 +137,7 @@ def read_hf_config(folder: Path) -> tuple[GPTConfig, Tokenizer, int]:
 
 def read_origin(folder: Path) -> dict[str, Any]:
     """The `origin` that `save_hf` wrote; empty for a folder that others made."""
-    origin = _read_json(folder / CONFIG_FILE).get(ORIGIN)
+    origin = read_json(folder / CONFIG_FILE).get(ORIGIN)
     return origin if isinstance(origin, dict) else {}
 
 
@@ -163,11 +163,12 @@ def prepare_folder(folder: Path) -> None:
         raise UserError(f"{folder} already holds {found[0]}; give a new folder, or remove what is in this one")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model. Raises `UserError` when it cannot be read or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); give the folder of a Hugging Face model") from error
+        raise UserError(f"cannot read {path} ({error}); give the folder of a whole model, or fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object")
     return content
@@ -326,7 +327,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / SHARDS_FILE
     if not index.exists():
         return [folder / WEIGHTS_FILE]
-    shards = _read_json(index).get("weight_map")
+    shards = read_json(index).get("weight_map")
     names = set(shards.values()) if isinstance(shards, dict) else set()
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise UserError(f"{index} does not list the files of the weights in this folder")

@@ -15,7 +15,7 @@ from nanochat.records import MODELS, REPO, STAGES, Record
 from nanochat.report import summary
 from nanochat.report.pictures import Pictures
 from nanochat.report.tables import escape, fenced, folded, format_value, pairs, table, utc
-from nanochat.results import content, current, machine_of, newest, trained
+from nanochat.results import content, current, gpu_kinds, machine_of, newest, trained
 from nanochat.tokenizer import Tokenizer, tokenizer_dir
 
 CODE_SUFFIXES = {".py", ".rs", ".sh", ".html"}
@@ -73,9 +73,8 @@ def _stage(record: Record, num_earlier: int, pictures: Pictures) -> Iterator[str
 def _machine(machine: Mapping[str, Any]) -> str:
     if not machine:
         return "Not recorded: `python -m nanochat.report reset` was not run before the stages."
-    gpus = machine.get("gpus") or []
-    kinds = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
-    known = {key: value for key, value in machine.items() if value is not None and (gpus or "price" not in key)}
+    kinds = gpu_kinds(machine)
+    known = {key: value for key, value in machine.items() if value is not None and (kinds or "price" not in key)}
     return pairs("Machine", {**known, "gpus": kinds or "none"})
 
 
